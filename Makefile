@@ -1,0 +1,39 @@
+# The two commands of a fresh machine:  make demo  and  make test.
+# COMFYUI_PATH=/path/to/ComfyUI uses a ComfyUI of your own instead of the pinned one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test test-long lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tests/comfyui.py setup
+	@touch $@
+
+demo: setup
+	$(BIN)/python tests/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not long" --durations=15
+
+test-long: setup
+	$(BIN)/python -m pytest --durations=30
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python bench/cpu.py
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -1,0 +1,29 @@
+"""MXFP8 kernels: quantise, dequantise and multiply, on whatever the machine has.
+
+    qdata, scale = kernels.quantize(weight)            # E4M3 codes, E8M0 scales in tiled order
+    y = kernels.linear(x, qdata, scale, bias)          # any rank of x, any device
+    for status in kernels.backends(): print(status)    # what would run here, and why not the rest
+
+This room stands alone: it imports torch and, where present, triton and comfy_kitchen; nothing else
+of this package. Names resolve on first use, so that reading a file's header costs no torch import.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "quantize": "ops",
+    "dequantize": "ops",
+    "linear": "ops",
+    "backends": "dispatch",
+    "use_backend": "dispatch",
+}
+
+__all__ = ["backends", "dequantize", "linear", "quantize", "use_backend"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,171 @@
+"""Which implementation runs: chosen once per kind of problem, from capability, with reasons.
+
+A backend is a record: its functions and one predicate that says why it refuses a problem. The
+first backend in `BACKENDS` that does not refuse wins; the choice is cached, so a call costs one
+dictionary look-up. A backend is never tried and replaced after it failed: what cannot run here is
+refused before the call, by name and reason, and an error inside a kernel is an error.
+
+Precision: "exact" multiplies the stored weights by activations as they are (W8A16); "fast"
+quantises activations too (W8A8), for tensor cores that need it; "auto" is fast where some backend
+offers it on this device, else exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from . import eager, reference
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "exact", "fast")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend decides on. `op` is "quantize", "dequantize" or "linear"."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    precision: str = "exact"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        refuse: problem -> the reason why this backend cannot take it, or None if it can.
+        automatic: whether it may be chosen without being named.
+    """
+
+    name: str
+    summary: str
+    quantize: Callable
+    dequantize: Callable
+    linear: Callable
+    refuse: Callable[[Problem], str | None]
+    automatic: bool = True
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `backends()`: `reason` says why not, or is empty."""
+
+    name: str
+    summary: str
+    available: bool
+    reason: str
+
+    def __str__(self) -> str:
+        state = "available" if self.available else f"refused: {self.reason}"
+        return f"{self.name}: {self.summary} ({state})"
+
+
+def _eager_linear(x, qdata, scale, bias, rows, cols, precision):
+    return eager.linear(x, qdata, scale, bias, rows, cols)
+
+
+def _eager_refuses(problem: Problem) -> str | None:
+    if problem.precision == "fast":
+        return "plain torch has no block-scaled matmul, so quantised activations would gain nothing"
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="eager",
+        summary="plain torch on any device, exact weights",
+        quantize=eager.quantize,
+        dequantize=eager.dequantize,
+        linear=_eager_linear,
+        refuse=_eager_refuses,
+    ),
+    Backend(
+        name="reference",
+        summary="the oracle in float64, exact or with quantised activations",
+        quantize=reference.quantize,
+        dequantize=reference.dequantize,
+        linear=reference.linear,
+        refuse=lambda problem: None,
+        automatic=False,
+    ),
+)
+
+_NOT_AUTOMATIC = "slow by design: runs only when named with use_backend"
+_forced: Backend | None = None
+
+
+@cache
+def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
+    """The backend for a problem and the precision it will run at."""
+    wanted = [problem.precision]
+    if problem.precision != "exact":
+        wanted = ["fast", "exact"]
+    for precision in wanted:
+        for backend in BACKENDS if forced is None else (forced,):
+            if forced is None and not backend.automatic:
+                continue
+            reason = backend.refuse(
+                Problem(problem.op, problem.device, problem.dtype, precision)
+            )
+            if reason is None:
+                if problem.precision == "fast" and precision == "exact":
+                    logger.warning(
+                        "MXFP8: no backend here multiplies with quantised activations on %s; "
+                        "running exact instead of fast.",
+                        problem.device,
+                    )
+                return backend, precision
+    names = ", ".join(b.name for b in BACKENDS) if forced is None else forced.name
+    raise ValueError(
+        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} "
+        f"at precision {problem.precision!r} (asked: {names})"
+    )
+
+
+def choose(op: str, tensor: torch.Tensor, precision: str = "exact") -> tuple[Backend, str]:
+    """The backend that runs `op` on a tensor like this one, and the precision it runs at."""
+    return _choose(Problem(op, tensor.device, tensor.dtype, precision), _forced)
+
+
+def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
+    """Every backend in order of preference, for `linear` on `device`.
+
+    Args:
+        device: default is CUDA where there is a CUDA device, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem("linear", torch.device(device), torch.bfloat16)
+    result = []
+    for backend in BACKENDS:
+        reason = backend.refuse(problem) or ("" if backend.automatic else _NOT_AUTOMATIC)
+        result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
+    return result
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every call within the context, in all threads.
+
+    Raises:
+        ValueError: on entry, no backend has that name; at a call, the backend refuses the problem.
+    """
+    global _forced
+    chosen = next((b for b in BACKENDS if b.name == name), None)
+    if chosen is None:
+        known = ", ".join(b.name for b in BACKENDS)
+        raise ValueError(f"no MXFP8 backend is called {name!r}; there are: {known}")
+    before, _forced = _forced, chosen
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,188 @@
+"""The public functions, each a registered torch op with a fake, so torch.compile can keep them.
+
+Registered with `torch.library.Library`: a call costs 3.5 us where a `custom_op` costs 6 to 11.
+The ops look at shapes and dtypes, never at values: no synchronisation, no data-dependent error.
+Whether a weight is finite is for its owner to check.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import layout
+from .dispatch import PRECISIONS, choose
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DATA = (torch.float8_e4m3fn, torch.uint8)
+SCALES = (torch.uint8, torch.float8_e8m0fnu)
+
+
+def _library() -> tuple[torch.library.Library, str]:
+    """A namespace of our own, also where a second copy of this package lives in the process."""
+    for suffix in ("", *range(2, 100)):
+        name = f"mxfp8{suffix}"
+        try:
+            return torch.library.Library(name, "DEF"), name
+        except RuntimeError:  # "Only a single TORCH_LIBRARY can be used to register the namespace"
+            continue
+    raise RuntimeError("100 copies of mxfp8 are loaded in this process")
+
+
+_lib, NAMESPACE = _library()
+_lib.define("quantize(Tensor x) -> (Tensor, Tensor)")
+_lib.define(
+    "dequantize(Tensor qdata, Tensor scale, ScalarType dtype, SymInt rows, SymInt cols) -> Tensor"
+)
+_lib.define(
+    "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt rows, SymInt cols, "
+    "str precision) -> Tensor"
+)
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a matrix to MXFP8, blocks of 32 along K, from the precision it has.
+
+    Args:
+        x: [M, K], float32, float16 or bfloat16, any strides.
+
+    Returns:
+        (qdata, scale): float8_e4m3fn [M', K'] with M', K' rounded up to 32 and padding zero;
+        uint8 E8M0 bytes [roundup(M', 128), roundup(K'/32, 4)] in the tiled order (`layout`).
+        A block holding NaN or Inf gets scale byte 0xFF and decodes to NaN (`reference`).
+
+    Raises:
+        ValueError: x is not 2-D or of another dtype.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"MXFP8 quantises matrices; x has shape {list(x.shape)}")
+    _check_dtype("x", x, FLOATS)
+    return _ops.quantize(x)
+
+
+def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
+    """The values behind an MXFP8 matrix, rounded once to `dtype`.
+
+    Args:
+        qdata: float8_e4m3fn (or its bytes as uint8) [N', K'].
+        scale: uint8 or float8_e8m0fnu, tiled order.
+        dtype: float32, float16 or bfloat16.
+        shape: the unpadded (N, K); default: nothing is padding.
+
+    Returns:
+        [N, K] of `dtype`. Scale byte 0 is 2**-127, 0xFF is NaN, NaN codes stay NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    rows, cols = _check_matrix(qdata, scale, shape)
+    if dtype not in FLOATS:
+        raise ValueError(f"MXFP8 dequantises to float32, float16 or bfloat16, not {dtype}")
+    return _ops.dequantize(qdata, scale, dtype, rows, cols)
+
+
+def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -> torch.Tensor:
+    """x @ W.T + bias with an MXFP8 weight.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16; any rank from 1, M = 0 included.
+        qdata, scale: W [N, K] as `quantize` returns it.
+        bias: [N] or None.
+        shape: the unpadded (N, K) of W; default: nothing is padding.
+        precision: "exact", "fast" or "auto" (see `dispatch`).
+
+    Returns:
+        [..., N] of x's dtype. Differentiable in x and bias.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    rows, cols = _check_matrix(qdata, scale, shape)
+    _check_dtype("x", x, FLOATS)
+    if x.ndim == 0 or x.shape[-1] != cols:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; its last size must be K = {cols} of the weight"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")
+    if x.device != qdata.device:
+        raise ValueError(f"x is on {x.device}, the weight on {qdata.device}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, allowed) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} is {tensor.dtype}; it must be one of {names}")
+
+
+def _check_matrix(qdata, scale, shape) -> tuple[int, int]:
+    _check_dtype("qdata", qdata, DATA)
+    _check_dtype("scale", scale, SCALES)
+    rows, cols = layout.true_shape(qdata.shape, shape)
+    layout.check_scale(qdata.shape, scale.shape)
+    if scale.device != qdata.device:
+        raise ValueError(f"the scales are on {scale.device}, the data on {qdata.device}")
+    return rows, cols
+
+
+def _quantize(x):
+    return choose("quantize", x)[0].quantize(x)
+
+
+def _quantize_fake(x):
+    stored = layout.padded_shape(*x.shape)
+    scale = x.new_empty(layout.scale_shape(*x.shape), dtype=torch.uint8)
+    return x.new_empty(stored, dtype=torch.float8_e4m3fn), scale
+
+
+def _dequantize(qdata, scale, dtype, rows, cols):
+    return choose("dequantize", qdata)[0].dequantize(qdata, scale, dtype, rows, cols)
+
+
+def _dequantize_fake(qdata, scale, dtype, rows, cols):
+    return qdata.new_empty((rows, cols), dtype=dtype)
+
+
+def _linear(x, qdata, scale, bias, rows, cols, precision):
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    backend, precision = choose("linear", x, precision)
+    flat = x.reshape(-1, cols)  # [M, K]
+    out = backend.linear(flat, qdata, scale, bias, rows, cols, precision)
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def _linear_fake(x, qdata, scale, bias, rows, cols, precision):
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, qdata, scale, bias, ctx.rows, ctx.cols, _ = inputs
+    ctx.save_for_backward(qdata, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):
+    """Straight through the quantisation of x: d/dx is W, d/dbias is 1; W is fixed."""
+    qdata, scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ dequantize(qdata, scale, grad.dtype, (ctx.rows, ctx.cols))
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, ctx.rows).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None
+
+
+for _name, _kernel, _fake in (
+    ("quantize", _quantize, _quantize_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("linear", _linear, _linear_fake),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)
+torch.library.register_autograd(
+    f"{NAMESPACE}::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib
+)

@@ -1,0 +1,114 @@
+"""The oracle: MXFP8 quantise, dequantise and linear, written to be read, in float64.
+
+Every other implementation in this package must produce these bits (quantise, dequantise) or stay
+within a stated error of these values (linear). It is slow and materialises everything; nothing
+selects it unless asked to by name.
+
+The rules it fixes, where the specification leaves room:
+
+* Scale: the smallest power of two s with amax / s <= 448 ("RCEIL"), so nothing saturates. It is
+  also the best E8M0 scale in squared error on weights that were tried; the OCP floor rule loses
+  up to 1.5 dB.
+* amax == 0: scale byte 0 and codes 0, whatever the signs of the zeros.
+* 0 < amax < 2**-118: scale byte 1, never 0, because common readers decode byte 0 as 0.0.
+* A block that holds NaN or Inf: scale byte 0xFF (NaN) and codes 0. The whole block decodes to NaN;
+  an infinity never turns into a finite number.
+* Elsewhere: code = round-to-nearest-even E4M3 of x / s, with the sign of x kept on zeros.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import layout
+from .layout import BLOCK, E4M3_MAX, E8M0_BIAS, E8M0_NAN
+
+
+@cache
+def e4m3_magnitudes() -> torch.Tensor:
+    """Values of the codes 0x00..0x7E, ascending. float64 [127]."""
+    code = torch.arange(127)
+    exponent, mantissa = code >> 3, (code & 7).double()
+    subnormal = mantissa * 2.0**-9
+    normal = (1 + mantissa / 8) * torch.exp2(exponent.double() - 7)
+    return torch.where(exponent == 0, subnormal, normal)
+
+
+def decode_e4m3(code: torch.Tensor) -> torch.Tensor:
+    """uint8 codes -> float64 values; 0x7F and 0xFF are NaN."""
+    magnitude = torch.cat([e4m3_magnitudes(), torch.tensor([torch.nan], dtype=torch.float64)])
+    value = magnitude[(code & 0x7F).long()]
+    return torch.where(code >= 0x80, -value, value)
+
+
+def encode_e4m3(value: torch.Tensor) -> torch.Tensor:
+    """float64 values within +-448 -> uint8 codes, to nearest, ties to the even code."""
+    magnitudes = e4m3_magnitudes()
+    midpoints = (magnitudes[1:] + magnitudes[:-1]) / 2
+    size = value.abs()
+    below = torch.bucketize(size, midpoints, right=False)  # a tie stays on the lower code
+    above = torch.bucketize(size, midpoints, right=True)  # a tie goes to the upper code
+    code = torch.where(below % 2 == 0, below, above)
+    return (code + 0x80 * torch.signbit(value)).to(torch.uint8)
+
+
+def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """uint8 scale bytes -> float64 powers of two; 0 is 2**-127, 0xFF is NaN."""
+    value = torch.exp2(scale.double() - E8M0_BIAS)
+    return torch.where(scale == E8M0_NAN, torch.nan, value)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K] -> (float8_e4m3fn [M', K'], uint8 tiled scales); see the module docstring."""
+    rows, cols = x.shape
+    padded_rows, padded_cols = layout.padded_shape(rows, cols)
+    padded = torch.zeros(padded_rows, padded_cols, dtype=torch.float64)
+    padded[:rows, :cols] = x.double().cpu()
+    blocks = padded.reshape(padded_rows, padded_cols // BLOCK, BLOCK)  # [M', K'/32, 32]
+
+    amax = blocks.abs().amax(-1)
+    finite, zero = amax.isfinite(), amax == 0
+    # amax = m * 2**p with 0.5 <= m < 1, and 448 = 0.875 * 2**9.
+    mantissa, exponent = torch.frexp(torch.where(finite, amax, 1.0))
+    biased = (exponent - 9 + (mantissa > 0.875).int() + E8M0_BIAS).clamp(1, layout.E8M0_MAX)
+
+    scaled = blocks / torch.exp2(biased.double() - E8M0_BIAS)[..., None]
+    usable = (finite & ~zero)[..., None]
+    code = encode_e4m3(torch.where(usable, scaled, 0.0).clamp(-E4M3_MAX, E4M3_MAX))
+    biased = torch.where(zero, 0, torch.where(finite, biased, E8M0_NAN))
+
+    qdata = code.reshape(padded_rows, padded_cols).to(x.device).view(torch.float8_e4m3fn)
+    return qdata, layout.tile(biased.to(torch.uint8)).to(x.device)
+
+
+def dequantize(qdata, scale, dtype, rows: int, cols: int) -> torch.Tensor:
+    """The values behind (qdata, tiled scale), rounded once to `dtype`. [rows, cols]."""
+    return dequantize_exact(qdata, scale, rows, cols).to(dtype)
+
+
+def dequantize_exact(qdata, scale, rows: int, cols: int) -> torch.Tensor:
+    """As `dequantize`, in float64, which holds every product of code and scale exactly."""
+    padded_rows, padded_cols = qdata.shape
+    blocks = padded_cols // BLOCK
+    value = decode_e4m3(qdata.view(torch.uint8).cpu()).reshape(padded_rows, blocks, BLOCK)
+    factor = layout.untile(scale.view(torch.uint8).cpu(), padded_rows, blocks)
+    value = value * decode_e8m0(factor)[..., None]
+    return value.reshape(padded_rows, padded_cols)[:rows, :cols].to(qdata.device)
+
+
+def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
+    """x [M, K] @ W[N, K].T + bias in float64, rounded to x's dtype.
+
+    "fast" quantises x to MXFP8 too, as block-scaled tensor cores need it: the value that a native
+    MX x MX matmul approximates.
+    """
+    weight = dequantize_exact(qdata, scale, rows, cols)
+    value = x.double()
+    if precision == "fast":
+        value = dequantize_exact(*quantize(x), *x.shape)
+    out = value @ weight.t()
+    if bias is not None:
+        out = out + bias.double()
+    return out.to(x.dtype)
