@@ -14,11 +14,21 @@ _HOME = {
     "quantize": "ops",
     "dequantize": "ops",
     "linear": "ops",
+    "block_energy": "measure",
+    "quantize_measured": "measure",
     "backends": "dispatch",
     "use_backend": "dispatch",
 }
 
-__all__ = ["backends", "dequantize", "linear", "quantize", "use_backend"]
+__all__ = [
+    "backends",
+    "block_energy",
+    "dequantize",
+    "linear",
+    "quantize",
+    "quantize_measured",
+    "use_backend",
+]
 
 
 def __getattr__(name: str):

@@ -54,10 +54,15 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: x is not 2-D or of another dtype.
     """
+    check_quantizable(x)
+    return _ops.quantize(x)
+
+
+def check_quantizable(x: torch.Tensor) -> None:
+    """Raise ValueError unless x is a matrix of a dtype that `quantize` takes."""
     if x.ndim != 2:
         raise ValueError(f"MXFP8 quantises matrices; x has shape {list(x.shape)}")
     _check_dtype("x", x, FLOATS)
-    return _ops.quantize(x)
 
 
 def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:

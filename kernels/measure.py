@@ -1,0 +1,63 @@
+"""How much a weight changed: signal and noise energy per block of 32.
+
+SQNR in dB is 10 log10(signal / noise), over whatever set of blocks. Energies are float64 sums of
+squares in the units of the weight, so they add up over slabs and layers without loss.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import eager, layout, ops
+from .layout import BLOCK
+
+_SLAB = 1 << 24  # values compared at a time: 64 MB of float32
+
+
+def quantize_measured(x: torch.Tensor):
+    """Quantise and measure in one go.
+
+    Args:
+        x: [M, K], as for `quantize`.
+
+    Returns:
+        (qdata, scale, signal, noise): as `quantize` returns them, and float64 [M, K'/32] sums of
+        x**2 and of (dequantised - x)**2. Blocks with NaN or Inf have NaN energy.
+    """
+    if x.device.type != "cpu":
+        qdata, scale = ops.quantize(x)
+        return qdata, scale, *block_energy(x, qdata, scale)
+    ops.check_quantizable(x)
+    rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
+    energy = torch.empty(rows, blocks), torch.empty(rows, blocks)
+    qdata, scale = eager.quantize(x, energy)
+    unit = eager.decode_e8m0(layout.untile(scale, rows, blocks)).double().square_()
+    return qdata, scale, energy[0].double().mul_(unit), energy[1].double().mul_(unit)
+
+
+def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise of stored data against the matrix it came from.
+
+    Args:
+        x: [N, K], the original.
+        qdata, scale: the stored matrix, tiled scales, padded from [N, K].
+
+    Returns:
+        (signal, noise): float64 [N, K'/32].
+    """
+    rows, cols = layout.true_shape(qdata.shape, x.shape)
+    blocks = qdata.shape[1] // BLOCK
+    signal = torch.zeros(rows, blocks, dtype=torch.float64, device=x.device)
+    noise = torch.zeros_like(signal)
+    height = max(layout.TILE_ROWS, _SLAB // max(cols, 1) // layout.TILE_ROWS * layout.TILE_ROWS)
+    for r0 in range(0, rows, height):
+        r1 = min(rows, r0 + height)
+        stored = qdata[r0 : layout.round_up(r1, layout.ROW_PAD)]
+        tiles = scale[r0 : layout.round_up(r1, layout.TILE_ROWS)]
+        value = ops.dequantize(stored, tiles, torch.float32)[: r1 - r0]  # [m, K']
+        wide = torch.zeros_like(value)
+        wide[:, :cols] = x[r0:r1]
+        for total, part in ((noise, value.sub_(wide)), (signal, wide)):
+            square = part.mul_(part).view(r1 - r0, blocks, BLOCK)
+            total[r0:r1] = square.sum(-1, dtype=torch.float64)
+    return signal, noise

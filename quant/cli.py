@@ -1,0 +1,203 @@
+"""The `mxfp8` command: convert, inspect, verify, backends.
+
+    mxfp8 convert model.safetensors model-mxfp8.safetensors
+    mxfp8 inspect model-mxfp8.safetensors
+    mxfp8 verify model-mxfp8.safetensors --source model.safetensors
+    mxfp8 backends
+
+Exit status: 0 done, 1 the file is bad or the work failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import format, policy
+from .report import gigabytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"mxfp8: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mxfp8: interrupted; nothing was left behind", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mxfp8", description="MXFP8 (8-bit microscaling) for safetensors models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="convert a BF16, F16 or F32 model to MXFP8")
+    convert.add_argument("source", metavar="SRC", type=Path)
+    convert.add_argument("target", metavar="DST", type=Path)
+    names = ", ".join(policy.presets())
+    convert.add_argument(
+        "--preset", default=policy.AUTO, metavar="NAME", help=f"which layers stay: {names}"
+    )
+    convert.add_argument(
+        "--include", metavar="RE", help="quantise keys this finds, even if the preset keeps them"
+    )
+    convert.add_argument("--exclude", metavar="RE", help="keep keys this finds, whatever else")
+    convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
+    convert.add_argument(
+        "--dry-run", action="store_true", help="list every decision with its reason; write nothing"
+    )
+    convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser("inspect", help="what a file holds")
+    inspect.add_argument("file", metavar="FILE", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="compare an MXFP8 file with its original")
+    verify.add_argument("file", metavar="FILE", type=Path)
+    verify.add_argument("--source", metavar="SRC", type=Path, required=True)
+    verify.set_defaults(run=_verify)
+
+    backends = commands.add_parser("backends", help="what would run on this machine, and why")
+    backends.set_defaults(run=_backends)
+    return parser
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator:
+    """A progress bar with throughput and ETA, as a callback."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=label, unit="B", unit_scale=True, unit_divisor=1000, leave=False, file=sys.stderr
+    ) as bar:
+
+        def update(done: int, total: int, key: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(key, refresh=False)
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _convert(arguments) -> int:
+    options = {name: getattr(arguments, name) for name in ("preset", "include", "exclude")}
+    if arguments.dry_run:
+        return _dry_run(arguments.source, options)
+
+    from .convert import convert_file
+
+    with _progress("convert") as progress:
+        report = convert_file(
+            arguments.source,
+            arguments.target,
+            **options,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    print(report.summary())
+    if arguments.report:
+        arguments.report.write_text(report.to_json(), encoding="utf-8")
+        print(f"report: {arguments.report}")
+    return 0
+
+
+def _dry_run(source: Path, options: dict) -> int:
+    from .convert import plan_source
+    from .source import FileSource
+
+    with FileSource(source) as opened:
+        plan = plan_source(opened, **options)
+    for decision in plan.decisions:
+        verdict = "mxfp8" if decision.quantize else "keep "
+        shape = "x".join(map(str, decision.shape)) or "scalar"
+        print(f"{verdict}  {decision.key}  {decision.dtype} {shape}  {decision.reason}")
+    print(
+        f"\n{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
+        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognised'})"
+    )
+    return 0
+
+
+def _inspect(arguments) -> int:
+    header = format.read_header(arguments.file)
+    formats: dict[str, int] = {}
+    for conf in header.markers.values():
+        formats[conf["format"]] = formats.get(conf["format"], 0) + 1
+    found = policy.detect_architecture(header.tensors)
+    parts = {layer.name + part for layer in header.layers.values()
+             for part in (format.WEIGHT, format.SCALE, format.MARKER)}  # fmt: skip
+    sizes = {True: 0, False: 0}
+    for tensor in header.tensors.values():
+        sizes[tensor.name in parts] += tensor.nbytes
+    summary = {
+        "file": arguments.file.name,
+        "bytes": header.file_size,
+        "tensors": len(header.tensors),
+        "architecture": found[0] if found else None,
+        "formats": formats,
+        "mxfp8_bytes": sizes[True],
+        "other_bytes": sizes[False],
+        "metadata": sorted(header.metadata),
+    }
+    if arguments.json:
+        layers = [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "bytes": layer.weight.nbytes + layer.scale.nbytes,
+                "scale_dtype": layer.scale.dtype,
+                "full_precision_matrix_mult": layer.full_precision,
+            }
+            for layer in header.layers.values()
+        ]
+        print(json.dumps({**summary, "layers": layers}, indent=1))
+        return 0
+    print(f"{summary['file']}: {gigabytes(summary['bytes'])}, {summary['tensors']} tensors")
+    print(f"architecture: {summary['architecture'] or 'not recognised'}")
+    for name, count in sorted(formats.items()):
+        print(f"{name}: {count} layers")
+    print(f"MXFP8 {gigabytes(sizes[True])}, everything else {gigabytes(sizes[False])}")
+    print(f"metadata: {', '.join(summary['metadata']) or 'none'}")
+    return 0
+
+
+def _verify(arguments) -> int:
+    from .verify import verify_file
+
+    with _progress("verify") as progress:
+        result = verify_file(arguments.file, arguments.source, progress)
+    for name, energy in result.layers.items():
+        value = "exact" if energy.sqnr_db is None else f"{energy.sqnr_db:6.2f} dB"
+        print(f"{value}  {name}")
+    if result.sqnr_db is not None:
+        worst = result.layers[result.worst].sqnr_db
+        print(
+            f"\n{len(result.layers)} MXFP8 layers, SQNR {result.sqnr_db:.2f} dB; "
+            f"worst {result.worst}: {worst:.2f} dB"
+        )
+    for problem in result.problems:
+        print(f"PROBLEM: {problem}")
+    return 1 if result.problems else 0
+
+
+def _backends(arguments) -> int:
+    from ..kernels import backends
+
+    for status in backends():
+        print(status)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Which layers become MXFP8, and why not the others.
+
+A plan goes through every tensor of a model and gives it a decision with a reason. First come the
+rules that no option overrides, because stock ComfyUI would run raw codes; then the user's exclude
+and include; then the preset. Presets are named after convert_to_quant's, and mean the same
+selection (`presets.json`). "auto" takes the preset of the architecture that the keys show.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .format import FLOATS, WEIGHT, numel
+
+AUTO = "auto"
+NONE = "none"
+
+# Key prefixes under which a diffusion model's tensors are found.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
+
+# Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
+# an error and then looks up raw codes.
+EMBEDDINGS = frozenset({
+    "embed_tokens", "tok_embeddings", "token_embedding", "word_embeddings", "wte", "wpe",
+    "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+    "shared", "relative_attention_bias", "embed", "emb", "label_emb", "label_embed",
+    "query_embed", "cls_embed", "no_mask_embed", "not_a_point_embed", "lyric_embs",
+    "embedding_table", "codebook", "style_embedder", "cond_type_embedding",
+    "addition_t_embedding", "embed_image_indicator", "trainable_cond_mask",
+    "controlnet_mode_embedder", "mask_tokens", "iou_token", "obj_score_token", "presence_token",
+    "reference_points", "embed_tokens_per_layer",
+})  # fmt: skip
+
+# Parts of a checkpoint that stock never builds with quantised layers.
+_NEVER = (
+    (re.compile(r"(^|\.)(first_stage_model|vae)\."), "part of the VAE"),
+    (
+        re.compile(r"(^|\.)(text_model|vision_model)\.encoder\.|\.transformer\.resblocks\."),
+        "part of a CLIP encoder",
+    ),
+)
+
+# Architecture -> (preset, keys that must all be there). The first match counts.
+ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Z-Image", "zimage", ("cap_pad_token", "noise_refiner.0.attention.qkv.weight")),
+    ("Flux.2", "flux2", ("double_stream_modulation_img.lin.weight",)),
+    ("Chroma Radiance", "nerf_large", ("distilled_guidance_layer.in_proj.weight", "img_in_patch.weight")),
+    ("Chroma", "distillation_large", ("distilled_guidance_layer.in_proj.weight",)),
+    ("Wan", "wan", ("head.modulation",)),
+    ("Lens", "lens", ("transformer_blocks.0.img_mlp.w1.weight", "transformer_blocks.0.img_mod.1.weight")),
+    ("Qwen-Image", "qwen", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    ("Hunyuan Video", "hunyuan", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
+    ("MiniMax H3", "minimaxh3", ("video_patch_proj.weight", "audio_patch_proj.weight")),
+    ("LTX-2", "ltxv2", ("audio_adaln_single.linear.weight",)),
+    ("Krea 2", "krea2", ("txtfusion.projector.weight",)),
+    ("Ideogram 4", "ideogram4", ("embed_image_indicator.weight",)),
+    ("Boogu", "boogu", ("double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",)),
+    ("Anima", "anima", ("llm_adapter.blocks.0.cross_attn.q_proj.weight",)),
+    ("T5", "t5xxl", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
+    ("Gemma 4", "gemma4", ("layers.0.per_layer_input_gate.weight", "layers.0.self_attn.q_proj.weight")),
+    ("Mistral", "mistral", ("tekken_model",)),
+    ("Qwen-VL", "qwen_vlm", ("layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight")),
+)  # fmt: skip
+
+_LANGUAGE_LAYER = re.compile(
+    r"(?:^|\.)(?P<prefix>(?:model\.)?language_model\.layers|model\.layers)\.(?P<index>\d+)\."
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor, and the reason in words for the user."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    quantize: bool
+    reason: str
+
+    @property
+    def layer(self) -> str:
+        return self.key.removesuffix(WEIGHT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every tensor, in the order given.
+
+    Attributes:
+        preset: the preset used, after "auto" was resolved; "default" where nothing was recognised.
+        architecture: what the keys showed, or None.
+    """
+
+    decisions: tuple[Decision, ...]
+    preset: str
+    architecture: str | None
+
+    @property
+    def quantized(self) -> list[Decision]:
+        return [d for d in self.decisions if d.quantize]
+
+
+@cache
+def _table() -> dict:
+    return json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+
+
+def presets() -> dict[str, str]:
+    """Name -> one line about it, for every preset that can be asked for by name."""
+    table = _table()["presets"]
+    names = {name: table[entry.get("alias_for", name)]["about"] for name, entry in table.items()}
+    return {
+        AUTO: "the preset of the architecture that the keys show",
+        NONE: "every linear that stock can run",
+        **dict(sorted(names.items())),
+    }
+
+
+def detect_architecture(keys: Iterable[str]) -> tuple[str, str] | None:
+    """(architecture, preset) that a model's keys show, or None."""
+    keys = set(keys)
+    for name, preset, signature in ARCHITECTURES:
+        for prefix in (*PREFIXES, "model.language_model."):
+            if all(prefix + key in keys for key in signature):
+                return name, preset
+    return None
+
+
+def plan(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    preset: str = AUTO,
+    include: str | None = None,
+    exclude: str | None = None,
+    is_linear: Callable[[str], bool] | None = None,
+) -> Plan:
+    """Decide for every tensor whether it becomes MXFP8.
+
+    Args:
+        tensors: key -> (header dtype such as "BF16", shape).
+        preset: a name from `presets()`.
+        include: regular expression; keys it finds are quantised even where the preset keeps them.
+        exclude: regular expression; keys it finds stay, whatever else is asked.
+        is_linear: tells linear layers apart by name where the modules are at hand; without it,
+            every 2-D float "*.weight" that is no known embedding counts as one.
+
+    Raises:
+        ValueError: unknown preset, or an expression that does not compile.
+    """
+    found = detect_architecture(tensors)
+    name = preset
+    if preset == AUTO:
+        name = found[1] if found else "default"
+    keeps = _keep_rules(name, tensors)
+    included, excluded = _compile("include", include), _compile("exclude", exclude)
+
+    def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
+        reason = _impossible(key, dtype, shape, is_linear)
+        if reason is None and excluded and excluded.search(key):
+            reason = f"excluded by {exclude!r}"
+        if reason is not None:
+            return False, reason
+        if included and included.search(key):
+            return True, f"included by {include!r}"
+        for keep in keeps:
+            reason = keep(key)
+            if reason:
+                return False, reason
+        return True, "linear layer"
+
+    decisions = tuple(
+        Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
+        for key, (dtype, shape) in tensors.items()
+    )
+    return Plan(decisions, name, found[0] if found else None)
+
+
+def _impossible(key, dtype, shape, is_linear) -> str | None:
+    """Why stock ComfyUI could not run this tensor as MXFP8, or None if it can."""
+    if not key.endswith(WEIGHT):
+        return "not a layer's weight"
+    if len(shape) != 2:
+        return f"{len(shape)}-D; MXFP8 is for matrices"
+    if dtype not in FLOATS:
+        return f"{dtype}; only F32, F16 and BF16 weights are quantised"
+    if numel(shape) == 0:
+        return "empty"
+    for pattern, what in _NEVER:
+        if pattern.search(key):
+            return f"{what}: stock ComfyUI cannot run it quantised"
+    layer = key.removesuffix(WEIGHT)
+    if is_linear is not None and not is_linear(layer):
+        return "not a linear layer"
+    if is_linear is None and layer.rsplit(".", 1)[-1] in EMBEDDINGS:
+        return "embedding: stock ComfyUI would look up raw codes"
+    return None
+
+
+def _compile(option: str, expression: str | None) -> re.Pattern | None:
+    if not expression:
+        return None
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{option} {expression!r} is no regular expression: {error}") from error
+
+
+def _keep_rules(name: str, keys: Iterable[str]) -> list[Callable[[str], str | None]]:
+    """Functions key -> reason to keep it, or None, for a preset and what it builds on."""
+    if name == NONE:
+        return []
+    table = _table()
+    rules = [_keep_substrings("the default selection", table["default_keep"])]
+    while name not in ("default", None):
+        entry = table["presets"].get(name)
+        if entry is None:
+            known = ", ".join(presets())
+            raise ValueError(f"no preset is called {name!r}; there are: {known}")
+        if "alias_for" in entry:
+            name = entry["alias_for"]
+            continue
+        label = f"preset {name}"
+        rules.append(_keep_substrings(label, entry["keep"]))
+        rules.append(_keep_matching(label, entry.get("keep_matching", [])))
+        if entry.get("keep_final_language_layer"):
+            rules.append(_keep_substrings(label, _final_language_layers(keys)))
+        name = entry.get("extends")
+    return rules
+
+
+def _keep_substrings(label: str, parts: Iterable[str]):
+    parts = tuple(parts)
+
+    def rule(key: str) -> str | None:
+        part = next((p for p in parts if p in key), None)
+        return None if part is None else f"{label} keeps {part!r}"
+
+    return rule
+
+
+def _keep_matching(label: str, expressions: Iterable[str]):
+    patterns = [re.compile(e) for e in expressions]
+
+    def rule(key: str) -> str | None:
+        found = any(p.search(key) for p in patterns)
+        return f"{label} keeps {key.removesuffix(WEIGHT)!r}" if found else None
+
+    return rule
+
+
+def _final_language_layers(keys: Iterable[str]) -> list[str]:
+    """"model.layers.27." and the like: the last layer of each language model among the keys."""
+    last: dict[str, int] = {}
+    for key in keys:
+        match = _LANGUAGE_LAYER.search(key)
+        if match:
+            prefix, index = match["prefix"], int(match["index"])
+            last[prefix] = max(index, last.get(prefix, index))
+    return [f"{prefix}.{index}." for prefix, index in last.items()]

@@ -1,0 +1,124 @@
+"""Check an MXFP8 file against the model it was made from, from the bytes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import kernels
+from ..kernels import layout
+from .format import MARKER, SCALE, WEIGHT
+from .policy import PREFIXES
+from .report import Energy, total_sqnr
+from .source import FileSource
+
+_SLAB = 1 << 23  # values compared at a time
+
+
+@dataclass
+class Verification:
+    """What was found.
+
+    Attributes:
+        layers: layer -> measured energy, in file order.
+        problems: sentences; empty where the file is sound.
+    """
+
+    layers: dict[str, Energy] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        return total_sqnr(self.layers.values())
+
+    @property
+    def worst(self) -> str | None:
+        """The layer with the lowest SQNR."""
+        lossy = {n: e.sqnr_db for n, e in self.layers.items() if e.sqnr_db is not None}
+        return min(lossy, key=lossy.get, default=None)
+
+
+def verify_file(path, source, progress=None) -> Verification:
+    """Dequantise every MXFP8 layer of `path` and compare it with `source`, block by block.
+
+    Tensors that are not quantised must be equal byte for byte. Key prefixes may differ.
+
+    Args:
+        progress: called with (bytes compared, bytes in all, key).
+
+    Raises:
+        FormatError: one of the files is damaged.
+    """
+    result = Verification()
+    with FileSource(path) as stored, FileSource(source) as original:
+        names = _match(stored, original, result)
+        layers = stored.header.layers
+        total = sum(original.header.tensors[o].nbytes for o in names.values())
+        done = 0
+        for key, original_key in names.items():
+            layer = layers.get(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
+            if layer is not None:
+                energy = _compare_layer(stored, original, layer, original_key, result)
+                if energy is not None:
+                    result.layers[layer.name] = energy
+            elif not _equal(stored, original, key, original_key):
+                result.problems.append(f"{key!r} differs from the source")
+            done += original.header.tensors[original_key].nbytes
+            if progress is not None:
+                progress(done, total, key)
+    return result
+
+
+def _match(stored: FileSource, original: FileSource, result: Verification) -> dict[str, str]:
+    """Key in the file -> key in the source; what has no partner is a problem."""
+    bare = {_strip(key): key for key in original.tensors}
+    names, parts = {}, set()
+    for name in stored.header.layers:
+        parts |= {name + SCALE, name + MARKER}
+    for key in stored.tensors:
+        if key in parts:
+            continue
+        partner = key if key in original.tensors else bare.get(_strip(key))
+        if partner is None:
+            result.problems.append(f"{key!r} is not in the source")
+        else:
+            names[key] = partner
+    for key in original.tensors.keys() - names.values():
+        result.problems.append(f"{key!r} of the source is missing")
+    return names
+
+
+def _strip(key: str) -> str:
+    prefix = next(p for p in PREFIXES if key.startswith(p))
+    return key[len(prefix) :]
+
+
+def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:
+    dtype, shape = original.tensors[original_key]
+    if layout.padded_shape(*shape) != layer.weight.shape or len(shape) != 2:
+        result.problems.append(
+            f"{layer.name!r} has shape {list(layer.shape)}, the source {list(shape)}"
+        )
+        return None
+    rows, cols = shape
+    energy = Energy()
+    height = max(layout.TILE_ROWS, _SLAB // max(cols, 1) // layout.TILE_ROWS * layout.TILE_ROWS)
+    for first in range(0, rows, height):
+        last = min(rows, first + height)
+        qdata = stored.rows(layer.weight.name, first, layout.round_up(last, layout.ROW_PAD))
+        tiles = layout.round_up(last, layout.TILE_ROWS)
+        scale = stored.rows(layer.scale.name, first, tiles)
+        signal, noise = kernels.block_energy(
+            original.rows(original_key, first, last), qdata, scale
+        )
+        if not noise.isfinite().all():
+            result.problems.append(f"{layer.name!r} decodes to NaN or infinity")
+            return None
+        energy.add(first, signal, noise)
+    return energy
+
+
+def _equal(stored: FileSource, original: FileSource, key: str, original_key: str) -> bool:
+    if stored.tensors[key] != original.tensors[original_key]:
+        return False
+    pairs = zip(stored.pieces(key), original.pieces(original_key), strict=True)
+    return all(a == b for a, b in pairs)
