@@ -113,9 +113,7 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
         for backend in BACKENDS if forced is None else (forced,):
             if forced is None and not backend.automatic:
                 continue
-            reason = backend.refuse(
-                Problem(problem.op, problem.device, problem.dtype, precision)
-            )
+            reason = backend.refuse(Problem(problem.op, problem.device, problem.dtype, precision))
             if reason is None:
                 if problem.precision == "fast" and precision == "exact":
                     logger.warning(

@@ -165,7 +165,7 @@ def _linear_fake(x, qdata, scale, bias, rows, cols, precision):
 
 
 def _linear_setup_context(ctx, inputs, output):
-    x, qdata, scale, bias, ctx.rows, ctx.cols, _ = inputs
+    _, qdata, scale, bias, ctx.rows, ctx.cols, _ = inputs
     ctx.save_for_backward(qdata, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -152,7 +152,7 @@ def _quantize(source: Source, decision: Decision, writer: Writer, advance) -> En
         energy.add(first, signal, noise)
         writer.write(decision.layer + WEIGHT, as_bytes(qdata))
         writer.write(decision.layer + SCALE, as_bytes(scale))
-        advance(slab.nbytes, decision.key)
+        advance(_nbytes(decision) * (last - first) // rows, decision.key)
     return energy
 
 

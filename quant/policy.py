@@ -49,10 +49,18 @@ _NEVER = (
 ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Z-Image", "zimage", ("cap_pad_token", "noise_refiner.0.attention.qkv.weight")),
     ("Flux.2", "flux2", ("double_stream_modulation_img.lin.weight",)),
-    ("Chroma Radiance", "nerf_large", ("distilled_guidance_layer.in_proj.weight", "img_in_patch.weight")),
+    (
+        "Chroma Radiance",
+        "nerf_large",
+        ("distilled_guidance_layer.in_proj.weight", "img_in_patch.weight"),
+    ),
     ("Chroma", "distillation_large", ("distilled_guidance_layer.in_proj.weight",)),
     ("Wan", "wan", ("head.modulation",)),
-    ("Lens", "lens", ("transformer_blocks.0.img_mlp.w1.weight", "transformer_blocks.0.img_mod.1.weight")),
+    (
+        "Lens",
+        "lens",
+        ("transformer_blocks.0.img_mlp.w1.weight", "transformer_blocks.0.img_mod.1.weight"),
+    ),
     ("Qwen-Image", "qwen", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
     ("Hunyuan Video", "hunyuan", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
     ("MiniMax H3", "minimaxh3", ("video_patch_proj.weight", "audio_patch_proj.weight")),
@@ -62,10 +70,18 @@ ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Boogu", "boogu", ("double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",)),
     ("Anima", "anima", ("llm_adapter.blocks.0.cross_attn.q_proj.weight",)),
     ("T5", "t5xxl", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
-    ("Gemma 4", "gemma4", ("layers.0.per_layer_input_gate.weight", "layers.0.self_attn.q_proj.weight")),
+    (
+        "Gemma 4",
+        "gemma4",
+        ("layers.0.per_layer_input_gate.weight", "layers.0.self_attn.q_proj.weight"),
+    ),
     ("Mistral", "mistral", ("tekken_model",)),
-    ("Qwen-VL", "qwen_vlm", ("layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight")),
-)  # fmt: skip
+    (
+        "Qwen-VL",
+        "qwen_vlm",
+        ("layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"),
+    ),
+)
 
 _LANGUAGE_LAYER = re.compile(
     r"(?:^|\.)(?P<prefix>(?:model\.)?language_model\.layers|model\.layers)\.(?P<index>\d+)\."
@@ -253,7 +269,7 @@ def _keep_matching(label: str, expressions: Iterable[str]):
 
 
 def _final_language_layers(keys: Iterable[str]) -> list[str]:
-    """"model.layers.27." and the like: the last layer of each language model among the keys."""
+    """ "model.layers.27." and the like: the last layer of each language model among the keys."""
     last: dict[str, int] = {}
     for key in keys:
         match = _LANGUAGE_LAYER.search(key)

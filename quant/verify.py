@@ -93,7 +93,7 @@ def _strip(key: str) -> str:
 
 
 def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:
-    dtype, shape = original.tensors[original_key]
+    shape = original.tensors[original_key][1]
     if layout.padded_shape(*shape) != layer.weight.shape or len(shape) != 2:
         result.problems.append(
             f"{layer.name!r} has shape {list(layer.shape)}, the source {list(shape)}"
@@ -107,9 +107,7 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
         qdata = stored.rows(layer.weight.name, first, layout.round_up(last, layout.ROW_PAD))
         tiles = layout.round_up(last, layout.TILE_ROWS)
         scale = stored.rows(layer.scale.name, first, tiles)
-        signal, noise = kernels.block_energy(
-            original.rows(original_key, first, last), qdata, scale
-        )
+        signal, noise = kernels.block_energy(original.rows(original_key, first, last), qdata, scale)
         if not noise.isfinite().all():
             result.problems.append(f"{layer.name!r} decodes to NaN or infinity")
             return None

@@ -143,7 +143,7 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
     """Order the tensors, place them, and encode the header."""
 
     def key(tensor):
-        name, dtype, shape = tensor
+        _, dtype, shape = tensor
         bits = DTYPES[dtype]
         whole = format.numel(shape) * bits // 8 % ALIGNMENT == 0
         return not whole, 0 if whole else -bits
@@ -205,7 +205,9 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def _exists(target: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "the file exists; say overwrite to replace it", str(target))
+    return FileExistsError(
+        errno.EEXIST, "the file exists; say overwrite to replace it", str(target)
+    )
 
 
 def _sync_folder(folder: Path) -> None:

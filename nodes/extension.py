@@ -1,0 +1,33 @@
+"""The list of nodes that ComfyUI gets."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loading import (
+    MXFP8Accelerate,
+    MXFP8AccelerateTextEncoder,
+    MXFP8LoadCheckpoint,
+    MXFP8LoadDiffusionModel,
+    MXFP8LoadTextEncoder,
+)
+from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel
+from .saving import MXFP8SaveModel
+
+NODES: list[type[io.ComfyNode]] = [
+    MXFP8LoadDiffusionModel,
+    MXFP8LoadCheckpoint,
+    MXFP8LoadTextEncoder,
+    MXFP8Accelerate,
+    MXFP8AccelerateTextEncoder,
+    MXFP8QuantizeModel,
+    MXFP8SaveModel,
+    MXFP8ConvertFile,
+]
+
+
+class MXFP8Extension(ComfyExtension):
+    """MXFP8's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

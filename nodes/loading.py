@@ -1,0 +1,237 @@
+"""Nodes that load MXFP8 models through stock ComfyUI, and one that takes a loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+import nodes as comfy_nodes
+import torch
+from comfy_api.latest import io
+
+from ..quant import format
+from . import files
+from .model_patch import PRECISIONS, accelerate
+
+CATEGORY = "MXFP8"
+_NO_FILE = "none"
+
+
+def precision_input() -> io.Combo.Input:
+    """The precision widget that every node with kernels has."""
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip=(
+            "exact: stored weights times unquantised activations. "
+            "fast: activations are quantised too, for tensor cores that multiply 8-bit values. "
+            "auto: fast where the GPU has them, else exact. "
+            "Layers that the file marks as full precision are always exact."
+        ),
+    )
+
+
+def check_file(path: Path) -> None:
+    """Read the header and refuse a damaged or inconsistent MXFP8 file before it is loaded."""
+    if files.is_safetensors(path):
+        _ = format.read_header(path).layers
+
+
+class MXFP8LoadDiffusionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8LoadDiffusionModel",
+            display_name="Load Diffusion Model (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Loads a diffusion model and runs its MXFP8 layers on the fastest correct path "
+                "this machine has. Other models load as the stock loader loads them."
+            ),
+            search_aliases=["mxfp8", "unet loader", "load diffusion model", "quantized", "fp8"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file in models/diffusion_models.",
+                ),
+                precision_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The diffusion model.")],
+        )
+
+    @classmethod
+    def execute(cls, model_name, precision) -> io.NodeOutput:
+        path = files.model_path("diffusion_models", model_name)
+        check_file(path)
+        model = comfy.sd.load_diffusion_model(str(path))
+        return io.NodeOutput(accelerate(model, precision))
+
+
+class MXFP8LoadCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8LoadCheckpoint",
+            display_name="Load Checkpoint (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Loads a checkpoint (diffusion model, text encoder and VAE in one file) and runs "
+                "its MXFP8 layers on the fastest correct path this machine has."
+            ),
+            search_aliases=["mxfp8", "checkpoint", "load checkpoint", "quantized"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint_name",
+                    options=folder_paths.get_filename_list("checkpoints"),
+                    tooltip="A file in models/checkpoints.",
+                ),
+                precision_input(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The diffusion model."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder."),
+                io.Vae.Output(display_name="vae", tooltip="Decodes latents to images."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
+        path = files.model_path("checkpoints", checkpoint_name)
+        check_file(path)
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
+        )
+        if model is not None:
+            model = accelerate(model, precision)
+        if clip is not None:
+            clip = accelerate_clip(clip, precision)
+        return io.NodeOutput(model, clip, vae)
+
+
+class MXFP8LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        names = folder_paths.get_filename_list("text_encoders")
+        more = [_NO_FILE, *names]
+        return io.Schema(
+            node_id="MXFP8LoadTextEncoder",
+            display_name="Load Text Encoder (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Loads one to four text encoder files as the stock CLIP loaders pair them, and "
+                "runs their MXFP8 layers exactly. Activations of text encoders are never "
+                "quantised, as in stock ComfyUI.\n"
+                "One file: " + comfy_nodes.CLIPLoader.DESCRIPTION + "\n"
+                "Two files: " + comfy_nodes.DualCLIPLoader.DESCRIPTION + "\n"
+                "Three files: sd3 (clip-l, clip-g, t5). "
+                "Four files: hidream (clip-l, clip-g, t5, llama)."
+            ),
+            search_aliases=["mxfp8", "clip loader", "dual clip", "text encoder", "t5", "qwen"],
+            inputs=[
+                io.Combo.Input(
+                    "name", options=names, tooltip="A file in models/text_encoders."
+                ),
+                io.Combo.Input(
+                    "type", options=text_encoder_types(), tooltip="The model it encodes for."
+                ),
+                io.Combo.Input(
+                    "name2", options=more, default=_NO_FILE, optional=True,
+                    tooltip="A second file, for models that pair two text encoders.",
+                ),
+                io.Combo.Input(
+                    "name3", options=more, default=_NO_FILE, optional=True, advanced=True,
+                    tooltip="A third file (sd3, hidream).",
+                ),
+                io.Combo.Input(
+                    "name4", options=more, default=_NO_FILE, optional=True, advanced=True,
+                    tooltip="A fourth file (hidream).",
+                ),
+                io.Combo.Input(
+                    "device", options=["default", "cpu"], default="default", optional=True,
+                    advanced=True, tooltip="cpu: keep and run the text encoder in main memory.",
+                ),
+            ],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="The text encoder.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, name, type, name2=_NO_FILE, name3=_NO_FILE, name4=_NO_FILE, device="default"
+    ) -> io.NodeOutput:
+        chosen = [n for n in (name, name2, name3, name4) if n != _NO_FILE]
+        paths = [files.model_path("text_encoders", n) for n in chosen]
+        for path in paths:
+            check_file(path)
+        options = {}
+        if device == "cpu":
+            options["load_device"] = options["offload_device"] = torch.device("cpu")
+        clip = comfy.sd.load_clip(
+            ckpt_paths=[str(path) for path in paths],
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            model_options=options,
+        )
+        return io.NodeOutput(accelerate_clip(clip, "exact"))
+
+
+def text_encoder_types() -> list[str]:
+    """The types that stock's loaders offer for one file and for two, without repeats."""
+    types = []
+    for loader in (comfy_nodes.CLIPLoader, comfy_nodes.DualCLIPLoader):
+        types += loader.INPUT_TYPES()["required"]["type"][0]
+    return list(dict.fromkeys(types))
+
+
+def accelerate_clip(clip, precision: str):
+    """A clone of a CLIP whose MXFP8 linears run our kernels."""
+    clone = clip.clone()
+    clone.patcher = accelerate(clip.patcher, precision)
+    return clone
+
+
+class MXFP8Accelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8Accelerate",
+            display_name="Accelerate Model (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Takes a model from any loader and runs its MXFP8 layers on the fastest correct "
+                "path this machine has. Put it right after the loader."
+            ),
+            search_aliases=["mxfp8", "accelerate", "speed up", "quantized"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with MXFP8 layers."),
+                precision_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The same model, faster.")],
+        )
+
+    @classmethod
+    def execute(cls, model, precision) -> io.NodeOutput:
+        return io.NodeOutput(accelerate(model, precision))
+
+
+class MXFP8AccelerateTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8AccelerateTextEncoder",
+            display_name="Accelerate Text Encoder (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Takes a text encoder from any loader and runs its MXFP8 layers without "
+                "unpacking whole weights. Activations are never quantised."
+            ),
+            search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
+            inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="The same text encoder.")],
+        )
+
+    @classmethod
+    def execute(cls, clip) -> io.NodeOutput:
+        return io.NodeOutput(accelerate_clip(clip, "exact"))

@@ -1,0 +1,155 @@
+"""The one seam to ComfyUI: a model loaded by stock code gets our forward on its MXFP8 linears.
+
+Stock builds the model and keeps its weights as its own QuantizedTensors, so its offloading,
+pinning, saving and memory accounting go on working. `accelerate` clones the patcher and puts an
+object patch on `<linear>.forward`. That survives unloading and reloading, merged and bypass LoRA,
+and torch.compile, and serves diffusion models, checkpoints and text encoders alike.
+
+An object patch is bound to a module, and a clone can get a fresh model (`clone(force_deepcopy)`,
+`deepclone_multigpu`, `clone(disable_dynamic)`): its patches would go on running the old model's
+weights. A callback on every clone binds them to the new modules.
+
+Rejected: a subclass of stock's Linear as `custom_operations`. Stock then skips the markers in a
+file's header, and a file that has only those runs raw codes without an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import MethodType
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP
+from comfy.quant_ops import QuantizedTensor
+
+from .. import kernels
+
+logger = logging.getLogger(__name__)
+
+_KEY = "mxfp8"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_mxfp8_linear(module: torch.nn.Module) -> bool:
+    """Whether stock loaded this module as a linear layer with an MXFP8 weight."""
+    return (
+        getattr(module, "quant_format", None) == "mxfp8"
+        and hasattr(module, "in_features")
+        and isinstance(getattr(module, "weight", None), QuantizedTensor)
+        and module.weight.ndim == 2
+    )
+
+
+def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of every MXFP8 linear in a model, in module order."""
+    return ((n, m) for n, m in model.named_modules() if is_mxfp8_linear(m))
+
+
+def accelerate(patcher, precision: str):
+    """A clone of a ModelPatcher whose MXFP8 linears run `kernels.linear` at `precision`.
+
+    A model that is accelerated already takes the new precision. One with nothing in MXFP8 comes
+    back as a plain clone, with a notice.
+    """
+    clone = patcher.clone()
+    linears = list(mxfp8_linears(clone.model))
+    for name, module in linears:
+        clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
+    if linears and not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
+        clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
+    if not linears:
+        logger.info(
+            "MXFP8: nothing in this %s is MXFP8; it runs as ComfyUI loaded it.",
+            type(clone.model).__name__,
+        )
+    return clone
+
+
+def our_patches(patcher) -> list[str]:
+    """Names of the object patches on a patcher that are ours."""
+    ours = set(_FORWARDS.values())
+    return [n for n, p in patcher.object_patches.items() if getattr(p, "__func__", None) in ours]
+
+
+def remove(patcher) -> None:
+    """Take our patches off a patcher (not off the clones it came from)."""
+    for name in our_patches(patcher):
+        del patcher.object_patches[name]
+
+
+def _rebind(old, new) -> None:
+    """ON_CLONE: bind our patches to the modules of a clone that has a model of its own."""
+    if new.model is old.model:
+        return
+    for name in our_patches(new):
+        module = comfy.utils.get_attr(new.model, name.removesuffix(".forward"))
+        if is_mxfp8_linear(module):
+            new.object_patches[name] = MethodType(new.object_patches[name].__func__, module)
+        else:
+            del new.object_patches[name]
+
+
+def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
+    """The forward of stock's quantised Linear, with `kernels.linear` as its matmul.
+
+    What stock does apart from that is left to stock: training, patched weights that it applies on
+    the fly (a LoRA on an offloaded layer), smoothed inputs.
+    """
+    stock = (
+        x.requires_grad
+        or module.weight_function
+        or module.bias_function
+        or isinstance(x, QuantizedTensor)
+        or x.dtype not in _FLOATS
+        or getattr(module, "pre_quant_scale", None) is not None
+    )
+    if stock:
+        return type(module).forward(module, x)
+
+    comfy.ops.run_every_op()
+    if module._full_precision_mm_config or getattr(module, "comfy_force_cast_weights", False):
+        precision = "exact"
+    weight, bias, stream = comfy.ops.cast_bias_weight(
+        module,
+        input=None,
+        dtype=module.weight.dtype,  # another dtype would hand back a dequantised weight
+        device=x.device,
+        bias_dtype=x.dtype,
+        offloadable=True,
+        compute_dtype=x.dtype,
+        want_requant=True,
+    )
+    if isinstance(weight, QuantizedTensor):
+        out = kernels.linear(
+            x,
+            weight._qdata,
+            weight._params.scale,
+            bias,
+            shape=tuple(weight.shape),
+            precision=precision,
+        )
+    else:  # a LoRA was merged into it on the way
+        out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    return out
+
+
+def _forward_auto(module, x, *_, **__):
+    return _forward(module, x, "auto")
+
+
+def _forward_exact(module, x, *_, **__):
+    return _forward(module, x, "exact")
+
+
+def _forward_fast(module, x, *_, **__):
+    return _forward(module, x, "fast")
+
+
+# Three functions, not one with an argument: a bound method is what torch.compile inlines.
+_FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}
+PRECISIONS = tuple(_FORWARDS)

@@ -1,0 +1,217 @@
+"""Nodes that make MXFP8: from a model in the graph, and from a file to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+import weakref
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+from comfy_api.latest import io
+
+from ..quant import policy
+from ..quant.convert import convert, convert_file, plan_source
+from ..quant.report import Report
+from . import files
+from .loading import CATEGORY, precision_input
+from .model_patch import accelerate, remove
+from .model_source import ModelSource
+
+logger = logging.getLogger(__name__)
+
+
+def selection_inputs() -> list[io.Input]:
+    """Preset, include and exclude: which layers become MXFP8."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=list(policy.presets()),
+            default=policy.AUTO,
+            tooltip=(
+                "Which layers stay as they are. auto: the preset of the architecture that the "
+                "keys show; none: quantise every linear; zimage-turbo: the recipe of the "
+                "Z-Image-Turbo-MXFP8 model card."
+            ),
+        ),
+        io.String.Input(
+            "include",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Regular expression: quantise keys it finds, even if the preset keeps them.",
+        ),
+        io.String.Input(
+            "exclude",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Regular expression: keep keys it finds, whatever else is chosen.",
+        ),
+    ]
+
+
+class MXFP8QuantizeModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8QuantizeModel",
+            display_name="Quantize Model (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Quantises a BF16, FP16 or FP32 diffusion model to MXFP8: half the size, nearly "
+                "the same output. LoRAs on it are baked in at full precision first. The input "
+                "model stays as it is."
+            ),
+            search_aliases=["mxfp8", "quantize", "quantise", "compress", "fp8", "convert model"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model that is not quantised yet."),
+                *selection_inputs(),
+                precision_input(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The MXFP8 model."),
+                io.String.Output(
+                    display_name="report", tooltip="Every layer's decision, size and error: JSON."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, preset, precision, include="", exclude="") -> io.NodeOutput:
+        quantized, report = quantize_model(model, preset, include, exclude)
+        return output(report, accelerate(quantized, precision))
+
+
+class MXFP8ConvertFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8ConvertFile",
+            display_name="Convert File (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Converts a safetensors model file to MXFP8, without loading the model. The new "
+                "file lies beside its source, is verified, and loads in stock ComfyUI too."
+            ),
+            search_aliases=["mxfp8", "convert", "quantize file", "quantise"],
+            inputs=[
+                io.Combo.Input(
+                    "source",
+                    options=files.list_sources(),
+                    tooltip="A BF16, FP16 or FP32 safetensors file in a model folder.",
+                ),
+                io.String.Input(
+                    "target",
+                    default="",
+                    tooltip=(
+                        "Name of the new file in the same model folder; empty: the source's name "
+                        "with -mxfp8."
+                    ),
+                ),
+                *selection_inputs(),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace the target if it exists."
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="report", tooltip="Every layer's decision, size and error: JSON."
+                ),
+            ],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, source, target, preset, overwrite, include="", exclude="") -> io.NodeOutput:
+        path = files.source_path(source)
+        report = convert_file(
+            path,
+            files.target_beside(path, source, target),
+            preset=preset,
+            include=include,
+            exclude=exclude,
+            overwrite=overwrite,
+            progress=Progress(),
+        )
+        return output(report)
+
+
+def output(report: Report, *values) -> io.NodeOutput:
+    """A node's result with its report: as text below the node, as JSON for whoever reads it."""
+    logger.info("MXFP8: %s", report.summary())
+    text = report.to_json()
+    return io.NodeOutput(*values, text, ui={"text": [report.summary()], "mxfp8_report": [text]})
+
+
+class Progress:
+    """Passes a conversion's progress to the node and stops it when the user interrupts."""
+
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done: int, total: int, key: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(done, total)
+
+
+def quantize_model(patcher, preset: str, include: str, exclude: str):
+    """A MODEL's MXFP8 twin and the report on it.
+
+    The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
+    that file: so reloads, deep clones and other devices have a file behind them, and memory holds
+    the input, the result and one layer. The file goes when the last model that uses it goes.
+    """
+    source = ModelSource(patcher)
+    if source.quantized:
+        name, module = next(iter(source.quantized.items()))
+        raise ValueError(
+            f"this {source.name} is quantised already ({name!r} is {module.quant_format}); "
+            "quantise the BF16, FP16 or FP32 original"
+        )
+    plan = plan_source(
+        source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
+    )
+    file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
+    report = convert(source, file.path, plan, progress=Progress())
+    del source
+
+    fresh = load_temporary(file)
+    # A clone on the new model: patches other than LoRAs, sampling, wrappers and options carry over.
+    twin = patcher.clone(model_override=(fresh.model, ({}, {}, {}, set())))
+    twin.patches = {}
+    twin.patches_uuid = uuid.uuid4()
+    twin.hook_backup = {}
+    twin.cached_hook_patches = {}
+    twin.parent = None  # no sibling of the input: they share no model
+    twin.clone_base_uuid = uuid.uuid4()
+    twin.size = 0
+    twin.model_size()
+    twin.cached_patcher_init = fresh.cached_patcher_init
+    remove(twin)
+    return twin, report
+
+
+class TemporaryFile:
+    """A file that is deleted when nothing refers to this object any more."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        weakref.finalize(self, _delete, path)
+
+
+def _delete(path: Path) -> None:
+    # Windows keeps a file that is mapped; ComfyUI empties its temp folder when it stops.
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def load_temporary(file: TemporaryFile, disable_dynamic: bool = False):
+    """Load a temporary file with stock; also the factory by which ComfyUI makes deep clones."""
+    patcher = comfy.sd.load_diffusion_model(str(file.path), disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (load_temporary, (file,))
+    return patcher

@@ -1,0 +1,147 @@
+"""Make small models that stock ComfyUI detects, with random weights.
+
+Run with ComfyUI on the path, as a process of its own (ComfyUI parses the command line):
+
+    python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
+
+NAME: flux, flux2, wan, zimage, vae, lora. Files go where a ComfyUI base folder has its models.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+COMFYUI, FOLDER, NAMES = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, COMFYUI)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.ops  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+OPERATIONS = comfy.ops.disable_weight_init
+
+
+def flux():
+    from comfy.ldm.flux.model import Flux
+
+    return Flux(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=None,
+        context_in_dim=1024, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1,
+        depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
+        guidance_embed=False, txt_ids_dims=[], operations=OPERATIONS,
+    )  # fmt: skip
+
+
+def flux2():
+    from comfy.ldm.flux.model import Flux
+
+    return Flux(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None,
+        context_in_dim=1024, hidden_size=128, mlp_ratio=3.0, num_heads=1, depth=1,
+        depth_single_blocks=1, axes_dim=[32] * 4, theta=2000, patch_size=1, qkv_bias=False,
+        guidance_embed=False, global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        txt_ids_dims=[3], operations=OPERATIONS,
+    )  # fmt: skip
+
+
+def wan():
+    from comfy.ldm.wan.model import WanModel
+
+    return WanModel(
+        model_type="t2v", patch_size=(1, 2, 2), dim=128, ffn_dim=256, num_heads=1, num_layers=1,
+        in_dim=16, out_dim=16, text_dim=4096, operations=OPERATIONS,
+    )  # fmt: skip
+
+
+def zimage_shapes(layers: int = 1, width: int = 3840, hidden: int = 10240, text: int = 1024):
+    """Keys and shapes of a Z-Image with few layers; full width, because stock detects it by that."""
+    shapes = {
+        "cap_embedder.0.weight": (text,), "cap_embedder.1.weight": (width, text),
+        "cap_embedder.1.bias": (width,), "cap_pad_token": (1, width), "x_pad_token": (1, width),
+        "x_embedder.weight": (width, 64), "x_embedder.bias": (width,),
+        "t_embedder.mlp.0.weight": (1024, 256), "t_embedder.mlp.0.bias": (1024,),
+        "t_embedder.mlp.2.weight": (256, 1024), "t_embedder.mlp.2.bias": (256,),
+        "final_layer.adaLN_modulation.1.weight": (width, 256),
+        "final_layer.adaLN_modulation.1.bias": (width,),
+        "final_layer.linear.weight": (64, width), "final_layer.linear.bias": (64,),
+    }  # fmt: skip
+    blocks = [f"layers.{i}" for i in range(layers)]
+    blocks += [f"{kind}_refiner.{i}" for kind in ("noise", "context") for i in range(2)]
+    for block in blocks:
+        shapes |= {
+            f"{block}.attention.qkv.weight": (3 * width, width),
+            f"{block}.attention.out.weight": (width, width),
+            f"{block}.attention.q_norm.weight": (128,),
+            f"{block}.attention.k_norm.weight": (128,),
+            f"{block}.feed_forward.w1.weight": (hidden, width),
+            f"{block}.feed_forward.w2.weight": (width, hidden),
+            f"{block}.feed_forward.w3.weight": (hidden, width),
+            f"{block}.attention_norm1.weight": (width,),
+            f"{block}.attention_norm2.weight": (width,),
+            f"{block}.ffn_norm1.weight": (width,), f"{block}.ffn_norm2.weight": (width,),
+        }  # fmt: skip
+        if not block.startswith("context"):
+            shapes[f"{block}.adaLN_modulation.0.weight"] = (4 * width, 256)
+            shapes[f"{block}.adaLN_modulation.0.bias"] = (4 * width,)
+    return shapes
+
+
+def randomise(shapes: dict) -> dict[str, torch.Tensor]:
+    """Random BF16 weights of ordinary size; norms around 1."""
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for key, shape in shapes.items():
+        value = torch.empty(tuple(shape), dtype=torch.bfloat16)
+        if "norm" in key and key.endswith(("weight", "scale")):
+            value.fill_(1.0)
+        else:
+            value.normal_(0, 0.02, generator=generator)
+        state[key] = value
+    return state
+
+
+def lora(state: dict[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA on every linear inside a block, strong enough to be seen."""
+    generator = torch.Generator().manual_seed(2)
+    result = {}
+    for key, weight in state.items():
+        if key.endswith(".weight") and weight.ndim == 2 and "blocks" in key:
+            name = "diffusion_model." + key.removesuffix(".weight")
+            up = torch.randn(weight.shape[0], rank, generator=generator) * 0.05
+            down = torch.randn(rank, weight.shape[1], generator=generator) * 0.05
+            result[f"{name}.lora_up.weight"], result[f"{name}.lora_down.weight"] = up, down
+    return result
+
+
+def vae() -> dict[str, torch.Tensor]:
+    from comfy.taesd.taesd import TAESD
+
+    torch.manual_seed(3)
+    return TAESD(latent_channels=16).state_dict()
+
+
+def main() -> None:
+    makers = {"flux": flux, "flux2": flux2, "wan": wan}
+    for name in NAMES:
+        folder = {"vae": "vae", "lora": "loras"}.get(name, "diffusion_models")
+        target = FOLDER / "models" / folder / f"{name}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name == "vae":
+            state = vae()
+        elif name == "zimage":
+            state = randomise(zimage_shapes())
+        elif name == "lora":
+            state = lora(randomise({k: v.shape for k, v in flux().state_dict().items()}))
+        else:
+            state = randomise({k: v.shape for k, v in makers[name]().state_dict().items()})
+        save_file(state, target)
+
+
+if __name__ == "__main__":
+    main()
