@@ -16,6 +16,7 @@ file's header, and a file that has only those runs raw codes without an error.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from types import MethodType
 
@@ -23,8 +24,9 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
 
@@ -91,6 +93,48 @@ def _rebind(old, new) -> None:
             new.object_patches[name] = MethodType(new.object_patches[name].__func__, module)
         else:
             del new.object_patches[name]
+
+
+def check_movable(patcher) -> None:
+    """Raise ValueError if something on a patcher is tied to its layers and cannot carry over."""
+    if any(patcher.injections.values()):
+        names = ", ".join(map(repr, patcher.injections))
+        raise ValueError(
+            f"{names} on this {type(patcher.model).__name__} is tied to its unquantised layers; "
+            "apply it (a bypass LoRA, for one) to the quantised model instead"
+        )
+
+
+def give_model(patcher, fresh):
+    """A clone of `patcher` on the model of `fresh`, a patcher just loaded, LoRAs left behind.
+
+    Sampling, options, wrappers, hooks and patches by other packs carry over; methods that those
+    bound to modules of the old model are bound to the new ones.
+    """
+    clone = patcher.clone(model_override=(fresh.model, ({}, {}, {}, set())))
+    clone.patches = {}
+    clone.patches_uuid = uuid.uuid4()
+    clone.hook_backup = {}
+    clone.cached_hook_patches = {}
+    clone.parent = None  # no sibling of the input: they share no model
+    clone.clone_base_uuid = uuid.uuid4()
+    clone.size = 0
+    clone.model_size()
+    clone.cached_patcher_init = fresh.cached_patcher_init
+    remove(clone)
+
+    names = {id(module): name for name, module in patcher.model.named_modules()}
+    for key, patch in clone.object_patches.items():
+        name = names.get(id(getattr(patch, "__self__", None)))
+        if name is not None:
+            module = comfy.utils.get_attr(clone.model, name)
+            clone.object_patches[key] = MethodType(patch.__func__, module)
+    if clone.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        logger.warning(
+            "MXFP8: torch.compile on the input does not carry over; compile the quantised model."
+        )
+    return clone
 
 
 def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:

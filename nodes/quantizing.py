@@ -6,6 +6,7 @@ import contextlib
 import logging
 import uuid
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -18,7 +19,7 @@ from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
 from . import files
 from .loading import CATEGORY, precision_input
-from .model_patch import accelerate, remove
+from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def quantize_model(patcher, preset: str, include: str, exclude: str):
     that file: so reloads, deep clones and other devices have a file behind them, and memory holds
     the input, the result and one layer. The file goes when the last model that uses it goes.
     """
+    check_movable(patcher)
     source = ModelSource(patcher)
     if source.quantized:
         name, module = next(iter(source.quantized.items()))
@@ -181,19 +183,7 @@ def quantize_model(patcher, preset: str, include: str, exclude: str):
     del source
 
     fresh = load_temporary(file)
-    # A clone on the new model: patches other than LoRAs, sampling, wrappers and options carry over.
-    twin = patcher.clone(model_override=(fresh.model, ({}, {}, {}, set())))
-    twin.patches = {}
-    twin.patches_uuid = uuid.uuid4()
-    twin.hook_backup = {}
-    twin.cached_hook_patches = {}
-    twin.parent = None  # no sibling of the input: they share no model
-    twin.clone_base_uuid = uuid.uuid4()
-    twin.size = 0
-    twin.model_size()
-    twin.cached_patcher_init = fresh.cached_patcher_init
-    remove(twin)
-    return twin, report
+    return give_model(patcher, fresh), replace(report, target="MODEL")
 
 
 class TemporaryFile:

@@ -156,7 +156,9 @@ class Server:
                 self.get("/system_stats")
                 return
             time.sleep(0.2)
-        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+        raise RuntimeError(
+            f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}"
+        )
 
     def get(self, path: str):
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:

@@ -60,7 +60,7 @@ def wan():
 
 
 def zimage_shapes(layers: int = 1, width: int = 3840, hidden: int = 10240, text: int = 1024):
-    """Keys and shapes of a Z-Image with few layers; full width, because stock detects it by that."""
+    """Keys and shapes of a Z-Image with few layers, at the width that stock detects it by."""
     shapes = {
         "cap_embedder.0.weight": (text,), "cap_embedder.1.weight": (width, text),
         "cap_embedder.1.bias": (width,), "cap_pad_token": (1, width), "x_pad_token": (1, width),
@@ -93,7 +93,7 @@ def zimage_shapes(layers: int = 1, width: int = 3840, hidden: int = 10240, text:
 
 
 def randomise(shapes: dict) -> dict[str, torch.Tensor]:
-    """Random BF16 weights of ordinary size; norms around 1."""
+    """Random BF16 weights, each layer's output about as large as its input; norms are 1."""
     generator = torch.Generator().manual_seed(1)
     state = {}
     for key, shape in shapes.items():
@@ -101,7 +101,8 @@ def randomise(shapes: dict) -> dict[str, torch.Tensor]:
         if "norm" in key and key.endswith(("weight", "scale")):
             value.fill_(1.0)
         else:
-            value.normal_(0, 0.02, generator=generator)
+            fan_in = shape[-1] if len(shape) == 2 else 2500  # elsewhere a deviation of 0.02
+            value.normal_(0, fan_in**-0.5, generator=generator)
         state[key] = value
     return state
 

@@ -1,0 +1,163 @@
+"""Nodes that only tests use: they put a model into the states that users' workflows bring about."""
+
+import gc
+import hashlib
+import json
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.quant_ops import QuantizedTensor
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+
+class _Node:
+    CATEGORY = "test"
+    FUNCTION = "run"
+    INPUTS: dict
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {k: v if isinstance(v, tuple) else (v,) for k, v in cls.INPUTS.items()}}
+
+
+class TestWideConditioning(_Node):
+    """A conditioning four times as wide."""
+
+    INPUTS = {"conditioning": "CONDITIONING"}
+    RETURN_TYPES = ("CONDITIONING",)
+
+    def run(self, conditioning):
+        return ([[text.repeat(1, 1, 4), extra] for text, extra in conditioning],)
+
+
+class TestClone(_Node):
+    """A clone with a model of its own."""
+
+    INPUTS = {"model": "MODEL", "how": (["force_deepcopy", "deepclone_multigpu"],)}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, how):
+        if how == "force_deepcopy":
+            return (model.clone(force_deepcopy=True),)
+        return (model.deepclone_multigpu(),)
+
+
+class _LowVRAMPatcher(comfy.model_patcher.ModelPatcher):
+    def patch_model(self, device_to=None, lowvram_model_memory=0, **options):
+        return super().patch_model(device_to, lowvram_model_memory=1, **options)
+
+
+class TestLowVRAM(_Node):
+    """A clone that loads as on a card with no memory to spare: LoRAs are applied on the fly."""
+
+    INPUTS = {"model": "MODEL"}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model):
+        clone = model.clone()
+        clone.__class__ = _LowVRAMPatcher
+        return (clone,)
+
+
+class TestCompile(_Node):
+    """The stock TorchCompileModel with any backend."""
+
+    INPUTS = {"model": "MODEL", "backend": "STRING"}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, backend):
+        torch._dynamo.reset()
+        return TorchCompileModel.execute(model, backend).result
+
+
+class TestGraphBreaks(_Node):
+    """How many graph breaks torch.compile has counted since the last call."""
+
+    INPUTS = {"samples": "LATENT"}
+    OUTPUT_NODE = True
+
+    def run(self, samples):
+        counters = torch._dynamo.utils.counters
+        result = {
+            "breaks": sum(counters["graph_break"].values()),
+            "reasons": [str(reason)[:200] for reason in counters["graph_break"]],
+            "frames": counters["frames"]["ok"],
+        }
+        counters.clear()
+        return {"ui": {"result": [json.dumps(result)]}}
+
+
+class TestLayers(_Node):
+    """Every MXFP8 linear's own forward against stock's on one input, in two dtypes."""
+
+    INPUTS = {"model": "MODEL"}
+    OUTPUT_NODE = True
+
+    def run(self, model):
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        generator = torch.Generator().manual_seed(0)
+        result = []
+        for name, module in model.model.named_modules():
+            if not isinstance(getattr(module, "weight", None), QuantizedTensor):
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(3, 5, module.in_features, generator=generator).to(dtype)
+                ours, stock = module.forward(x), type(module).forward(module, x)
+                reach = x.float().abs() @ module.weight.dequantize().float().abs().t()
+                rounding = torch.finfo(dtype).eps * stock.float().abs() + reach * 2.0**-20
+                worst = ((ours.float() - stock.float()).abs() / rounding).max().item()
+                bound = module.forward.__self__ is module
+                ours_by_name = module.forward.__func__.__name__
+                result.append([name, str(dtype), ours_by_name, bound, worst])
+        return {"ui": {"result": [json.dumps(result)]}}
+
+
+class TestDigest(_Node):
+    """A checksum of every tensor of a model as it was loaded."""
+
+    INPUTS = {"model": "MODEL"}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model):
+        comfy.model_management.unload_all_models()
+        digest = hashlib.sha256()
+        for key, value in sorted(model.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        return {"ui": {"result": [digest.hexdigest()]}}
+
+
+class TestMemory(_Node):
+    """Resident memory now and its peak since the last call, in bytes; passes a model on."""
+
+    INPUTS = {"model": "MODEL"}
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model):
+        gc.collect()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines)
+        now, peak = (int(status[k].split()[0]) * 1024 for k in ("VmRSS", "VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        return {"ui": {"result": [json.dumps([now, peak])]}, "result": (model,)}
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (
+        TestWideConditioning, TestClone, TestLowVRAM, TestCompile, TestGraphBreaks, TestLayers,
+        TestDigest, TestMemory,
+    )
+}  # fmt: skip
