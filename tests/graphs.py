@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 LATENTS = {
@@ -63,3 +64,8 @@ def latents(outputs: dict, node: list, folder: Path):
     """The tensor that a SaveLatent node wrote."""
     (path,) = output_files(outputs, node, folder)
     return load_file(path)["latent_tensor"]
+
+
+def saved_tensor(folder: Path, name: str):
+    """What a TestSaveTensor node wrote."""
+    return torch.load(folder / "output" / f"{name}.pt", weights_only=True)

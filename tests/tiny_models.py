@@ -4,7 +4,8 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
 
     python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
-NAME: flux, flux2, wan, zimage, vae, lora. Files go where a ComfyUI base folder has its models.
+NAME: flux, flux2, wan, zimage, checkpoint, vae, lora. Files go into the model folders of a ComfyUI
+base folder.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def randomise(shapes: dict) -> dict[str, torch.Tensor]:
         if "norm" in key and key.endswith(("weight", "scale")):
             value.fill_(1.0)
         else:
-            fan_in = shape[-1] if len(shape) == 2 else 2500  # elsewhere a deviation of 0.02
+            fan_in = value[0].numel() if value.ndim > 1 else 2500  # biases: a deviation of 0.02
             value.normal_(0, fan_in**-0.5, generator=generator)
         state[key] = value
     return state
@@ -123,20 +124,26 @@ def lora(state: dict[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tenso
 def vae() -> dict[str, torch.Tensor]:
     from comfy.taesd.taesd import TAESD
 
-    torch.manual_seed(3)
-    return TAESD(latent_channels=16).state_dict()
+    state = TAESD(latent_channels=16).state_dict()
+    return {k: v.float() for k, v in randomise({k: v.shape for k, v in state.items()}).items()}
 
 
 def main() -> None:
     makers = {"flux": flux, "flux2": flux2, "wan": wan}
     for name in NAMES:
-        folder = {"vae": "vae", "lora": "loras"}.get(name, "diffusion_models")
+        folder = {"vae": "vae", "lora": "loras", "checkpoint": "checkpoints"}.get(
+            name, "diffusion_models"
+        )
         target = FOLDER / "models" / folder / f"{name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "vae":
             state = vae()
         elif name == "zimage":
             state = randomise(zimage_shapes())
+        elif name == "checkpoint":
+            model = randomise({k: v.shape for k, v in flux().state_dict().items()})
+            state = {f"model.diffusion_model.{k}": v for k, v in model.items()}
+            state |= {f"vae.{k}": v for k, v in vae().items()}
         elif name == "lora":
             state = lora(randomise({k: v.shape for k, v in flux().state_dict().items()}))
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -60,6 +61,44 @@ class TestLowVRAM(_Node):
         clone = model.clone()
         clone.__class__ = _LowVRAMPatcher
         return (clone,)
+
+
+class TestUnload(_Node):
+    """Unloads every model, then passes the samples on."""
+
+    INPUTS = {"samples": "LATENT"}
+    RETURN_TYPES = ("LATENT",)
+
+    def run(self, samples):
+        comfy.model_management.unload_all_models()
+        return (samples,)
+
+
+class TestEmptyAfter(_Node):
+    """`like`, but not before `samples` are there."""
+
+    INPUTS = {"samples": "LATENT", "like": "LATENT"}
+    RETURN_TYPES = ("LATENT",)
+
+    def run(self, samples, like):
+        return (like,)
+
+
+class TestSaveTensor(_Node):
+    """Writes an image, or the text of a conditioning, to output/<name>.pt."""
+
+    INPUTS = {"tensor": "*", "name": "STRING"}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, tensor, name):
+        if not isinstance(tensor, torch.Tensor):
+            tensor = tensor[0][0]
+        torch.save(tensor.clone(), Path(folder_paths.get_output_directory(), f"{name}.pt"))
+        return {}
 
 
 class TestCompile(_Node):
@@ -157,7 +196,7 @@ class TestMemory(_Node):
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
-        TestWideConditioning, TestClone, TestLowVRAM, TestCompile, TestGraphBreaks, TestLayers,
-        TestDigest, TestMemory,
+        TestWideConditioning, TestClone, TestLowVRAM, TestUnload, TestEmptyAfter, TestSaveTensor,
+        TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestMemory,
     )
 }  # fmt: skip

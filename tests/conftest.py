@@ -1,0 +1,35 @@
+"""One real ComfyUI for all tests that talk to it, with small models and a few test nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comfyui import Server, comfyui_path
+from mxfp8.quant.convert import convert_file
+
+TESTS = Path(__file__).parent
+KINDS = ("flux", "flux2", "wan")
+
+
+def make_models(base: Path, *names: str) -> None:
+    """Write small random models into a server's model folders."""
+    command = [sys.executable, TESTS / "tiny_models.py", comfyui_path(), base, *names]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory):
+    """A server with tiny Flux, Flux.2 and Wan models, each in BF16 and converted to MXFP8."""
+    base = tmp_path_factory.mktemp("comfyui")
+    make_models(base, *KINDS, "checkpoint", "vae", "lora")
+    models = base / "models"
+    for kind in KINDS:
+        folder = models / "diffusion_models"
+        convert_file(folder / f"{kind}.safetensors", folder / f"{kind}-mxfp8.safetensors")
+    checkpoint = models / "checkpoints" / "checkpoint.safetensors"
+    convert_file(checkpoint, checkpoint.with_name("checkpoint-mxfp8.safetensors"))
+    with Server(base, (TESTS / "comfy_nodes" / "mxfp8_test_nodes",)) as server:
+        yield server
