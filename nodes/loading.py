@@ -107,7 +107,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
         if model is not None:
             model = accelerate(model, precision)
         if clip is not None:
-            clip = accelerate_clip(clip, precision)
+            clip = accelerate_clip(clip)
         return io.NodeOutput(model, clip, vae)
 
 
@@ -174,7 +174,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             clip_type=getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
             model_options=options,
         )
-        return io.NodeOutput(accelerate_clip(clip, "exact"))
+        return io.NodeOutput(accelerate_clip(clip))
 
 
 def text_encoder_types() -> list[str]:
@@ -185,10 +185,10 @@ def text_encoder_types() -> list[str]:
     return list(dict.fromkeys(types))
 
 
-def accelerate_clip(clip, precision: str):
-    """A clone of a CLIP whose MXFP8 linears run our kernels."""
+def accelerate_clip(clip):
+    """A clone of a CLIP whose MXFP8 linears run our kernels, exact as stock runs them."""
     clone = clip.clone()
-    clone.patcher = accelerate(clip.patcher, precision)
+    clone.patcher = accelerate(clip.patcher, "exact")
     return clone
 
 
@@ -234,4 +234,4 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        return io.NodeOutput(accelerate_clip(clip, "exact"))
+        return io.NodeOutput(accelerate_clip(clip))

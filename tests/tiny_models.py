@@ -4,8 +4,8 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
 
     python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
-NAME: flux, flux2, wan, zimage, checkpoint, vae, lora. Files go into the model folders of a ComfyUI
-base folder.
+NAME: flux, flux2, wan, zimage, qwen3, checkpoint, vae, lora. Files go into the model folders of a
+ComfyUI base folder. zimage and qwen3 have their real widths: ComfyUI recognises no others.
 """
 
 from __future__ import annotations
@@ -93,6 +93,25 @@ def zimage_shapes(layers: int = 1, width: int = 3840, hidden: int = 10240, text:
     return shapes
 
 
+def qwen3() -> dict[str, torch.Tensor]:
+    """Qwen3 0.6B, the smallest text encoder that ComfyUI runs quantised; all layers alike."""
+    width, hidden, heads, groups, head = 1024, 3072, 16, 8, 128
+    layer = randomise({
+        "self_attn.q_proj.weight": (heads * head, width),
+        "self_attn.k_proj.weight": (groups * head, width),
+        "self_attn.v_proj.weight": (groups * head, width),
+        "self_attn.o_proj.weight": (width, heads * head),
+        "self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,),
+        "mlp.gate_proj.weight": (hidden, width), "mlp.up_proj.weight": (hidden, width),
+        "mlp.down_proj.weight": (width, hidden),
+        "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,),
+    })  # fmt: skip
+    state = randomise({"model.embed_tokens.weight": (151936, width), "model.norm.weight": (width,)})
+    for index in range(28):  # clones: the file format shares no memory
+        state |= {f"model.layers.{index}.{key}": value.clone() for key, value in layer.items()}
+    return state
+
+
 def randomise(shapes: dict) -> dict[str, torch.Tensor]:
     """Random BF16 weights, each layer's output about as large as its input; norms are 1."""
     generator = torch.Generator().manual_seed(1)
@@ -128,18 +147,23 @@ def vae() -> dict[str, torch.Tensor]:
     return {k: v.float() for k, v in randomise({k: v.shape for k, v in state.items()}).items()}
 
 
+FOLDERS = {
+    "vae": "vae", "lora": "loras", "checkpoint": "checkpoints", "qwen3": "text_encoders",
+}  # fmt: skip
+
+
 def main() -> None:
     makers = {"flux": flux, "flux2": flux2, "wan": wan}
     for name in NAMES:
-        folder = {"vae": "vae", "lora": "loras", "checkpoint": "checkpoints"}.get(
-            name, "diffusion_models"
-        )
+        folder = FOLDERS.get(name, "diffusion_models")
         target = FOLDER / "models" / folder / f"{name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "vae":
             state = vae()
         elif name == "zimage":
             state = randomise(zimage_shapes())
+        elif name == "qwen3":
+            state = qwen3()
         elif name == "checkpoint":
             model = randomise({k: v.shape for k, v in flux().state_dict().items()})
             state = {f"model.diffusion_model.{k}": v for k, v in model.items()}
