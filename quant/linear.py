@@ -1,0 +1,195 @@
+"""An MXFP8 linear for any torch module, and the way to put a converted file into one.
+
+    model = BertModel(config)
+    load_quantized(model, "model-mxfp8.safetensors")     # or: quantize_linears(model)
+
+The state dict of such a module is the stock file format, key for key: `weight` in float8_e4m3fn,
+`weight_scale`, `comfy_quant`, `bias`. So what `safetensors.torch.save_file(model.state_dict())`
+writes loads in ComfyUI, and what the converter writes loads here.
+
+Inside, codes are held as uint8: `module.half()` converts every floating-point buffer, and would
+turn float8 codes into plain half precision. Rejected: a tensor subclass as the weight, which has to
+answer every operator that torch has or will have; a module answers one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .. import kernels
+from ..kernels import layout
+from . import format
+from .source import HEADER_DTYPES
+
+_MARKER = format.MARKER.removeprefix(".")
+
+
+class MXFP8Linear(nn.Module):
+    """y = x @ W.T + bias with W [N, K] stored as MXFP8, N = out_features, K = in_features.
+
+    Args:
+        precision: "auto", "exact" or "fast", as for `kernels.linear`. A marker that asks for full
+            precision makes it exact.
+        dtype: of the weight before it was quantised, for the marker, and of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        precision: str = "auto",
+        device=None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.precision = precision
+        self.marker = format.marker((out_features, in_features), HEADER_DTYPES[dtype])
+        stored = layout.padded_shape(out_features, in_features)
+        scales = layout.scale_shape(out_features, in_features)
+        self.register_buffer("weight", torch.zeros(stored, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(scales, dtype=torch.uint8, device=device))
+        value = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        self.register_parameter("bias", value if bias else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, precision: str = "auto") -> MXFP8Linear:
+        """Quantise an nn.Linear, rounding to nearest.
+
+        Raises:
+            ValueError: its weight holds NaN or Inf.
+        """
+        weight, bias = linear.weight, linear.bias
+        result = cls(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            precision=precision,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        qdata, scale = kernels.quantize(weight)
+        if (scale == layout.E8M0_NAN).any():
+            raise ValueError(f"weight {list(weight.shape)} holds NaN or Inf; MXFP8 cannot store it")
+        result.weight, result.weight_scale = qdata.view(torch.uint8), scale
+        if bias is not None:
+            result.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
+        return result
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = self.marker.get("full_precision_matrix_mult", False)
+        return kernels.linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            shape=(self.out_features, self.in_features),
+            precision="exact" if exact else self.precision,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, precision={self.precision}"
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].view(torch.float8_e4m3fn)
+        encoded = bytearray(format.marker_bytes(self.marker))
+        destination[prefix + _MARKER] = torch.frombuffer(encoded, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        state = dict(state)
+        for name in ("weight", "weight_scale"):
+            if prefix + name in state:
+                state[prefix + name] = state[prefix + name].view(torch.uint8)
+        encoded = state.pop(prefix + _MARKER, None)
+        if encoded is not None:
+            self.marker = json.loads(bytes(encoded.tolist()))
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def quantize_linears(
+    module: nn.Module,
+    select: Callable[[str, nn.Linear], bool] = lambda name, linear: True,
+    precision: str = "auto",
+) -> list[str]:
+    """Replace the nn.Linear layers inside a module by their MXFP8 twins, in place.
+
+    Args:
+        select: (name, layer) -> whether to quantise it.
+
+    Returns:
+        The names of the layers replaced.
+
+    Raises:
+        ValueError: a weight holds NaN or Inf; nothing was replaced.
+    """
+    found = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and name and select(name, layer)
+    ]
+    for name, layer in found:
+        if not layer.weight.isfinite().all():
+            shape = list(layer.weight.shape)
+            raise ValueError(f"{name!r} {shape} holds NaN or Inf; MXFP8 cannot store it")
+    for name, layer in found:  # one at a time: memory holds one layer twice
+        _replace(module, name, MXFP8Linear.from_linear(layer, precision))
+    return [name for name, _ in found]
+
+
+def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str = "auto"):
+    """Load an MXFP8 file into a module: layers that the file marks become MXFP8Linear.
+
+    Args:
+        prefix: what the file's keys have before the module's ("model.diffusion_model.", say).
+
+    Returns:
+        The keys that are missing and those that were not expected, as `load_state_dict` does.
+
+    Raises:
+        FormatError: the file is damaged, or marks a layer that is no nn.Linear of its shape.
+    """
+    header = format.read_header(path)
+    device = next((p.device for p in module.parameters()), None)
+    layers = {}
+    for layer in header.layers.values():
+        if not layer.name.startswith(prefix):
+            continue
+        name = layer.name.removeprefix(prefix)
+        linear = dict(module.named_modules()).get(name)
+        if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != layer.shape:
+            found = "nothing" if linear is None else repr(linear)
+            raise format.FormatError(
+                f"{header.path.name}: {layer.name!r} is an MXFP8 linear of shape "
+                f"{list(layer.shape)}; the module has {found} there"
+            )
+        layers[name] = MXFP8Linear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            precision=precision,
+            device=device,
+            dtype=linear.weight.dtype,
+        )
+        layers[name].marker = dict(layer.conf)
+    for name, layer in layers.items():
+        _replace(module, name, layer)
+    state = load_file(path)
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return module.load_state_dict(state, strict=False)
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, layer)

