@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -29,7 +29,12 @@ PRECISIONS = ("auto", "exact", "fast")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend decides on. `op` is "quantize", "dequantize" or "linear"."""
+    """What a backend decides on.
+
+    Attributes:
+        op: "quantize", "dequantize" or "linear".
+        dtype: of the input: x, or qdata for "dequantize".
+    """
 
     op: str
     device: torch.device
@@ -106,26 +111,24 @@ _forced: Backend | None = None
 @cache
 def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     """The backend for a problem and the precision it will run at."""
-    wanted = [problem.precision]
-    if problem.precision != "exact":
-        wanted = ["fast", "exact"]
-    for precision in wanted:
-        for backend in BACKENDS if forced is None else (forced,):
-            if forced is None and not backend.automatic:
+    candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
+    refusals = []
+    for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
+        for backend in candidates:
+            reason = backend.refuse(replace(problem, precision=precision))
+            if reason is not None:
+                refusals.append(f"{backend.name} ({precision}): {reason}")
                 continue
-            reason = backend.refuse(Problem(problem.op, problem.device, problem.dtype, precision))
-            if reason is None:
-                if problem.precision == "fast" and precision == "exact":
-                    logger.warning(
-                        "MXFP8: no backend here multiplies with quantised activations on %s; "
-                        "running exact instead of fast.",
-                        problem.device,
-                    )
-                return backend, precision
-    names = ", ".join(b.name for b in BACKENDS) if forced is None else forced.name
+            if problem.precision == "fast" and precision == "exact":
+                logger.warning(
+                    "MXFP8: running exact instead of fast on %s. %s.",
+                    problem.device,
+                    "; ".join(refusals),
+                )
+            return backend, precision
     raise ValueError(
-        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} "
-        f"at precision {problem.precision!r} (asked: {names})"
+        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
+        f"{problem.precision!r}: {'; '.join(refusals)}"
     )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 
 from . import layout
-from .layout import BLOCK, E8M0_NAN
+from .layout import BLOCK, E8M0_NAN, TILE_ROWS
 
 _F32_INF = 0x7F800000
 _F32_MIN_NORMAL_E4M3 = (127 - 6 - 8) << 23  # bits of 2**-6 * 2**-8
@@ -38,8 +38,8 @@ def _chunk(device: torch.device) -> int:
 
 def _spans(rows: int, cols: int, chunk: int):
     """Cut a [rows, cols] matrix into spans (r0, r1, c0, c1) of at most about `chunk` values."""
-    width = min(cols, max(BLOCK, chunk // BLOCK * BLOCK))
-    height = max(1, chunk // max(width, 1))
+    width = max(BLOCK, min(cols, chunk // BLOCK * BLOCK))
+    height = max(1, chunk // width)
     for r0 in range(0, rows, height):
         for c0 in range(0, cols, width):
             yield r0, min(rows, r0 + height), c0, min(cols, c0 + width)
@@ -193,6 +193,8 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
     On a CPU, weights are unpacked to float32 in slabs of rows that stay in the cache, and the
     product is rounded once: matmuls in bfloat16 and float16 take 10 times as long as float32 ones
     on CPUs without instructions for them, and no full-size weight is ever materialised.
+    Elsewhere the weight is rounded to x's dtype first, as ComfyUI does it: nothing is lost in
+    bfloat16 and float32; float16 loses what lies below 2**-14 or above 65504.
     """
     if x.device.type != "cpu" or _cpu_multiplies(x.dtype):
         weight = dequantize(qdata, scale, x.dtype, rows, cols)
@@ -201,7 +203,7 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     wide = x.float()
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
-    height = max(TILE_HEIGHT, _CPU_CHUNK // max(cols, 1) // TILE_HEIGHT * TILE_HEIGHT)
+    height = max(TILE_ROWS, _CPU_CHUNK // max(cols, 1) // TILE_ROWS * TILE_ROWS)
     weight = torch.empty(min(height, rows), cols)
     for r0 in range(0, rows, height):
         r1 = min(rows, r0 + height)
@@ -210,9 +212,6 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
         part = None if bias is None else bias[r0:r1].float()
         out[:, r0:r1] = torch.nn.functional.linear(wide, slab, part)
     return out
-
-
-TILE_HEIGHT = layout.TILE_ROWS
 
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:

@@ -24,7 +24,6 @@ TILE_ROWS = 128  # rows in one tile of scales
 TILE_COLS = 4  # block columns in one tile of scales
 
 E4M3_MAX = 448.0  # largest finite value; E4M3 has no infinity
-E4M3_NAN = 0x7F  # and 0xFF
 E8M0_BIAS = 127  # a scale byte e stands for 2**(e - 127)
 E8M0_NAN = 0xFF
 E8M0_MAX = 254
@@ -80,13 +79,15 @@ def true_shape(stored, shape=None) -> tuple[int, int]:
         )
     if shape is None:
         return stored
-    rows, cols = shape
-    if padded_shape(rows, cols) != stored:
+    shape = tuple(shape)
+    if len(shape) != 2:
+        raise ValueError(f"shape {list(shape)} must be two sizes, (N, K)")
+    if padded_shape(*shape) != stored:
         raise ValueError(
-            f"shape {[rows, cols]} pads to {list(padded_shape(rows, cols))}, "
+            f"shape {list(shape)} pads to {list(padded_shape(*shape))}, "
             f"but the data has shape {list(stored)}"
         )
-    return rows, cols
+    return shape
 
 
 def check_scale(stored, scale_size) -> None:

@@ -7,6 +7,8 @@ Whether a weight is finite is for its owner to check.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import layout
@@ -110,8 +112,9 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")
-    if x.device != qdata.device:
-        raise ValueError(f"x is on {x.device}, the weight on {qdata.device}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != qdata.device:
+            raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
@@ -155,7 +158,7 @@ def _linear(x, qdata, scale, bias, rows, cols, precision):
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     backend, precision = choose("linear", x, precision)
-    flat = x.reshape(-1, cols)  # [M, K]
+    flat = x.reshape(math.prod(x.shape[:-1]), cols)  # [M, K]
     out = backend.linear(flat, qdata, scale, bias, rows, cols, precision)
     return out.reshape(*x.shape[:-1], rows)
 
@@ -177,7 +180,8 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = grad @ dequantize(qdata, scale, grad.dtype, (ctx.rows, ctx.cols))
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, ctx.rows).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        flat = grad.reshape(math.prod(grad.shape[:-1]), ctx.rows)
+        grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None
 
 

@@ -174,14 +174,17 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def submit(self, graph: dict) -> str:
-        """Queue a workflow in API form; returns its id.
+    def submit(self, graph: dict, only: list[str] | None = None) -> str:
+        """Queue a workflow in API form, all of it or up to some output nodes; returns its id.
 
         Raises:
             PromptError: ComfyUI refused it before running anything.
         """
+        body = {"prompt": graph, "client_id": uuid.uuid4().hex}
+        if only is not None:
+            body["partial_execution_targets"] = only
         try:
-            answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+            answer = self.post("/prompt", body)
         except urllib.error.HTTPError as error:
             details = json.loads(error.read())
             raise PromptError(json.dumps(details, indent=1), details) from None
@@ -207,9 +210,9 @@ class Server:
             time.sleep(0.05)
         raise TimeoutError(f"workflow {prompt} took over {seconds} s")
 
-    def run(self, graph: dict, seconds: float = 900) -> dict:
+    def run(self, graph: dict, seconds: float = 900, only: list[str] | None = None) -> dict:
         """Run a workflow; returns {node id: its ui output}."""
-        return self.wait(self.submit(graph), seconds)["outputs"]
+        return self.wait(self.submit(graph, only), seconds)["outputs"]
 
 
 def _failure(entry: dict) -> str:

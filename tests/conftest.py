@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfyui import Server, comfyui_path
+
 from mxfp8.quant.convert import convert_file
 
 TESTS = Path(__file__).parent

@@ -10,11 +10,12 @@ import pytest
 from comfyui import PromptError, Server
 from conftest import TESTS, make_models
 from graphs import Graph, latents, output_files
+from PIL import Image
+from test_comfy_models import difference
+
 from mxfp8.quant.convert import convert_file
 from mxfp8.quant.format import read_header
 from mxfp8.quant.report import Report
-from PIL import Image
-from test_comfy_models import difference
 
 pytestmark = pytest.mark.comfy
 

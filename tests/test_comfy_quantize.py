@@ -9,12 +9,13 @@ import pytest
 import torch
 from comfyui import PromptError
 from graphs import Graph, latents
+from safetensors.torch import load_file
+from test_comfy_models import SAME, difference, run
+
 from mxfp8 import kernels
 from mxfp8.quant.format import read_header
 from mxfp8.quant.report import Report
 from mxfp8.quant.verify import verify_file
-from safetensors.torch import load_file
-from test_comfy_models import SAME, difference, run
 
 pytestmark = pytest.mark.comfy
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import make_models
 from graphs import Graph, saved_tensor
-from mxfp8.quant.convert import convert_file
 from test_comfy_models import difference
+
+from mxfp8.quant.convert import convert_file
 
 pytestmark = pytest.mark.comfy
 

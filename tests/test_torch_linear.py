@@ -7,12 +7,13 @@ from importlib.resources import files
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from mxfp8.kernels import reference
 from mxfp8.quant.cli import main
 from mxfp8.quant.format import FormatError, read_header
 from mxfp8.quant.linear import MXFP8Linear, load_quantized, quantize_linears
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 
 def network() -> nn.Module:
