@@ -1,0 +1,142 @@
+"""Plain-torch MXFP8 on a CPU against comfy-kitchen's eager kernels and a dense BF16 linear.
+
+    python bench/cpu.py [--rounds 7] [--threads 2] [--check]
+
+Contestants run in turn, round after round, so that a change in the machine's speed meets all of
+them; a figure is the median over the rounds of the ratio within each round. The results go to
+bench/results/cpu.json. --check exits with 1 when a bound that this project holds itself to fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+
+WEIGHT = 3840, 10240  # N, K: the largest weight of Z-Image
+LINEAR = 4096, 3840, 3840  # M, N, K
+
+# (measurement, contestant, rival, bound on time / rival's time)
+BOUNDS = (
+    ("quantize", "mxfp8", "comfy-kitchen", 1 / 4),
+    ("dequantize", "mxfp8", "comfy-kitchen", 1 / 3),
+    ("linear", "mxfp8", "dense BF16", 1.10),
+)
+
+
+def measurements() -> dict[str, dict[str, Callable]]:
+    """Measurement -> contestant -> what it runs."""
+    import torch
+    from comfy_kitchen.backends.eager import quantization as stock
+
+    from mxfp8 import kernels
+
+    torch.manual_seed(0)
+    weight = torch.randn(WEIGHT).mul_(0.02).bfloat16()
+    qdata, scale = kernels.quantize(weight)
+    stock_qdata, stock_scale = stock.quantize_mxfp8(weight, pad_32x=True)
+    assert torch.equal(qdata.view(torch.uint8), stock_qdata.view(torch.uint8))
+    assert torch.equal(scale, stock_scale.view(torch.uint8).view(scale.shape))
+
+    rows, cols, depth = LINEAR
+    x = torch.randn(rows, depth).bfloat16()
+    dense = torch.randn(cols, depth).mul_(0.02).bfloat16()
+    layer, layer_scale = kernels.quantize(dense)
+    unpacked = stock_scale.view(torch.float8_e8m0fnu)
+    layer_unpacked = layer_scale.view(torch.float8_e8m0fnu)
+
+    def stock_linear():
+        """What stock ComfyUI does on every forward before Blackwell."""
+        values = stock.dequantize_mxfp8(layer, layer_unpacked, torch.bfloat16)
+        return torch.nn.functional.linear(x, values)
+
+    return {
+        "quantize": {
+            "mxfp8": lambda: kernels.quantize(weight),
+            "comfy-kitchen": lambda: stock.quantize_mxfp8(weight, pad_32x=True),
+        },
+        "dequantize": {
+            "mxfp8": lambda: kernels.dequantize(qdata, scale, torch.bfloat16),
+            "comfy-kitchen": lambda: stock.dequantize_mxfp8(qdata, unpacked, torch.bfloat16),
+        },
+        "linear": {
+            "mxfp8": lambda: kernels.linear(x, layer, layer_scale, precision="exact"),
+            "dense BF16": lambda: torch.nn.functional.linear(x, dense),
+            "comfy-kitchen": stock_linear,
+        },
+    }
+
+
+def time_rounds(contestants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds per contestant and round, after one uncounted round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for counted in [False] + [True] * rounds:
+        for name, function in contestants.items():
+            start = time.perf_counter()
+            function()
+            if counted:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, rival: str) -> float:
+    """Median over rounds of a contestant's time divided by its rival's."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[rival], strict=True))
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ] if Path("/proc/cpuinfo").exists() else [platform.processor()]  # fmt: skip
+    packages = ("torch", "comfy-kitchen", "mxfp8")
+    return {
+        "cpu": names[0],
+        "cores": os.cpu_count() or 0,
+        "threads": threads,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound fails")
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    result = {"machine": machine(arguments.threads), "rounds": arguments.rounds, "figures": {}}
+    failed = 0
+    with torch.inference_mode():
+        timed = {n: time_rounds(c, arguments.rounds) for n, c in measurements().items()}
+    for name, seconds in timed.items():
+        medians = {n: round(1000 * statistics.median(s), 1) for n, s in seconds.items()}
+        ratios = {f"vs {n}": round(ratio(seconds, "mxfp8", n), 3) for n in seconds if n != "mxfp8"}
+        result["figures"][name] = {"milliseconds": medians, "time ratio": ratios}
+        print(f"{name:11}", ", ".join(f"{n} {m} ms" for n, m in medians.items()))
+    for name, contestant, rival, bound in BOUNDS:
+        found = ratio(timed[name], contestant, rival)
+        failed += found > bound
+        state = "holds" if found <= bound else "FAILS"
+        print(f"{name:11} {found:.3f} of the time of {rival}, bound {bound:.2f}: {state}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"results: {RESULTS}")
+    return int(arguments.check and failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
