@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,14 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="convert a BF16, F16 or F32 model to MXFP8")
     convert.add_argument("source", metavar="SRC", type=Path)
     convert.add_argument("target", metavar="DST", type=Path)
-    names = ", ".join(policy.presets())
+    names = list(policy.presets())
     convert.add_argument(
-        "--preset", default=policy.AUTO, metavar="NAME", help=f"which layers stay: {names}"
+        "--preset",
+        default=policy.AUTO,
+        choices=names,
+        metavar="NAME",
+        help=f"which layers stay: {', '.join(names)}",
     )
     convert.add_argument(
-        "--include", metavar="RE", help="quantise keys this finds, even if the preset keeps them"
+        "--include",
+        metavar="RE",
+        type=_expression,
+        help="quantise keys this finds, even if the preset keeps them",
     )
-    convert.add_argument("--exclude", metavar="RE", help="keep keys this finds, whatever else")
+    convert.add_argument(
+        "--exclude", metavar="RE", type=_expression, help="keep keys this finds, whatever else"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
     convert.add_argument(
@@ -71,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     backends = commands.add_parser("backends", help="what would run on this machine, and why")
     backends.set_defaults(run=_backends)
     return parser
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
 
 
 @contextlib.contextmanager
@@ -97,6 +115,8 @@ def _convert(arguments) -> int:
 
     from .convert import convert_file
 
+    if arguments.report and not arguments.report.parent.is_dir():
+        raise ValueError(f"--report: there is no folder {str(arguments.report.parent)!r}")
     with _progress("convert") as progress:
         report = convert_file(
             arguments.source,

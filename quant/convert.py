@@ -56,19 +56,18 @@ def convert_file(
 
 def plan_source(source: Source, **options) -> Plan:
     """`policy.plan` for a source, refusing one that is quantised already."""
+    for name in format.header_markers(source.name, source.metadata):
+        raise FormatError(
+            f"{source.name}: already quantised (its header marks {name!r}); "
+            "convert the BF16, F16 or F32 original"
+        )
     for key, (dtype, shape) in source.tensors.items():
         if key.endswith(MARKER) or dtype.startswith(("F8_", "F6_", "F4")):
             raise FormatError(
                 f"{source.name}: already quantised ({key!r} is {dtype} {list(shape)}); "
                 "convert the BF16, F16 or F32 original"
             )
-    plan = policy.plan(source.tensors, **options)
-    if not plan.quantized:
-        raise ValueError(
-            f"{source.name}: no layer to quantise with preset {plan.preset!r}; "
-            "a dry run lists the reasons"
-        )
-    return plan
+    return policy.plan(source.tensors, **options)
 
 
 def convert(
@@ -80,6 +79,11 @@ def convert(
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`."""
+    if not plan.quantized:
+        raise ValueError(
+            f"{source.name}: no layer to quantise with preset {plan.preset!r}; "
+            "mxfp8 convert --dry-run lists the reasons"
+        )
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)
     done = 0

@@ -1,4 +1,4 @@
-"""The file: safetensors headers, the MXFP8 layout inside them, and an atomic writer.
+"""The file: safetensors headers and the MXFP8 layout inside them (`writer` makes files).
 
 Reading a header needs no torch, and checks everything that can be known without the data: sizes,
 offsets, dtypes, markers, shapes. The layout, for a linear layer X of shape [N, K]:
@@ -142,10 +142,10 @@ def read_header(path: str | os.PathLike) -> Header:
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path.name}: the header is not JSON ({error})") from error
     except KeyError as error:
         raise FormatError(f"{path.name}: the header holds the key {error} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path.name}: the header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise FormatError(f"{path.name}: the header is not a JSON object")
 
@@ -218,18 +218,27 @@ def _check_offsets(path: Path, tensors: list[TensorInfo], data: int, size: int) 
         )
 
 
+def header_markers(file: str, metadata: Mapping[str, str]) -> dict[str, dict]:
+    """Layer name -> marker JSON from a file's metadata alone.
+
+    Raises:
+        FormatError: the entry is malformed.
+    """
+    text = metadata.get(QUANTIZATION_METADATA)
+    if text is None:
+        return {}
+    layers = _parse_json(f"{file}: {QUANTIZATION_METADATA}", text).get("layers")
+    if not isinstance(layers, dict):
+        raise FormatError(f"{file}: {QUANTIZATION_METADATA} has no object 'layers'")
+    return {
+        name: _check_marker(f"{file}: header marker of {name!r}", conf)
+        for name, conf in layers.items()
+    }
+
+
 def _read_markers(header: Header) -> dict[str, dict]:
     path = header.path
-    markers: dict[str, dict] = {}
-    text = header.metadata.get(QUANTIZATION_METADATA)
-    if text is not None:
-        conf = _parse_json(f"{path.name}: {QUANTIZATION_METADATA}", text)
-        layers = conf.get("layers")
-        if not isinstance(layers, dict):
-            raise FormatError(f"{path.name}: {QUANTIZATION_METADATA} has no object 'layers'")
-        for name, layer in layers.items():
-            markers[name] = _check_marker(f"{path.name}: header marker of {name!r}", layer)
-
+    markers = header_markers(path.name, header.metadata)
     tensors = [t for t in header.tensors.values() if t.name.endswith(MARKER)]
     with path.open("rb") as file:
         for tensor in tensors:
@@ -243,10 +252,12 @@ def _read_markers(header: Header) -> dict[str, dict]:
             file.seek(tensor.begin)
             conf = _check_marker(where, _parse_json(where, file.read(tensor.nbytes)))
             before = markers.setdefault(name, conf)
-            if before["format"] != conf["format"]:
-                raise FormatError(
-                    f"{where} says format {conf['format']!r}, the header says {before['format']!r}"
-                )
+            for field_name in ("format", "orig_shape"):
+                one, other = conf.get(field_name), before.get(field_name)
+                if one != other and None not in (one, other):
+                    raise FormatError(
+                        f"{where} says {field_name} {one!r}, the header says {other!r}"
+                    )
             markers[name] = {**before, **conf}
     return markers
 

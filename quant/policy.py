@@ -38,9 +38,9 @@ EMBEDDINGS = frozenset({
 
 # Parts of a checkpoint that stock never builds with quantised layers.
 _NEVER = (
-    (re.compile(r"(^|\.)(first_stage_model|vae)\."), "part of the VAE"),
+    (re.compile(r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\."), "part of the VAE"),
     (
-        re.compile(r"(^|\.)(text_model|vision_model)\.encoder\.|\.transformer\.resblocks\."),
+        re.compile(r"(^|\.)((text_model|vision_model)\.encoder|transformer\.resblocks)\."),
         "part of a CLIP encoder",
     ),
 )
@@ -140,10 +140,11 @@ def presets() -> dict[str, str]:
 def detect_architecture(keys: Iterable[str]) -> tuple[str, str] | None:
     """(architecture, preset) that a model's keys show, or None."""
     keys = set(keys)
+    prefixes = (*PREFIXES, "model.language_model.")
     for name, preset, signature in ARCHITECTURES:
-        for prefix in (*PREFIXES, "model.language_model."):
-            if all(prefix + key in keys for key in signature):
-                return name, preset
+        # Each key under any prefix: a vision model's parts have different ones.
+        if all(any(prefix + key in keys for prefix in prefixes) for key in signature):
+            return name, preset
     return None
 
 

@@ -94,8 +94,11 @@ class Report:
         version = data.pop("mxfp8_report", None) if isinstance(data, dict) else None
         if version != VERSION:
             raise ValueError(f"not an MXFP8 report of version {VERSION} (found {version!r})")
-        layers = tuple(_layer_from(entry) for entry in data.pop("layers"))
-        return cls(**data, layers=layers)
+        try:
+            layers = tuple(_layer_from(entry) for entry in data.pop("layers"))
+            return cls(**data, layers=layers)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a field of the report is missing or unknown: {error}") from error
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""

@@ -94,7 +94,8 @@ def _strip(key: str) -> str:
 
 def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:
     shape = original.tensors[original_key][1]
-    if layout.padded_shape(*shape) != layer.weight.shape or len(shape) != 2:
+    fits = len(shape) == 2 and layout.padded_shape(*shape) == layer.weight.shape
+    if not fits or layer.conf.get("orig_shape", list(shape)) != list(shape):
         result.problems.append(
             f"{layer.name!r} has shape {list(layer.shape)}, the source {list(shape)}"
         )

@@ -7,7 +7,7 @@ before that leaves the target as it was.
 
 Tensors are laid out so that each is aligned to its element size, and those whose size is a
 multiple of 64 bytes (all MXFP8 data and scales) to 64 bytes: readers map files straight into
-tensors. The same tensors and metadata give the same bytes.
+tensors. The same tensors in the same order, with the same metadata, give the same bytes.
 """
 
 from __future__ import annotations

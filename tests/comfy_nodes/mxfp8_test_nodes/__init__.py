@@ -97,7 +97,9 @@ class TestSaveTensor(_Node):
     def run(self, tensor, name):
         if not isinstance(tensor, torch.Tensor):
             tensor = tensor[0][0]
-        torch.save(tensor.clone(), Path(folder_paths.get_output_directory(), f"{name}.pt"))
+        folder = Path(folder_paths.get_output_directory())
+        folder.mkdir(exist_ok=True)
+        torch.save(tensor.clone(), folder / f"{name}.pt")
         return {}
 
 
