@@ -145,6 +145,17 @@ def test_random_bit_patterns(dtype):
     assert_bits_of_the_oracle(bit_patterns(257, 96, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("largest", [1.0, 1.75, 2.0**-14, 60000.0])
+def test_every_value_of_16_bits_beside_a_larger_one(dtype, largest):
+    """Fewer bits take a shorter way; here it meets all of them, under four scales."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.abs() <= largest]
+    values = torch.nn.functional.pad(values, (0, -len(values) % 31)).reshape(-1, 31)
+    leader = torch.full((len(values), 1), largest, dtype=dtype)
+    assert_bits_of_the_oracle(torch.cat([leader, values], 1))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scale_boundaries_at_every_exponent(sign):
     assert_bits_of_the_oracle(sign * blocks_led_by(every_scale_boundary().view(torch.float32)))
