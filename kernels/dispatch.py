@@ -109,6 +109,12 @@ _forced: Backend | None = None
 
 
 @cache
+def _say_exact(device: str, reasons: str) -> None:
+    """Warn that fast runs exact, once per kind of device whatever the dtypes."""
+    logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
+
+
+@cache
 def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     """The backend for a problem and the precision it will run at."""
     candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
@@ -120,11 +126,7 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
                 refusals.append(f"{backend.name} ({precision}): {reason}")
                 continue
             if problem.precision == "fast" and precision == "exact":
-                logger.warning(
-                    "MXFP8: running exact instead of fast on %s. %s.",
-                    problem.device,
-                    "; ".join(refusals),
-                )
+                _say_exact(problem.device.type, "; ".join(refusals))
             return backend, precision
     raise ValueError(
         f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "

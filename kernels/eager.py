@@ -275,6 +275,8 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has matrix instructions for a 16-bit dtype, as oneDNN reports it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:

@@ -23,7 +23,6 @@ ROW_PAD = 32  # rows of the stored data are padded to this, as columns are to BL
 TILE_ROWS = 128  # rows in one tile of scales
 TILE_COLS = 4  # block columns in one tile of scales
 
-E4M3_MAX = 448.0  # largest finite value; E4M3 has no infinity
 E8M0_BIAS = 127  # a scale byte e stands for 2**(e - 127)
 E8M0_NAN = 0xFF
 E8M0_MAX = 254

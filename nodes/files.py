@@ -52,18 +52,15 @@ def target_beside(source: Path, choice: str, name: str) -> Path:
     Raises:
         ValueError: the name leaves the model folder or is no safetensors name.
     """
-    folder = choice.partition("/")[0]
-    root = next(
-        Path(root)
-        for root in folder_paths.get_folder_paths(folder)
-        if folder_paths.is_within_directory(root, str(source))
-    )
     if not name.strip():
-        target = source.with_name(f"{source.stem}-mxfp8.safetensors")
-    else:
-        if not name.lower().endswith(SAFETENSORS):
-            name += ".safetensors"
-        target = root / name
+        return source.with_name(f"{source.stem}-mxfp8.safetensors")
+    folder = choice.partition("/")[0]
+    # By name, not by what links lead to: a linked model belongs to the folder that lists it.
+    roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
+    root = next(root for root in roots if source.is_relative_to(root))
+    if not name.lower().endswith(SAFETENSORS):
+        name += ".safetensors"
+    target = root / name
     if "\0" in name or not folder_paths.is_within_directory(str(root), str(target)):
         raise ValueError(f"the name {name!r} leaves the folder {folder!r}; give a name inside it")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def precision_input() -> io.Combo.Input:
 def check_file(path: Path) -> None:
     """Read the header and refuse a damaged or inconsistent MXFP8 file before it is loaded."""
     if files.is_safetensors(path):
-        _ = format.read_header(path).layers
+        format.read_header(path).check_layers()
 
 
 class MXFP8LoadDiffusionModel(io.ComfyNode):

@@ -59,8 +59,12 @@ def accelerate(patcher, precision: str):
     """
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
+    foreign = clone.object_patches.keys() - our_patches(clone)
     for name, module in linears:
-        clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
+        if f"{name}.forward" in foreign:
+            logger.warning("MXFP8: %s is patched by another node already; it stays so.", name)
+        else:
+            clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
     if linears and not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
     if not linears:
@@ -77,12 +81,6 @@ def our_patches(patcher) -> list[str]:
     return [n for n, p in patcher.object_patches.items() if getattr(p, "__func__", None) in ours]
 
 
-def remove(patcher) -> None:
-    """Take our patches off a patcher (not off the clones it came from)."""
-    for name in our_patches(patcher):
-        del patcher.object_patches[name]
-
-
 def _rebind(old, new) -> None:
     """ON_CLONE: bind our patches to the modules of a clone that has a model of its own."""
     if new.model is old.model:
@@ -96,13 +94,24 @@ def _rebind(old, new) -> None:
 
 
 def check_movable(patcher) -> None:
-    """Raise ValueError if something on a patcher is tied to its layers and cannot carry over."""
+    """Check that what is on a patcher can move to a copy of its model, or into a file.
+
+    Raises:
+        ValueError: something is tied to the layers that the model has now.
+    """
+    model = type(patcher.model).__name__
     if any(patcher.injections.values()):
         names = ", ".join(map(repr, patcher.injections))
         raise ValueError(
-            f"{names} on this {type(patcher.model).__name__} is tied to its unquantised layers; "
-            "apply it (a bypass LoRA, for one) to the quantised model instead"
+            f"{names} on this {model} works beside its layers and is no part of its weights; "
+            "apply it (a bypass LoRA, for one) after this node"
         )
+    for name, patch in patcher.object_patches.items():
+        if name.startswith("diffusion_model") and isinstance(patch, torch.nn.Module):
+            raise ValueError(
+                f"{name!r} of this {model} was replaced by {type(patch).__name__} "
+                "(torch.compile does that); do that after this node"
+            )
 
 
 def give_model(patcher, fresh):
@@ -116,19 +125,20 @@ def give_model(patcher, fresh):
     clone.patches_uuid = uuid.uuid4()
     clone.hook_backup = {}
     clone.cached_hook_patches = {}
+    clone.current_hooks = None
     clone.parent = None  # no sibling of the input: they share no model
     clone.clone_base_uuid = uuid.uuid4()
     clone.size = 0
     clone.model_size()
     clone.cached_patcher_init = fresh.cached_patcher_init
-    remove(clone)
+    clone.remove_additional_models("multigpu")  # those are the old model's
 
     names = {id(module): name for name, module in patcher.model.named_modules()}
     for key, patch in clone.object_patches.items():
         name = names.get(id(getattr(patch, "__self__", None)))
         if name is not None:
-            module = comfy.utils.get_attr(clone.model, name)
-            clone.object_patches[key] = MethodType(patch.__func__, module)
+            owner = comfy.utils.get_attr(clone.model, name) if name else clone.model
+            clone.object_patches[key] = MethodType(patch.__func__, owner)
     if clone.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         logger.warning(
@@ -140,8 +150,9 @@ def give_model(patcher, fresh):
 def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     """The forward of stock's quantised Linear, with `kernels.linear` as its matmul.
 
-    What stock does apart from that is left to stock: training, patched weights that it applies on
-    the fly (a LoRA on an offloaded layer), smoothed inputs.
+    What stock does apart from that is left to stock: training, weights that it patches on the fly
+    (a LoRA on an offloaded layer), smoothed inputs. Under dynamic VRAM that patch is applied while
+    the weight is cast, which then comes back plain.
     """
     stock = (
         x.requires_grad
@@ -165,7 +176,7 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         bias_dtype=x.dtype,
         offloadable=True,
         compute_dtype=x.dtype,
-        want_requant=True,
+        want_requant=False,  # requantising a patched weight would lose 3% on every forward
     )
     if isinstance(weight, QuantizedTensor):
         out = kernels.linear(

@@ -7,13 +7,15 @@ is handed on in float32 to the quantiser, or rounded once to the weight's own dt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
 import torch
 from comfy.model_base import ModelType
+from comfy.model_detection import detect_unet_config
 from comfy.model_sampling import V_PREDICTION, ModelSamplingContinuousEDM
 from comfy.quant_ops import QuantizedTensor
 
@@ -38,15 +40,14 @@ class ModelSource:
 
     Args:
         patcher: the MODEL. It is only read.
-        metadata: for the file's header.
 
-    A weight held in float32 whose values are all exact in bfloat16 counts as bfloat16: on a CPU,
-    ComfyUI holds BF16 checkpoints in float32, and a file should not double for that.
+    A weight held in float32 whose values are all exact in bfloat16 or float16 counts as that: on a
+    CPU, ComfyUI holds 16-bit checkpoints in float32, and a file should not double for it.
     """
 
-    def __init__(self, patcher, metadata: dict[str, str] | None = None):
+    def __init__(self, patcher):
         self.name = type(patcher.model).__name__
-        self.metadata = metadata or {}
+        self.metadata: dict[str, str] = {}
         self._patcher = patcher
         self._cached: tuple[str, torch.Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
@@ -71,9 +72,41 @@ class ModelSource:
     def is_linear(self, layer: str) -> bool:
         """Whether a layer is one of ComfyUI's linears (an Embedding's weight is 2-D too)."""
         module = comfy.utils.get_attr(self._patcher.model, _PREFIX + layer)
-        return isinstance(module, torch.nn.Linear) or (
-            hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
-        )
+        return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
+
+    def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """What a file's metadata must say for ComfyUI to recognise this model in it.
+
+        ComfyUI tells models apart by the shapes of their tensors; of a few (LTX, MiniMax, some
+        Wan) it reads the rest from metadata, which a loaded model no longer has.
+
+        Args:
+            stored: shapes of the tensors whose shape in the file is another than in the model.
+
+        Raises:
+            ValueError: with those shapes it would be taken for another model.
+        """
+        entries = [entry for entry in self._entries.values() if entry.tensor is None]
+        state = {e.full.removeprefix(_PREFIX): self.original(e.full) for e in entries}
+        state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
+        found = detect_unet_config(state, "")
+        for key, shape in stored.items():
+            if key in state and tuple(state[key].shape) != tuple(shape):
+                state[key] = torch.empty(shape, dtype=state[key].dtype, device="meta")
+        if detect_unet_config(state, "") != found:
+            raise ValueError(
+                f"padded to multiples of 32, this {self.name} would be taken for another model; "
+                "exclude its layers of other sizes"
+            )
+        config = self._patcher.model.model_config
+        told = {
+            key: value
+            for key, value in config.unet_config.items()
+            if key not in config.unet_extra_config
+            and isinstance(value, (bool, int, float, str, list, tuple))
+            and (found is None or found.get(key) != value)
+        }
+        return {"config": json.dumps({"transformer": told})} if told else {}
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
         """Rows of a weight with its patches, as precise as they are."""
@@ -92,19 +125,29 @@ class ModelSource:
 
     def original(self, full: str) -> torch.Tensor:
         """A parameter as loaded, without what is merged into it now."""
-        if full in self._patcher.hook_backup:
-            return self._patcher.hook_backup[full][0]
+        # In this order: what hooks found may have LoRAs merged into it already.
         if full in self._patcher.backup:
             return self._patcher.backup[full].weight
-        return comfy.utils.get_attr(self._patcher.model, full)
+        if full in self._patcher.hook_backup:
+            return self._patcher.hook_backup[full][0]
+        if full in self._patcher.backup_buffers:
+            return self._patcher.backup_buffers[full]
+        value = comfy.utils.get_attr(self._patcher.model, full)
+        # A parameter that the checkpoint lacked: ComfyUI makes it zero when it is first used.
+        return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
 
     def _add(self, key: str) -> None:
         full = _PREFIX + key
         value = self.original(full)
         dtype = value.dtype
-        exact = full not in self._patcher.patches and dtype == torch.float32
-        if exact and torch.equal(value.bfloat16().float(), value):
-            dtype = torch.bfloat16
+        patches = self._patcher.patches.get(full, [])
+        if tuple(comfy.lora.calculate_shape(patches, value, full)) != tuple(value.shape):
+            raise ValueError(
+                f"a LoRA on this {self.name} changes the shape of {key!r}; apply it after this node"
+            )
+        if dtype == torch.float32 and not patches:
+            narrow = (torch.bfloat16, torch.float16)
+            dtype = next((d for d in narrow if torch.equal(value.to(d).float(), value)), dtype)
         self._entries[key] = _Entry(full, dtype, tuple(value.shape))
 
     def _value(self, key: str) -> torch.Tensor:

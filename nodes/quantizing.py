@@ -14,6 +14,7 @@ import comfy.sd
 import comfy.utils
 from comfy_api.latest import io
 
+from ..kernels import layout
 from ..quant import policy
 from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
@@ -178,11 +179,14 @@ def quantize_model(patcher, preset: str, include: str, exclude: str):
     plan = plan_source(
         source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
     )
+    source.metadata = source.detection_metadata(
+        {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
+    )
     file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
     report = convert(source, file.path, plan, progress=Progress())
     del source
 
-    fresh = load_temporary(file)
+    fresh = load_temporary(file, disable_dynamic=not patcher.is_dynamic())
     return give_model(patcher, fresh), replace(report, target="MODEL")
 
 

@@ -19,6 +19,7 @@ from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
 from . import files
 from .loading import CATEGORY
+from .model_patch import check_movable
 from .model_source import ModelSource
 
 
@@ -70,9 +71,10 @@ def save_model(patcher, path, metadata: dict[str, str]) -> int:
     """Write a MODEL's diffusion model to `path`; returns the file's size in bytes.
 
     Raises:
-        ValueError: a patched weight holds NaN or Inf.
+        ValueError: a patched weight holds NaN or Inf, or something on the model cannot be saved.
         OSError: the file cannot be written; nothing is left behind.
     """
+    check_movable(patcher)
     source = ModelSource(patcher)
     markers: dict[str, dict] = {}
     tensors = [(key, *info) for key, info in source.tensors.items()]
@@ -91,10 +93,12 @@ def save_model(patcher, path, metadata: dict[str, str]) -> int:
             state.pop(f"{name}.bias", None)
             tensors += [(k, HEADER_DTYPES[v.dtype], tuple(v.shape)) for k, v in state.items()]
 
+    metadata = {**metadata, **source.detection_metadata({key: shape for key, _, shape in tensors})}
     if markers:
         metadata = format.with_markers(metadata, markers)
     progress = comfy.utils.ProgressBar(len(source.tensors) + len(source.quantized))
-    with Writer(path, tensors, metadata) as writer:
+    interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+    with Writer(path, tensors, metadata, tick=interrupted) as writer:
         for key in source.tensors:
             for piece in source.pieces(key):
                 writer.write(key, piece)
@@ -112,13 +116,12 @@ def _step(progress) -> None:
 
 
 def _marker(module) -> dict:
-    """The stock marker of a loaded MXFP8 linear."""
-    marker = {
-        "format": "mxfp8",
-        "group_size": layout.BLOCK,
-        "orig_dtype": str(module.weight.dtype),
-        "orig_shape": list(module.weight.shape),
-    }
+    """The stock marker of a loaded MXFP8 linear.
+
+    Its dtype says what the weight computes in: on a CPU ComfyUI turns BF16 models into float32.
+    """
+    dtype = "F16" if module.weight.dtype == torch.float16 else "BF16"
+    marker = format.marker(tuple(module.weight.shape), dtype)
     if module._full_precision_mm_config:
         marker["full_precision_matrix_mult"] = True
     return marker

@@ -98,7 +98,7 @@ def convert(
     markers = {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
     tensors = [t for d in plan.decisions for t in _stored(d, markers)]
     metadata = format.with_markers(source.metadata, markers)
-    with Writer(target, tensors, metadata, overwrite) as writer:
+    with Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer:
         for decision in plan.decisions:
             if decision.quantize:
                 energies[decision.key] = _quantize(source, decision, writer, advance)

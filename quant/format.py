@@ -32,6 +32,8 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 MARKER = ".comfy_quant"
 SCALE = ".weight_scale"
 WEIGHT = ".weight"
+# Key prefixes under which a diffusion model's tensors are found.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
 MAX_MARKER = 65_536  # bytes of JSON in one layer's marker
 
@@ -63,10 +65,6 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
-
-    @property
-    def numel(self) -> int:
-        return numel(self.shape)
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,20 @@ class Header:
         """Layer name -> marker JSON, from the header and the marker tensors together."""
         return _read_markers(self)
 
+    def check_layers(self) -> None:
+        """Raise FormatError unless markers, tensors and shapes of all layers agree."""
+        _ = self.layers
+
     @cached_property
     def layers(self) -> dict[str, Layer]:
-        """The file's MXFP8 layers by name, in the order of their weights."""
+        """The file's MXFP8 linears by name, in the order of their weights.
+
+        Stacks of experts, which are 3-D, are left to stock.
+        """
         found = (
             _layer(self, name, conf)
             for name, conf in self.markers.items()
-            if conf["format"] == "mxfp8"
+            if conf["format"] == "mxfp8" and "num_experts" not in conf
         )
         return {layer.name: layer for layer in sorted(found, key=lambda x: x.weight.begin)}
 
@@ -238,7 +243,10 @@ def header_markers(file: str, metadata: Mapping[str, str]) -> dict[str, dict]:
 
 def _read_markers(header: Header) -> dict[str, dict]:
     path = header.path
-    markers = header_markers(path.name, header.metadata)
+    markers = {
+        _full_name(header, name): conf
+        for name, conf in header_markers(path.name, header.metadata).items()
+    }
     tensors = [t for t in header.tensors.values() if t.name.endswith(MARKER)]
     with path.open("rb") as file:
         for tensor in tensors:
@@ -260,6 +268,12 @@ def _read_markers(header: Header) -> dict[str, dict]:
                     )
             markers[name] = {**before, **conf}
     return markers
+
+
+def _full_name(header: Header, name: str) -> str:
+    """A layer's name with the prefix that its tensors have; headers often leave it out."""
+    names = (prefix + name for prefix in ("", *PREFIXES))
+    return next((n for n in names if n + WEIGHT in header.tensors), name)
 
 
 def _parse_json(where: str, text: str | bytes) -> dict:

@@ -162,12 +162,13 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
     """
     header = format.read_header(path)
     device = next((p.device for p in module.parameters()), None)
+    modules = dict(module.named_modules())
     layers = {}
     for layer in header.layers.values():
         if not layer.name.startswith(prefix):
             continue
         name = layer.name.removeprefix(prefix)
-        linear = dict(module.named_modules()).get(name)
+        linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != layer.shape:
             found = "nothing" if linear is None else repr(linear)
             raise format.FormatError(
@@ -183,9 +184,9 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
             dtype=linear.weight.dtype,
         )
         layers[name].marker = dict(layer.conf)
+    state = load_file(path)
     for name, layer in layers.items():
         _replace(module, name, layer)
-    state = load_file(path)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return module.load_state_dict(state, strict=False)
 

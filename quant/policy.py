@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .format import FLOATS, WEIGHT, numel
+from .format import FLOATS, PREFIXES, WEIGHT, numel
 
 AUTO = "auto"
 NONE = "none"
-
-# Key prefixes under which a diffusion model's tensors are found.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
 
 # Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
 # an error and then looks up raw codes.
@@ -36,14 +33,26 @@ EMBEDDINGS = frozenset({
     "reference_points", "embed_tokens_per_layer",
 })  # fmt: skip
 
-# Parts of a checkpoint that stock never builds with quantised layers.
+# What stock never builds as quantised layers: it would run raw codes, or take the padded shape for
+# the true one. The pattern is searched in the layer's name.
 _NEVER = (
     (re.compile(r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\."), "part of the VAE"),
     (
         re.compile(r"(^|\.)((text_model|vision_model)\.encoder|transformer\.resblocks)\."),
         "part of a CLIP encoder",
     ),
+    (re.compile(r"(^|\.)text_projection$"), "a projection that is no linear layer"),
+    (
+        re.compile(
+            r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features|point_embeddings\.\d+)$"
+        ),
+        "a bare parameter",
+    ),
+    (re.compile(r"(^|\.)motion_encoder\.(enc\.fc|dec)\."), "a bare parameter"),
+    (re.compile(r"(^|\.)x_embedder\.proj\.1$"), "the layer whose width tells what model it is"),
 )
+_T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
+_T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantised
 
 # Architecture -> (preset, keys that must all be there). The first match counts.
 ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -206,10 +215,12 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
         return f"{dtype}; only F32, F16 and BF16 weights are quantised"
     if numel(shape) == 0:
         return "empty"
-    for pattern, what in _NEVER:
-        if pattern.search(key):
-            return f"{what}: stock ComfyUI cannot run it quantised"
     layer = key.removesuffix(WEIGHT)
+    for pattern, what in _NEVER:
+        if pattern.search(layer):
+            return f"{what}: stock ComfyUI cannot run it quantised"
+    if _T5.search(layer) and _T5_WIDTH not in shape:
+        return "part of a small T5: stock ComfyUI runs only T5-XXL quantised"
     if is_linear is not None and not is_linear(layer):
         return "not a linear layer"
     if is_linear is None and layer.rsplit(".", 1)[-1] in EMBEDDINGS:

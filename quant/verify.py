@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from .. import kernels
 from ..kernels import layout
-from .format import MARKER, SCALE, WEIGHT
-from .policy import PREFIXES
+from .format import MARKER, PREFIXES, SCALE, WEIGHT
 from .report import Energy, total_sqnr
 from .source import FileSource
 
@@ -50,6 +49,8 @@ def verify_file(path, source, progress=None) -> Verification:
     """
     result = Verification()
     with FileSource(path) as stored, FileSource(source) as original:
+        if not stored.header.layers:
+            result.problems.append("there is no MXFP8 layer in it")
         names = _match(stored, original, result)
         layers = stored.header.layers
         total = sum(original.header.tensors[o].nbytes for o in names.values())

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from . import format
@@ -28,6 +28,7 @@ from .format import DTYPES, FormatError, TensorInfo
 
 ALIGNMENT = 64
 _READ_BACK = 1 << 22  # bytes
+_SYNC_EVERY = 1 << 28  # bytes
 
 
 class Writer:
@@ -38,6 +39,8 @@ class Writer:
         tensors: (name, dtype, shape) of every tensor, in any order.
         metadata: the header's __metadata__, strings to strings.
         overwrite: whether an existing target may be replaced.
+        tick: called every few megabytes while the file is synced and read back; what it raises
+            stops the writer cleanly.
 
     Raises:
         FileExistsError: the target exists and overwrite is off.
@@ -50,9 +53,12 @@ class Writer:
         tensors: Iterable[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],
         overwrite: bool = False,
+        tick: Callable[[], None] = lambda: None,
     ):
         self.target = Path(target)
         self.overwrite = overwrite
+        self._tick = tick
+        self._unsynced = 0
         self._header, self.tensors = _lay_out(tensors, metadata)
         self._position = {name: info.begin for name, info in self.tensors.items()}
         self._checksum = dict.fromkeys(self.tensors, 0)
@@ -82,8 +88,13 @@ class Writer:
         """Append a piece of a tensor's bytes (anything with a flat buffer) to what it has."""
         data = memoryview(data).cast("B")
         begin = self._position[name]
-        assert begin + len(data) <= self.tensors[name].end, f"too many bytes for {name}"
+        if begin + len(data) > self.tensors[name].end:
+            raise FormatError(f"{self.target.name}: tensor {name!r} got more bytes than it has")
         _write_at(self._file.fileno(), data, begin)
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC_EVERY:  # so that the last sync is short and can be interrupted
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
         self._checksum[name] = zlib.crc32(data, self._checksum[name])
         self._position[name] = begin + len(data)
 
@@ -95,6 +106,7 @@ class Writer:
             for name, info in self.tensors.items():
                 if self._position[name] != info.end:
                     raise FormatError(f"{self.target.name}: tensor {name!r} was not fully written")
+            self._tick()
             os.fsync(self._file.fileno())
             self._file.close()
             self._verify()
@@ -114,6 +126,7 @@ class Writer:
                 file.seek(info.begin)
                 left, checksum = info.nbytes, 0
                 while left:
+                    self._tick()
                     count = file.readinto(buffer[: min(left, _READ_BACK)])
                     if not count:
                         break
@@ -192,6 +205,9 @@ def _write_at(descriptor: int, data, offset: int) -> None:
 
 def _rename_new(source: Path, target: Path) -> None:
     """Rename unless the target exists, without a moment in which two writers could both pass."""
+    if os.name == "nt":  # there, a rename never replaces
+        os.rename(source, target)
+        return
     try:
         os.link(source, target)
     except FileExistsError:
@@ -211,10 +227,11 @@ def _exists(target: Path) -> FileExistsError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut. Windows has no such call (not run there)."""
+    """Make the new name survive a power cut, where the system can; the file is there already."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)

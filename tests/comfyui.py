@@ -113,6 +113,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.client = uuid.uuid4().hex
         self._arguments = [
             "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
@@ -180,7 +181,7 @@ class Server:
         Raises:
             PromptError: ComfyUI refused it before running anything.
         """
-        body = {"prompt": graph, "client_id": uuid.uuid4().hex}
+        body = {"prompt": graph, "client_id": self.client}
         if only is not None:
             body["partial_execution_targets"] = only
         try:

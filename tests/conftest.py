@@ -25,7 +25,7 @@ def make_models(base: Path, *names: str) -> None:
 def comfy(tmp_path_factory):
     """A server with tiny Flux, Flux.2 and Wan models, each in BF16 and converted to MXFP8."""
     base = tmp_path_factory.mktemp("comfyui")
-    make_models(base, *KINDS, "checkpoint", "vae", "lora")
+    make_models(base, *KINDS, "ltxv", "checkpoint", "vae", "lora")
     models = base / "models"
     for kind in KINDS:
         folder = models / "diffusion_models"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
+import aiohttp
 import numpy
 import pytest
 from comfyui import PromptError, Server
@@ -43,6 +45,28 @@ def test_a_file_becomes_what_the_command_makes_of_it(comfy):
     assert report.summary() == outputs["text"][0]
 
 
+def test_progress_reaches_the_browser(comfy):
+    """As the browser does: listen on the websocket while the workflow runs."""
+
+    async def listen(graph, node):
+        seen = []
+        url = f"{comfy.url}/ws?clientId={comfy.client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            comfy.submit(graph)
+            async for message in socket:
+                event = message.json() if message.type is aiohttp.WSMsgType.TEXT else {}
+                if event.get("type") == "progress" and event["data"]["node"] == node:
+                    seen.append((event["data"]["value"], event["data"]["max"]))
+                if event.get("type") in ("execution_success", "execution_error"):
+                    return seen
+
+    graph, node = convert(target="progress")
+    seen = asyncio.run(asyncio.wait_for(listen(graph, node[0]), 60))
+    total = (comfy.base / "models" / SOURCE).stat().st_size
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0.99 * total
+
+
 def test_an_existing_file_is_replaced_only_when_asked(comfy):
     target = comfy.base / "models" / "diffusion_models" / "mine.safetensors"
     target.write_bytes(b"mine")
@@ -53,6 +77,19 @@ def test_an_existing_file_is_replaced_only_when_asked(comfy):
     graph, _ = convert(target="mine", overwrite=True)
     comfy.run(graph)
     assert read_header(target).layers
+
+
+def test_a_linked_model_is_converted_beside_its_link(comfy, tmp_path):
+    folder = comfy.base / "models" / "diffusion_models"
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes((folder / "flux.safetensors").read_bytes())
+    (folder / "linked.safetensors").symlink_to(elsewhere)
+    for target in ("", "linked-named"):
+        graph, _ = convert("diffusion_models/linked.safetensors", target)
+        comfy.run(graph)
+    assert read_header(folder / "linked-mxfp8.safetensors").layers
+    assert read_header(folder / "linked-named.safetensors").layers
+    assert list(tmp_path.iterdir()) == [elsewhere]
 
 
 @pytest.mark.parametrize("target", ["../outside", "/tmp/outside", "a/../../outside", "nul\0"])

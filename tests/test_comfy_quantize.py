@@ -166,13 +166,40 @@ def test_model_sampling_and_deep_clones_carry_over(comfy):
     assert difference(found["plain"], found["after"]) > 1e-3
 
 
+def test_settings_that_only_metadata_tells_reach_the_quantised_model_and_its_file(comfy):
+    graph = Graph()
+    model = graph.loader("ltxv.safetensors")
+    quantized = quantize(graph, model, include="attn|ff")
+    saving = save(graph, quantized, "ltxv")
+    nodes = [graph.add("TestConfig", model=m) for m in (model, quantized)]
+    outputs = comfy.run(graph)
+    wanted, found = (json.loads(outputs[n[0]]["result"][0]) for n in nodes)
+    assert wanted["causal_temporal_positioning"] is True
+    assert wanted["positional_embedding_max_pos"] == [20, 64, 64]
+    wanted.pop("dtype", None), found.pop("dtype", None)
+    assert found == wanted
+
+    graph = Graph()
+    node = graph.add("TestConfig", model=graph.loader(outputs[saving[0]]["text"][0].split(":")[0]))
+    reloaded = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    reloaded.pop("dtype", None)
+    assert reloaded == wanted
+
+
 def test_what_cannot_carry_over_is_refused_or_said(comfy):
     graph = Graph()
     model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux.safetensors"),
                       lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
     save(graph, quantize(graph, model), "bypass")
-    with pytest.raises(PromptError, match="'bypass_lora' on this Flux is tied to its unquantised"):
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
         comfy.run(graph)
+    graph = Graph()
+    model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux-mxfp8.safetensors"),
+                      lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
+    save(graph, model, "bypass")
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
+        comfy.run(graph)
+    assert not list((comfy.base / "output").rglob("bypass*"))
 
     graph = Graph()
     model = graph.add("TestCompile", model=graph.loader("flux.safetensors"), backend="eager")

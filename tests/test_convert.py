@@ -108,9 +108,12 @@ def test_progress_comes_after_every_slab_rises_and_ends_at_the_total(tmp_path, m
     in_slabs(monkeypatch)
     calls = []
     converted(tmp_path, MODEL, progress=lambda *call: calls.append(call))
+    checks = [call for call in calls if call[2] == "verify"]
+    calls = [call for call in calls if call[2] != "verify"]
     amounts = [done for done, _, _ in calls]
     assert amounts == sorted(set(amounts))
     assert amounts[-1] == size(MODEL)
+    assert set(checks) == {(size(MODEL), size(MODEL), "verify")}
     assert {total for _, total, _ in calls} == {size(MODEL)}
     assert {key for _, _, key in calls} == {key for key, t in MODEL.items() if t.numel()}
     assert sum(key == "blocks.1.lin.weight" for _, _, key in calls) == 3  # 300 rows
@@ -129,9 +132,10 @@ def test_a_weight_with_nan_or_inf_is_refused_by_name_and_row(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_leaves_nothing_and_an_old_target_intact(tmp_path, error):
+@pytest.mark.parametrize("when", ["writing", "verify"])
+def test_an_interrupt_leaves_nothing_and_an_old_target_intact(tmp_path, error, when):
     def interrupt(done, total, key):
-        if done > total // 2:
+        if done > total // 2 if when == "writing" else key == when:
             raise error
 
     save_file(MODEL, tmp_path / "source")

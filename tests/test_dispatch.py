@@ -13,9 +13,12 @@ from mxfp8.kernels.dispatch import Backend, BackendStatus, Problem
 
 @pytest.fixture(autouse=True)
 def no_earlier_choice():
-    dispatch._choose.cache_clear()
+    caches = (dispatch._choose, dispatch._say_exact)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    dispatch._choose.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def numbers(*shape):

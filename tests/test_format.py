@@ -11,7 +11,7 @@ from checkpoints import GOLDEN, load, raw, write_raw
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mxfp8.quant.format import MAX_HEADER, FormatError, read_header
+from mxfp8.quant.format import MAX_HEADER, FormatError, numel, read_header
 
 
 def entry(begin, end, dtype="U8", shape=None):
@@ -128,7 +128,7 @@ def test_offsets_count_from_the_start_of_the_file_and_order_is_theirs(tmp_path):
     content = path.read_bytes()
     assert list(found.tensors) == ["early", "empty", "late", "scalar", "packed"]
     assert content[found.tensors["late"].begin : found.tensors["late"].end] == data[4:8]
-    assert [t.numel for t in found.tensors.values()] == [4, 0, 4, 1, 4]
+    assert [numel(t.shape) for t in found.tensors.values()] == [4, 0, 4, 1, 4]
     assert found.file_size == len(content)
 
 
@@ -181,6 +181,22 @@ def test_a_layer_is_found_by_its_header_marker_its_tensor_or_both(tmp_path, mark
     assert (layer.weight.shape, layer.scale.shape) == ((32, 64), (128, 4))
     assert layer.conf == MARKER
     assert not layer.full_precision
+
+
+def test_a_header_marker_may_leave_out_the_prefix_of_its_tensors(tmp_path):
+    tensors = {
+        "model.diffusion_model.a.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
+        "model.diffusion_model.a.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
+    }
+    markers = {"_quantization_metadata": json.dumps({"layers": {"a": MARKER}})}
+    save_file(tensors, tmp_path / "f", markers)
+    assert list(read_header(tmp_path / "f").layers) == ["model.diffusion_model.a"]
+
+
+def test_stacks_of_experts_are_left_to_stock(tmp_path):
+    marker = {"format": "mxfp8", "num_experts": 4}
+    weight = torch.zeros(4, 32, 64, dtype=torch.float8_e4m3fn)
+    assert read_header(layer_file(tmp_path, header=marker, weight=weight)).layers == {}
 
 
 def test_without_a_marker_there_is_no_layer(tmp_path):

@@ -57,6 +57,16 @@ IMPOSSIBLE = [
     ("shared.weight", *MATRIX, "embedding"),
     ("block.0.SelfAttention.relative_attention_bias.weight", *MATRIX, "embedding"),
     ("label_emb.weight", *MATRIX, "embedding"),
+    ("audio_vae.encoder.q.weight", *MATRIX, "VAE"),
+    ("text_projection.weight", *MATRIX, "projection"),
+    ("double_stream_blocks.0.block.ff_i.gate.weight", *MATRIX, "bare parameter"),
+    ("blocks.0.moe.gate.weight", *MATRIX, "bare parameter"),
+    ("model.layers.0.mlp.router.weight", *MATRIX, "bare parameter"),
+    ("timestep_features.weight", *MATRIX, "bare parameter"),
+    ("point_embeddings.2.weight", *MATRIX, "bare parameter"),
+    ("motion_encoder.enc.fc.0.weight", *MATRIX, "bare parameter"),
+    ("x_embedder.proj.1.weight", *MATRIX, "tells what model"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "BF16", (768, 768), "small T5"),
 ]
 
 

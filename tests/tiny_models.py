@@ -4,12 +4,13 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
 
     python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
-NAME: flux, flux2, wan, zimage, qwen3, checkpoint, vae, lora. Files go into the model folders of a
-ComfyUI base folder. zimage and qwen3 have their real widths: ComfyUI recognises no others.
+NAME: flux, flux2, wan, ltxv, zimage, qwen3, checkpoint, vae, lora. Files go into the model folders
+of a ComfyUI base folder. zimage and qwen3 have their real widths: ComfyUI recognises no others.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def wan():
     return WanModel(
         model_type="t2v", patch_size=(1, 2, 2), dim=128, ffn_dim=256, num_heads=1, num_layers=1,
         in_dim=16, out_dim=16, text_dim=4096, operations=OPERATIONS,
+    )  # fmt: skip
+
+
+LTXV_CONFIG = {"causal_temporal_positioning": True, "positional_embedding_max_pos": [20, 64, 64]}
+
+
+def ltxv():
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    return LTXVModel(
+        cross_attention_dim=256, attention_head_dim=8, num_attention_heads=32, num_layers=1,
+        caption_channels=4096, operations=OPERATIONS, **LTXV_CONFIG,
     )  # fmt: skip
 
 
@@ -160,7 +173,7 @@ FOLDERS = {
 
 
 def main() -> None:
-    makers = {"flux": flux, "flux2": flux2, "wan": wan}
+    makers = {"flux": flux, "flux2": flux2, "wan": wan, "ltxv": ltxv}
     for name in NAMES:
         folder = FOLDERS.get(name, "diffusion_models")
         target = FOLDER / "models" / folder / f"{name}.safetensors"
@@ -179,7 +192,9 @@ def main() -> None:
             state = lora(randomise({k: v.shape for k, v in flux().state_dict().items()}))
         else:
             state = randomise({k: v.shape for k, v in makers[name]().state_dict().items()})
-        save_file(state, target)
+        # ComfyUI reads this part of LTX's settings from metadata; it cannot be seen in the shapes.
+        config = {"config": json.dumps({"transformer": LTXV_CONFIG})} if name == "ltxv" else None
+        save_file(state, target, config)
 
 
 if __name__ == "__main__":

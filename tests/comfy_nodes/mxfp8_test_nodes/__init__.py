@@ -175,6 +175,17 @@ class TestDigest(_Node):
         return {"ui": {"result": [digest.hexdigest()]}}
 
 
+class TestConfig(_Node):
+    """What ComfyUI took a model for."""
+
+    INPUTS = {"model": "MODEL"}
+    OUTPUT_NODE = True
+
+    def run(self, model):
+        config = model.model.model_config.unet_config
+        return {"ui": {"result": [json.dumps(config, default=str, sort_keys=True)]}}
+
+
 class TestMemory(_Node):
     """Resident memory now and its peak since the last call, in bytes; passes a model on."""
 
@@ -199,6 +210,6 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestUnload, TestEmptyAfter, TestSaveTensor,
-        TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestMemory,
+        TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig, TestMemory,
     )
 }  # fmt: skip
