@@ -94,6 +94,8 @@ def ratio(seconds: dict[str, list[float]], name: str, rival: str) -> float:
 
 
 def machine(threads: int) -> dict[str, str | int]:
+    import torch
+
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -102,6 +104,7 @@ def machine(threads: int) -> dict[str, str | int]:
     packages = ("torch", "comfy-kitchen", "mxfp8")
     return {
         "cpu": names[0],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
         "python": platform.python_version(),

@@ -224,8 +224,8 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
             display_name="Accelerate Text Encoder (MXFP8)",
             category=CATEGORY,
             description=(
-                "Takes a text encoder from any loader and runs its MXFP8 layers without "
-                "unpacking whole weights. Activations are never quantised."
+                "Takes a text encoder from any loader and runs its MXFP8 layers on our kernels. "
+                "Activations are never quantised."
             ),
             search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
             inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],
