@@ -4,7 +4,8 @@
     y = kernels.linear(x, qdata, scale, bias)          # any rank of x, any device
     for status in kernels.backends(): print(status)    # what would run here, and why not the rest
 
-This room stands alone: it imports torch and nothing else of this package. Names resolve on first use, so that reading a file's header costs no torch import.
+This room stands alone: it imports torch and nothing else of this package. Names resolve on first
+use, so that reading a file's header costs no torch import.
 """
 
 from importlib import import_module
