@@ -9,6 +9,7 @@ import folder_paths
 import nodes as comfy_nodes
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..quant import format
 from . import files
@@ -27,10 +28,16 @@ def precision_input() -> io.Combo.Input:
         tooltip=(
             "exact: stored weights times unquantised activations. "
             "fast: activations are quantised too, for tensor cores that multiply 8-bit values. "
-            "auto: fast where the GPU has them, else exact. "
+            "auto: fast where the GPU has them, else exact. In this version all three run exact. "
             "Layers that the file marks as full precision are always exact."
         ),
     )
+
+
+def show(node: type[io.ComfyNode], text: str) -> None:
+    """Show a line or more on the node itself, in the browser."""
+    if node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
 def check_file(path: Path) -> None:
@@ -124,8 +131,8 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
                 "Loads one to four text encoder files as the stock CLIP loaders pair them, and "
                 "runs their MXFP8 layers exactly. Activations of text encoders are never "
                 "quantised, as in stock ComfyUI.\n"
-                "One file: " + comfy_nodes.CLIPLoader.DESCRIPTION + "\n"
-                "Two files: " + comfy_nodes.DualCLIPLoader.DESCRIPTION + "\n"
+                "One file:\n" + _recipes(comfy_nodes.CLIPLoader) + "\n"
+                "Two files:\n" + _recipes(comfy_nodes.DualCLIPLoader) + "\n"
                 "Three files: sd3 (clip-l, clip-g, t5). "
                 "Four files: hidream (clip-l, clip-g, t5, llama)."
             ),
@@ -177,6 +184,11 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
         return io.NodeOutput(accelerate_clip(clip))
 
 
+def _recipes(loader) -> str:
+    """What a stock loader's description says it pairs."""
+    return loader.DESCRIPTION.removeprefix("Recipes:").strip()
+
+
 def text_encoder_types() -> list[str]:
     """The types that stock's loaders offer for one file and for two, without repeats."""
     types = []
@@ -208,7 +220,11 @@ class MXFP8Accelerate(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model with MXFP8 layers."),
                 precision_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The same model, faster.")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The same model, its MXFP8 layers on our kernels."
+                )
+            ],
         )
 
     @classmethod

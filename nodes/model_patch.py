@@ -29,6 +29,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
+from ..kernels.dispatch import choose
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,16 @@ def accelerate(patcher, precision: str):
             clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
     if linears and not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
-    if not linears:
+    if linears:
+        backend, _ = choose("linear", torch.empty(0, device=clone.load_device))
+        logger.info(
+            "MXFP8: %d layers of %s run on %s (%s).",
+            len(linears),
+            type(clone.model).__name__,
+            backend.name,
+            precision,
+        )
+    else:
         logger.info(
             "MXFP8: nothing in this %s is MXFP8; it runs as ComfyUI loaded it.",
             type(clone.model).__name__,

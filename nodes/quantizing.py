@@ -19,7 +19,7 @@ from ..quant import policy
 from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
 from . import files
-from .loading import CATEGORY, precision_input
+from .loading import CATEGORY, precision_input, show
 from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
 
@@ -35,8 +35,8 @@ def selection_inputs() -> list[io.Input]:
             default=policy.AUTO,
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "
-                "keys show; none: quantise every linear; zimage-turbo: the recipe of the "
-                "Z-Image-Turbo-MXFP8 model card."
+                "keys show, which suits Z-Image-Turbo too; none: quantise every linear; "
+                "zimage-turbo: the recipe of the Z-Image-Turbo-MXFP8 model card, which keeps more."
             ),
         ),
         io.String.Input(
@@ -80,12 +80,13 @@ class MXFP8QuantizeModel(io.ComfyNode):
                     display_name="report", tooltip="Every layer's decision, size and error: JSON."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, preset, precision, include="", exclude="") -> io.NodeOutput:
         quantized, report = quantize_model(model, preset, include, exclude)
-        return output(report, accelerate(quantized, precision))
+        return output(cls, report, accelerate(quantized, precision))
 
 
 class MXFP8ConvertFile(io.ComfyNode):
@@ -124,6 +125,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                     display_name="report", tooltip="Every layer's decision, size and error: JSON."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
         )
@@ -140,12 +142,13 @@ class MXFP8ConvertFile(io.ComfyNode):
             overwrite=overwrite,
             progress=Progress(),
         )
-        return output(report)
+        return output(cls, report)
 
 
-def output(report: Report, *values) -> io.NodeOutput:
-    """A node's result with its report: as text below the node, as JSON for whoever reads it."""
+def output(node: type[io.ComfyNode], report: Report, *values) -> io.NodeOutput:
+    """A node's result with its report: as text on the node, as JSON for whoever reads it."""
     logger.info("MXFP8: %s", report.summary())
+    show(node, report.summary())
     text = report.to_json()
     return io.NodeOutput(*values, text, ui={"text": [report.summary()], "mxfp8_report": [text]})
 

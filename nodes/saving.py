@@ -18,7 +18,7 @@ from ..quant.report import gigabytes
 from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
 from . import files
-from .loading import CATEGORY
+from .loading import CATEGORY, show
 from .model_patch import check_movable
 from .model_source import ModelSource
 
@@ -37,7 +37,7 @@ class MXFP8SaveModel(io.ComfyNode):
             ),
             search_aliases=["mxfp8", "save model", "export model", "quantized"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from MXFP8 Quantize Model or a loader."),
+                io.Model.Input("model", tooltip="A model from Quantize Model (MXFP8) or a loader."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/mxfp8",
@@ -48,7 +48,7 @@ class MXFP8SaveModel(io.ComfyNode):
                 ),
             ],
             outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -56,7 +56,9 @@ class MXFP8SaveModel(io.ComfyNode):
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         path = files.save_path(filename_prefix)
         size = save_model(model, path, prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo))
-        return io.NodeOutput(ui={"text": [f"{path.name}: {gigabytes(size)}"]})
+        text = f"{path.name}: {gigabytes(size)}"
+        show(cls, text)
+        return io.NodeOutput(ui={"text": [text]})
 
 
 def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:

@@ -16,10 +16,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from . import format, policy
 from .report import gigabytes
+
+_MOST_PROBLEMS = 20  # printed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +30,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        print(
+            f"mxfp8: {error.name} is missing; use ComfyUI's Python, or pip install "
+            '"mxfp8[standalone]"',
+            file=sys.stderr,
+        )
+        return 1
+    except FileExistsError as error:
+        print(f"mxfp8: {error.filename} exists; --overwrite replaces it", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"mxfp8: {error}", file=sys.stderr)
         return 1
@@ -39,11 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mxfp8", description="MXFP8 (8-bit microscaling) for safetensors models."
     )
+    parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="convert a BF16, F16 or F32 model to MXFP8")
-    convert.add_argument("source", metavar="SRC", type=Path)
-    convert.add_argument("target", metavar="DST", type=Path)
+    convert.add_argument("source", metavar="SRC", type=Path, help="safetensors file to read")
+    convert.add_argument(
+        "target", metavar="DST", type=Path, help="file to make, whole or not at all"
+    )
     names = list(policy.presets())
     convert.add_argument(
         "--preset",
@@ -56,10 +72,15 @@ def _parser() -> argparse.ArgumentParser:
         "--include",
         metavar="RE",
         type=_expression,
-        help="quantise keys this finds, even if the preset keeps them",
+        action="append",
+        help="quantise keys this finds, even if the preset keeps them; may be repeated",
     )
     convert.add_argument(
-        "--exclude", metavar="RE", type=_expression, help="keep keys this finds, whatever else"
+        "--exclude",
+        metavar="RE",
+        type=_expression,
+        action="append",
+        help="keep keys this finds, whatever else; may be repeated",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
@@ -69,13 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     inspect = commands.add_parser("inspect", help="what a file holds")
-    inspect.add_argument("file", metavar="FILE", type=Path)
-    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("file", metavar="FILE", type=Path, help="safetensors file")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with every layer")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="compare an MXFP8 file with its original")
-    verify.add_argument("file", metavar="FILE", type=Path)
-    verify.add_argument("--source", metavar="SRC", type=Path, required=True)
+    verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
+    verify.add_argument(
+        "--source", metavar="SRC", type=Path, required=True, help="what it was made from"
+    )
     verify.set_defaults(run=_verify)
 
     backends = commands.add_parser("backends", help="what would run on this machine, and why")
@@ -97,7 +120,13 @@ def _progress(label: str) -> Iterator:
     from tqdm import tqdm
 
     with tqdm(
-        desc=label, unit="B", unit_scale=True, unit_divisor=1000, leave=False, file=sys.stderr
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        leave=False,
+        file=sys.stderr,
+        disable=None,  # where nobody watches
     ) as bar:
 
         def update(done: int, total: int, key: str) -> None:
@@ -109,14 +138,18 @@ def _progress(label: str) -> Iterator:
 
 
 def _convert(arguments) -> int:
-    options = {name: getattr(arguments, name) for name in ("preset", "include", "exclude")}
+    options = {
+        "preset": arguments.preset,
+        "include": _any_of(arguments.include),
+        "exclude": _any_of(arguments.exclude),
+    }
     if arguments.dry_run:
         return _dry_run(arguments.source, options)
 
     from .convert import convert_file
 
-    if arguments.report and not arguments.report.parent.is_dir():
-        raise ValueError(f"--report: there is no folder {str(arguments.report.parent)!r}")
+    if arguments.report:
+        _check_report(arguments)
     with _progress("convert") as progress:
         report = convert_file(
             arguments.source,
@@ -130,6 +163,22 @@ def _convert(arguments) -> int:
         arguments.report.write_text(report.to_json(), encoding="utf-8")
         print(f"report: {arguments.report}")
     return 0
+
+
+def _any_of(expressions: list[str] | None) -> str | None:
+    """One expression that finds what any of several finds."""
+    if not expressions or len(expressions) == 1:
+        return expressions[0] if expressions else None
+    return "|".join(f"(?:{e})" for e in expressions)
+
+
+def _check_report(arguments) -> None:
+    """Refuse a report path that cannot be written or would replace a model."""
+    path = arguments.report
+    if not path.parent.is_dir():
+        raise ValueError(f"--report: there is no folder {str(path.parent)!r}")
+    if path.resolve() in (arguments.source.resolve(), arguments.target.resolve()):
+        raise ValueError(f"--report {path} would replace the model; give a .json name")
 
 
 def _dry_run(source: Path, options: dict) -> int:
@@ -206,8 +255,10 @@ def _verify(arguments) -> int:
             f"\n{len(result.layers)} MXFP8 layers, SQNR {result.sqnr_db:.2f} dB; "
             f"worst {result.worst}: {worst:.2f} dB"
         )
-    for problem in result.problems:
+    for problem in result.problems[:_MOST_PROBLEMS]:
         print(f"PROBLEM: {problem}")
+    if len(result.problems) > _MOST_PROBLEMS:
+        print(f"and {len(result.problems) - _MOST_PROBLEMS} more problems")
     return 1 if result.problems else 0
 
 

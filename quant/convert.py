@@ -9,6 +9,7 @@ the wrong sign and doubles the mean output error on its own calibration data.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -49,6 +50,11 @@ def convert_file(
         ValueError: a weight holds NaN or Inf, or no layer would be quantised.
         OSError: reading or writing failed. In every case the target is as it was before.
     """
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise ValueError(
+            f"{os.path.basename(target)}: the target is the source; give another name "
+            "(the original cannot be rebuilt from MXFP8)"
+        )
     with FileSource(source) as opened:
         plan = plan_source(opened, preset=preset, include=include, exclude=exclude)
         return convert(opened, target, plan, overwrite=overwrite, progress=progress)
@@ -81,8 +87,8 @@ def convert(
     """Carry out a plan. Arguments and errors as for `convert_file`."""
     if not plan.quantized:
         raise ValueError(
-            f"{source.name}: no layer to quantise with preset {plan.preset!r}; "
-            "mxfp8 convert --dry-run lists the reasons"
+            f"{source.name}: no layer to quantise: preset {plan.preset!r} and exclude keep all "
+            "of them (on the command line, --dry-run lists the reasons)"
         )
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)

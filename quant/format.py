@@ -137,8 +137,8 @@ def read_header(path: str | os.PathLike) -> Header:
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise FormatError(
-                f"{path.name}: no safetensors file, or a damaged one (its header would have "
-                f"{length} bytes; at most {MAX_HEADER} are allowed)"
+                f"{path.name}: no safetensors file (.ckpt, .pt and .gguf cannot be read), or a "
+                f"damaged one: its header would have {length} bytes; at most {MAX_HEADER} may be"
             )
         if 8 + length > size:
             raise FormatError(

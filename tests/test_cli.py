@@ -278,6 +278,38 @@ def test_verify_sees_one_flipped_code(source, target):
     assert after.layers["b"].sqnr_db == before.layers["b"].sqnr_db
 
 
+def test_verify_finds_a_damaged_layer(source, target, run):
+    def spoil(tensors):
+        tensors["b.weight"].view(torch.uint8)[:16] = 0
+
+    rewrite(target, spoil)
+    status, out, _ = run("verify", target, "--source", source)
+    assert status == 1
+    assert "PROBLEM: 'b' is " in out
+    assert "rounding leaves at least 28 dB" in out
+
+
+def test_verify_says_that_a_file_holds_no_mxfp8(source):
+    assert problems(source, source) == ["there is no MXFP8 layer in it"]
+
+
+@pytest.mark.parametrize("report", ["source", "new"])
+def test_a_report_never_replaces_a_model(source, run, report):
+    before, new = source.read_bytes(), source.parent / "new"
+    path = source if report == "source" else new
+    status, _, err = run("convert", source, new, "--report", path)
+    assert status == 1
+    assert "would replace the model; give a .json name" in err
+    assert source.read_bytes() == before
+    assert not new.exists()
+
+
+def test_include_and_exclude_may_be_repeated(source, run):
+    _, out, _ = run("convert", source, "new", "--dry-run", "--exclude", "^a", "--exclude", "^b")
+    kept = [line.split()[1] for line in out.splitlines() if "excluded by" in line]
+    assert {"a.weight", "b.weight"} <= set(kept)
+
+
 @pytest.mark.parametrize(("part", "value"), [("weight", 0x7F), ("weight_scale", 0xFF)])
 def test_verify_finds_nan_codes_and_scales(source, target, part, value):
     def spoil(tensors):

@@ -71,7 +71,7 @@ def test_an_existing_file_is_replaced_only_when_asked(comfy):
     target = comfy.base / "models" / "diffusion_models" / "mine.safetensors"
     target.write_bytes(b"mine")
     graph, _ = convert(target="mine")
-    with pytest.raises(PromptError, match="say overwrite"):
+    with pytest.raises(PromptError, match="turn on overwrite"):
         comfy.run(graph)
     assert target.read_bytes() == b"mine"
     graph, _ = convert(target="mine", overwrite=True)

@@ -189,7 +189,7 @@ def test_our_own_output_is_refused_as_a_source(tmp_path):
 )
 def test_nothing_to_quantise_is_refused(tmp_path, tensors, options):
     save_file(tensors, tmp_path / "source")
-    with pytest.raises(ValueError, match="source: no layer to quantise with preset 'default'"):
+    with pytest.raises(ValueError, match="source: no layer to quantise: preset 'default'"):
         convert_file(tmp_path / "source", tmp_path / "target", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -206,21 +206,24 @@ def test_a_damaged_source_is_refused(tmp_path):
         convert_file(write_raw(tmp_path / "source", b"{"), tmp_path / "target")
 
 
-@pytest.mark.parametrize("target", ["source", "other"])
-def test_no_existing_file_is_replaced_unless_asked(tmp_path, target):
+def test_no_existing_file_is_replaced_unless_asked(tmp_path):
     save_file(MODEL, tmp_path / "source")
     save_file({}, tmp_path / "other")
-    before = (tmp_path / target).read_bytes()
+    before = (tmp_path / "other").read_bytes()
     with pytest.raises(FileExistsError):
-        convert_file(tmp_path / "source", tmp_path / target)
-    assert (tmp_path / target).read_bytes() == before
+        convert_file(tmp_path / "source", tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == before
 
 
-def test_a_file_may_be_converted_in_place_when_asked(tmp_path):
+@pytest.mark.parametrize("target", ["source", "link"])
+def test_a_source_is_never_replaced_by_its_conversion(tmp_path, target):
     save_file(MODEL, tmp_path / "source")
-    convert_file(tmp_path / "source", tmp_path / "target")
-    convert_file(tmp_path / "source", tmp_path / "source", overwrite=True)
-    assert (tmp_path / "source").read_bytes() == (tmp_path / "target").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    before = (tmp_path / "source").read_bytes()
+    with pytest.raises(ValueError, match=f"{target}: the target is the source"):
+        convert_file(tmp_path / "source", tmp_path / target, overwrite=True)
+    assert (tmp_path / "source").read_bytes() == before
+    assert (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,22 @@ def lora(state: dict[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tenso
 
 
 def vae() -> dict[str, torch.Tensor]:
+    """A tiny autoencoder; its last layer is set so that images fill their range."""
     from comfy.taesd.taesd import TAESD
 
-    state = TAESD(latent_channels=16).state_dict()
-    return {k: v.float() for k, v in randomise({k: v.shape for k, v in state.items()}).items()}
+    model = TAESD(latent_channels=16)
+    state = randomise({k: v.shape for k, v in model.state_dict().items()})
+    state = {k: v.float() for k, v in state.items()}
+    model.load_state_dict(state)
+    latent = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        pixels = model.decode(latent)  # 2 * (last layer - 0.5), one channel each for R, G, B
+    gain, mean = 0.5 / pixels.std((0, 2, 3)), pixels.mean((0, 2, 3))
+    last = [k for k in state if k.startswith("taesd_decoder") and k.endswith(".weight")][-1]
+    bias = last.replace(".weight", ".bias")
+    state[bias] = gain * (state[bias] - 0.5 - mean / 2) + 0.5
+    state[last] = gain[:, None, None, None] * state[last]
+    return state
 
 
 FOLDERS = {
