@@ -33,7 +33,7 @@ from .layout import BLOCK, E8M0_NAN, TILE_ROWS
 _F32_INF = 0x7F800000
 _F32_MIN_NORMAL_E4M3 = (127 - 6 - 8) << 23  # bits of 2**-6 * 2**-8
 _MAGIC = 2.0**20
-_CPU_CHUNK = 1 << 18  # values per chunk: the fastest of 2**16..2**20 on Xeon and EPYC alike
+_CPU_CHUNK = 1 << 19  # values per chunk: the fastest of 2**16..2**21 on Xeon and EPYC alike
 _GPU_CHUNK = 1 << 22  # 16 MB of float32: fits the L2 of current cards, hides launch cost
 
 
@@ -117,7 +117,9 @@ def _quantize_chunk(source, code, scale, energy, buffer: _QuantizeBuffers) -> No
     """Quantise source [m, k] into code [m, k'] and row-major scale [m, k'/32], both uint8."""
     y, width = buffer.y, source.shape[1]
     y[:, :width].copy_(source)
-    y[:, width:] = 0  # K padding
+    if width < y.shape[1]:  # K padding
+        y[:, width:] = 0
+        buffer.sign[:, width:] = 0
     _signs(source, buffer)
     blocks = (y.shape[0], -1, BLOCK)
     factor, keep = _scales(y.abs_().view(blocks), scale, buffer)
@@ -144,7 +146,6 @@ def _signs(source, buffer: _QuantizeBuffers) -> None:
         bits = buffer.magic.view(torch.int32)[:, :width]
         torch.bitwise_right_shift(source.view(torch.int32), 31, out=bits)
         buffer.sign[:, :width].copy_(bits)
-    buffer.sign[:, width:] = 0
 
 
 def _scales(blocks, scale, buffer: _QuantizeBuffers) -> tuple[torch.Tensor, torch.Tensor]:
