@@ -186,6 +186,15 @@ def test_settings_that_only_metadata_tells_reach_the_quantised_model_and_its_fil
     assert reloaded == wanted
 
 
+def test_methods_patched_by_other_nodes_are_bound_to_the_quantised_model(comfy):
+    graph = Graph()
+    model = graph.add("TestPatch", model=graph.loader("flux.safetensors"), kind="method")
+    quantized = quantize(graph, model)
+    node = graph.add("TestConfig", model=quantized)
+    graph.save_latent(graph.sample(quantized, "flux"))
+    assert comfy.run(graph)[node[0]]["bound"] == [True]
+
+
 def test_what_cannot_carry_over_is_refused_or_said(comfy):
     graph = Graph()
     model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux.safetensors"),
@@ -200,6 +209,12 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
     with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
         comfy.run(graph)
     assert not list((comfy.base / "output").rglob("bypass*"))
+
+    graph = Graph()
+    model = graph.add("TestPatch", model=graph.loader("flux.safetensors"), kind="module")
+    save(graph, quantize(graph, model), "patched")
+    with pytest.raises(PromptError, match="'diffusion_model' of this Flux was replaced"):
+        comfy.run(graph)
 
     graph = Graph()
     model = graph.add("TestCompile", model=graph.loader("flux.safetensors"), backend="eager")

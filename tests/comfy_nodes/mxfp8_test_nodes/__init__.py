@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import types
 from pathlib import Path
 
 import comfy.model_management
@@ -60,6 +61,23 @@ class TestLowVRAM(_Node):
     def run(self, model):
         clone = model.clone()
         clone.__class__ = _LowVRAMPatcher
+        return (clone,)
+
+
+class TestPatch(_Node):
+    """An object patch as other packs make them: a module, or a method bound to the model."""
+
+    INPUTS = {"model": "MODEL", "kind": (["module", "method"],)}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, kind):
+        clone = model.clone()
+        if kind == "module":
+            compiled = torch.compile(clone.model.diffusion_model, backend="eager")
+            clone.add_object_patch("diffusion_model", compiled)
+        else:
+            method = types.MethodType(type(clone.model).extra_conds, clone.model)
+            clone.add_object_patch("extra_conds", method)
         return (clone,)
 
 
@@ -176,14 +194,18 @@ class TestDigest(_Node):
 
 
 class TestConfig(_Node):
-    """What ComfyUI took a model for."""
+    """What ComfyUI took a model for, and whether each bound patch on it is bound to it."""
 
     INPUTS = {"model": "MODEL"}
     OUTPUT_NODE = True
 
     def run(self, model):
         config = model.model.model_config.unet_config
-        return {"ui": {"result": [json.dumps(config, default=str, sort_keys=True)]}}
+        modules = set(map(id, model.model.modules()))
+        owners = [getattr(p, "__self__", None) for p in model.object_patches.values()]
+        bound = all(id(owner) in modules for owner in owners if owner is not None)
+        return {"ui": {"result": [json.dumps(config, default=str, sort_keys=True)],
+                       "bound": [bound]}}  # fmt: skip
 
 
 class TestMemory(_Node):
@@ -209,7 +231,8 @@ class TestMemory(_Node):
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
-        TestWideConditioning, TestClone, TestLowVRAM, TestUnload, TestEmptyAfter, TestSaveTensor,
-        TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig, TestMemory,
+        TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
+        TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
+        TestMemory,
     )
 }  # fmt: skip
