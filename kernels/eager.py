@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 
 from . import layout
-from .layout import BLOCK, E8M0_NAN, TILE_ROWS
+from .layout import BLOCK, E8M0_NAN
 
 _F32_INF = 0x7F800000
 _F32_MIN_NORMAL_E4M3 = (127 - 6 - 8) << 23  # bits of 2**-6 * 2**-8
@@ -263,10 +263,9 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     wide = x.float()
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
-    height = max(TILE_ROWS, _CPU_CHUNK // max(cols, 1) // TILE_ROWS * TILE_ROWS)
-    weight = torch.empty(min(height, rows), cols)
-    for r0 in range(0, rows, height):
-        r1 = min(rows, r0 + height)
+    slabs = list(layout.slabs(rows, cols, _CPU_CHUNK))
+    weight = torch.empty(slabs[0][1] if slabs else 0, cols)
+    for r0, r1 in slabs:
         slab = weight[: r1 - r0]
         dequantize_rows(qdata, factor, slab, r0)
         part = None if bias is None else bias[r0:r1].float()

@@ -44,6 +44,16 @@ def scale_shape(rows: int, cols: int) -> tuple[int, int]:
     return round_up(padded_rows, TILE_ROWS), round_up(padded_cols // BLOCK, TILE_COLS)
 
 
+def slabs(rows: int, cols: int, size: int):
+    """Spans (first, last) of rows: whole tiles, at most about `size` values each.
+
+    The data and the tiled scales of such a span are contiguous in memory and on disk.
+    """
+    height = max(TILE_ROWS, size // max(cols, 1) // TILE_ROWS * TILE_ROWS)
+    for first in range(0, rows, height):
+        yield first, min(rows, first + height)
+
+
 def tile(scale):
     """Row-major scales [R, C] -> tiled order [roundup(R, 128), roundup(C, 4)], padding bytes 0."""
     rows, cols = scale.shape

@@ -49,9 +49,7 @@ def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Ten
     blocks = qdata.shape[1] // BLOCK
     signal = torch.zeros(rows, blocks, dtype=torch.float64, device=x.device)
     noise = torch.zeros_like(signal)
-    height = max(layout.TILE_ROWS, _SLAB // max(cols, 1) // layout.TILE_ROWS * layout.TILE_ROWS)
-    for r0 in range(0, rows, height):
-        r1 = min(rows, r0 + height)
+    for r0, r1 in layout.slabs(rows, cols, _SLAB):
         stored = qdata[r0 : layout.round_up(r1, layout.ROW_PAD)]
         tiles = scale[r0 : layout.round_up(r1, layout.TILE_ROWS)]
         value = ops.dequantize(stored, tiles, torch.float32)[: r1 - r0]  # [m, K']

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -50,7 +49,7 @@ def target_beside(source: Path, choice: str, name: str) -> Path:
         name: file name, with subfolders if wanted; empty for "<source>-mxfp8.safetensors".
 
     Raises:
-        ValueError: the name leaves the model folder or is no safetensors name.
+        ValueError: the name leaves the model folder.
     """
     if not name.strip():
         return source.with_name(f"{source.stem}-mxfp8.safetensors")
@@ -78,5 +77,5 @@ def save_path(prefix: str) -> Path:
 def temporary_path(name: str) -> Path:
     """A path in ComfyUI's temp folder, which ComfyUI empties when it starts and stops."""
     folder = Path(folder_paths.get_temp_directory())
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder / name

@@ -11,9 +11,10 @@ import torch
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..kernels.dispatch import PRECISIONS
 from ..quant import format
 from . import files
-from .model_patch import PRECISIONS, accelerate
+from .model_patch import accelerate
 
 CATEGORY = "MXFP8"
 _NO_FILE = "none"

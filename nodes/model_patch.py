@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterator
 from types import MethodType
 
-import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
@@ -30,11 +29,11 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
 from ..kernels.dispatch import choose
+from ..kernels.ops import FLOATS
 
 logger = logging.getLogger(__name__)
 
 _KEY = "mxfp8"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_mxfp8_linear(module: torch.nn.Module) -> bool:
@@ -66,9 +65,9 @@ def accelerate(patcher, precision: str):
             logger.warning("MXFP8: %s is patched by another node already; it stays so.", name)
         else:
             clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
-    if linears and not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
-        clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
     if linears:
+        if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
+            clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
         backend, _ = choose("linear", torch.empty(0, device=clone.load_device))
         logger.info(
             "MXFP8: %d layers of %s run on %s (%s).",
@@ -169,7 +168,7 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         or module.weight_function
         or module.bias_function
         or isinstance(x, QuantizedTensor)
-        or x.dtype not in _FLOATS
+        or x.dtype not in FLOATS
         or getattr(module, "pre_quant_scale", None) is not None
     )
     if stock:
@@ -217,4 +216,3 @@ def _forward_fast(module, x, *_, **__):
 
 # Three functions, not one with an argument: a bound method is what torch.compile inlines.
 _FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}
-PRECISIONS = tuple(_FORWARDS)

@@ -147,10 +147,10 @@ class MXFP8ConvertFile(io.ComfyNode):
 
 def output(node: type[io.ComfyNode], report: Report, *values) -> io.NodeOutput:
     """A node's result with its report: as text on the node, as JSON for whoever reads it."""
-    logger.info("MXFP8: %s", report.summary())
-    show(node, report.summary())
-    text = report.to_json()
-    return io.NodeOutput(*values, text, ui={"text": [report.summary()], "mxfp8_report": [text]})
+    summary, text = report.summary(), report.to_json()
+    logger.info("MXFP8: %s", summary)
+    show(node, summary)
+    return io.NodeOutput(*values, text, ui={"text": [summary], "mxfp8_report": [text]})
 
 
 class Progress:

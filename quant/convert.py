@@ -62,17 +62,17 @@ def convert_file(
 
 def plan_source(source: Source, **options) -> Plan:
     """`policy.plan` for a source, refusing one that is quantised already."""
-    for name in format.header_markers(source.name, source.metadata):
+    marked = format.header_markers(source.name, source.metadata)
+    signs = [f"its header marks {name!r}" for name in marked]
+    signs += [
+        f"{key!r} is {dtype} {list(shape)}"
+        for key, (dtype, shape) in source.tensors.items()
+        if key.endswith(MARKER) or dtype.startswith(("F8_", "F6_", "F4"))
+    ]
+    if signs:
         raise FormatError(
-            f"{source.name}: already quantised (its header marks {name!r}); "
-            "convert the BF16, F16 or F32 original"
+            f"{source.name}: already quantised ({signs[0]}); convert the BF16, F16 or F32 original"
         )
-    for key, (dtype, shape) in source.tensors.items():
-        if key.endswith(MARKER) or dtype.startswith(("F8_", "F6_", "F4")):
-            raise FormatError(
-                f"{source.name}: already quantised ({key!r} is {dtype} {list(shape)}); "
-                "convert the BF16, F16 or F32 original"
-            )
     return policy.plan(source.tensors, **options)
 
 
@@ -147,10 +147,8 @@ def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]
 def _quantize(source: Source, decision: Decision, writer: Writer, advance) -> Energy:
     """Quantise one matrix in slabs of whole tiles, straight into the file."""
     rows, cols = decision.shape
-    height = max(layout.TILE_ROWS, _SLAB // cols // layout.TILE_ROWS * layout.TILE_ROWS)
     energy = Energy()
-    for first in range(0, rows, height):
-        last = min(rows, first + height)
+    for first, last in layout.slabs(rows, cols, _SLAB):
         slab = source.rows(decision.key, first, last)
         qdata, scale, signal, noise = kernels.quantize_measured(slab)
         if not signal.isfinite().all():

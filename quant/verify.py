@@ -109,9 +109,7 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
         return None
     rows, cols = shape
     energy = Energy()
-    height = max(layout.TILE_ROWS, _SLAB // max(cols, 1) // layout.TILE_ROWS * layout.TILE_ROWS)
-    for first in range(0, rows, height):
-        last = min(rows, first + height)
+    for first, last in layout.slabs(rows, cols, _SLAB):
         qdata = stored.rows(layer.weight.name, first, layout.round_up(last, layout.ROW_PAD))
         tiles = layout.round_up(last, layout.TILE_ROWS)
         scale = stored.rows(layer.scale.name, first, tiles)
