@@ -9,6 +9,9 @@ An object patch is bound to a module, and a clone can get a fresh model (`clone(
 `deepclone_multigpu`, `clone(disable_dynamic)`): its patches would go on running the old model's
 weights. A callback on every clone binds them to the new modules.
 
+The clone's class is a subclass of the patcher's own, because merging models and hook LoRAs fail in
+stock on a quantised weight: they look for its scales on the module and write into it in place.
+
 Rejected: a subclass of stock's Linear as `custom_operations`. Stock then skips the markers in a
 file's header, and a file that has only those runs raw codes without an error.
 """
@@ -18,8 +21,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from types import MethodType
 
+import comfy.hooks
+import comfy.lora
 import comfy.ops
 import comfy.utils
 import torch
@@ -30,6 +36,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from .. import kernels
 from ..kernels.dispatch import choose
 from ..kernels.ops import FLOATS
+from ..quant.format import MARKER
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +73,7 @@ def accelerate(patcher, precision: str):
         else:
             clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
     if linears:
+        clone.__class__ = _patcher_class(type(clone))
         if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
             clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
         backend, _ = choose("linear", torch.empty(0, device=clone.load_device))
@@ -90,8 +98,107 @@ def our_patches(patcher) -> list[str]:
     return [n for n, p in patcher.object_patches.items() if getattr(p, "__func__", None) in ours]
 
 
+class _QuantizedWeights:
+    """What a ModelPatcher needs for weights that are QuantizedTensors, in front of its class.
+
+    A weight is replaced, never written into: `parameter.data` of a QuantizedTensor shares its codes
+    but holds a copy of its scales, so that stock's `copy_to_param` restores one without the other.
+    """
+
+    def model_state_dict(self, filter_prefix=None):
+        """Without the scales and markers of quantised weights: no module has them by name, and so
+        merging and hooks, which ask every key's module for its value, would fail."""
+        modules = dict(self.model.named_modules())
+
+        def is_there(key: str) -> bool:
+            owner, _, leaf = key.rpartition(".")
+            module = modules.get(owner)
+            quantized = isinstance(getattr(module, "weight", None), QuantizedTensor)
+            return not quantized or hasattr(module, leaf)
+
+        state = super().model_state_dict(filter_prefix)
+        return {key: value for key, value in state.items() if is_there(key)}
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        codes = next((key for key in patches or () if key.endswith(MARKER)), None)
+        if codes is not None:
+            raise ValueError(
+                f"the checkpoint of this model-as-LoRA hook is quantised (it holds {codes!r}), "
+                "and its raw codes would be taken for weights; use its BF16 original"
+            )
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def patch_hook_weight_to_device(
+        self, hooks, combined_patches, key, original_weights, memory_counter
+    ):
+        """The hooks' LoRAs in one weight, requantised as stock requantises a merged LoRA."""
+        weight = comfy.utils.get_attr(self.model, key)
+        if key not in combined_patches or not self._replaces(weight):
+            return super().patch_hook_weight_to_device(
+                hooks, combined_patches, key, original_weights, memory_counter
+            )
+        self._keep_original(key, weight, memory_counter)
+        module = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+        merged = comfy.lora.calculate_weight(
+            combined_patches[key],
+            module.convert_weight(weight.to(dtype=torch.float32, copy=True)),
+            key,
+            original_weights=original_weights,
+        )
+        del original_weights[key]
+        seed = comfy.utils.string_to_seed(key)
+        patched = module.set_weight(merged, seed=seed, return_weight=True)
+        comfy.utils.set_attr_param(self.model, key, patched)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+            device = self._spare_device(weight, memory_counter)
+            cached = self.cached_hook_patches.setdefault(hooks, {})
+            cached[key] = (patched.to(device=device), weight.device)
+        return None
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        cached, device = cached_weights[key]
+        if not self._replaces(cached):
+            return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        self._keep_original(key, comfy.utils.get_attr(self.model, key), memory_counter)
+        comfy.utils.set_attr_param(self.model, key, cached.to(device=device))
+        return None
+
+    def unpatch_hooks(self, whitelist_keys_set=None) -> None:
+        for key in list(self.hook_backup):
+            weight, device = self.hook_backup[key]
+            if self._replaces(weight) and (not whitelist_keys_set or key in whitelist_keys_set):
+                comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
+                del self.hook_backup[key]
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def _replaces(self, weight) -> bool:
+        # Under dynamic VRAM stock samples hooks on a clone of the plain class.
+        return isinstance(weight, QuantizedTensor) and not self.is_dynamic()
+
+    def _keep_original(self, key: str, weight, memory_counter) -> None:
+        if key not in self.hook_backup:
+            device = self._spare_device(weight, memory_counter)
+            self.hook_backup[key] = (weight.detach().to(device=device), weight.device)
+
+    def _spare_device(self, weight, memory_counter) -> torch.device:
+        fast = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed
+        return weight.device if fast and memory_counter.use(weight) else self.offload_device
+
+
+@cache
+def _patcher_class(base: type) -> type:
+    """A ModelPatcher class with `_QuantizedWeights` in front."""
+    if issubclass(base, _QuantizedWeights):
+        return base
+    return type(f"MXFP8{base.__name__}", (_QuantizedWeights, base), {})
+
+
 def _rebind(old, new) -> None:
-    """ON_CLONE: bind our patches to the modules of a clone that has a model of its own."""
+    """ON_CLONE: bind our patches to the modules of a clone that has a model of its own.
+
+    Under dynamic VRAM such a clone also gets stock's plain class.
+    """
+    new.__class__ = _patcher_class(type(new))
     if new.model is old.model:
         return
     for name in our_patches(new):
