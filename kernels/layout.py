@@ -78,23 +78,26 @@ def untile(scale, rows: int, cols: int):
 def true_shape(stored, shape=None) -> tuple[int, int]:
     """The unpadded (N, K) of data stored as `stored`, checked against an explicit `shape`.
 
+    Columns are always padded to whole blocks; rows may be stored without their padding.
+
     Raises:
-        ValueError: `stored` is no padded matrix, or `shape` does not pad to it.
+        ValueError: `stored` is no such matrix, or `shape` does not pad to it.
     """
     stored = tuple(stored)
-    if len(stored) != 2 or stored[0] % ROW_PAD or stored[1] % BLOCK:
+    if len(stored) != 2 or stored[1] % BLOCK:
         raise ValueError(
-            f"MXFP8 data has shape {list(stored)}; it must be 2-D with both sizes multiples of 32"
+            f"MXFP8 data has shape {list(stored)}; it must be 2-D with columns a multiple of 32"
         )
+    rows_padded = stored[0] % ROW_PAD == 0
     if shape is None:
         return stored
     shape = tuple(shape)
     if len(shape) != 2:
         raise ValueError(f"shape {list(shape)} must be two sizes, (N, K)")
-    if padded_shape(*shape) != stored:
+    rows, cols = padded_shape(*shape)
+    if stored != (rows if rows_padded else shape[0], cols):
         raise ValueError(
-            f"shape {list(shape)} pads to {list(padded_shape(*shape))}, "
-            f"but the data has shape {list(stored)}"
+            f"shape {list(shape)} pads to {[rows, cols]}, but the data has shape {list(stored)}"
         )
     return shape
 

@@ -153,6 +153,17 @@ def test_a_round_trip_of_mxfp8_values_changes_nothing():
     assert_same_bits(again, value)
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_rows_stored_without_padding_decode_alike(backend):
+    qdata, scale = kernels.quantize(numbers(65, 257))
+    with kernels.use_backend(backend):
+        padded = kernels.dequantize(qdata, scale, torch.float32, (65, 257))
+        assert_same_bits(kernels.dequantize(qdata[:65], scale, torch.float32, (65, 257)), padded)
+        x = numbers(3, 257)
+        expected = kernels.linear(x, qdata, scale, shape=(65, 257))
+        assert_same_bits(kernels.linear(x, qdata[:65], scale, shape=(65, 257)), expected)
+
+
 def zeros(*shape, dtype=torch.uint8):
     return torch.zeros(shape, dtype=dtype)
 
@@ -161,7 +172,7 @@ def zeros(*shape, dtype=torch.uint8):
     ("qdata", "scale", "dtype", "shape", "message"),
     [
         (zeros(32), zeros(128, 4), torch.float32, None, r"MXFP8 data has shape \[32\]"),
-        (zeros(32, 33), zeros(128, 4), torch.float32, None, "multiples of 32"),
+        (zeros(32, 33), zeros(128, 4), torch.float32, None, "columns a multiple of 32"),
         (zeros(32, 32), zeros(32, 1), torch.float32, None, r"scales have shape \[32, 1\]"),
         (zeros(32, 32), zeros(128, 4), torch.float32, (32, 33), r"\[32, 33\] pads to \[32, 64\]"),
         (zeros(32, 32), zeros(128, 4), torch.float64, None, "not torch.float64"),

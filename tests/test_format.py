@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import pytest
@@ -11,7 +12,8 @@ from checkpoints import GOLDEN, load, raw, write_raw
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mxfp8.quant.format import MAX_HEADER, FormatError, numel, read_header
+from mxfp8.quant.container import MAX_HEADER
+from mxfp8.quant.format import FormatError, numel, read_header
 
 
 def entry(begin, end, dtype="U8", shape=None):
@@ -81,6 +83,10 @@ def test_metadata_must_map_strings_to_strings(tmp_path, metadata):
         (entry(0, 4, shape=[-4]), "list of sizes"),
         (entry(0, 4, shape=[True, 4]), "list of sizes"),
         (entry(0, 4, shape=[4.0]), "list of sizes"),
+        (entry(0, 4, shape=[4] + [1] * 64), "at most 64"),
+        (entry(0, 0, shape=[0, 2**62, 2]), "fewer than 2**63 elements"),
+        (entry(0, 4, shape=[2**62] * 64), "fewer than 2**63 elements"),
+        (entry(0, 4, "U8" * 10**6), "..."),
         ({**entry(0, 4), "data_offsets": [0, 2, 4]}, "two sizes"),
         ({**entry(0, 4), "data_offsets": ["0", "4"]}, "two sizes"),
         ({**entry(0, 4), "data_offsets": [-4, 0]}, "two sizes"),
@@ -193,10 +199,84 @@ def test_a_header_marker_may_leave_out_the_prefix_of_its_tensors(tmp_path):
     assert list(read_header(tmp_path / "f").layers) == ["model.diffusion_model.a"]
 
 
-def test_stacks_of_experts_are_left_to_stock(tmp_path):
-    marker = {"format": "mxfp8", "num_experts": 4}
-    weight = torch.zeros(4, 32, 64, dtype=torch.float8_e4m3fn)
-    assert read_header(layer_file(tmp_path, header=marker, weight=weight)).layers == {}
+def test_rows_may_be_stored_without_padding(tmp_path):
+    weight = torch.zeros(30, 64, dtype=torch.float8_e4m3fn)
+    layer = read_header(layer_file(tmp_path, MARKER, weight=weight)).layers["a"]
+    assert layer.shape == (30, 40)
+
+
+def test_unknown_fields_of_markers_are_kept(tmp_path):
+    marker = {**MARKER, "calibration": {"by": "someone", "rows": [1, None]}, "": 0.5}
+    header = read_header(layer_file(tmp_path, header=marker, tensor=marker))
+    assert header.layers["a"].conf == marker
+
+
+BANK = {
+    "weight": torch.zeros(4, 32, 64, dtype=torch.float8_e4m3fn),
+    "weight_scale": torch.zeros(4, 128, 4, dtype=torch.uint8),
+}
+
+
+def test_banks_of_experts_are_checked_and_left_to_stock(tmp_path):
+    header = read_header(layer_file(tmp_path, {"format": "mxfp8", "num_experts": 4}, **BANK))
+    header.check_layers()
+    assert header.layers == {}
+    assert header.experts["a"].shape == (4, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"header": {"format": "mxfp8", "num_experts": 3}}, "of 3: weight [4, 32, 64]"),
+        ({"header": {"format": "mxfp8", "num_experts": "4"}}, "of '4': weight"),
+        ({"weight_scale": torch.zeros(128, 4, dtype=torch.uint8)}, "scales [4, 128, 4]"),
+        ({"weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn)}, "must be 3-D F8_E4M3"),
+    ],
+)
+def test_a_bank_of_experts_that_does_not_fit_is_refused(tmp_path, changes, rule):
+    bank = {"header": {"format": "mxfp8", "num_experts": 4}, **BANK, **changes}
+    assert rule in refusal(layer_file(tmp_path, **bank), "experts")
+
+
+@pytest.mark.parametrize("name", ["mxfp9", "MXFP8", "", "int4"])
+def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path, name):
+    header = read_header(layer_file(tmp_path, header={"format": name}))
+    with pytest.raises(FormatError, match=f"layer.safetensors: layer 'a' is marked as '{name}'; .*"
+                       "mxfp8, float8_e4m3fn"):  # fmt: skip
+        header.check_layers()
+    header.check_layers(formats=[name])
+
+
+def test_two_markers_in_the_header_for_one_layer_must_agree(tmp_path):
+    tensors = {
+        "model.a.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
+        "model.a.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
+    }
+    for other, fine in ((MARKER, True), ({**MARKER, "orig_shape": [32, 64]}, False)):
+        markers = json.dumps({"layers": {"a": MARKER, "model.a": other}})
+        save_file(tensors, tmp_path / "f", {"_quantization_metadata": markers})
+        header = read_header(tmp_path / "f")
+        if fine:
+            assert list(header.layers) == ["model.a"]
+        else:
+            assert "'model.a' says orig_shape [32, 64]" in refusal(tmp_path / "f", "markers")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = write_raw(tmp_path / "bad.safetensors", b'{"\\ud800": {}}')
+    assert "its name is no valid text" in refusal(path)
+
+
+def test_messages_stay_short_whatever_the_names(tmp_path):
+    header = {"a" * 10**6: {**entry(0, 4), "shape": [[1] * 10**5]}}
+    message = refusal(write_raw(tmp_path / "bad.safetensors", header, bytes(4)))
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "thing")
+    assert "it is a folder, pipe or device" in refusal(tmp_path / "thing")
 
 
 def test_without_a_marker_there_is_no_layer(tmp_path):
@@ -259,7 +339,17 @@ def test_other_formats_are_marked_but_are_no_mxfp8_layers(tmp_path):
         ({"comfy_quant": torch.zeros(8, dtype=torch.int8)}, "a marker is 1-D U8"),
         ({"comfy_quant": torch.zeros(2, 8, dtype=torch.uint8)}, "a marker is 1-D U8"),
         ({"comfy_quant": torch.zeros(70_000, dtype=torch.uint8)}, "at most 65536 bytes"),
-        ({"tensor": {"format": "int8"}, "header": MARKER}, "the header says 'mxfp8'"),
+        ({"tensor": {"format": "int8"}, "header": MARKER}, "another marker of it says 'mxfp8'"),
+        ({"tensor": {**MARKER, "group_size": 16}, "header": MARKER}, "says group_size 16"),
+        ({"tensor": {**MARKER, "note": 1}, "header": {**MARKER, "note": 2}}, "says note 1"),
+        ({"tensor": b'{"format": "mxfp8", "format": "nvfp4"}'}, "holds the key 'format' twice"),
+        ({"header": '{"layers": {"a": {}, "a": {}}}'}, "holds the key 'a' twice"),
+        ({"tensor": b'{"format": "mxfp8", "x": "\xff"}'}, "is not JSON"),
+        ({"tensor": b"[" * 60_000}, "is not JSON"),
+        (
+            {"tensor": {**MARKER, "full_precision_matrix_mult": "no"}},
+            "full_precision_matrix_mult 'no'; it must be true or false",
+        ),
     ],
 )
 def test_a_bad_marker_is_refused(tmp_path, changes, rule):
@@ -273,12 +363,16 @@ def test_a_bad_marker_is_refused(tmp_path, changes, rule):
         ({"weight": torch.zeros(32, 64, dtype=torch.bfloat16)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(32, 64, dtype=torch.float8_e5m2)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(64, dtype=torch.float8_e4m3fn)}, "must be 2-D F8_E4M3"),
-        ({"weight": torch.zeros(30, 40, dtype=torch.float8_e4m3fn)}, "multiples of 32"),
+        ({"weight": torch.zeros(32, 40, dtype=torch.float8_e4m3fn)}, "columns a multiple of 32"),
         ({"weight_scale": None}, "no tensor 'a.weight_scale'"),
         ({"weight_scale": torch.zeros(128, 4)}, "must be U8 or F8_E8M0"),
         ({"weight_scale": torch.zeros(32, 2, dtype=torch.uint8)}, "needs [128, 4]"),
         ({"weight_scale": torch.zeros(512, dtype=torch.uint8)}, "needs [128, 4]"),
-        ({"tensor": {**MARKER, "group_size": 16}}, "group_size 16"),
+        ({"header": {**MARKER, "group_size": 16}}, "group_size 16; MXFP8 has 32"),
+        ({"header": {**MARKER, "group_size": "32"}}, "group_size '32'; MXFP8 has 32"),
+        ({"weight": torch.zeros(30, 40, 2, dtype=torch.float8_e4m3fn)}, "must be 2-D F8_E4M3"),
+        ({"weight": torch.zeros(31, 64, dtype=torch.float8_e4m3fn)}, "the data has shape [31, 64]"),
+        ({"weight_scale": torch.zeros(1, 128, 4, dtype=torch.uint8)}, "needs [128, 4]"),
         ({"header": {**MARKER, "orig_shape": [30, 65]}}, "pads to [32, 96]"),
         ({"header": {**MARKER, "orig_shape": [30]}}, "must be two sizes"),
         ({"header": {**MARKER, "orig_shape": ["30", "40"]}}, "must be two sizes"),

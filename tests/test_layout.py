@@ -88,9 +88,16 @@ def test_true_shape_is_the_stored_one_unless_given():
     assert layout.true_shape([64, 96], [33, 65]) == (33, 65)
 
 
-@pytest.mark.parametrize("stored", [(32,), (32, 32, 32), (33, 32), (32, 40)])
+def test_rows_may_be_stored_without_their_padding():
+    assert layout.true_shape([33, 96]) == (33, 96)
+    assert layout.true_shape([33, 96], [33, 65]) == (33, 65)
+    with pytest.raises(ValueError, match=r"pads to \[64, 96\], but the data has shape \[33, 96\]"):
+        layout.true_shape([33, 96], [34, 65])
+
+
+@pytest.mark.parametrize("stored", [(32,), (32, 32, 32), (32, 40)])
 def test_data_that_is_no_padded_matrix_is_refused(stored):
-    with pytest.raises(ValueError, match="must be 2-D with both sizes multiples of 32"):
+    with pytest.raises(ValueError, match="must be 2-D with columns a multiple of 32"):
         layout.true_shape(stored)
 
 

@@ -277,7 +277,7 @@ QDATA, SCALE = torch.zeros(64, 96, dtype=torch.uint8), torch.zeros(128, 4, dtype
         ({"bias": torch.zeros(64, device="meta")}, "bias is on meta"),
         ({"precision": "exakt"}, "precision is 'exakt'; it must be one of auto, exact, fast"),
         ({"qdata": torch.zeros(64, 96)}, "qdata is torch.float32; it must be one of float8_e4m3fn"),
-        ({"qdata": QDATA[:33]}, "must be 2-D with both sizes multiples of 32"),
+        ({"qdata": QDATA[:, :33]}, "must be 2-D with columns a multiple of 32"),
         ({"scale": SCALE.float()}, "scale is torch.float32; it must be one of uint8"),
         ({"scale": SCALE[:64]}, r"scales have shape \[64, 4\]; .* needs \[128, 4\]"),
         ({"scale": SCALE.to("meta")}, "the scales are on meta, the data on cpu"),

@@ -1,0 +1,211 @@
+"""The container: what a safetensors header says, checked against the file, without torch.
+
+Everything that can be known without the data is checked before anything is allocated for it: the
+header's length and JSON, every dtype, shape and offset, and that the tensors fill the file exactly.
+No size that the header states is believed before it is compared with the size of the file.
+
+The safetensors library is not used for reading because bounded memory needs rows of a tensor
+without mapping the file: its `get_slice` maps, and mapped pages count as resident. It also lets
+duplicate keys pass. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import stat
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
+MAX_DIMENSIONS = 64  # torch's own limit
+
+# dtype name in the header -> bits per element
+DTYPES = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 200
+_QUOTE.maxlist = _QUOTE.maxdict = 8
+quoted = _QUOTE.repr  # of what a file says: a hostile name may be 100 MB long
+
+
+class FormatError(ValueError):
+    """A file that is not what it says it is; the message names the file, tensor and rule."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: `begin` and `end` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Container:
+    """A safetensors header whose offsets have been checked against the file's size.
+
+    Attributes:
+        tensors: by name, in the order of their data.
+        file_size: bytes.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    file_size: int
+
+
+def read_container(path: str | os.PathLike, kind: type[Container] = Container):
+    """Read and check the header of a safetensors file.
+
+    Args:
+        kind: the class to make, `Container` or one derived from it.
+
+    Raises:
+        FormatError: the file is no safetensors file, is truncated, or has overlapping tensors.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    text, size = _read_text(path)
+    header = parse_object(f"{path.name}: the header", text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path.name}: __metadata__ must map strings to strings")
+    data = 8 + len(text)
+    tensors = [_tensor_info(path, name, entry, data) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.begin, t.end))
+    _check_offsets(path, tensors, data, size)
+    return kind(path, {t.name: t for t in tensors}, metadata, size)
+
+
+def _read_text(path: Path) -> tuple[bytes, int]:
+    """The header's JSON and the file's size."""
+    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for ever
+        raise FormatError(f"{path.name}: no safetensors file: it is a folder, pipe or device")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        if len(start) < 8:
+            raise FormatError(f"{path.name}: {size} bytes are too few for a safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER:
+            raise FormatError(
+                f"{path.name}: no safetensors file (.ckpt, .pt and .gguf cannot be read), or a "
+                f"damaged one: its header would have {length} bytes; at most {MAX_HEADER} may be"
+            )
+        if 8 + length > size:
+            raise FormatError(
+                f"{path.name}: truncated: the header needs {8 + length} bytes, the file has {size}"
+            )
+        return file.read(length), size
+
+
+def parse_object(where: str, text: str | bytes) -> dict:
+    """A JSON object in which no key is there twice: readers differ on which of two counts.
+
+    Raises:
+        FormatError: it is anything else.
+    """
+
+    def no_duplicates(pairs):
+        result = {}
+        for key, value in pairs:
+            if key in result:
+                raise KeyError(key)
+            result[key] = value
+        return result
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates)
+    except KeyError as error:
+        raise FormatError(f"{where} holds the key {quoted(error.args[0])} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} is not a JSON object")
+    return value
+
+
+def numel(shape: Iterable[int]) -> int:
+    """The number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def is_size(value) -> bool:
+    """Whether a JSON value can be a size or an offset."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_shape(value) -> bool:
+    """Whether a JSON value can be a shape, one whose strides fit 63 bits."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(map(is_size, value))
+        and numel(size for size in value if size) < 2**63
+    )
+
+
+def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
+    where = f"{path.name}: tensor {quoted(name)}"
+    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise FormatError(f"{where}: its name is no valid text")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise FormatError(f"{where} needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(f"{where} has the unknown dtype {quoted(dtype)}")
+    if not is_shape(shape):
+        raise FormatError(
+            f"{where} has the shape {quoted(shape)}; it must be a list of sizes, at most "
+            f"{MAX_DIMENSIONS}, for fewer than 2**63 elements"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise FormatError(f"{where} has the data_offsets {quoted(offsets)}; they must be two sizes")
+    begin, end = offsets
+    expected, odd = divmod(numel(shape) * DTYPES[dtype], 8)
+    if odd or end - begin != expected:
+        raise FormatError(
+            f"{where} is {dtype} {shape}, {expected} bytes, but its data_offsets span {end - begin}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), data + begin, data + end)
+
+
+def _check_offsets(path: Path, tensors: list[TensorInfo], data: int, size: int) -> None:
+    """Tensors in order of offset must fill the file exactly: no gap, no overlap, no remainder."""
+    position = data
+    for tensor in tensors:
+        if tensor.begin != position:
+            problem = "overlaps the one before it" if tensor.begin < position else "leaves a gap"
+            raise FormatError(
+                f"{path.name}: tensor {quoted(tensor.name)} {problem}: it begins at byte "
+                f"{tensor.begin}, expected {position}"
+            )
+        position = tensor.end
+    if position != size:
+        problem = "truncated" if position > size else "has bytes after its last tensor"
+        raise FormatError(
+            f"{path.name}: {problem}: the header describes {position} bytes, the file has {size}"
+        )
