@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import comfy.sd
@@ -14,7 +15,7 @@ from server import PromptServer
 from ..kernels.dispatch import PRECISIONS
 from ..quant import format
 from . import files
-from .model_patch import accelerate
+from .model_patch import accelerate, check_scales
 
 CATEGORY = "MXFP8"
 _NO_FILE = "none"
@@ -45,6 +46,23 @@ def check_file(path: Path) -> None:
     """Read the header and refuse a damaged or inconsistent MXFP8 file before it is loaded."""
     if files.is_safetensors(path):
         format.read_header(path).check_layers()
+
+
+def check_loaded(patcher) -> None:
+    """Check a model from another loader: the files it came from, and what it made of them.
+
+    ComfyUI's loaders take most damaged MXFP8 files without a word. They leave the paths on the
+    model, for its deep clones.
+
+    Raises:
+        ValueError: a file is damaged or inconsistent, or the scales of a layer are.
+    """
+    _, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    first = arguments[0] if arguments else None
+    for name in first if isinstance(first, (list, tuple)) else [first]:
+        if isinstance(name, str) and os.path.isfile(name):
+            check_file(Path(name))
+    check_scales(patcher.model)
 
 
 class MXFP8LoadDiffusionModel(io.ComfyNode):
@@ -230,6 +248,7 @@ class MXFP8Accelerate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
+        check_loaded(model)
         return io.NodeOutput(accelerate(model, precision))
 
 
@@ -251,4 +270,5 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
+        check_loaded(clip.patcher)
         return io.NodeOutput(accelerate_clip(clip))

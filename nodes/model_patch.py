@@ -34,6 +34,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
+from ..kernels import layout
 from ..kernels.dispatch import choose
 from ..kernels.ops import FLOATS
 from ..quant.format import MARKER
@@ -56,6 +57,26 @@ def is_mxfp8_linear(module: torch.nn.Module) -> bool:
 def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """(name, module) of every MXFP8 linear in a model, in module order."""
     return ((n, m) for n, m in model.named_modules() if is_mxfp8_linear(m))
+
+
+def check_scales(model: torch.nn.Module) -> None:
+    """Check the scales of a model that another loader made.
+
+    Raises:
+        ValueError: those of an MXFP8 linear have another shape than its codes need, or hold NaN.
+    """
+    for name, module in mxfp8_linears(model):
+        stored, scale = module.weight._qdata.shape, module.weight._params.scale
+        try:
+            rows, cols = layout.true_shape(stored)
+            layout.check_scale(stored, scale.shape)
+        except ValueError as error:
+            raise ValueError(f"MXFP8 layer {name!r} of this model: {error}") from error
+        used = layout.untile(scale.view(torch.uint8), rows, cols // layout.BLOCK)
+        if (used == layout.E8M0_NAN).any():
+            raise ValueError(
+                f"MXFP8 layer {name!r} of this model has scale bytes 255 (NaN): its file is damaged"
+            )
 
 
 def accelerate(patcher, precision: str):
