@@ -50,6 +50,7 @@ MAX_MARKER = 65_536  # bytes of JSON in one layer's marker
 # What a marker may name, in ComfyUI 0.30; all but the first are left to stock.
 MXFP8 = "mxfp8"
 FORMATS = (MXFP8, "float8_e4m3fn", "float8_e5m2", "nvfp4", "int8_tensorwise", "convrot_w4a4")
+SCALES = ("U8", "F8_E8M0")  # dtypes of scales
 FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
@@ -144,7 +145,7 @@ def _read_markers(header: Header) -> dict[str, dict]:
     path = header.path
     markers: dict[str, dict] = {}
     for name, conf in header_markers(path.name, header.metadata).items():
-        _add_marker(markers, _full_name(header, name), conf, f"{path.name}: header marker of")
+        _add_marker(markers, full_name(header, name), conf, f"{path.name}: header marker of")
     tensors = [t for t in header.tensors.values() if t.name.endswith(MARKER)]
     with path.open("rb") as file:
         for tensor in tensors:
@@ -172,7 +173,7 @@ def _add_marker(markers: dict[str, dict], name: str, conf: dict, where: str) -> 
     markers[name] = {**before, **conf}
 
 
-def _full_name(header: Header, name: str) -> str:
+def full_name(header: Header, name: str) -> str:
     """A layer's name with the prefix that its tensors have; headers often leave it out."""
     names = (prefix + name for prefix in ("", *PREFIXES))
     return next((n for n in names if n + WEIGHT in header.tensors), name)
@@ -229,7 +230,7 @@ def _parts(header: Header, where: str, name: str, conf: Mapping, dimensions: int
         )
     if scale is None:
         raise FormatError(f"{where} has no scales: there is no tensor {quoted(name + SCALE)}")
-    if scale.dtype not in ("U8", "F8_E8M0"):
+    if scale.dtype not in SCALES:
         raise FormatError(f"{where}: its scales are {scale.dtype}; they must be U8 or F8_E8M0")
     return weight, scale
 
