@@ -98,7 +98,7 @@ class LayerScan:
         found = []
         if self.padding:
             found.append(f"{self.padding} bytes of padding are not zero")
-        if self.order is not None and self.order.row_major:
+        if self.order is not None and self.order.order == "row-major":
             found.append(ROW_MAJOR)
         return found
 
@@ -310,13 +310,14 @@ class OrderEvidence:
         self.padding = dict.fromkeys(self._correlation, 0)  # bytes that are not zero
 
     @property
-    def row_major(self) -> bool:
-        """Whether they look row-major and not tiled."""
+    def order(self) -> str | None:
+        """ "tiled" or "row-major", or None where nothing tells."""
         tiled, row_major = self.padding.values()
-        if (tiled == 0) != (row_major == 0):
-            return row_major == 0
-        tiled, row_major = (c.sigmas for c in self._correlation.values())
-        return row_major < min(tiled, 0.0) - _SIGMAS
+        if (tiled == 0) == (row_major == 0):
+            tiled, row_major = (c.sigmas for c in self._correlation.values())
+            if abs(tiled - row_major) < _SIGMAS or min(tiled, row_major) > -_SIGMAS:
+                return None
+        return "tiled" if tiled < row_major else "row-major"
 
     def add_scale(self, first: int, scale: torch.Tensor) -> None:
         """Account for tiled bytes [m, C] of the rows from `first`, a multiple of 128."""
@@ -343,7 +344,7 @@ def _order_warnings(source: FileSource) -> list[str]:
     layers = list(source.header.layers.values())
     step = max(1, len(layers) // _SAMPLED_LAYERS)
     sample = layers[::step][:_SAMPLED_LAYERS]
-    found = [layer for layer in sample if order_evidence(source, layer).row_major]
+    found = [layer for layer in sample if order_evidence(source, layer).order == "row-major"]
     if not found:
         return []
     share = f" ({len(found)} of {len(sample)} layers looked at)" if len(sample) > 1 else ""
