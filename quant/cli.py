@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="convert a BF16, F16 or F32 model to MXFP8")
-    convert.add_argument("source", metavar="SRC", type=Path, help="safetensors file to read")
+    convert.add_argument(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="safetensors file, index of several (.safetensors.index.json), or model folder",
+    )
     convert.add_argument(
         "target", metavar="DST", type=Path, help="file to make, whole or not at all"
     )
@@ -183,9 +188,9 @@ def _check_report(arguments) -> None:
 
 def _dry_run(source: Path, options: dict) -> int:
     from .convert import plan_source
-    from .source import FileSource
+    from .opening import open_source
 
-    with FileSource(source) as opened:
+    with open_source(source) as opened:
         plan = plan_source(opened, **options)
     for decision in plan.decisions:
         verdict = "mxfp8" if decision.quantize else "keep "

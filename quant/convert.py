@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 from .. import kernels
 from ..kernels import layout
-from . import format, policy
-from .format import MARKER, SCALE, WEIGHT, FormatError
+from . import foreign, format, policy
+from .format import MARKER, SCALE, WEIGHT
+from .opening import open_source
 from .policy import Decision, Plan
 from .report import KEPT, MXFP8, Energy, LayerReport, Report, total_sqnr
-from .source import FileSource, Source, as_bytes
+from .source import Source, as_bytes
 from .writer import Writer
 
 Progress = Callable[[int, int, str], None]  # (bytes read, bytes in all, key)
@@ -37,10 +38,11 @@ def convert_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert a safetensors file to MXFP8, file to file.
+    """Convert a model on disk to an MXFP8 file.
 
     Args:
-        source, target: paths; the target appears whole or not at all.
+        source: path of a file, an index of several, or a folder; see `opening.open_source`.
+        target: path; it appears whole or not at all.
         preset, include, exclude: see `policy.plan`.
         overwrite: whether an existing target may be replaced.
         progress: called after every slab; an exception it raises stops the conversion cleanly.
@@ -50,29 +52,19 @@ def convert_file(
         ValueError: a weight holds NaN or Inf, or no layer would be quantised.
         OSError: reading or writing failed. In every case the target is as it was before.
     """
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ValueError(
-            f"{os.path.basename(target)}: the target is the source; give another name "
-            "(the original cannot be rebuilt from MXFP8)"
-        )
-    with FileSource(source) as opened:
+    with open_source(source) as opened:
+        if os.path.exists(target) and any(os.path.samefile(f, target) for f in opened.files):
+            raise ValueError(
+                f"{os.path.basename(target)}: the target is the source; give another name "
+                "(the original cannot be rebuilt from MXFP8)"
+            )
         plan = plan_source(opened, preset=preset, include=include, exclude=exclude)
         return convert(opened, target, plan, overwrite=overwrite, progress=progress)
 
 
 def plan_source(source: Source, **options) -> Plan:
     """`policy.plan` for a source, refusing one that is quantised already."""
-    marked = format.header_markers(source.name, source.metadata)
-    signs = [f"its header marks {name!r}" for name in marked]
-    signs += [
-        f"{key!r} is {dtype} {list(shape)}"
-        for key, (dtype, shape) in source.tensors.items()
-        if key.endswith(MARKER) or dtype.startswith(("F8_", "F6_", "F4"))
-    ]
-    if signs:
-        raise FormatError(
-            f"{source.name}: already quantised ({signs[0]}); convert the BF16, F16 or F32 original"
-        )
+    foreign.check_unquantized(source)
     return policy.plan(source.tensors, **options)
 
 
