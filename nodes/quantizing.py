@@ -18,7 +18,7 @@ from ..kernels import layout
 from ..quant import policy
 from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
-from . import files
+from . import files, names
 from .loading import CATEGORY, precision_input, show
 from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
@@ -133,9 +133,13 @@ class MXFP8ConvertFile(io.ComfyNode):
     @classmethod
     def execute(cls, source, target, preset, overwrite, include="", exclude="") -> io.NodeOutput:
         path = files.source_path(source)
+        if target.strip():
+            target = names.check_name("target", target)
+        found = files.target_beside(path, source, target)
+        names.check_target(source.partition("/")[0], found)
         report = convert_file(
             path,
-            files.target_beside(path, source, target),
+            found,
             preset=preset,
             include=include,
             exclude=exclude,

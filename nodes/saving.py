@@ -17,7 +17,7 @@ from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.report import gigabytes
 from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
-from . import files
+from . import files, names
 from .loading import CATEGORY, show
 from .model_patch import check_movable
 from .model_source import ModelSource
@@ -54,7 +54,7 @@ class MXFP8SaveModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
-        path = files.save_path(filename_prefix)
+        path = files.save_path(names.check_name("filename_prefix", filename_prefix))
         size = save_model(model, path, prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo))
         text = f"{path.name}: {gigabytes(size)}"
         show(cls, text)

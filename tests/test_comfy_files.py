@@ -92,7 +92,7 @@ def test_a_linked_model_is_converted_beside_its_link(comfy, tmp_path):
     assert list(tmp_path.iterdir()) == [elsewhere]
 
 
-@pytest.mark.parametrize("target", ["../outside", "/tmp/outside", "a/../../outside", "nul\0"])
+@pytest.mark.parametrize("target", ["../outside", "/tmp/outside", "a/../../outside"])
 def test_no_target_leaves_the_folder_of_its_source(comfy, target):
     graph, _ = convert(target=target)
     with pytest.raises(PromptError, match="leaves the folder 'diffusion_models'"):

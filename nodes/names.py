@@ -1,0 +1,72 @@
+"""Names of files that a user types: what every system can store, and what stays in its folder.
+
+A workflow comes from anywhere, and runs on Windows, Linux and macOS. A name that one of them reads
+otherwise (`C:x` and `a\\b` on Windows, a trailing dot, `NUL`) is refused on all of them, so that
+what was tested on one holds on the others. Where the path that results leads, links followed, is
+for `check_target` to say. The alternative, to replace what is not allowed, would write a file that
+nobody asked for.
+"""
+
+from __future__ import annotations
+
+import re
+
+import folder_paths
+
+_LONGEST_PART = 180  # bytes; file systems take 255, and names grow by a counter and suffixes
+_LONGEST = 200  # characters with folders; Windows takes 260 for a whole path
+_FORBIDDEN = '<>:"|?*'  # on Windows
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com[0-9\xb9\xb2\xb3]|lpt[0-9\xb9\xb2\xb3])\s*(\.|$)", re.I
+)
+
+
+def check_name(widget: str, name: str) -> str:
+    """A name with folders as it was typed, its backslashes as slashes.
+
+    Raises:
+        ValueError: some system could not store it, or would take it for another.
+    """
+    if len(name) > _LONGEST:
+        raise ValueError(
+            f"{widget} has {len(name)} characters; a name with its folders may have {_LONGEST}"
+        )
+    if not name.isprintable():
+        raise ValueError(f"{widget} {name!r} holds a character that cannot be seen; remove it")
+    name = name.replace("\\", "/")
+    *_, last = parts = name.split("/")
+    if last.strip() in ("", ".", ".."):
+        raise ValueError(f"{widget} {name!r} names no file; add a name")
+    for part in parts:
+        problem = None if part in ("", ".", "..") else _problem(part)
+        if problem is not None:
+            raise ValueError(f"{widget} {name!r}: {part!r} {problem}; give another name")
+    return name
+
+
+def _problem(part: str) -> str | None:
+    """Why a file or folder cannot have this name everywhere."""
+    if len(part.encode()) > _LONGEST_PART:
+        return f"is longer than {_LONGEST_PART} bytes"
+    found = next((c for c in part if c in _FORBIDDEN), None)
+    if found is not None:
+        return f"holds {found!r}, which Windows has no names with"
+    if part != part.strip(" ") or part.endswith("."):
+        return "begins or ends with a space or ends with a dot, which Windows leaves out"
+    if _RESERVED.match(part):
+        return "is a device on Windows"
+    return None
+
+
+def check_target(folder: str, target) -> None:
+    """Check where a file would be written, links followed.
+
+    Raises:
+        ValueError: that is outside every directory of this model folder.
+    """
+    roots = folder_paths.get_folder_paths(folder)
+    if not any(folder_paths.is_within_directory(root, str(target)) for root in roots):
+        raise ValueError(
+            f"{target.name!r} would be written outside the model folder {folder!r}, through a "
+            "link; give a target, which lies in the folder itself"
+        )
