@@ -1,8 +1,9 @@
-"""The `mxfp8` command: convert, inspect, verify, backends.
+"""The `mxfp8` command: convert, inspect, verify, repair, backends.
 
     mxfp8 convert model.safetensors model-mxfp8.safetensors
     mxfp8 inspect model-mxfp8.safetensors
     mxfp8 verify model-mxfp8.safetensors --source model.safetensors
+    mxfp8 repair lost-markers.safetensors repaired.safetensors
     mxfp8 backends
 
 Exit status: 0 done, 1 the file is bad or the work failed, 2 wrong usage.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import format, policy
-from .report import gigabytes
 
 _MOST_PROBLEMS = 20  # printed
 
@@ -94,10 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
-    inspect = commands.add_parser("inspect", help="what a file holds")
+    inspect = commands.add_parser("inspect", help="what a file holds, and what is wrong with it")
     inspect.add_argument("file", metavar="FILE", type=Path, help="safetensors file")
     inspect.add_argument("--json", action="store_true", help="print JSON, with every layer")
+    inspect.add_argument(
+        "--header", action="store_true", help="read the header only, not every byte"
+    )
     inspect.set_defaults(run=_inspect)
+
+    repair = commands.add_parser(
+        "repair", help="rebuild lost markers, the order of scales, their dtype"
+    )
+    repair.add_argument("source", metavar="SRC", type=Path, help="MXFP8 file to read")
+    repair.add_argument("target", metavar="DST", type=Path, help="file to make")
+    repair.add_argument(
+        "--scales",
+        choices=format.ORDERS,
+        default=format.AUTO,
+        help="order of scales whose shape fits both; auto: what padding and statistics show",
+    )
+    repair.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    repair.set_defaults(run=_repair)
 
     verify = commands.add_parser("verify", help="compare an MXFP8 file with its original")
     verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
@@ -204,45 +220,40 @@ def _dry_run(source: Path, options: dict) -> int:
 
 
 def _inspect(arguments) -> int:
-    header = format.read_header(arguments.file)
-    formats: dict[str, int] = {}
-    for conf in header.markers.values():
-        formats[conf["format"]] = formats.get(conf["format"], 0) + 1
-    found = policy.detect_architecture(header.tensors)
-    parts = {layer.name + part for layer in header.layers.values()
-             for part in (format.WEIGHT, format.SCALE, format.MARKER)}  # fmt: skip
-    sizes = {True: 0, False: 0}
-    for tensor in header.tensors.values():
-        sizes[tensor.name in parts] += tensor.nbytes
-    summary = {
-        "file": arguments.file.name,
-        "bytes": header.file_size,
-        "tensors": len(header.tensors),
-        "architecture": found[0] if found else None,
-        "formats": formats,
-        "mxfp8_bytes": sizes[True],
-        "other_bytes": sizes[False],
-        "metadata": sorted(header.metadata),
-    }
+    from .inspection import inspect_file
+
+    with _progress("inspect") if not arguments.header else contextlib.nullcontext() as progress:
+        found = inspect_file(arguments.file, every_byte=not arguments.header, progress=progress)
     if arguments.json:
-        layers = [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "bytes": layer.weight.nbytes + layer.scale.nbytes,
-                "scale_dtype": layer.scale.dtype,
-                "full_precision_matrix_mult": layer.full_precision,
-            }
-            for layer in header.layers.values()
-        ]
-        print(json.dumps({**summary, "layers": layers}, indent=1))
-        return 0
-    print(f"{summary['file']}: {gigabytes(summary['bytes'])}, {summary['tensors']} tensors")
-    print(f"architecture: {summary['architecture'] or 'not recognised'}")
-    for name, count in sorted(formats.items()):
-        print(f"{name}: {count} layers")
-    print(f"MXFP8 {gigabytes(sizes[True])}, everything else {gigabytes(sizes[False])}")
-    print(f"metadata: {', '.join(summary['metadata']) or 'none'}")
+        print(found.to_json())
+    else:
+        print(found.summary())
+        _print_all("WARNING", found.warnings)
+        _print_all("PROBLEM", found.problems)
+    return 1 if found.problems else 0
+
+
+def _print_all(label: str, sentences: list[str]) -> None:
+    for sentence in sentences[:_MOST_PROBLEMS]:
+        print(f"{label}: {sentence}")
+    if len(sentences) > _MOST_PROBLEMS:
+        print(f"and {len(sentences) - _MOST_PROBLEMS} more of these")
+
+
+def _repair(arguments) -> int:
+    from .repair import repair_file
+    from .scan import check_file
+
+    with _progress("repair") as progress:
+        result = repair_file(
+            arguments.source,
+            arguments.target,
+            scales=arguments.scales,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    print(result.summary())
+    _print_all("WARNING", check_file(arguments.target))
     return 0
 
 
@@ -260,10 +271,7 @@ def _verify(arguments) -> int:
             f"\n{len(result.layers)} MXFP8 layers, SQNR {result.sqnr_db:.2f} dB; "
             f"worst {result.worst}: {worst:.2f} dB"
         )
-    for problem in result.problems[:_MOST_PROBLEMS]:
-        print(f"PROBLEM: {problem}")
-    if len(result.problems) > _MOST_PROBLEMS:
-        print(f"and {len(result.problems) - _MOST_PROBLEMS} more problems")
+    _print_all("PROBLEM", result.problems)
     return 1 if result.problems else 0
 
 

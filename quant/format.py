@@ -51,6 +51,8 @@ MAX_MARKER = 65_536  # bytes of JSON in one layer's marker
 MXFP8 = "mxfp8"
 FORMATS = (MXFP8, "float8_e4m3fn", "float8_e5m2", "nvfp4", "int8_tensorwise", "convrot_w4a4")
 SCALES = ("U8", "F8_E8M0")  # dtypes of scales
+AUTO = "auto"
+ORDERS = (AUTO, "tiled", "row-major")  # of scales, as a user may give it
 FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
@@ -69,6 +71,13 @@ class Layer:
     weight: TensorInfo
     scale: TensorInfo
     conf: Mapping = field(repr=False)
+
+    def holds(self, shape: Iterable[int]) -> bool:
+        """Whether this can be a matrix [N, K]; a marker without its shape leaves that open."""
+        shape = tuple(shape)
+        if self.conf.get("orig_shape") is not None:
+            return shape == self.shape
+        return len(shape) == 2 and layout.padded_shape(*shape) == layout.padded_shape(*self.shape)
 
     @property
     def full_precision(self) -> bool:

@@ -169,7 +169,7 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
             continue
         name = layer.name.removeprefix(prefix)
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != layer.shape:
+        if not isinstance(linear, nn.Linear) or not layer.holds(linear.weight.shape):
             found = "nothing" if linear is None else repr(linear)
             raise format.FormatError(
                 f"{header.path.name}: {layer.name!r} is an MXFP8 linear of shape "

@@ -2,8 +2,8 @@
 
 A matrix is taken for an MXFP8 layer if it is F8_E4M3 with sizes that fit, its scales are there as
 U8 or F8_E8M0 in a shape that fits, and its codes bear the mark of the format (`scan`). Markers that
-exist are kept. What scales say without their marker is enough: the shape before padding matters to
-no reader but for its own sake, and the number of rows is taken from the bias where there is one.
+exist are kept. A new one leaves out what cannot be known any more, the shape and the dtype before
+quantising; readers take the shape from the model.
 
 Where row-major scales have a shape of their own they are tiled without asking. Where the shape fits
 both orders, the padding and statistics decide, or the caller does.
@@ -24,9 +24,6 @@ from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
 from .source import FileSource, as_bytes
 from .writer import Writer
-
-AUTO = "auto"
-ORDERS = (AUTO, "tiled", "row-major")
 
 Progress = Callable[[int, int, str], None]  # (bytes written, bytes in all, key)
 
@@ -63,7 +60,12 @@ class Repair:
 
 
 def repair_file(
-    source, target, *, scales: str = AUTO, overwrite: bool = False, progress: Progress | None = None
+    source,
+    target,
+    *,
+    scales: str = format.AUTO,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Repair:
     """Write a copy of an MXFP8 file with whole markers and tiled U8 scales.
 
@@ -78,8 +80,8 @@ def repair_file(
             nothing to repair.
         OSError: reading or writing failed.
     """
-    if scales not in ORDERS:
-        raise ValueError(f"scales is {scales!r}; it must be one of {', '.join(ORDERS)}")
+    if scales not in format.ORDERS:
+        raise ValueError(f"scales is {scales!r}; it must be one of {', '.join(format.ORDERS)}")
     if os.path.exists(target) and os.path.samefile(source, target):
         raise ValueError(f"{os.path.basename(target)}: the target is the source; give another name")
     with FileSource(source) as opened:
@@ -145,26 +147,8 @@ def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Laye
             f"{list(weight.shape)} needs U8 or F8_E8M0 {list(tiled)}, or {list(plain)} row-major"
         )
     if conf is None:
-        conf = format.marker(_true_shape(header, weight), _dtype(header))
+        conf = {"format": format.MXFP8, "group_size": BLOCK}
     return Layer(name, tuple(conf.get("orig_shape") or weight.shape), weight, scale, conf)
-
-
-def _true_shape(header: Header, weight: TensorInfo) -> tuple[int, int]:
-    """The shape before padding as far as the file shows it: a bias has the number of rows."""
-    rows, cols = weight.shape
-    bias = header.tensors.get(weight.name.removesuffix(WEIGHT) + ".bias")
-    if bias is not None and layout.round_up(format.numel(bias.shape), layout.ROW_PAD) == rows:
-        rows = format.numel(bias.shape)
-    return rows, cols
-
-
-def _dtype(header: Header) -> str:
-    """The commonest dtype of what is not quantised: what the weights most likely were."""
-    counts = dict.fromkeys(("BF16", *format.FLOATS), 0)
-    for tensor in header.tensors.values():
-        if tensor.dtype in counts:
-            counts[tensor.dtype] += format.numel(tensor.shape)
-    return max(counts, key=counts.get)
 
 
 def _marked_twice(header: Header, name: str) -> bool:
@@ -181,7 +165,9 @@ def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> 
         if layer.scale.shape != layout.scale_shape(*layer.weight.shape):
             orders[name] = "row-major"  # by its shape it can be nothing else
         else:
-            orders[name] = scan.order_evidence(source, layer).order if scales == AUTO else scales
+            orders[name] = (
+                scan.order_evidence(source, layer).order if scales == format.AUTO else scales
+            )
     rest = "row-major" if set(orders.values()) - {None} == {"row-major"} else "tiled"
     return {name for name, order in orders.items() if (order or rest) == "row-major"}
 

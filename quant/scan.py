@@ -124,24 +124,23 @@ def check_file(path, formats: Iterable[str] = FORMATS) -> list[str]:
     """
     header = read_header(path)
     header.check_layers(formats)
-    refuse_tables(header)
     with FileSource(path) as source:
+        refuse_tables(source)
         refuse_unmarked(source)
         for layer in header.layers.values():
             for first, scale in _scale_slabs(source, layer):
                 refuse_nan_scales(source.name, layer, first, scale)
-        for layer in header.experts.values():
-            _check_bank(source, layer)
+        refuse_nan_experts(source)
         return _order_warnings(source)
 
 
-def refuse_tables(header: Header) -> None:
+def refuse_tables(source: FileSource) -> None:
     """Raise FormatError for an MXFP8 layer that is an embedding by its name."""
-    for layer in header.layers.values():
+    for layer in source.header.layers.values():
         leaf = layer.name.rpartition(".")[2]
         if leaf in _TABLES or (leaf in _VOCABULARIES and layer.shape[0] >= _SMALLEST_VOCABULARY):
             raise FormatError(
-                f"{header.path.name}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
+                f"{source.name}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
                 "MXFP8; ComfyUI would look up raw codes. Convert the original again with this "
                 "pack, which keeps embeddings as they are"
             )
@@ -165,13 +164,15 @@ def refuse_nan_scales(file: str, layer: Layer, first: int, scale: torch.Tensor) 
         )
 
 
-def _check_bank(source: FileSource, layer: Layer) -> None:
-    for piece in source.pieces(layer.scale.name):
-        if (torch.frombuffer(piece, dtype=torch.uint8) == E8M0_NAN).any():
-            raise FormatError(
-                f"{source.name}: scales of the MXFP8 experts {quoted(layer.name)} hold byte 255 "
-                "(NaN); the file is damaged, or its source held NaN"
-            )
+def refuse_nan_experts(source: FileSource) -> None:
+    """Raise FormatError where a scale byte of a bank of experts is 255."""
+    for layer in source.header.experts.values():
+        for piece in source.pieces(layer.scale.name):
+            if (torch.frombuffer(piece, dtype=torch.uint8) == E8M0_NAN).any():
+                raise FormatError(
+                    f"{source.name}: scales of the MXFP8 experts {quoted(layer.name)} hold byte "
+                    "255 (NaN); the file is damaged, or its source held NaN"
+                )
 
 
 def _scale_slabs(source: FileSource, layer: Layer) -> Iterator[tuple[int, torch.Tensor]]:

@@ -8,6 +8,7 @@ from .. import kernels
 from ..kernels import layout
 from .format import MARKER, PREFIXES, SCALE, WEIGHT
 from .report import Energy, total_sqnr
+from .scan import scan_layer
 from .source import FileSource
 
 _SLAB = 1 << 23  # values compared at a time
@@ -101,21 +102,24 @@ def _strip(key: str) -> str:
 
 def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:
     shape = original.tensors[original_key][1]
-    fits = len(shape) == 2 and layout.padded_shape(*shape) == layer.weight.shape
-    if not fits or layer.conf.get("orig_shape", list(shape)) != list(shape):
+    if not layer.holds(shape):
         result.problems.append(
             f"{layer.name!r} has shape {list(layer.shape)}, the source {list(shape)}"
         )
         return None
+    found = scan_layer(stored, layer)
+    result.problems += [f"{layer.name!r}: {s}" for s in (*found.problems, *found.warnings)]
     rows, cols = shape
     energy = Energy()
     for first, last in layout.slabs(rows, cols, _SLAB):
-        qdata = stored.rows(layer.weight.name, first, layout.round_up(last, layout.ROW_PAD))
+        end = min(layer.weight.shape[0], layout.round_up(last, layout.ROW_PAD))
+        qdata = stored.rows(layer.weight.name, first, end)
         tiles = layout.round_up(last, layout.TILE_ROWS)
         scale = stored.rows(layer.scale.name, first, tiles)
         signal, noise = kernels.block_energy(original.rows(original_key, first, last), qdata, scale)
         if not noise.isfinite().all():
-            result.problems.append(f"{layer.name!r} decodes to NaN or infinity")
+            if not found.problems:
+                result.problems.append(f"{layer.name!r} decodes to infinity")
             return None
         energy.add(first, signal, noise)
     return energy

@@ -125,22 +125,59 @@ def test_inspect_json_has_the_same_and_every_layer(target, run):
         "bytes": 320 * 64 + 384 * 4,
         "scale_dtype": "U8",
         "full_precision_matrix_mult": False,
+        "nan_codes": 0,
+        "nan_scales": 0,
+        "padding": 0,
+        "scale_order": "tiled",
     }
+    assert (data["problems"], data["warnings"]) == ([], [])
     layers = sum(layer["bytes"] for layer in found.values())
     markers = sum(t.numel() for k, t in load(target)[0].items() if k.endswith(".comfy_quant"))
     assert data["mxfp8_bytes"] == layers + markers
+
+
+def test_inspect_finds_what_is_wrong_in_any_byte(target, run):
+    content = bytearray(target.read_bytes())
+    layer = read_header(target).layers["b"]
+    content[layer.weight.begin + 5] = 0x7F
+    content[layer.weight.end - 1] = 1  # padding
+    content[layer.scale.begin] = 255
+    target.write_bytes(content)
+    status, out, _ = run("inspect", target)
+    assert status == 1
+    assert "PROBLEM: 'b': 1 scale bytes are 255" in out
+    assert "PROBLEM: 'b': 1 codes are NaN" in out
+    assert "WARNING: 'b': 1 bytes of padding are not zero" in out
+    status, out, _ = run("inspect", target, "--header")
+    assert (status, "PROBLEM" in out) == (0, False)
+
+
+def test_a_file_without_markers_is_inspected_repaired_and_verified(source, target, run):
+    tensors, _ = load(target)
+    kept = {k: v.clone() for k, v in tensors.items() if not k.endswith(".comfy_quant")}
+    lost, new = target.with_name("lost"), target.with_name("new")
+    save_file(kept, lost)
+    status, out, _ = run("inspect", lost)
+    assert (status, "holds MXFP8 codes" in out) == (1, True)
+    status, out, err = run("repair", lost, new)
+    assert (status, err) == (0, "")
+    assert "markers written: 3 of 3 layers" in out
+    assert run("verify", new, "--source", source)[0] == 0
+    status, _, err = run("repair", new, lost, "--overwrite")
+    assert (status, "nothing to repair" in err) == (1, True)
 
 
 def test_inspect_recognises_an_architecture(run):
     assert "architecture: Z-Image" in run("inspect", ZIMAGE)[1]
 
 
-def test_inspect_needs_no_torch():
+def test_inspecting_a_header_needs_no_torch():
     code = (
         "import sys; from mxfp8.quant.cli import main; main(sys.argv[1:]); "
         "print('torch' in sys.modules)"
     )
-    words = [sys.executable, "-c", code, "inspect", str(GOLDEN / "a_zimage_simple.safetensors")]
+    path = str(GOLDEN / "a_zimage_simple.safetensors")
+    words = [sys.executable, "-c", code, "inspect", path, "--header"]
     out = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "mxfp8: " in out
     assert out.splitlines()[-1] == "False"
@@ -310,12 +347,29 @@ def test_include_and_exclude_may_be_repeated(source, run):
     assert {"a.weight", "b.weight"} <= set(kept)
 
 
-@pytest.mark.parametrize(("part", "value"), [("weight", 0x7F), ("weight_scale", 0xFF)])
-def test_verify_finds_nan_codes_and_scales(source, target, part, value):
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("weight", 0x7F, "1 codes are NaN: damaged, or its source held NaN"),
+        ("weight_scale", 0xFF, "1 scale bytes are 255 (NaN): damaged"),
+        ("weight_scale", 0xFE, None),
+    ],
+)
+def test_verify_finds_what_decodes_to_nan_or_infinity(source, target, part, value, sentence):
     def spoil(tensors):
         tensors[f"b.{part}"].view(torch.uint8)[0, 0] = value
 
-    assert problems(rewrite(target, spoil), source) == ["'b' decodes to NaN or infinity"]
+    sentence = f": {sentence}" if sentence else " decodes to infinity"
+    assert problems(rewrite(target, spoil), source) == [f"'b'{sentence}"]
+
+
+@pytest.mark.parametrize(("part", "index"), [("weight", (319, 63)), ("weight_scale", (383, 3))])
+def test_verify_finds_padding_that_is_not_zero(source, target, part, index):
+    def spoil(tensors):
+        tensors[f"b.{part}"].view(torch.uint8)[index] = 1
+
+    found = problems(rewrite(target, spoil), source)
+    assert found == ["'b': 1 bytes of padding are not zero"]
 
 
 CHANGES = {

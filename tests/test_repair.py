@@ -79,8 +79,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "keep_header", "scales"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_becomes_what_it_was(tmp_path, sound, damage, keep_header, scales):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_becomes_what_it_was(tmp_path, sound, kind):
+    damage, keep_header, scales = DAMAGES[kind]
     tensors, metadata = sound
     kept = metadata if keep_header else {"title": "tiny"}
     path = save(tmp_path, damage(tensors), kept)
@@ -90,14 +91,16 @@ def test_a_damaged_file_becomes_what_it_was(tmp_path, sound, damage, keep_header
     for name, tensor in tensors.items():
         if name.endswith(MARKER):
             wanted, marker = (json.loads(bytes(t.tolist())) for t in (tensor, found[name]))
-            assert marker == wanted, name  # 200 rows, stored as 224, are known from the bias
+            if kind in ("no markers", "all at once"):  # what cannot be known is left out
+                wanted = {key: wanted[key] for key in ("format", "group_size")}
+            assert marker == wanted, name
         else:
             assert same(found[name], tensor), name
     assert found_metadata["title"] == "tiny"
     assert scan.check_file(tmp_path / "new") == []
     assert result.layers == 3
     layers = read_header(tmp_path / "new").layers
-    assert all(layers[name].shape == tuple(w.shape) for name, w in WEIGHTS.items())
+    assert all(layers[name].holds(w.shape) for name, w in WEIGHTS.items())
 
 
 @pytest.mark.parametrize("name", ["no markers", "row-major scales", "scales of another dtype"])

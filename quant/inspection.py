@@ -1,0 +1,161 @@
+"""What a file holds, and what is wrong with it: the header's facts, and a scan of every byte.
+
+The header alone needs no torch and takes milliseconds; the bytes of MXFP8 layers are read in slabs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from . import format, policy
+from .container import quoted
+from .format import MARKER, SCALE, WEIGHT, FormatError, Header
+from .report import gigabytes
+
+VERSION = 1
+
+Progress = Callable[[int, int, str], None]  # (bytes read, bytes in all, key)
+
+
+@dataclass
+class LayerInspection:
+    """One MXFP8 linear.
+
+    Attributes:
+        shape: unpadded (N, K); bytes: of codes and scales; scale_dtype: "U8" or "F8_E8M0".
+        nan_codes, nan_scales: counts within the shape; padding: bytes of padding that are not
+            zero; scale_order: "tiled" or "row-major" by the evidence, None where nothing tells.
+            All None if only the header was read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    scale_dtype: str
+    full_precision_matrix_mult: bool
+    nan_codes: int | None = None
+    nan_scales: int | None = None
+    padding: int | None = None
+    scale_order: str | None = None
+
+
+@dataclass
+class Inspection:
+    """A whole file.
+
+    Attributes:
+        formats: format of a marker -> number of layers.
+        every_byte: whether the layers were read, or only the header.
+        problems, warnings: sentences; a file with problems should not be used.
+    """
+
+    file: str
+    bytes: int
+    tensors: int
+    architecture: str | None
+    formats: dict[str, int]
+    mxfp8_bytes: int
+    other_bytes: int
+    metadata: list[str]
+    every_byte: bool
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    layers: list[LayerInspection] = field(default_factory=list, repr=False)
+
+    def to_json(self) -> str:
+        """Versioned JSON, every layer included."""
+        return json.dumps({"mxfp8_inspection": VERSION, **asdict(self)}, indent=1)
+
+    def summary(self) -> str:
+        """A few lines for a terminal or a node."""
+        formats = [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
+        return "\n".join([
+            f"{self.file}: {gigabytes(self.bytes)}, {self.tensors} tensors",
+            f"architecture: {self.architecture or 'not recognised'}",
+            *(formats or ["no layer is quantised, as far as its markers say"]),
+            f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
+            f"metadata: {', '.join(self.metadata) or 'none'}",
+            f"read: {'every byte of its MXFP8 layers' if self.every_byte else 'the header'}",
+        ])  # fmt: skip
+
+
+def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:
+    """Look into a safetensors file.
+
+    Args:
+        every_byte: whether to read the MXFP8 layers; without, torch is not needed.
+        progress: called after every slab.
+
+    Raises:
+        FormatError: its header or markers are damaged, so that nothing in it can be relied on.
+        OSError: it cannot be read.
+    """
+    header = format.read_header(path)
+    header.check_layers()
+    result = _from_header(header, every_byte)
+    if every_byte:
+        _scan(path, result, progress)
+    return result
+
+
+def _from_header(header: Header, every_byte: bool) -> Inspection:
+    formats: dict[str, int] = {}
+    for conf in header.markers.values():
+        formats[conf["format"]] = formats.get(conf["format"], 0) + 1
+    found = policy.detect_architecture(header.tensors)
+    ours = (*header.layers, *header.experts)
+    parts = {name + part for name in ours for part in (WEIGHT, SCALE, MARKER)}
+    sizes = {True: 0, False: 0}
+    for tensor in header.tensors.values():
+        sizes[tensor.name in parts] += tensor.nbytes
+    layers = [
+        LayerInspection(
+            name=layer.name,
+            shape=layer.shape,
+            bytes=layer.weight.nbytes + layer.scale.nbytes,
+            scale_dtype=layer.scale.dtype,
+            full_precision_matrix_mult=layer.full_precision,
+        )
+        for layer in header.layers.values()
+    ]
+    return Inspection(
+        file=header.path.name,
+        bytes=header.file_size,
+        tensors=len(header.tensors),
+        architecture=found[0] if found else None,
+        formats=formats,
+        mxfp8_bytes=sizes[True],
+        other_bytes=sizes[False],
+        metadata=sorted(header.metadata),
+        every_byte=every_byte,
+        layers=layers,
+    )
+
+
+def _scan(path, result: Inspection, progress: Progress | None) -> None:
+    from . import scan
+    from .source import FileSource
+
+    total = sum(layer.bytes for layer in result.layers)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, layer.name)
+
+    with FileSource(path) as source:
+        for check in (scan.refuse_tables, scan.refuse_unmarked, scan.refuse_nan_experts):
+            try:
+                check(source)
+            except FormatError as error:
+                result.problems.append(str(error))
+        for layer in result.layers:
+            found = scan.scan_layer(source, source.header.layers[layer.name], advance)
+            layer.nan_codes, layer.nan_scales = found.nan_codes, found.nan_scales
+            layer.padding, layer.scale_order = found.padding, found.order.order
+            result.problems += [f"{quoted(layer.name)}: {p}" for p in found.problems]
+            result.warnings += [f"{quoted(layer.name)}: {w}" for w in found.warnings]
