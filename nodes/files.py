@@ -6,6 +6,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..quant import shards
+
 SAFETENSORS = (".safetensors", ".sft")
 MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 
@@ -24,21 +26,51 @@ def is_safetensors(path: Path) -> bool:
 
 
 def list_sources() -> list[str]:
-    """Safetensors files of all model folders as "folder/name"."""
+    """Models of all model folders as "folder/name".
+
+    A model in several files is one entry: its folder, or its index where the folder holds more.
+    """
     return [
         f"{folder}/{name}"
         for folder in MODEL_FOLDERS
-        for name in folder_paths.get_filename_list(folder)
-        if name.lower().endswith(SAFETENSORS)
+        for name in sorted({*_single_files(folder), *_sharded(folder)})
     ]
 
 
 def source_path(choice: str) -> Path:
-    """The path behind a choice of `list_sources`."""
+    """The file, or the index of several, behind a choice of `list_sources`."""
     folder, _, name = choice.partition("/")
     if folder not in MODEL_FOLDERS:
         raise ValueError(f"{choice!r} must begin with one of {', '.join(MODEL_FOLDERS)}")
-    return model_path(folder, name)
+    return model_path(folder, _sharded(folder).get(name, name))
+
+
+def _single_files(folder: str) -> list[str]:
+    names = folder_paths.get_filename_list(folder)
+    return [n for n in names if n.lower().endswith(SAFETENSORS) and not shards.is_shard(n)]
+
+
+def _sharded(folder: str) -> dict[str, str]:
+    """What models in several files are called in the list -> the names of their indexes.
+
+    ComfyUI lists no indexes, but it does list shards, and an index lies beside them.
+    """
+    found: dict[str, str] = {}
+    parts = filter(shards.is_shard, folder_paths.get_filename_list(folder))
+    for place, part in sorted({Path(part).parent: part for part in parts}.items()):
+        path = folder_paths.get_full_path(folder, part)
+        indexes = [place / i.name for i in shards.indexes(Path(path).parent)] if path else []
+        alone = len(indexes) == 1 and place.name
+        for index in indexes:
+            names = (_model_folder(place), place, index) if alone else (index,)
+            name = next(n for n in map(str, names) if n not in found)
+            found[name] = str(index)
+    return found
+
+
+def _model_folder(place: Path) -> Path:
+    """The folder that a user calls the model: of a pipeline, the one around its transformer."""
+    return place.parent if place.name in ("transformer", "unet") and place.parent.name else place
 
 
 def target_beside(source: Path, choice: str, name: str) -> Path:
@@ -46,17 +78,18 @@ def target_beside(source: Path, choice: str, name: str) -> Path:
 
     Args:
         source: the resolved source; choice: as it was picked, "folder/name".
-        name: file name, with subfolders if wanted; empty for "<source>-mxfp8.safetensors".
+        name: file name, with subfolders if wanted; empty for the source's name with "-mxfp8",
+            beside it: beside its folder if the model has that to itself.
 
     Raises:
         ValueError: the name leaves the model folder.
     """
-    if not name.strip():
-        return source.with_name(f"{source.stem}-mxfp8.safetensors")
-    folder = choice.partition("/")[0]
+    folder, _, chosen = choice.partition("/")
     # By name, not by what links lead to: a linked model belongs to the folder that lists it.
     roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
     root = next(root for root in roots if source.is_relative_to(root))
+    if not name.strip():
+        return root / f"{shards.model_name(chosen)}-mxfp8.safetensors"
     if not name.lower().endswith(SAFETENSORS):
         name += ".safetensors"
     target = root / name

@@ -36,6 +36,11 @@ def is_shard(name: str) -> bool:
     return found is not None and int(found[2]) > 1
 
 
+def model_name(name: str) -> str:
+    """A file's or index's name without its suffixes; a folder's name as it is."""
+    return re.sub(r"\.(safetensors|sft)$", "", INDEX.sub(r"\2", name), flags=re.IGNORECASE)
+
+
 def indexes(folder: Path) -> list[Path]:
     """The indexes in a folder."""
     return sorted(path for path in folder.iterdir() if INDEX.search(path.name))
@@ -80,11 +85,11 @@ def _read(path: Path) -> tuple[dict[str, str], object]:
             f"{path.name}: no index of a model's parts: it has no object 'weight_map'; give the "
             "model's folder, its .safetensors.index.json or its .safetensors"
         )
-    for file in dict.fromkeys(map(str, weight_map.values())):
-        _check_name(path, file)
     for key, file in weight_map.items():
         if not isinstance(file, str):
             raise FormatError(f"{path.name}: {quoted(key)} has no file name but {quoted(file)}")
+    for file in dict.fromkeys(weight_map.values()):
+        _check_name(path, file)
     metadata = index.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
