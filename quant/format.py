@@ -100,13 +100,17 @@ class Header(Container):
         Args:
             formats: names that a marker may give.
         """
+        self.check_formats(formats)
+        _ = self.layers, self.experts
+
+    def check_formats(self, formats: Iterable[str] = FORMATS) -> None:
+        """Raise FormatError unless every marker gives one of these names."""
         for name, conf in self.markers.items():
             if conf["format"] not in formats:
                 raise FormatError(
                     f"{self.path.name}: layer {quoted(name)} is marked as "
                     f"{quoted(conf['format'])}; formats that can be read: {', '.join(formats)}"
                 )
-        _ = self.layers, self.experts
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
@@ -201,9 +205,9 @@ def _check_marker(where: str, conf) -> dict:
 
 def _layer(header: Header, name: str, conf: Mapping) -> Layer:
     where = f"{header.path.name}: MXFP8 layer {quoted(name)}"
-    weight, scale = _parts(header, where, name, conf, dimensions=2)
+    weight, scale = _parts(header, where, name, dimensions=2)
+    shape = layer_shape(where, weight, conf)
     try:
-        shape = layout.true_shape(weight.shape, _marked_shape(where, conf))
         layout.check_scale(weight.shape, scale.shape)
     except ValueError as error:
         raise FormatError(f"{where}: {error}") from error
@@ -212,7 +216,8 @@ def _layer(header: Header, name: str, conf: Mapping) -> Layer:
 
 def _bank(header: Header, name: str, conf: Mapping) -> Layer:
     where = f"{header.path.name}: bank of MXFP8 experts {quoted(name)}"
-    weight, scale = _parts(header, where, name, conf, dimensions=3)
+    weight, scale = _parts(header, where, name, dimensions=3)
+    _check_group(where, conf)
     experts, rows, cols = weight.shape
     expected = (experts, *layout.scale_shape(rows, cols))
     if conf["num_experts"] != experts or scale.shape != expected:
@@ -224,10 +229,8 @@ def _bank(header: Header, name: str, conf: Mapping) -> Layer:
     return Layer(name, weight.shape, weight, scale, conf)
 
 
-def _parts(header: Header, where: str, name: str, conf: Mapping, dimensions: int):
+def _parts(header: Header, where: str, name: str, dimensions: int):
     """The weight and the scales of a marked layer, of the right dtypes."""
-    if conf.get("group_size", layout.BLOCK) != layout.BLOCK:
-        raise FormatError(f"{where} has group_size {quoted(conf['group_size'])}; MXFP8 has 32")
     weight = header.tensors.get(name + WEIGHT)
     scale = header.tensors.get(name + SCALE)
     if weight is None:
@@ -244,11 +247,25 @@ def _parts(header: Header, where: str, name: str, conf: Mapping, dimensions: int
     return weight, scale
 
 
-def _marked_shape(where: str, conf: Mapping):
+def layer_shape(where: str, weight: TensorInfo, conf: Mapping) -> tuple[int, int]:
+    """The unpadded (N, K) of a 2-D weight, from its marker or as it is stored.
+
+    Raises:
+        FormatError: the marker does not fit the weight.
+    """
+    _check_group(where, conf)
     shape = conf.get("orig_shape")
     if shape is not None and not (is_shape(shape) and len(shape) == 2):
         raise FormatError(f"{where} has orig_shape {quoted(shape)}; it must be two sizes")
-    return shape
+    try:
+        return layout.true_shape(weight.shape, shape)
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+def _check_group(where: str, conf: Mapping) -> None:
+    if conf.get("group_size", layout.BLOCK) != layout.BLOCK:
+        raise FormatError(f"{where} has group_size {quoted(conf['group_size'])}; MXFP8 has 32")
 
 
 def marker(shape: tuple[int, int], dtype: str) -> dict:

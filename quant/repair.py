@@ -103,6 +103,8 @@ def repair_file(
 def _layers(source: FileSource) -> dict[str, Layer]:
     """Marked and recognised layers by name; scales may have either order and dtype."""
     header, found = source.header, {}
+    header.check_formats()
+    _ = header.experts
     for name, conf in header.markers.items():
         if conf["format"] == format.MXFP8 and "num_experts" not in conf:
             weight = header.tensors.get(name + WEIGHT)
@@ -148,7 +150,7 @@ def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Laye
         )
     if conf is None:
         conf = {"format": format.MXFP8, "group_size": BLOCK}
-    return Layer(name, tuple(conf.get("orig_shape") or weight.shape), weight, scale, conf)
+    return Layer(name, format.layer_shape(where, weight, conf), weight, scale, conf)
 
 
 def _marked_twice(header: Header, name: str) -> bool:
