@@ -1,5 +1,6 @@
 """Nodes that only tests use: they put a model into the states that users' workflows bring about."""
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -228,11 +230,62 @@ class TestMemory(_Node):
         return {"ui": {"result": [json.dumps([now, peak])]}, "result": (model,)}
 
 
+class TestFail(_Node):
+    """A clone with a LoRA on every layer, of which one fails when it is merged or baked in."""
+
+    INPUTS = {"model": "MODEL", "how": (["memory", "interrupt", "error", "nan"],)}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, how):
+        def fail(difference):
+            if how == "memory":
+                torch.empty(1 << 60, dtype=torch.uint8)
+            if how == "error":
+                raise RuntimeError("a patch failed")
+            if how == "interrupt":
+                comfy.model_management.interrupt_current_processing()
+            return difference * float("nan" if how == "nan" else 1)
+
+        clone = model.clone()
+        keys = [k for k in model.model.state_dict() if "blocks" in k and k.endswith(".weight")]
+        matrices = [k for k in keys if comfy.utils.get_attr(model.model, k).ndim == 2]
+        for index, key in enumerate(matrices):
+            shape = comfy.utils.get_attr(model.model, key).shape
+            function = fail if index == len(matrices) // 2 else None
+            patch = ("diff", (torch.full(shape, 0.05),))
+            clone.add_patches({(key, None, function): patch})
+        return (clone,)
+
+
+class TestRights(_Node):
+    """Takes from the thread that runs nodes the right to write where modes forbid it, as users
+    have it; or gives it back. Tests may run as root, for whom modes count for nothing."""
+
+    INPUTS = {"model": "MODEL", "drop": "BOOLEAN"}
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model, drop):
+        version, override = 0x20080522, 1 << 1 | 1 << 2  # DAC_OVERRIDE, DAC_READ_SEARCH
+        libc = ctypes.CDLL(None, use_errno=True)
+        header, data = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+        if libc.capget(header, data):
+            raise OSError(ctypes.get_errno(), "capget")
+        data[0] = data[0] & ~override if drop else data[0] | data[1] & override
+        if libc.capset(header, data):
+            raise OSError(ctypes.get_errno(), "capset")
+        return (model,)
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory,
+        TestMemory, TestFail, TestRights,
     )
 }  # fmt: skip
