@@ -65,6 +65,8 @@ _TRACES = tuple(
         (r"\.(SCB|weight_format)$", "INT8 (bitsandbytes)"),
         (r"\.wscales$", "SVDQuant (Nunchaku)"),
         (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
+        (r"\.W_q$", "HQQ"),
+        (r"\.weight\._data$", "Quanto"),
         (r"\.weight_packed$", "compressed-tensors"),
         (r"\.weight_scale_2$", "NVFP4"),
         (r"\.weight_scale_inv$", "block-scaled FP8"),
@@ -80,7 +82,6 @@ _CODES = {
     "F4": "FP4",
     "I8": "INT8",
     "U8": "packed integers",
-    "I32": "packed integers",
 }
 
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".sft")
 # Folders of a diffusers pipeline that hold the model to convert; some have two of them.
 _MODELS = re.compile(r"^(transformer|unet)(_\d+)?$")
+_SHARED = 10_000  # names in metadata for tensors that have another name; a header holds millions
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -87,9 +88,18 @@ def _unshared(source: StoredSource) -> StoredSource:
     the metadata {name left out: name stored}. Stock ComfyUI does not read such notes.
     """
     tensors, metadata = source.tensors, source.metadata
-    aliases = {k: v for k, v in metadata.items() if v in tensors and k not in tensors}
+    aliases = {
+        k: v
+        for k, v in metadata.items()
+        if v in tensors and k not in tensors and k.isprintable() and k != "__metadata__"
+    }
     if not aliases:
         return source
+    if len(aliases) > _SHARED:
+        raise FormatError(
+            f"{source.name}: its metadata gives tensors {len(aliases)} further names; up to "
+            f"{_SHARED} are converted"
+        )
     parts = {key: (Part(key),) for key in tensors}
     whole = PartSource(source, parts | {key: (Part(value),) for key, value in aliases.items()})
     whole.metadata = {k: v for k, v in metadata.items() if k not in aliases}

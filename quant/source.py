@@ -180,11 +180,18 @@ class PartSource:
         if self._source.tensors[parts[0].key] == (dtype, shape) and len(parts) == 1:
             yield from self._source.pieces(parts[0].key)
             return
+        # Pieces of the same size as a file's, so that the two can be compared.
         per_row = numel(shape[1:]) * TORCH_DTYPES[dtype].itemsize
         step = max(1, _PIECE // max(1, per_row))
+        buffer = bytearray()
         for first in range(0, shape[0], step):
             rows = self.rows(key, first, min(first + step, shape[0]))
-            yield as_bytes(rows.contiguous())
+            buffer += as_bytes(rows.contiguous())
+            while len(buffer) >= _PIECE:
+                yield memoryview(bytes(buffer[:_PIECE]))
+                del buffer[:_PIECE]
+        if buffer:
+            yield memoryview(buffer)
 
     def _joined(self, key: str, wanted: tuple[Part, ...]):
         """A tensor's parts with their last rows, and its dtype and shape."""

@@ -190,6 +190,8 @@ QUANTISED = {
     ),
     "GPTQ": ({"w.qweight": torch.ones(4, 32, dtype=torch.int32)}, "GPTQ or AWQ"),
     "SVDQuant": ({"w.qweight": codes(torch.int8), "w.wscales": ONE}, "SVDQuant"),
+    "HQQ": ({"w.W_q": codes()}, "HQQ"),
+    "Quanto": ({"w.weight._data": codes(torch.int8)}, "Quanto"),
     "another marker": ({"w.comfy_quant": marker(format="fp3")}, "'fp3'"),
     "no format": ({"w.comfy_quant": marker(x=1)}, "an unnamed format"),
     "no marker": ({"w.comfy_quant": codes(torch.uint8, 100_000)}, "an unnamed format"),
@@ -554,7 +556,7 @@ def test_names_that_both_share_stay():
 
 
 def test_rows_and_pieces_of_joined_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr("mxfp8.quant.source._PIECE", 100)
+    monkeypatch.setattr("mxfp8.quant.source._PIECE", 16)
     tensors = {"a": matrix(5, 7), "b": matrix(3, 7, seed=1), "v": torch.arange(6.0)}
     save_file({**tensors, "none": torch.zeros(0, 7, dtype=torch.bfloat16)}, tmp_path / "source")
     parts = {
@@ -570,6 +572,8 @@ def test_rows_and_pieces_of_joined_tensors(tmp_path, monkeypatch):
     with PartSource(FileSource(tmp_path / "source"), parts) as source:
         for key, value in wanted.items():
             assert source.tensors[key] == (HEADER_DTYPES[value.dtype], tuple(value.shape))
+            pieces = [len(piece) for piece in source.pieces(key)]
+            assert set(pieces[:-1]) <= {16}  # as a file's are
             assert b"".join(source.pieces(key)) == raw(value)
             for first in range(len(value)):
                 for last in range(first + 1, len(value) + 1):
@@ -629,6 +633,22 @@ def test_both_names_of_a_shared_tensor_are_usable(tmp_path, kind):
     alone = tmp_path / "alone"
     save_file({"a.weight": weight}, alone)
     assert same(found["b.weight"], converted(alone)[0]["a.weight"])
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a.weight", "new\0line", "b" * 9])
+def test_what_metadata_says_cannot_harm(tmp_path, name):
+    state = {"a.weight": matrix(32, 32)}
+    save_file(state, tmp_path / "source", {name: "a.weight", "c": "a.bias"})
+    found, metadata = converted(tmp_path / "source")
+    assert ("b" * 9 in found) == (name == "b" * 9)
+    assert metadata["c"] == "a.bias"
+
+
+def test_endless_names_for_one_tensor_are_refused(tmp_path):
+    notes = {f"name{i}": "a.weight" for i in range(10_001)}
+    save_file({"a.weight": matrix(32, 32)}, tmp_path / "source", notes)
+    with pytest.raises(FormatError, match="10001 further names; up to 10000"):
+        convert_file(tmp_path / "source", tmp_path / "target")
 
 
 class InMemory:
