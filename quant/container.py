@@ -86,7 +86,7 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
     text, size = _read_text(path)
     header = parse_object(f"{path.name}: the header", text)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(is_text, (*metadata, *metadata.values()))):
         raise FormatError(f"{path.name}: __metadata__ must map strings to strings")
     data = 8 + len(text)
     tensors = [_tensor_info(path, name, entry, data) for name, entry in header.items()]
@@ -118,24 +118,20 @@ def _read_text(path: Path) -> tuple[bytes, int]:
 
 
 def parse_object(where: str, text: str | bytes) -> dict:
-    """A JSON object in which no key is there twice: readers differ on which of two counts.
+    """A JSON object, as the standard has it and other readers take it.
+
+    Python would also take NaN and Infinity, and the last of two equal keys, where others take the
+    first.
 
     Raises:
         FormatError: it is anything else.
     """
-
-    def no_duplicates(pairs):
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise KeyError(key)
-            result[key] = value
-        return result
-
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates)
+        value = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
     except KeyError as error:
         raise FormatError(f"{where} holds the key {quoted(error.args[0])} twice") from error
     except (ValueError, RecursionError) as error:
@@ -143,6 +139,27 @@ def parse_object(where: str, text: str | bytes) -> dict:
     if not isinstance(value, dict):
         raise FormatError(f"{where} is not a JSON object")
     return value
+
+
+def _without_duplicates(pairs):
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise KeyError(key)
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no JSON number")
+
+
+def is_text(value) -> bool:
+    """Whether a JSON value is a string that can be encoded: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def numel(shape: Iterable[int]) -> int:
@@ -170,7 +187,7 @@ def is_shape(value) -> bool:
 
 def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
     where = f"{path.name}: tensor {quoted(name)}"
-    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+    if not is_text(name):
         raise FormatError(f"{where}: its name is no valid text")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FormatError(f"{where} needs dtype, shape and data_offsets")

@@ -58,6 +58,8 @@ def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[]", "not a JSON object"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": {"shape": [-Infinity]}}', "-Infinity is no JSON number"),
         (b'{"a": {}, "a": {}}', "'a' twice"),
         (b'{"a": {"dtype": "U8", "dtype": "I8"}}', "'dtype' twice"),
     ],
@@ -66,7 +68,7 @@ def test_a_header_that_is_no_plain_json_object_is_refused(tmp_path, text, rule):
     assert rule in refusal(write_raw(tmp_path / "bad.safetensors", text))
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, ["a"], "a"])
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, ["a"], "a", {"a": "\ud800"}])
 def test_metadata_must_map_strings_to_strings(tmp_path, metadata):
     path = write_raw(tmp_path / "bad.safetensors", {"__metadata__": metadata})
     assert "__metadata__ must map strings to strings" in refusal(path)
