@@ -9,30 +9,32 @@ from __future__ import annotations
 import torch
 
 from . import eager, layout, ops
+from .dispatch import choose
 from .layout import BLOCK
 
 _SLAB = 1 << 22  # values compared at a time: 32 MB of float64
 
 
 def quantize_measured(x: torch.Tensor):
-    """Quantise and measure in one go, on the CPU in one pass of the plain-torch backend.
+    """Quantise and measure in one go, in one pass where plain torch is the backend that runs.
 
     Args:
         x: [M, K], as for `quantize`.
 
     Returns:
         (qdata, scale, signal, noise): as `quantize` returns them, and float64 [M, K'/32] sums of
-        x**2 and of (dequantised - x)**2; not finite in blocks with NaN or Inf.
+        x**2 and of (dequantised - x)**2 on the CPU; not finite in blocks with NaN or Inf.
     """
-    if x.device.type != "cpu":
-        qdata, scale = ops.quantize(x)
-        return qdata, scale, *block_energy(x, qdata, scale)
     ops.check_quantizable(x)
+    if choose("quantize", x)[0].quantize is not eager.quantize:
+        qdata, scale = ops.quantize(x)
+        return qdata, scale, *(energy.cpu() for energy in block_energy(x, qdata, scale))
     rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
-    energy = torch.empty(rows, blocks), torch.empty(rows, blocks)
+    energy = [torch.empty(rows, blocks, device=x.device) for _ in range(2)]
     qdata, scale = eager.quantize(x, energy)
-    unit = eager.decode_e8m0(layout.untile(scale, rows, blocks)).double().square_()
-    return qdata, scale, energy[0].double().mul_(unit), energy[1].double().mul_(unit)
+    # On the CPU, because not every device has float64.
+    unit = eager.decode_e8m0(layout.untile(scale.cpu(), rows, blocks)).double().square_()
+    return qdata, scale, *(part.cpu().double().mul_(unit) for part in energy)
 
 
 def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:

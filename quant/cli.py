@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with _termination_as_interrupt():
+            return arguments.run(arguments)
     except ModuleNotFoundError as error:
         print(
             f"mxfp8: {error.name} is missing; use ComfyUI's Python, or pip install "
@@ -39,12 +42,38 @@ def main(argv: list[str] | None = None) -> int:
     except FileExistsError as error:
         print(f"mxfp8: {error.filename} exists; --overwrite replaces it", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"mxfp8: {error}", file=sys.stderr)
+    except OSError as error:
+        told = error.filename and error.strerror
+        said = f"{error.filename}: {error.strerror}" if told else str(error)
+        print(f"mxfp8: {said}", file=sys.stderr)
+        return 1
+    except (ValueError, MemoryError) as error:
+        print(f"mxfp8: {str(error) or 'out of memory; close other programs'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mxfp8: interrupted; nothing was left behind", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM and a closed terminal end the work as Ctrl-C does: cleanly."""
+
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # once is enough; cleaning up takes a moment
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has only the first
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep keys this finds, whatever else; may be repeated",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    convert.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to quantise: cpu, cuda, cuda:1, ...; default: the accelerator, if there is one",
+    )
     convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
     convert.add_argument(
         "--dry-run", action="store_true", help="list every decision with its reason; write nothing"
@@ -168,9 +202,11 @@ def _convert(arguments) -> int:
         return _dry_run(arguments.source, options)
 
     from .convert import convert_file
+    from .pipeline import keep_freed_memory
 
     if arguments.report:
         _check_report(arguments)
+    keep_freed_memory()
     with _progress("convert") as progress:
         report = convert_file(
             arguments.source,
@@ -178,6 +214,7 @@ def _convert(arguments) -> int:
             **options,
             overwrite=arguments.overwrite,
             progress=progress,
+            device=arguments.device,
         )
     print(report.summary())
     if arguments.report:

@@ -159,6 +159,13 @@ class Energy:
             if self.worst is None or value < self.worst.sqnr_db:
                 self.worst = Block(first_row + row, block, value)
 
+    def merge(self, later: Energy) -> None:
+        """Account for what was added up over rows further down."""
+        self.signal += later.signal
+        self.noise += later.noise
+        if later.worst and (self.worst is None or later.worst.sqnr_db < self.worst.sqnr_db):
+            self.worst = later.worst
+
     @property
     def sqnr_db(self) -> float | None:
         return sqnr_db(self.signal, self.noise)

@@ -1,9 +1,9 @@
 """Write a safetensors file whole or not at all, with bounded memory.
 
 The header is known before the first byte of data, so tensors are written as they come, in pieces,
-each at its place. The file grows under a temporary name beside its target, is synced, read back
-and compared with checksums taken while writing, and only then gets its name. Whatever goes wrong
-before that leaves the target as it was.
+each at its place, by several threads if there are. The file grows under a temporary name beside its
+target (`claim`), is synced, read back and compared with checksums taken while writing, and only
+then gets its name. Whatever goes wrong before that leaves the target as it was.
 
 Tensors are laid out so that each is aligned to its element size, and those whose size is a
 multiple of 64 bytes (all MXFP8 data and scales) to 64 bytes: readers map files straight into
@@ -16,19 +16,32 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from . import format
+from .claim import claim
 from .format import DTYPES, FormatError, TensorInfo
+from .pipeline import Pipeline, cores
 
 ALIGNMENT = 64
-_READ_BACK = 1 << 22  # bytes
-_SYNC_EVERY = 1 << 28  # bytes
+_PIECE = 1 << 22  # bytes that share a checksum
+_READ_BACK = 1 << 18  # bytes read back at a time
+_SYNC_EVERY = 1 << 27  # bytes; the disk works while more is computed, and the last sync is short
+_READERS = 4  # threads that read back
+
+
+class _Piece(NamedTuple):
+    """A stretch of a tensor's bytes as it was written; `begin` counts from the tensor's start."""
+
+    begin: int
+    end: int
+    checksum: int
 
 
 class Writer:
@@ -44,7 +57,8 @@ class Writer:
 
     Raises:
         FileExistsError: the target exists and overwrite is off.
-        OSError: no space, no permission; nothing is left behind.
+        OSError: another writer is at work on the target, no space, no permission, no such folder;
+            nothing is left behind.
     """
 
     def __init__(
@@ -57,14 +71,14 @@ class Writer:
     ):
         self.target = Path(target)
         self.overwrite = overwrite
+        self.temporary: Path | None = None  # while the context is open
         self._tick = tick
-        self._unsynced = 0
         self._header, self.tensors = _lay_out(tensors, metadata)
-        self._position = {name: info.begin for name, info in self.tensors.items()}
-        self._checksum = dict.fromkeys(self.tensors, 0)
-        self._file = None
-        token = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self.temporary = self.target.with_name(f"{self.target.name}.{token}.part")
+        self._pieces: dict[str, list[_Piece]] = {name: [] for name in self.tensors}
+        self._position = dict.fromkeys(self.tensors, 0)
+        self._unsynced = 0
+        self._lock = threading.Lock()  # of the three above
+        self._file: BinaryIO | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,31 +86,53 @@ class Writer:
         return max((t.end for t in self.tensors.values()), default=len(self._header))
 
     def __enter__(self) -> Writer:
-        if not self.overwrite and self.target.exists():
-            raise _exists(self.target)
-        _check_space(self.target.parent, self.nbytes)
-        self._file = self.temporary.open("xb", buffering=0)
+        self.temporary, self._file = claim(self.target)
         try:
-            self._file.truncate(self.nbytes)
-            _write_at(self._file.fileno(), self._header, 0)
+            _check_target(self.target, self.overwrite)
+            _check_space(self.target.parent, self.nbytes)
+            with self._explained():
+                self._file.truncate(self.nbytes)
+                _write_at(self._file.fileno(), self._header, 0)
         except BaseException:
             self._discard()
             raise
         return self
 
-    def write(self, name: str, data) -> None:
-        """Append a piece of a tensor's bytes (anything with a flat buffer) to what it has."""
+    def write(self, name: str, data, offset: int | None = None) -> None:
+        """Write a piece of a tensor's bytes (anything with a flat buffer).
+
+        Any thread may write any piece; the order does not matter.
+
+        Args:
+            offset: of the piece within the tensor; default: after the piece written before.
+        """
         data = memoryview(data).cast("B")
-        begin = self._position[name]
-        if begin + len(data) > self.tensors[name].end:
+        info = self.tensors[name]
+        with self._lock:
+            begin = self._position[name] if offset is None else offset
+            end = self._position[name] = begin + len(data)
+        if end > info.nbytes:
             raise FormatError(f"{self.target.name}: tensor {name!r} got more bytes than it has")
-        _write_at(self._file.fileno(), data, begin)
-        self._unsynced += len(data)
-        if self._unsynced >= _SYNC_EVERY:  # so that the last sync is short and can be interrupted
+        for start in range(begin, end, _PIECE):
+            piece = data[start - begin : start - begin + _PIECE]
+            with self._explained():
+                _write_at(self._file.fileno(), piece, info.begin + start)
+            self._remember(name, _Piece(start, start + len(piece), zlib.crc32(piece)))
+
+    def _remember(self, name: str, piece: _Piece) -> None:
+        """Note a written piece, and sync now and then: meanwhile other threads go on."""
+        with self._lock:
+            self._pieces[name].append(piece)
+            self._unsynced += piece.end - piece.begin
+            due = self._unsynced >= _SYNC_EVERY
+            if due:
+                self._unsynced = 0
+        if due:
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._explained():
             os.fsync(self._file.fileno())
-            self._unsynced = 0
-        self._checksum[name] = zlib.crc32(data, self._checksum[name])
-        self._position[name] = begin + len(data)
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
@@ -104,52 +140,115 @@ class Writer:
             return
         try:
             for name, info in self.tensors.items():
-                if self._position[name] != info.end:
-                    raise FormatError(f"{self.target.name}: tensor {name!r} was not fully written")
+                self._check_complete(name, info.nbytes)
             self._tick()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._sync()
             self._verify()
             self._publish()
         except BaseException:
             self._discard()
             raise
 
+    def _check_complete(self, name: str, size: int) -> None:
+        """Every byte of a tensor was written, and once."""
+        position = 0
+        self._pieces[name].sort()
+        for piece in self._pieces[name]:
+            if piece.begin != position:
+                break
+            position = piece.end
+        if position != size:
+            raise FormatError(f"{self.target.name}: tensor {name!r} was not fully written")
+
     def _verify(self) -> None:
         """Read the file back: its header as any reader would, its data against the checksums."""
         header = format.read_header(self.temporary)
         if dict(header.tensors) != self.tensors:
             raise FormatError(f"{self.target.name}: the header read back differs from the plan")
-        buffer = memoryview(bytearray(_READ_BACK))
-        with self.temporary.open("rb", buffering=0) as file:
+        workers = min(_READERS, cores())
+        with Pipeline(workers, 4 * workers * _PIECE) as pipeline:
             for name, info in header.tensors.items():
-                file.seek(info.begin)
-                left, checksum = info.nbytes, 0
-                while left:
-                    self._tick()
-                    count = file.readinto(buffer[: min(left, _READ_BACK)])
-                    if not count:
-                        break
-                    checksum = zlib.crc32(buffer[:count], checksum)
-                    left -= count
-                if left or checksum != self._checksum[name]:
-                    raise FormatError(
-                        f"{self.target.name}: tensor {name!r} reads back differently from what was "
-                        "written; check the disk"
-                    )
+                for piece in self._pieces[name]:
+                    size = piece.end - piece.begin
+                    pipeline.submit(self._compare, info, piece, size=size, done=self._ticked)
+
+    def _ticked(self, _) -> None:
+        self._tick()
+
+    def _compare(self, info: TensorInfo, piece: _Piece) -> None:
+        """Read a piece back and compare it with its checksum."""
+        buffer = memoryview(bytearray(_READ_BACK))
+        left, checksum = piece.end - piece.begin, 0
+        with self.temporary.open("rb", buffering=0) as file:
+            file.seek(info.begin + piece.begin)
+            while left and (count := file.readinto(buffer[:left])):
+                checksum = zlib.crc32(buffer[:count], checksum)
+                left -= count
+        if left or checksum != piece.checksum:
+            raise FormatError(
+                f"{self.target.name}: tensor {info.name!r} reads back differently from what was "
+                "written; check the disk"
+            )
 
     def _publish(self) -> None:
-        if self.overwrite:
-            os.replace(self.temporary, self.target)
-        else:
-            _rename_new(self.temporary, self.target)
+        """Give the file its name; its lock is held until it has it."""
+        if os.name == "nt":  # an open file cannot be renamed there
+            self._file.close()
+        try:
+            if self.overwrite:
+                os.replace(self.temporary, self.target)
+            else:
+                _rename_new(self.temporary, self.target)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                "the file cannot be replaced; close the program that has it open (ComfyUI, for "
+                "one), or give another name",
+                str(self.target),
+            ) from error
+        self._file.close()
         _sync_folder(self.target.parent)
 
     def _discard(self) -> None:
         if self._file is not None:
+            # What cannot be deleted now, on a disk that failed, is deleted by the next writer; the
+            # error that led here matters more.
+            if os.name == "nt":  # an open file cannot be deleted there
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self.temporary.unlink()
             self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            self.temporary.unlink()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Say what to do about an error of the disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _ADVICE:
+                size = f"{self.nbytes / 1e9:.2f} GB"
+                advice = _ADVICE[error.errno].format(size=size)
+                raise OSError(error.errno, advice, str(self.target)) from error
+            raise
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; make room for {size}, or choose another folder",
+    errno.EFBIG: "a file of {size} is over a limit of the file system; choose another folder",
+    errno.EIO: "writing failed; check the disk",
+}
+if hasattr(errno, "EDQUOT"):  # not on Windows
+    _ADVICE[errno.EDQUOT] = "your quota is used up; make room for {size}, or choose another folder"
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to replace what is no file, and a file unless that was asked for."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; give a file name", str(target))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "this is no ordinary file; give another name", str(target))
+    if target.exists() and not overwrite:
+        raise _exists(target)
 
 
 def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
@@ -198,9 +297,20 @@ def _check_space(folder: Path, size: int) -> None:
 def _write_at(descriptor: int, data, offset: int) -> None:
     """Write all of `data` at an offset; a single call may write less."""
     data = memoryview(data)
-    os.lseek(descriptor, offset, os.SEEK_SET)
     while data:
-        data = data[os.write(descriptor, data) :]
+        count = _pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _seek_and_write(descriptor: int, data, offset: int) -> int:
+    """`os.pwrite` for Windows, which has none. Not run there so far."""
+    with _one_at_a_time:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+_one_at_a_time = threading.Lock()
+_pwrite = getattr(os, "pwrite", _seek_and_write)
 
 
 def _rename_new(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from mxfp8.quant.format import DTYPES, FormatError, numel
 from mxfp8.quant.source import HEADER_DTYPES
-from mxfp8.quant.writer import Writer
+from mxfp8.quant.writer import Writer, _pwrite, _seek_and_write
 
 # Sizes that are and are not multiples of 64 bytes, so that a careless layout would misalign some.
 TENSORS = {
@@ -39,12 +40,12 @@ def planned(tensors=TENSORS):
 
 def write(target, metadata=None, overwrite=False, step=None, order=1):
     """Write TENSORS, each in pieces of `step` bytes, forwards or backwards through the tensors."""
-    with Writer(target, planned(), metadata or {}, overwrite) as writer:
+    with Writer(target, planned(), metadata or {}, overwrite) as opened:
         for name, tensor in list(TENSORS.items())[::order]:
             data = raw(tensor)
             for at in range(0, len(data), step or len(data) or 1):
-                writer.write(name, data[at : at + (step or len(data))])
-    return writer
+                opened.write(name, data[at : at + (step or len(data))])
+    return opened
 
 
 def files(folder):
@@ -76,6 +77,26 @@ def test_the_same_tensors_give_the_same_bytes_however_they_are_cut(tmp_path):
     write(tmp_path / "whole", {"k": "v"})
     write(tmp_path / "cut", {"k": "v"}, step=5, order=-1)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
+
+
+def test_pieces_may_come_in_any_order_from_any_thread(tmp_path):
+    write(tmp_path / "whole")
+    pieces = [(name, raw(t)[at : at + 7], at) for name, t in TENSORS.items()
+              for at in range(0, len(raw(t)), 7)]  # fmt: skip
+    with Writer(tmp_path / "cut", planned(), {}) as writer, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda piece: writer.write(*piece), pieces[::-1]))
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("pieces", [[(b"ab", 0), (b"bc", 1)], [(b"a", 0), (b"cd", 2)]])
+def test_pieces_that_overlap_or_leave_a_gap_are_refused(tmp_path, pieces):
+    with (
+        pytest.raises(FormatError, match="'a' was not fully written"),
+        Writer(tmp_path / "out", [("a", "U8", (4,))], {}) as writer,
+    ):
+        for piece in pieces:
+            writer.write("a", *piece)
+    assert files(tmp_path) == []
 
 
 shapes = st.lists(st.integers(0, 65), max_size=3).map(tuple)
@@ -225,17 +246,20 @@ def test_a_full_disk_is_noticed_before_work_begins(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_at_the_start_leaves_nothing(tmp_path, monkeypatch):
-    def full(descriptor, data):
+    def full(descriptor, data, offset):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("mxfp8.quant.writer._pwrite", full)
+    with pytest.raises(OSError, match="the disk is full; make room for"):
         write(tmp_path / "out")
     assert files(tmp_path) == []
 
 
-def test_short_writes_are_completed(tmp_path, monkeypatch):
-    whole = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:100]))
+@pytest.mark.parametrize("write_at", [_pwrite, _seek_and_write])
+def test_short_writes_are_completed(tmp_path, monkeypatch, write_at):
+    monkeypatch.setattr(
+        "mxfp8.quant.writer._pwrite",
+        lambda descriptor, data, at: write_at(descriptor, data[:100], at),
+    )
     write(tmp_path / "out")
     assert same(load_file(tmp_path / "out")["a.weight"], TENSORS["a.weight"])
