@@ -13,6 +13,7 @@ setup: $(STAMP)
 $(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tests/comfyui.py setup
+	$(BIN)/python tests/versions.py fetch
 	@touch $@
 
 demo: setup

@@ -44,6 +44,12 @@ def row(combination: Combination, outcome: Outcome) -> dict:
     }
 
 
+def machine() -> dict:
+    packages = ("torch", "transformers", "safetensors", "mxfp8")
+    found = {"system": platform.platform(), "python": platform.python_version(), "device": "cpu"}
+    return found | {name: version(name) for name in packages}
+
+
 def main() -> int:
     chosen = [c for c in combinations() if len(sys.argv) < 2 or c.release.version in sys.argv[1:]]
     rows = []
@@ -53,10 +59,8 @@ def main() -> int:
         print(f"{combination}: {outcome.passed} passed, {outcome.failed} failed", flush=True)
         if outcome.failed:
             print(outcome.output[-4000:])
-    packages = ("torch", "transformers", "safetensors", "mxfp8")
-    machine = {"system": platform.platform(), "python": platform.python_version(), "device": "cpu"}
-    machine |= {name: version(name) for name in packages}
-    RESULTS.write_text(json.dumps({"machine": machine, "runs": rows}, indent=1) + "\n", "utf-8")
+        text = json.dumps({"machine": machine(), "runs": rows}, indent=1)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
     print(f"results: {RESULTS}")
     return int(any(row["supported"] and row["failed"] for row in rows))
 

@@ -8,16 +8,7 @@ import re
 
 import pytest
 from comfyui import comfyui_path, releases
-from versions import (
-    SHORT,
-    VERSIONS,
-    Combination,
-    combinations,
-    is_supported,
-    oldest_supported,
-    run,
-    version_key,
-)
+from versions import SHORT, VERSIONS, combinations, ends, is_supported, oldest_supported, run
 
 pytestmark = pytest.mark.comfy
 
@@ -34,25 +25,13 @@ def test_the_server_runs_the_versions_that_were_meant(comfy):
     assert f"{comfy.get('/system_stats')['system']['comfyui_version']} {kitchen}" == meant
 
 
-def newest_kitchen() -> Combination:
-    """With the pinned ComfyUI."""
-    release = releases()[0]
-    return Combination(release, max(release.kitchens, key=version_key))
-
-
-def oldest_comfyui() -> Combination:
-    """Of those that are supported, with its oldest comfy-kitchen."""
-    release = min(filter(is_supported, releases()), key=lambda r: version_key(r.version))
-    return Combination(release, min(release.kitchens, key=version_key))
-
-
 def test_the_oldest_supported_comfyui_is_one_that_is_run():
-    assert oldest_comfyui().release.version == oldest_supported()
+    assert ends()[1].release.version == oldest_supported()
     # Without a Flux to sample, a run is no evidence.
     assert not any("unpooled" in r.lacks for r in filter(is_supported, releases()))
 
 
-@pytest.mark.parametrize("combination", [newest_kitchen(), oldest_comfyui()], ids=str)
+@pytest.mark.parametrize("combination", ends(), ids=str)
 def test_the_ends_of_what_is_supported(combination):
     outcome = run(combination, SHORT)
     assert outcome.failed == outcome.skipped == 0, outcome.output

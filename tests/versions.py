@@ -3,6 +3,8 @@
 A run is pytest as a process of its own on the same test files, with COMFYUI_PATH and a PYTHONPATH
 on which the other packages come first. So the environment of 6 GB is there once, and no test is
 written twice. Torch, transformers and the rest are those of constraints.txt for every version.
+
+    python tests/versions.py fetch     download what `make test` runs; the others come when they run
 """
 
 from __future__ import annotations
@@ -81,17 +83,32 @@ def is_supported(release: Release) -> bool:
     return version_key(release.version) >= version_key(oldest_supported())
 
 
-def run(combination: Combination, selection: str = "") -> Outcome:
-    """Run the tests of the main job, or those that `selection` names, against a combination."""
+def ends() -> list[Combination]:
+    """The pinned ComfyUI with the newest comfy-kitchen, the oldest supported with its oldest."""
+    newest = releases()[0]
+    oldest = min(filter(is_supported, releases()), key=lambda r: version_key(r.version))
+    return [
+        Combination(newest, max(newest.kitchens, key=version_key)),
+        Combination(oldest, min(oldest.kitchens, key=version_key)),
+    ]
+
+
+def prepare(combination: Combination) -> dict[str, str]:
+    """Fetch a combination; returns the environment variables that choose it."""
     release = combination.release
     packages = {"comfy-kitchen": combination.kitchen, "comfy-aimdo": release.aimdo}
     paths = [str(fetch_package(*package)) for package in packages.items()]
-    environment = {
-        **os.environ,
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    return {
         "COMFYUI_PATH": str(fetch(release)),
-        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(paths),
         VERSIONS: f"{release.version} {combination.kitchen}",
     }
+
+
+def run(combination: Combination, selection: str = "") -> Outcome:
+    """Run the tests of the main job, or those that `selection` names, against a combination."""
+    release = combination.release
     without = [FULL_WIDTH, *(LACKING[lack] for lack in release.lacks)]
     names = " and ".join([f"({selection})"] * bool(selection) + [f"not ({w})" for w in without])
     files = [*FILES, ASKS_THE_SERVER]
@@ -102,8 +119,8 @@ def run(combination: Combination, selection: str = "") -> Outcome:
         command = [sys.executable, "-m", "pytest", "-q", "-k", names, f"--junitxml={results}"]
         command += [f"--basetemp={folder}/tests", *(str(TESTS / file) for file in files)]
         process = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env={**os.environ, **prepare(combination)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         if not results.is_file():
             raise RuntimeError(f"pytest did not run with {combination}:\n{process.stdout}")
@@ -111,3 +128,10 @@ def run(combination: Combination, selection: str = "") -> Outcome:
     ran, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     failed = int(suite.get("failures")) + int(suite.get("errors"))
     return Outcome(ran - failed - skipped, failed, skipped, process.stdout)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["fetch"]:
+        sys.exit(__doc__)
+    for combination in ends():
+        prepare(combination)
