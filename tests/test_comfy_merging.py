@@ -79,6 +79,24 @@ def test_merges_take_the_weights_that_mxfp8_stands_for(comfy, other, node):
     assert difference(found["ours"], found["unmerged"]) > 1e-3
 
 
+def test_a_merge_on_an_offloaded_layer_is_not_requantised(comfy, other):
+    graph = Graph()
+    pairs = {
+        "ours": (ours, "-mxfp8"),
+        "stock": (lambda g, n: g.loader(f"{n}.safetensors"), "-plain"),
+    }
+    saved = {}
+    for name, (loader, kind) in pairs.items():
+        merged = graph.add(
+            "ModelMergeSimple",
+            model1=loader(graph, f"flux{kind}"), model2=loader(graph, f"other{kind}"), ratio=0.8,
+        )  # fmt: skip
+        offloaded = graph.add("TestLowVRAM", model=merged)
+        saved[name] = graph.save_latent(graph.sample(offloaded, "flux"))
+    found = run(comfy, graph, saved)
+    assert difference(found["ours"], found["stock"]) < SAME
+
+
 def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
     graph = Graph()
     merged = graph.add(
@@ -143,9 +161,19 @@ def sample(graph: Graph, model: list, positive: list, cfg: float = 1.0, steps: i
     return samples
 
 
-def test_a_hook_lora_is_the_lora_that_stock_merges(comfy):
+@pytest.mark.parametrize("how", ["loaded", "quantised", "deep clone", "low VRAM"])
+def test_a_hook_lora_is_the_lora_that_stock_merges(comfy, how):
     graph = Graph()
     stock, model = graph.loader("flux-mxfp8.safetensors"), load_ours(graph, "flux")
+    if how == "quantised":  # the same bits
+        model = graph.add(
+            "MXFP8QuantizeModel", model=graph.loader("flux.safetensors"),
+            preset="auto", precision="exact",
+        )  # fmt: skip
+    if how == "deep clone":
+        model = graph.add("TestClone", model=model, how="force_deepcopy")
+    if how == "low VRAM":
+        model = graph.add("TestLowVRAM", model=model)
     hooks = graph.add("CreateHookLoraModelOnly", **LORA)
     first = sample(graph, model, hooked(graph, hooks))
     saved = {
