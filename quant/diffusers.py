@@ -13,7 +13,7 @@ needs to be done.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .container import FormatError, quoted
@@ -217,19 +217,38 @@ def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part,
     Raises:
         FormatError: ComfyUI could not use the result, or part of the model is missing.
     """
-    for prefix in PREFIXES:
-        keys = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
-        for table in _TABLES:
-            if all(key in keys for key in table.signature):
-                return table.model, _Renaming(name, tensors, prefix, table).parts()
-        for model, signature, reason in _REFUSED:
-            if all(any(map(re.compile(sign).search, keys)) for sign in signature):
-                raise _refusal(name, model, reason)
+    for prefix, model, known in _recognised(tensors):
+        if isinstance(known, _Names):
+            return model, _Renaming(name, tensors, prefix, known).parts()
+        raise FormatError(f"{name}: {model} under the names of diffusers: {known}; {_INSTEAD}")
     return None
 
 
-def _refusal(name: str, model: str, reason: str) -> FormatError:
-    return FormatError(f"{name}: {model} under the names of diffusers: {reason}; {_INSTEAD}")
+def check_names(name: str, keys: Iterable[str]) -> None:
+    """Raise FormatError if ComfyUI would rename a quantised model's tensors while loading.
+
+    Args:
+        name: of the file, for the message; keys: of its tensors.
+    """
+    for _, model, known in _recognised(keys):
+        if known != _UNKNOWN:  # else ComfyUI itself says that it does not know the model
+            raise FormatError(
+                f"{name}: MXFP8 layers of {model} under the names of diffusers: {_RENAMED}; "
+                "convert the original again with this pack, which gives it ComfyUI's names"
+            )
+
+
+def _recognised(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
+    """(prefix, model, its table or the reason why it is refused), for names of diffusers' only."""
+    keys = list(keys)
+    for prefix in PREFIXES:
+        bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        for table in _TABLES:
+            if bare.issuperset(table.signature):
+                yield prefix, table.model, table
+        for model, signature, reason in _REFUSED:
+            if all(any(map(re.compile(sign).search, bare)) for sign in signature):
+                yield prefix, model, reason
 
 
 class _Renaming:

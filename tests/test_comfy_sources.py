@@ -10,9 +10,9 @@ from checkpoints import load, same
 from comfyui import PromptError
 from diffusers_names import rename
 from graphs import Graph, latents
+from model_folders import write_shards
 from safetensors.torch import load_file, save_file
 from test_comfy_files import convert
-from test_sources import write_shards
 
 from mxfp8.quant.convert import convert_file
 
