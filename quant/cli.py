@@ -174,6 +174,7 @@ def _progress(label: str) -> Iterator:
     """A progress bar with throughput and ETA, as a callback."""
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # its thread never starts, and never returns, for want of memory
     with tqdm(
         desc=label,
         unit="B",
@@ -232,10 +233,14 @@ def _any_of(expressions: list[str] | None) -> str | None:
 
 def _check_report(arguments) -> None:
     """Refuse a report path that cannot be written or would replace a model."""
+    from .opening import open_source
+
     path = arguments.report
     if not path.parent.is_dir():
         raise ValueError(f"--report: there is no folder {str(path.parent)!r}")
-    if path.resolve() in (arguments.source.resolve(), arguments.target.resolve()):
+    with open_source(arguments.source) as source:
+        models = {file.resolve() for file in source.files} | {arguments.target.resolve()}
+    if path.resolve() in models:
         raise ValueError(f"--report {path} would replace the model; give a .json name")
 
 

@@ -12,7 +12,9 @@ the wrong sign and doubles the mean output error on its own calibration data.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import mmap
 import os
 import threading
 import time
@@ -36,6 +38,7 @@ Progress = Callable[[int, int, str], None]  # (bytes read, bytes in all, key)
 _SLAB = 1 << 21  # values quantised at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
 _WORKERS = 16  # at most; each takes about 10 MB for scratch and results
+_NEEDED = 1 << 28  # bytes of address space, mostly stacks and heaps of threads
 _WIDEST = 1 << 18  # columns; 128 rows of float32 fill the budget
 
 
@@ -121,6 +124,7 @@ def convert(
         _memory_explained(source.name),
         Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer,
     ):
+        mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
         energies = _stream(source, plan, writer, _device(device), advance)
         for layer, marker in markers.items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
@@ -294,9 +298,11 @@ def _memory_explained(name: str):
     """Turn what torch and Python raise for want of memory into one error that says what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            words in str(error) for words in _OUT_OF_MEMORY
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or any(words in str(error) for words in _OUT_OF_MEMORY)
         ):
             raise
         raise MemoryError(
@@ -305,8 +311,13 @@ def _memory_explained(name: str):
         ) from error
 
 
-# Of torch on the CPU, C++ and Python; torch has no type of error for the first.
-_OUT_OF_MEMORY = ("not enough memory", "bad_alloc", "can't start new thread")
+# Of torch on the CPU (POSIX, Windows), C++ and Python; torch has no type of error for its own.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 
 
 def _layer_reports(plan: Plan, writer: Writer, energies) -> tuple[LayerReport, ...]:
