@@ -33,6 +33,7 @@ def edge(size: Fraction, exponent: int, step: int, sign: int) -> float:
 MIDPOINTS = [(a + b) / 2 for a, b in pairwise(MAGNITUDES)]
 anything = st.one_of(
     st.floats(width=32),
+    st.floats(-4, 4, width=32),
     st.builds(bits, st.integers(0, 2**32 - 1)),
     st.builds(
         edge,
