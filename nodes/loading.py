@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from server import PromptServer
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant import format
-from . import files
+from . import files, stock_loading
 from .model_patch import accelerate, check_scales
+
+logger = logging.getLogger(__name__)
 
 CATEGORY = "MXFP8"
 _NO_FILE = "none"
@@ -42,13 +45,23 @@ def show(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
-def check_file(path: Path) -> None:
-    """Read the header and refuse a damaged or inconsistent MXFP8 file before it is loaded."""
-    if files.is_safetensors(path):
-        format.read_header(path).check_layers()
+def check(node: type[io.ComfyNode], *paths: Path, order: str = format.AUTO) -> None:
+    """Refuse damaged or inconsistent MXFP8 files; show on the node what is suspicious in them.
+
+    Args:
+        order: what the user says of the order of scales; nothing is suspicious about it then.
+
+    Raises:
+        FormatError: from `stock_loading.check_file`.
+    """
+    found = [warning for path in paths for warning in stock_loading.check_file(path)]
+    if found and order == format.AUTO:
+        for warning in found:
+            logger.warning("MXFP8: %s", warning)
+        show(node, "\n".join(found))
 
 
-def check_loaded(patcher) -> None:
+def check_loaded(node: type[io.ComfyNode], patcher) -> None:
     """Check a model from another loader: the files it came from, and what it made of them.
 
     ComfyUI's loaders take most damaged MXFP8 files without a word. They leave the paths on the
@@ -59,9 +72,8 @@ def check_loaded(patcher) -> None:
     """
     _, arguments, *_ = patcher.cached_patcher_init or (None, ())
     first = arguments[0] if arguments else None
-    for name in first if isinstance(first, (list, tuple)) else [first]:
-        if isinstance(name, str) and os.path.isfile(name):
-            check_file(Path(name))
+    names = first if isinstance(first, (list, tuple)) else [first]
+    check(node, *(Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)))
     check_scales(patcher.model)
 
 
@@ -84,15 +96,28 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
                     tooltip="A file in models/diffusion_models.",
                 ),
                 precision_input(),
+                io.Combo.Input(
+                    "scales",
+                    options=list(format.ORDERS),
+                    default=format.AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Order of the scales in the file. auto: tiled, as ComfyUI has it, with a "
+                        "warning if they look row-major; tiled: the same without; row-major: they "
+                        "are brought into tiled order while loading."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The diffusion model.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model_name, precision) -> io.NodeOutput:
+    def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
         path = files.model_path("diffusion_models", model_name)
-        check_file(path)
-        model = comfy.sd.load_diffusion_model(str(path))
+        check(cls, path, order=scales)
+        model = stock_loading.load_diffusion_model(str(path), scales)
         return io.NodeOutput(accelerate(model, precision))
 
 
@@ -121,14 +146,15 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The text encoder."),
                 io.Vae.Output(display_name="vae", tooltip="Decodes latents to images."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
         path = files.model_path("checkpoints", checkpoint_name)
-        check_file(path)
-        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
+        check(cls, path)
+        model, clip, vae = stock_loading.load_checkpoint(
+            str(path), folder_paths.get_folder_paths("embeddings")
         )
         if model is not None:
             model = accelerate(model, precision)
@@ -181,6 +207,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
                 ),
             ],
             outputs=[io.Clip.Output(display_name="clip", tooltip="The text encoder.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -189,16 +216,15 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = [n for n in (name, name2, name3, name4) if n != _NO_FILE]
         paths = [files.model_path("text_encoders", n) for n in chosen]
-        for path in paths:
-            check_file(path)
+        check(cls, *paths)
         options = {}
         if device == "cpu":
             options["load_device"] = options["offload_device"] = torch.device("cpu")
-        clip = comfy.sd.load_clip(
-            ckpt_paths=[str(path) for path in paths],
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            clip_type=getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
-            model_options=options,
+        clip = stock_loading.load_text_encoder(
+            [str(path) for path in paths],
+            folder_paths.get_folder_paths("embeddings"),
+            getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            options,
         )
         return io.NodeOutput(accelerate_clip(clip))
 
@@ -244,11 +270,12 @@ class MXFP8Accelerate(io.ComfyNode):
                     display_name="model", tooltip="The same model, its MXFP8 layers on our kernels."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
-        check_loaded(model)
+        check_loaded(cls, model)
         return io.NodeOutput(accelerate(model, precision))
 
 
@@ -266,9 +293,10 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
             search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
             inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],
             outputs=[io.Clip.Output(display_name="clip", tooltip="The same text encoder.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        check_loaded(clip.patcher)
+        check_loaded(cls, clip.patcher)
         return io.NodeOutput(accelerate_clip(clip))

@@ -28,6 +28,7 @@ import torch
 
 from ..kernels import layout
 from ..kernels.layout import BLOCK, E8M0_NAN, TILE_ROWS
+from . import diffusers
 from .container import quoted
 from .format import (
     FORMATS,
@@ -124,6 +125,8 @@ def check_file(path, formats: Iterable[str] = FORMATS) -> list[str]:
     """
     header = read_header(path)
     header.check_layers(formats)
+    if header.layers:
+        diffusers.check_names(header.path.name, header.tensors)
     with FileSource(path) as source:
         refuse_tables(source)
         refuse_unmarked(source)

@@ -4,8 +4,9 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
 
     python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
-NAME: flux, flux2, wan, ltxv, zimage, qwen3, checkpoint, vae, lora. Files go into the model folders
-of a ComfyUI base folder. zimage and qwen3 have their real widths: ComfyUI recognises no others.
+NAME: flux, flux2, wan, wan260 (its feed-forward is no multiple of 32), ltxv, zimage, qwen3,
+checkpoint, vae, lora. Files go into the model folders of a ComfyUI base folder. zimage and qwen3
+have their real widths: ComfyUI recognises no others.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def flux2():
     )  # fmt: skip
 
 
-def wan():
+def wan(ffn_dim: int = 256):
     from comfy.ldm.wan.model import WanModel
 
     return WanModel(
-        model_type="t2v", patch_size=(1, 2, 2), dim=128, ffn_dim=256, num_heads=1, num_layers=1,
+        model_type="t2v", patch_size=(1, 2, 2), dim=128, ffn_dim=ffn_dim, num_heads=1, num_layers=1,
         in_dim=16, out_dim=16, text_dim=4096, operations=OPERATIONS,
     )  # fmt: skip
 
@@ -185,7 +186,7 @@ FOLDERS = {
 
 
 def main() -> None:
-    makers = {"flux": flux, "flux2": flux2, "wan": wan, "ltxv": ltxv}
+    makers = {"flux": flux, "flux2": flux2, "wan": wan, "wan260": lambda: wan(260), "ltxv": ltxv}
     for name in NAMES:
         folder = FOLDERS.get(name, "diffusion_models")
         target = FOLDER / "models" / folder / f"{name}.safetensors"
