@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
@@ -95,8 +97,21 @@ def target_beside(source: Path, choice: str, name: str) -> Path:
     target = root / name
     if "\0" in name or not folder_paths.is_within_directory(str(root), str(target)):
         raise ValueError(f"the name {name!r} leaves the folder {folder!r}; give a name inside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+@contextlib.contextmanager
+def folder_of(target: Path) -> Iterator[None]:
+    """Make the folder of a file to be; if making the file fails, new folders go again."""
+    missing = [folder for folder in target.parents if not folder.exists()]  # innermost first
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
+        raise
 
 
 def save_path(prefix: str) -> Path:

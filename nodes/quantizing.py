@@ -137,15 +137,16 @@ class MXFP8ConvertFile(io.ComfyNode):
             target = names.check_name("target", target)
         found = files.target_beside(path, source, target)
         names.check_target(source.partition("/")[0], found)
-        report = convert_file(
-            path,
-            found,
-            preset=preset,
-            include=include,
-            exclude=exclude,
-            overwrite=overwrite,
-            progress=Progress(),
-        )
+        with files.folder_of(found):
+            report = convert_file(
+                path,
+                found,
+                preset=preset,
+                include=include,
+                exclude=exclude,
+                overwrite=overwrite,
+                progress=Progress(),
+            )
         return output(cls, report)
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from .. import kernels
 from ..kernels import layout
-from .format import MARKER, PREFIXES, SCALE, WEIGHT
+from .format import DTYPES, MARKER, PREFIXES, SCALE, WEIGHT, numel
+from .opening import open_source
 from .report import Energy, total_sqnr
 from .scan import scan_layer
-from .source import FileSource
+from .source import FileSource, StoredSource
 
 _SLAB = 1 << 23  # values compared at a time
 MIN_SQNR = 28.0  # dB; rounding to E4M3 leaves 31 to 32, whatever the weights are
@@ -44,18 +45,19 @@ def verify_file(path, source, progress=None) -> Verification:
     Tensors that are not quantised must be equal byte for byte. Key prefixes may differ.
 
     Args:
+        source: path of a file, an index of several, or a folder, as for `convert_file`.
         progress: called with (bytes compared, bytes in all, key).
 
     Raises:
         FormatError: one of the files is damaged.
     """
     result = Verification()
-    with FileSource(path) as stored, FileSource(source) as original:
+    with FileSource(path) as stored, open_source(source) as original:
         if not stored.header.layers:
             result.problems.append("there is no MXFP8 layer in it")
         names = _match(stored, original, result)
         layers = stored.header.layers
-        total = sum(original.header.tensors[o].nbytes for o in names.values())
+        total = sum(_nbytes(original, o) for o in names.values())
         done = 0
         for key, original_key in names.items():
             layer = layers.get(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
@@ -70,13 +72,13 @@ def verify_file(path, source, progress=None) -> Verification:
                         )
             elif not _equal(stored, original, key, original_key):
                 result.problems.append(f"{key!r} differs from the source")
-            done += original.header.tensors[original_key].nbytes
+            done += _nbytes(original, original_key)
             if progress is not None:
                 progress(done, total, key)
     return result
 
 
-def _match(stored: FileSource, original: FileSource, result: Verification) -> dict[str, str]:
+def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:
     """Key in the file -> key in the source; what has no partner is a problem."""
     bare = {_strip(key): key for key in original.tensors}
     names, parts = {}, set()
@@ -93,6 +95,11 @@ def _match(stored: FileSource, original: FileSource, result: Verification) -> di
     for key in sorted(original.tensors.keys() - names.values()):
         result.problems.append(f"{key!r} of the source is missing")
     return names
+
+
+def _nbytes(source: StoredSource, key: str) -> int:
+    dtype, shape = source.tensors[key]
+    return numel(shape) * DTYPES[dtype] // 8
 
 
 def _strip(key: str) -> str:
@@ -125,7 +132,7 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
     return energy
 
 
-def _equal(stored: FileSource, original: FileSource, key: str, original_key: str) -> bool:
+def _equal(stored: FileSource, original: StoredSource, key: str, original_key: str) -> bool:
     if stored.tensors[key] != original.tensors[original_key]:
         return False
     pairs = zip(stored.pieces(key), original.pieces(original_key), strict=True)

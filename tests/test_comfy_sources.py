@@ -14,7 +14,9 @@ from model_folders import write_shards
 from safetensors.torch import load_file, save_file
 from test_comfy_files import convert
 
-from mxfp8.quant.convert import convert_file
+from mxfp8.quant.convert import convert as convert_source
+from mxfp8.quant.convert import convert_file, plan_source
+from mxfp8.quant.source import FileSource
 
 pytestmark = pytest.mark.comfy
 
@@ -105,6 +107,19 @@ def test_a_tensor_kept_once_for_two_names_is_there_under_both(comfy):
     assert not torch.equal(both, other)
 
 
+def test_a_file_quantised_under_diffusers_names_is_refused(comfy):
+    """As other tools make them; stock runs the raw codes."""
+    path = models(comfy) / "renamed.safetensors"
+    save_file(rename("flux", load_file(models(comfy) / "flux.safetensors")), path)
+    with FileSource(path) as source:
+        convert_source(source, path.with_name("raw.safetensors"), plan_source(source))
+    graph = Graph()
+    model = graph.add("MXFP8LoadDiffusionModel", model_name="raw.safetensors", precision="exact")
+    graph.save_latent(graph.sample(model, "flux"))
+    with pytest.raises(PromptError, match="MXFP8 layers of Flux under the names of diffusers"):
+        comfy.run(graph)
+
+
 def outside(folder):
     save_file({"a.weight": torch.ones(32, 32)}, folder.parent / "a-00001-of-00002.safetensors")
     weight_map = {"a.weight": "../a-00001-of-00002.safetensors"}
@@ -133,10 +148,12 @@ def test_what_cannot_be_converted_is_said_in_the_dialog(comfy, make, words):
     folder = models(comfy) / f"bad-{make.__name__}" / "model"
     folder.mkdir(parents=True)
     make(folder)
-    graph, _ = convert(f"diffusion_models/bad-{make.__name__}/model")
-    with pytest.raises(PromptError, match=words):
-        comfy.run(graph)
+    for target in ("", "new/folder/mxfp8"):
+        graph, _ = convert(f"diffusion_models/bad-{make.__name__}/model", target)
+        with pytest.raises(PromptError, match=words):
+            comfy.run(graph)
     assert not list(folder.parent.glob("*mxfp8*"))
+    assert not (models(comfy) / "new").exists()
 
 
 @pytest.mark.parametrize(
