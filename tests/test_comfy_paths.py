@@ -48,9 +48,14 @@ MODEL_INPUTS = {
         "overwrite": False,
     },
 }  # fmt: skip
+# These take a model, from the first of the loaders.
+TAKES_MODEL = {
+    "MXFP8Accelerate": {"precision": "auto"},
+    "MXFP8QuantizeModel": {"preset": "auto", "precision": "auto"},
+}
 CHOICES = [
     (node, widget)
-    for node, inputs in MODEL_INPUTS.items()
+    for node, inputs in (MODEL_INPUTS | TAKES_MODEL).items()
     for widget in inputs
     if widget not in ("target", "overwrite")
 ]
@@ -113,8 +118,11 @@ def message(comfy, graph: Graph) -> str:
 
 def loading(node: str, widget: str, value) -> Graph:
     graph = Graph()
-    result = graph.add(node, **{**MODEL_INPUTS[node], widget: value})
-    graph.add("PreviewAny", source=result)
+    inputs = {**(MODEL_INPUTS | TAKES_MODEL)[node], widget: value}
+    if node in TAKES_MODEL:
+        loader = "MXFP8LoadDiffusionModel"
+        inputs["model"] = graph.add(loader, **MODEL_INPUTS[loader])
+    graph.add("PreviewAny", source=graph.add(node, **inputs))
     return graph
 
 
