@@ -41,7 +41,7 @@ with atheris.instrument_imports(include=["mxfp8.quant", "mxfp8.kernels.layout"])
 SLACK = 512 << 20  # the corpus and libFuzzer's own tables live in it too; files have 64 kB at most
 LARGEST = 1 << 16
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("*.safetensors"))
-OPTIONS = (f"-max_len={LARGEST}", "-timeout=10", "-rss_limit_mb=2048", "-len_control=0")
+OPTIONS = (f"-max_len={LARGEST}", "-timeout=10", "-rss_limit_mb=2048", "-mutate_depth=2")
 WORDS = ("mxfp8", "nvfp4", ".weight", ".weight_scale", ".comfy_quant", "_quantization_metadata",
          "__metadata__", "layers", "format", "orig_shape", "group_size", "num_experts", "dtype",
          "full_precision_matrix_mult", "shape", "data_offsets", "model.diffusion_model.", "true",
