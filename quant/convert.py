@@ -25,6 +25,7 @@ import torch
 from .. import kernels
 from ..kernels import layout
 from . import foreign, format, policy
+from .container import FormatError, quoted
 from .format import MARKER, SCALE, WEIGHT
 from .opening import open_source
 from .pipeline import Pipeline, cores
@@ -83,7 +84,15 @@ def convert_file(
 def plan_source(source: Source, **options) -> Plan:
     """`policy.plan` for a source, refusing one that is quantised already."""
     foreign.check_unquantized(source)
-    return policy.plan(source.tensors, **options)
+    plan = policy.plan(source.tensors, **options)
+    for decision in plan.quantized:
+        for key in (decision.layer + SCALE, decision.layer + MARKER):
+            if key in source.tensors:
+                raise FormatError(
+                    f"{source.name}: {quoted(key)} stands where the scales or the marker of "
+                    f"{quoted(decision.key)} would be; exclude that layer"
+                )
+    return plan
 
 
 def convert(
@@ -287,6 +296,7 @@ def _compute_alone(threads: int) -> None:
     back to `threads`.
     """
     with _one_at_a_time:
+        torch.get_num_threads()  # a thread's first question sets it up, over what was set before
         torch.set_num_threads(1)
         other = threading.Thread(target=torch.set_num_threads, args=(threads,))
         other.start()
