@@ -85,7 +85,9 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
     path = Path(path)
     text, size = _read_text(path)
     header = parse_object(f"{path.name}: the header", text)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # absent, or null
+        metadata = {}
     if not isinstance(metadata, dict) or not all(map(is_text, (*metadata, *metadata.values()))):
         raise FormatError(f"{path.name}: __metadata__ must map strings to strings")
     data = 8 + len(text)
@@ -130,7 +132,11 @@ def parse_object(where: str, text: str | bytes) -> dict:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_number,
+            parse_float=_float,
+            parse_int=_int,
         )
     except KeyError as error:
         raise FormatError(f"{where} holds the key {quoted(error.args[0])} twice") from error
@@ -150,8 +156,17 @@ def _without_duplicates(pairs):
     return result
 
 
-def _refuse_constant(name):
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_number(text):
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _refuse_number(text)
+
+
+def _int(text: str) -> int:
+    return int(text) if text != "-0" else _refuse_number(text)
 
 
 def is_text(value) -> bool:
@@ -160,6 +175,10 @@ def is_text(value) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def _is_plain(value) -> bool:
+    return is_text(value) or value is None or isinstance(value, (bool, int, float))
 
 
 def numel(shape: Iterable[int]) -> int:
@@ -191,7 +210,9 @@ def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
         raise FormatError(f"{where}: its name is no valid text")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FormatError(f"{where} needs dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = (entry.pop(key) for key in ("dtype", "shape", "data_offsets"))
+    if not all(is_text(key) and _is_plain(value) for key, value in entry.items()):
+        raise FormatError(f"{where} has a further field that is no plain value")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"{where} has the unknown dtype {quoted(dtype)}")
     if not is_shape(shape):

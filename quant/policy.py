@@ -9,16 +9,28 @@ selection (`presets.json`). "auto" takes the preset of the architecture that the
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from .container import quoted
 from .format import FLOATS, PREFIXES, WEIGHT, numel
+
+try:
+    import regex
+except ModuleNotFoundError:  # outside ComfyUI; there the user waits for his own expression
+    regex = None
 
 AUTO = "auto"
 NONE = "none"
+
+_PATIENCE = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
+_COUNT = re.compile(r"(?<=[{,])[1-9][0-9]*(?=[,}])")  # of a repetition
+_MOST_REPEATS = 10_000  # `regex` writes out nested repetitions of a letter, to fill any memory
 
 # Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
 # an error and then looks up raw codes.
@@ -175,22 +187,22 @@ def plan(
             every 2-D float "*.weight" that is no known embedding counts as one.
 
     Raises:
-        ValueError: unknown preset, or an expression that does not compile.
+        ValueError: unknown preset, or an expression that does not compile or takes too long.
     """
     found = detect_architecture(tensors)
     name = preset
     if preset == AUTO:
         name = found[1] if found else "default"
     keeps = _keep_rules(name, tensors)
-    included, excluded = _compile("include", include), _compile("exclude", exclude)
+    included, excluded = _searcher("include", include), _searcher("exclude", exclude)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         reason = _impossible(key, dtype, shape, is_linear)
-        if reason is None and excluded and excluded.search(key):
+        if reason is None and excluded(key):
             reason = f"excluded by {exclude!r}"
         if reason is not None:
             return False, reason
-        if included and included.search(key):
+        if included(key):
             return True, f"included by {include!r}"
         for keep in keeps:
             reason = keep(key)
@@ -228,13 +240,44 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     return None
 
 
-def _compile(option: str, expression: str | None) -> re.Pattern | None:
+def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
+    """A function that tells whether a user's expression finds something in a key.
+
+    Expressions come with workflows of strangers, and some take longer than the universe has, while
+    Python's own matcher holds the interpreter's lock. So the matching is done by the `regex`
+    package, which comes with ComfyUI's transformers: it lets other threads run, and stops in time.
+    """
     if not expression:
-        return None
+        return lambda key: False
+    if math.prod(int(n) for n in _COUNT.findall(expression)) > _MOST_REPEATS:
+        raise ValueError(
+            f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; names "
+            "of tensors are shorter"
+        )
     try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{option} {expression!r} is no regular expression: {error}") from error
+        find = re.compile(expression).search
+        pattern = regex.compile(expression) if regex is not None else None
+    except (re.error, getattr(regex, "error", re.error), OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{option} {quoted(expression)} is no regular expression: {error}"
+        ) from error
+    if pattern is not None:
+        deadline = time.monotonic() + _PATIENCE
+
+        def find(key: str):
+            left = max(0.01, deadline - time.monotonic())
+            return pattern.search(key, timeout=left, concurrent=True)
+
+    def found(key: str) -> bool:
+        try:
+            return find(key) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"{option} {quoted(expression)} takes too long on {quoted(key)}; write it without "
+                "a repetition inside a repetition"
+            ) from None
+
+    return found
 
 
 def _keep_rules(name: str, keys: Iterable[str]) -> list[Callable[[str], str | None]]:

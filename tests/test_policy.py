@@ -259,3 +259,23 @@ def test_a_named_preset_is_used_whatever_the_keys_show():
 def test_an_unknown_model_gets_the_default_selection():
     result = plan({"a.weight": MATRIX})
     assert (result.preset, result.architecture) == ("default", None)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("expression", [r"(.|.)+[^t]$", r"^(.|.)+(?<!t)$"])
+def test_an_expression_that_never_ends_is_stopped(option, expression):
+    key = "double_blocks.0.img_attn.proj.weight"
+    with pytest.raises(ValueError, match=f"{option} .* takes too long on '{key}'"):
+        policy.plan({key: ("BF16", (64, 64))}, **{option: expression})
+
+
+@pytest.mark.parametrize("expression", ["((a{9999}){9999}){9999}", "(a{1,200}){60}"])
+def test_an_expression_that_would_fill_the_memory_is_refused(expression):
+    with pytest.raises(ValueError, match="repeats more than 10000 times"):
+        policy.plan({}, include=expression)
+
+
+def test_counted_repetitions_work():
+    tensors = {f"blocks.{i}.lin.weight": ("BF16", (64, 64)) for i in (3, 33, 333)}
+    plan = policy.plan(tensors, exclude=r"blocks\.\d{2,3}\.")
+    assert [d.quantize for d in plan.decisions] == [True, False, False]
