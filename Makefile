@@ -35,6 +35,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/convert.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

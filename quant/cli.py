@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mxfp8: {error.filename} exists; --overwrite replaces it", file=sys.stderr)
         return 1
     except OSError as error:
-        told = error.filename and error.strerror
-        said = f"{error.filename}: {error.strerror}" if told else str(error)
+        said = error.strerror or str(error)
+        if error.filename and error.strerror:
+            said = f"{error.filename}: {said}"
         print(f"mxfp8: {said}", file=sys.stderr)
         return 1
     except (ValueError, MemoryError) as error:

@@ -281,7 +281,8 @@ _one_at_a_time = threading.Lock()
 def _device(name: str | None) -> torch.device:
     """The device to quantise on."""
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found and found.type != "mps" else torch.device("cpu")  # MPS has no float8
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it

@@ -152,6 +152,13 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(("found", "used"), [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda")])
+def test_the_accelerator_that_torch_has_is_used(monkeypatch, found, used):
+    device = None if found is None else torch.device(found)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: device)
+    assert converting._device(None) == torch.device(used)
+
+
 def test_slabs_are_quantised_where_they_are_sent(tmp_path, monkeypatch):
     """No accelerator here: what is checked is that every slab goes through the device."""
     sent = []
