@@ -44,6 +44,7 @@ fuzz_header.main(sys.argv[1:])
         capture_output=True,
         text=True,
         cwd=folder,
+        timeout=500,
     )
 
 
