@@ -12,6 +12,7 @@ from .loading import (
     MXFP8LoadTextEncoder,
 )
 from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel
+from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveModel
 
 NODES: list[type[io.ComfyNode]] = [
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8QuantizeModel,
     MXFP8SaveModel,
     MXFP8ConvertFile,
+    MXFP8RepairFile,
 ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ..quant import shards
+from .names import check_name, check_target, is_inside
 
 SAFETENSORS = (".safetensors", ".sft")
 MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
@@ -39,8 +40,13 @@ def list_sources() -> list[str]:
     ]
 
 
+def list_files() -> list[str]:
+    """Single safetensors files of all model folders as "folder/name"."""
+    return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in _single_files(folder)]
+
+
 def source_path(choice: str) -> Path:
-    """The file, or the index of several, behind a choice of `list_sources`."""
+    """The file, or the index of several, behind a choice of these lists."""
     folder, _, name = choice.partition("/")
     if folder not in MODEL_FOLDERS:
         raise ValueError(f"{choice!r} must begin with one of {', '.join(MODEL_FOLDERS)}")
@@ -75,27 +81,30 @@ def _model_folder(place: Path) -> Path:
     return place.parent if place.name in ("transformer", "unet") and place.parent.name else place
 
 
-def target_beside(source: Path, choice: str, name: str) -> Path:
-    """Where a converted file goes: into the model folder its source is in.
+def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
+    """Where a file made from another goes: into the model folder its source is in.
 
     Args:
         source: the resolved source; choice: as it was picked, "folder/name".
-        name: file name, with subfolders if wanted; empty for the source's name with "-mxfp8",
-            beside it: beside its folder if the model has that to itself.
+        name: file name as typed, with subfolders if wanted; empty for the source's name with
+            "-suffix", beside it: beside its folder if the model has that to itself.
 
     Raises:
-        ValueError: the name leaves the model folder.
+        ValueError: some system cannot store the name, or it leaves the model folder.
     """
     folder, _, chosen = choice.partition("/")
     # By name, not by what links lead to: a linked model belongs to the folder that lists it.
     roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
     root = next(root for root in roots if source.is_relative_to(root))
     if not name.strip():
-        return root / f"{shards.model_name(chosen)}-mxfp8.safetensors"
+        target = root / f"{shards.model_name(chosen)}-{suffix}.safetensors"
+        check_target(folder, target)
+        return target
+    name = check_name("target", name)
     if not name.lower().endswith(SAFETENSORS):
         name += ".safetensors"
     target = root / name
-    if "\0" in name or not folder_paths.is_within_directory(str(root), str(target)):
+    if not is_inside(root, target):
         raise ValueError(f"the name {name!r} leaves the folder {folder!r}; give a name inside it")
     return target
 

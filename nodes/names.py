@@ -9,7 +9,9 @@ nobody asked for.
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import folder_paths
 
@@ -65,8 +67,13 @@ def check_target(folder: str, target) -> None:
         ValueError: that is outside every directory of this model folder.
     """
     roots = folder_paths.get_folder_paths(folder)
-    if not any(folder_paths.is_within_directory(root, str(target)) for root in roots):
+    if not any(is_inside(root, target) for root in roots):
         raise ValueError(
             f"{target.name!r} would be written outside the model folder {folder!r}, through a "
             "link; give a target, which lies in the folder itself"
         )
+
+
+def is_inside(root, target) -> bool:
+    """Whether a path, links followed, lies in a folder. ComfyUI has its own only from 0.27 on."""
+    return Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root))

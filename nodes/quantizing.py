@@ -18,7 +18,7 @@ from ..kernels import layout
 from ..quant import policy
 from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
-from . import files, names
+from . import files
 from .loading import CATEGORY, precision_input, show
 from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
@@ -105,7 +105,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 io.Combo.Input(
                     "source",
                     options=files.list_sources(),
-                    tooltip="A BF16, FP16 or FP32 safetensors file in a model folder.",
+                    tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
                 ),
                 io.String.Input(
                     "target",
@@ -133,10 +133,7 @@ class MXFP8ConvertFile(io.ComfyNode):
     @classmethod
     def execute(cls, source, target, preset, overwrite, include="", exclude="") -> io.NodeOutput:
         path = files.source_path(source)
-        if target.strip():
-            target = names.check_name("target", target)
-        found = files.target_beside(path, source, target)
-        names.check_target(source.partition("/")[0], found)
+        found = files.target_beside(path, source, target, "mxfp8")
         with files.folder_of(found):
             report = convert_file(
                 path,

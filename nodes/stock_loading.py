@@ -36,8 +36,17 @@ def check_file(path: Path) -> list[str]:
 
     Raises:
         FormatError: from `quant.scan.check_file`.
+        RuntimeError: this ComfyUI's comfy-kitchen does not know MXFP8.
     """
-    return scan.check_file(path, tuple(QUANT_ALGOS)) if files.is_safetensors(path) else []
+    if not files.is_safetensors(path):
+        return []
+    warnings = scan.check_file(path, {*QUANT_ALGOS, format.MXFP8})
+    if format.MXFP8 not in QUANT_ALGOS and format.read_header(path).layers:
+        raise RuntimeError(
+            f"{path.name} is MXFP8, which the comfy-kitchen of this ComfyUI is too old for; "
+            "install what ComfyUI's requirements.txt asks for"
+        )
+    return warnings
 
 
 def read_header(path: str) -> Header | None:

@@ -1,0 +1,73 @@
+"""A node that repairs a file whose markers or scale order were lost."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..quant import format
+from ..quant.repair import repair_file
+from ..quant.scan import check_file
+from . import files
+from .loading import CATEGORY, show
+from .quantizing import Progress
+
+
+class MXFP8RepairFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8RepairFile",
+            display_name="Repair File (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Writes a copy of an MXFP8 file whose markers were lost, or whose scales are in "
+                "another order or dtype than ComfyUI reads. Weights keep their bits. Files that "
+                "need it are refused by the loaders, with this advice."
+            ),
+            search_aliases=["mxfp8", "repair", "fix file", "markers", "row-major"],
+            inputs=[
+                io.Combo.Input(
+                    "source",
+                    options=files.list_files(),
+                    tooltip="An MXFP8 safetensors file in a model folder.",
+                ),
+                io.String.Input(
+                    "target",
+                    default="",
+                    tooltip=(
+                        "Name of the new file in the same model folder; empty: the source's name "
+                        "with -repaired."
+                    ),
+                ),
+                io.Combo.Input(
+                    "scales",
+                    options=list(format.ORDERS),
+                    default=format.AUTO,
+                    tooltip=(
+                        "Order of the scales in the source. auto: what their shape, padding and "
+                        "statistics show; tiled: ComfyUI's order; row-major: row after row."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace the target if it exists."
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="summary", tooltip="What was repaired, in words.")
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, source, target, scales, overwrite) -> io.NodeOutput:
+        path = files.source_path(source)
+        found = files.target_beside(path, source, target, "repaired")
+        with files.folder_of(found):
+            result = repair_file(
+                path, found, scales=scales, overwrite=overwrite, progress=Progress()
+            )
+        text = "\n".join([result.summary(), *check_file(found)])
+        show(cls, text)
+        return io.NodeOutput(text, ui={"text": [text]})
