@@ -166,7 +166,9 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    return int(text) if text != "-0" else _refuse_number(text)
+    if text == "-0" or len(text) > 300:  # other readers overflow
+        _refuse_number(f"a number of {len(text)} digits" if text != "-0" else text)
+    return int(text)
 
 
 def is_text(value) -> bool:

@@ -51,6 +51,8 @@ WORDS = ("mxfp8", "nvfp4", ".weight", ".weight_scale", ".comfy_quant", "_quantiz
          "full_precision_matrix_mult", "shape", "data_offsets", "model.diffusion_model.", "true",
          "null", "9223372036854775808", "1e400", "NaN", "\\ud800", "\\u0000", *DTYPES)  # fmt: skip
 
+ODD = (b"1e400", b"-0", b"NaN", b"1e3", b'"\\ud800"', b"9" * 300, b"[" * 130 + b"]" * 130)
+
 outcomes: Counter = Counter()
 
 
@@ -150,6 +152,17 @@ def change_text(r: random.Random, data: bytes) -> bytes:
     return mutations.join(atheris.Mutate(text, len(text) + 64), rest)
 
 
+def add_field(r: random.Random, data: bytes) -> bytes:
+    """Put in a field, or the first of a list, of JSON on which readers differ."""
+    (length,) = struct.unpack("<Q", data[:8])
+    text, rest = data[8 : 8 + length], data[8 + length :]
+    places = [i + 1 for i, byte in enumerate(text) if byte in b"{["]
+    place = r.choice(places)
+    name = b'"x": ' if text[place - 1 : place] == b"{" else b""
+    comma = b"" if text[place : place + 1] in (b"}", b"]") else b","
+    return mutations.join(text[:place] + name + r.choice(ODD) + comma + text[place:], rest)
+
+
 def change_value(r: random.Random, data: bytes) -> bytes:
     """Put another value somewhere into the header's JSON."""
     header, rest = mutations.split(data)
@@ -196,7 +209,7 @@ def change_any(r: random.Random, data: bytes) -> bytes:
 
 
 CHANGES = (mutations.mutate, change_text, change_value, change_value, change_marker, change_marker,
-           change_any)  # fmt: skip
+           add_field, change_any)  # fmt: skip
 
 
 def settle(data: bytes, instead: dict[int, bytes] = {}) -> bytes:  # noqa: B006
