@@ -5,7 +5,7 @@
 Each input is a whole file. Either a FormatError that names the file refuses it, or the safetensors
 library reads the same tensors and the oracle the same values (`mutations`). Anything else, more
 than `SLACK` bytes of address space, or more than ten seconds for one input ends the run, with the
-input in a file named crash-... . Atheris (LLVM's libFuzzer) watches which branches
+input in a file named crash-... or timeout-... . Atheris (LLVM's libFuzzer) watches which branches
 of `mxfp8.quant` an input takes, and builds on those that take new ones.
 
 Blind bytes would die at the header's length. So mutation knows the format: it changes the header's
@@ -24,10 +24,10 @@ import os
 import random
 import re
 import resource
+import signal
 import struct
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -43,15 +43,13 @@ with atheris.instrument_imports(include=["mxfp8.quant", "mxfp8.kernels.layout"])
 SLACK = 512 << 20  # the corpus and libFuzzer's own tables live in it too; files have 64 kB at most
 LARGEST = 1 << 16
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("*.safetensors"))
-# libFuzzer's own timer is a signal that can kill the process while it ends: the time is taken here.
-SLOWEST = 10.0  # seconds
-OPTIONS = (f"-max_len={LARGEST}", "-timeout=0", "-rss_limit_mb=2048", "-mutate_depth=2")
+OPTIONS = (f"-max_len={LARGEST}", "-timeout=10", "-rss_limit_mb=2048", "-mutate_depth=2")
 WORDS = ("mxfp8", "nvfp4", ".weight", ".weight_scale", ".comfy_quant", "_quantization_metadata",
          "__metadata__", "layers", "format", "orig_shape", "group_size", "num_experts", "dtype",
          "full_precision_matrix_mult", "shape", "data_offsets", "model.diffusion_model.", "true",
          "null", "9223372036854775808", "1e400", "NaN", "\\ud800", "\\u0000", *DTYPES)  # fmt: skip
 
-ODD = (b"1e400", b"-0", b"NaN", b"1e3", b'"\\ud800"', b"9" * 300, b"[" * 130 + b"]" * 130)
+ODD = (b"1e400", b"-0", b"NaN", b"1e3", b'"\\ud800"', b"9" * 400, b"[" * 130 + b"]" * 130)
 
 outcomes: Counter = Counter()
 
@@ -124,10 +122,12 @@ def try_one(data: bytes, path: Path) -> None:
 
 def count(data: bytes, path: Path, report: Path) -> None:
     """As `try_one`; every thousandth time, write down what came of the inputs so far."""
-    start = time.perf_counter()
-    try_one(data, path)
-    seconds = time.perf_counter() - start
-    assert seconds < SLOWEST, f"{seconds:.1f} s"
+    try:
+        try_one(data, path)
+    except BaseException:
+        # Atheris's timer goes on while the process ends, and its signal would then kill it.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise
     outcomes["inputs"] += 1
     if outcomes["inputs"] % 1000 == 0:  # libFuzzer ends the process without Python's say
         report.write_text(json.dumps(dict(outcomes.most_common()), indent=1), encoding="ascii")
