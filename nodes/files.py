@@ -124,11 +124,25 @@ def folder_of(target: Path) -> Iterator[None]:
 
 
 def save_path(prefix: str) -> Path:
-    """output/<prefix>_00001_.safetensors, counting up as ComfyUI's own save nodes do."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory()
-    )
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    """output/<prefix>_00001_.safetensors, counting up as ComfyUI's own save nodes do.
+
+    Raises:
+        ValueError: that is outside the output folder, links followed: before 0.30 ComfyUI does not
+            follow them.
+    """
+    root = folder_paths.get_output_directory()
+    _check_inside_output(root, prefix, Path(root) / prefix)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+    _check_inside_output(root, prefix, path)  # the prefix may hold what ComfyUI fills in
+    return path
+
+
+def _check_inside_output(root: str, prefix: str, path: Path) -> None:
+    if not is_inside(root, path):
+        raise ValueError(
+            f"filename_prefix {prefix!r} is outside the output folder; give a name inside it"
+        )
 
 
 def temporary_path(name: str) -> Path:

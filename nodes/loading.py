@@ -54,8 +54,8 @@ def check(node: type[io.ComfyNode], *paths: Path, order: str = format.AUTO) -> N
     Raises:
         FormatError: from `stock_loading.check_file`.
     """
-    found = [warning for path in paths for warning in stock_loading.check_file(path)]
-    if found and order == format.AUTO:
+    found = [warning for path in paths for warning in stock_loading.check_file(path, order)]
+    if found:
         for warning in found:
             logger.warning("MXFP8: %s", warning)
         show(node, "\n".join(found))

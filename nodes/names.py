@@ -75,5 +75,5 @@ def check_target(folder: str, target) -> None:
 
 
 def is_inside(root, target) -> bool:
-    """Whether a path, links followed, lies in a folder. ComfyUI has its own only from 0.27 on."""
+    """Whether a path, links followed, lies in a folder. Not every ComfyUI that runs has its own."""
     return Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root))

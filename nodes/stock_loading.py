@@ -29,10 +29,10 @@ from ..quant.format import MARKER, Header
 from . import files
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path, order: str = format.AUTO) -> list[str]:
     """Refuse a damaged or inconsistent MXFP8 file before it is loaded; returns warnings.
 
-    Formats are those that this ComfyUI knows.
+    Formats are those that this ComfyUI knows; `order` as for `quant.scan.check_file`.
 
     Raises:
         FormatError: from `quant.scan.check_file`.
@@ -40,7 +40,7 @@ def check_file(path: Path) -> list[str]:
     """
     if not files.is_safetensors(path):
         return []
-    warnings = scan.check_file(path, {*QUANT_ALGOS, format.MXFP8})
+    warnings = scan.check_file(path, (format.MXFP8, *QUANT_ALGOS), order)
     if format.MXFP8 not in QUANT_ALGOS and format.read_header(path).layers:
         raise RuntimeError(
             f"{path.name} is MXFP8, which the comfy-kitchen of this ComfyUI is too old for; "
@@ -76,7 +76,9 @@ def read_state(header: Header, scales: str = format.AUTO) -> tuple[dict[str, tor
         for layer in header.layers.values():
             rows, blocks = layer.weight.shape[0], layer.weight.shape[1] // layout.BLOCK
             scale = state[layer.scale.name].view(torch.uint8)
-            state[layer.scale.name] = layout.tile(scale[:rows, :blocks])
+            tiled = layout.tile(scale[:rows, :blocks])
+            scan.refuse_nan_scales(header.path.name, layer, 0, tiled)
+            state[layer.scale.name] = tiled
     kept = {k: v for k, v in (metadata or {}).items() if k != format.QUANTIZATION_METADATA}
     return state, kept
 

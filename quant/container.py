@@ -22,6 +22,7 @@ from pathlib import Path
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
 MAX_DIMENSIONS = 64  # torch's own limit
+MAX_DEPTH = 32  # of JSON; ComfyUI reads markers again, deep in a stack
 
 # dtype name in the header -> bits per element
 DTYPES = {
@@ -144,7 +145,16 @@ def parse_object(where: str, text: str | bytes) -> dict:
         raise FormatError(f"{where} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where} is not a JSON object")
+    if not _is_shallow(value, MAX_DEPTH):
+        raise FormatError(f"{where} is nested deeper than {MAX_DEPTH} levels")
     return value
+
+
+def _is_shallow(value, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(
+        _is_shallow(child, levels - 1) for child in children if isinstance(child, (dict, list))
+    )
 
 
 def _without_duplicates(pairs):
@@ -157,7 +167,7 @@ def _without_duplicates(pairs):
 
 
 def _refuse_number(text):
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text[:40]} is no JSON number")
 
 
 def _float(text: str) -> float:

@@ -196,7 +196,7 @@ def _check_marker(where: str, conf) -> dict:
     if not isinstance(conf, dict) or not isinstance(conf.get("format"), str):
         raise FormatError(f"{where} names no format")
     full = conf.get("full_precision_matrix_mult", False)
-    if full not in (False, True):  # 0 and 1 are equal to these
+    if full not in (False, True, None):  # 0 and 1 are equal to the first two
         raise FormatError(
             f"{where} has full_precision_matrix_mult {quoted(full)}; it must be true or false"
         )

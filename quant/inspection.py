@@ -148,7 +148,12 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
             progress(done, total, layer.name)
 
     with FileSource(path) as source:
-        for check in (scan.refuse_tables, scan.refuse_unmarked, scan.refuse_nan_experts):
+        checks = (
+            lambda source: scan.refuse_tables(source.name, source.header.layers.values()),
+            scan.refuse_unmarked,
+            scan.refuse_nan_experts,
+        )
+        for check in checks:
             try:
                 check(source)
             except FormatError as error:

@@ -29,7 +29,7 @@ AUTO = "auto"
 NONE = "none"
 
 _PATIENCE = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
-_COUNT = re.compile(r"(?<=[{,])[1-9][0-9]*(?=[,}])")  # of a repetition
+_BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
 _MOST_REPEATS = 10_000  # `regex` writes out nested repetitions of a letter, to fill any memory
 
 # Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
@@ -249,7 +249,7 @@ def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
     """
     if not expression:
         return lambda key: False
-    if math.prod(int(n) for n in _COUNT.findall(expression)) > _MOST_REPEATS:
+    if _repeats(expression) > _MOST_REPEATS:
         raise ValueError(
             f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; names "
             "of tensors are shorter"
@@ -278,6 +278,14 @@ def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
             ) from None
 
     return found
+
+
+def _repeats(expression: str) -> float:
+    """How often nested repetitions may repeat in all, whatever the matcher makes of blanks."""
+    counts = [n for inner in _BRACES.findall(expression)
+              for n in re.findall("[0-9]+", re.sub(r"\s", "", inner))]  # fmt: skip
+    counts = [n.lstrip("0") or "1" for n in counts]
+    return math.prod(int(n) if len(n) < 6 else math.inf for n in counts)
 
 
 def _keep_rules(name: str, keys: Iterable[str]) -> list[Callable[[str], str | None]]:

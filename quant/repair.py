@@ -19,7 +19,7 @@ import torch
 
 from ..kernels import layout
 from ..kernels.layout import BLOCK
-from . import format, scan
+from . import diffusers, format, scan
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
 from .source import FileSource, as_bytes
@@ -123,6 +123,9 @@ def _layers(source: FileSource) -> dict[str, Layer]:
         if marked >= scan.MARKED * blocks:
             found[name] = _candidate(header, weight, None)
     scan.refuse_unmarked(source, known=found)
+    scan.refuse_nan_experts(source)
+    scan.refuse_tables(source.name, found.values())
+    diffusers.check_names(source.name, header.tensors)
     if not found:
         raise FormatError(
             f"{header.path.name}: nothing to repair: no layer has MXFP8 codes and scales"

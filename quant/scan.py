@@ -28,7 +28,7 @@ import torch
 
 from ..kernels import layout
 from ..kernels.layout import BLOCK, E8M0_NAN, TILE_ROWS
-from . import diffusers
+from . import diffusers, format
 from .container import quoted
 from .format import (
     FORMATS,
@@ -110,11 +110,13 @@ ROW_MAJOR = (
 )
 
 
-def check_file(path, formats: Iterable[str] = FORMATS) -> list[str]:
+def check_file(path, formats: Iterable[str] = FORMATS, order: str = format.AUTO) -> list[str]:
     """Check what loading relies on: header, markers and every scale byte.
 
     Args:
         formats: names that a marker may give; other formats than MXFP8 are not looked into.
+        order: of the scales, if the caller knows it: then nothing is suspicious about it. Scales
+            that are row-major are checked where they are brought into tiled order.
 
     Returns:
         Warnings, as sentences.
@@ -128,22 +130,23 @@ def check_file(path, formats: Iterable[str] = FORMATS) -> list[str]:
     if header.layers:
         diffusers.check_names(header.path.name, header.tensors)
     with FileSource(path) as source:
-        refuse_tables(source)
+        refuse_tables(source.name, header.layers.values())
         refuse_unmarked(source)
-        for layer in header.layers.values():
-            for first, scale in _scale_slabs(source, layer):
-                refuse_nan_scales(source.name, layer, first, scale)
         refuse_nan_experts(source)
-        return _order_warnings(source)
+        if order != "row-major":
+            for layer in header.layers.values():
+                for first, scale in _scale_slabs(source, layer):
+                    refuse_nan_scales(source.name, layer, first, scale)
+        return _order_warnings(source) if order == format.AUTO else []
 
 
-def refuse_tables(source: FileSource) -> None:
+def refuse_tables(file: str, layers: Iterable[Layer]) -> None:
     """Raise FormatError for an MXFP8 layer that is an embedding by its name."""
-    for layer in source.header.layers.values():
+    for layer in layers:
         leaf = layer.name.rpartition(".")[2]
         if leaf in _TABLES or (leaf in _VOCABULARIES and layer.shape[0] >= _SMALLEST_VOCABULARY):
             raise FormatError(
-                f"{source.name}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
+                f"{file}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
                 "MXFP8; ComfyUI would look up raw codes. Convert the original again with this "
                 "pack, which keeps embeddings as they are"
             )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bad_files import Draft, draft
 from comfy_kitchen.tensor import QuantizedTensor
+from comfyui import PromptError
 from conftest import make_models
 from graphs import Graph
 from test_comfy_models import SAME, difference, run
@@ -274,6 +275,19 @@ def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
     assert difference(found["auto"], found["tiled"]) == 0
     assert difference(found["auto"], expected) > 1e-2
     assert comfy.log.read_text(errors="replace").count("its scales look row-major") == 1
+
+
+def test_a_nan_scale_is_found_in_either_order(comfy):
+    def spoil(d: Draft) -> None:
+        rows_major(d)
+        scale = d.tensors[f"{LAYER}.weight_scale"]
+        scale[2] = scale[2][:8] + bytes([255]) + scale[2][9:]
+
+    file = write(comfy, "row-major NaN", spoil)
+    graph = Graph()
+    graph.save_latent(graph.sample(ours(graph, file, scales="row-major"), "flux"))
+    with pytest.raises(PromptError, match="row 2, block 0 is byte 255"):
+        comfy.run(graph)
 
 
 # ---- padding ---------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[]", "not a JSON object"),
+        (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper than 32 levels"),
         (b'{"a": NaN}', "NaN is no JSON number"),
         (b'{"a": {"shape": [-Infinity]}}', "-Infinity is no JSON number"),
         (b'{"a": {}, "a": {}}', "'a' twice"),

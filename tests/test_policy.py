@@ -269,7 +269,10 @@ def test_an_expression_that_never_ends_is_stopped(option, expression):
         policy.plan({key: ("BF16", (64, 64))}, **{option: expression})
 
 
-@pytest.mark.parametrize("expression", ["((a{9999}){9999}){9999}", "(a{1,200}){60}"])
+@pytest.mark.parametrize("expression", [
+    "((a{9999}){9999}){9999}", "(a{1,200}){60}", "(?:(?:a{01000}){01000}){01000}",
+    "(?x)(?:(?:a{ 1000 }){10 00}){1000}", "a{" + "9" * 5000 + "}",
+])  # fmt: skip
 def test_an_expression_that_would_fill_the_memory_is_refused(expression):
     with pytest.raises(ValueError, match="repeats more than 10000 times"):
         policy.plan({}, include=expression)

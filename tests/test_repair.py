@@ -193,6 +193,13 @@ def test_a_plain_fp8_file_is_not_taken_for_mxfp8(tmp_path):
         repair_file(save(tmp_path, tensors), tmp_path / "new")
 
 
+def test_what_loaders_would_refuse_is_not_written(tmp_path):
+    path = save(tmp_path, model({"wte": matrix(128, 512)})[0])
+    with pytest.raises(FormatError, match=r"'wte' .* is an embedding in MXFP8"):
+        repair_file(path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one of auto, tiled, row-major"):
         repair_file(tmp_path / "any", tmp_path / "new", scales="swizzled")
