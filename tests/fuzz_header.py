@@ -13,7 +13,7 @@ text, a marker's JSON or the data under a right length, or puts in a defect of `
 every other time it lays the tensors out anew, so that a changed shape or dtype gets past the
 offsets.
 
-An empty CORPUS is filled with sound files. CORPUS.json counts the rules that refused.
+An empty CORPUS is filled with sound files. Beside it, CORPUS.json counts the rules that refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import resource
 import signal
 import struct
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -245,9 +244,10 @@ def main(arguments: list[str]) -> None:
         for name, data in seeds().items():
             (corpus / name).write_bytes(data)
     torch.set_num_threads(1)
-    memory = "/dev/shm"
-    folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
-    path, words = Path(folder) / "fuzzed", Path(folder) / "words"
+    path, words = corpus.with_suffix(".fuzzed"), corpus.with_suffix(".words")
+    path.unlink(missing_ok=True)
+    # In memory, which is two to five times as fast, and gone with the process.
+    path.symlink_to(f"/proc/{os.getpid()}/fd/{os.memfd_create('fuzzed')}")
     words.write_text("".join(f"{json.dumps(w)}\n" for w in WORDS), encoding="ascii")
     for data in seeds().values():  # what is imported late counts for no input
         try_one(data, path)
