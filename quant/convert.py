@@ -247,32 +247,28 @@ class _Reader:
         return lambda: rows
 
     def _rows(self, first: int, last: int) -> torch.Tensor:
-        with self._turn():
-            return self._source.rows(self._key, first, last)
+        return self._read(self._source.rows, self._key, first, last)
 
     def pieces(self) -> Iterator[memoryview]:
         """The tensor's bytes, in order."""
         pieces = self._source.pieces(self._key)
-        while True:
-            with self._turn():
-                piece = next(pieces, None)
-            if piece is None:
-                return
+        while (piece := self._read(next, pieces, None)) is not None:
             yield piece
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        with _one_at_a_time:
-            try:
-                yield
-            except OSError as error:
-                if error.errno is None:  # the source has said it all
-                    raise
-                raise OSError(
-                    error.errno,
-                    f"reading {self._key!r} failed ({error.strerror}); check the file and its disk",
-                    self._source.name,
-                ) from error
+    def _read(self, function: Callable, *arguments):
+        try:
+            # The lock itself, no context manager around it: an interrupt between the two would
+            # leave it locked.
+            with _one_at_a_time:
+                return function(*arguments)
+        except OSError as error:
+            if error.errno is None:  # the source has said it all
+                raise
+            raise OSError(
+                error.errno,
+                f"reading {self._key!r} failed ({error.strerror}); check the file and its disk",
+                self._source.name,
+            ) from error
 
 
 _one_at_a_time = threading.Lock()

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 _POLL = 0.2  # seconds; Windows cannot interrupt a wait without end
 
@@ -43,10 +46,27 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+@dataclass(eq=False)
+class _Task:
+    """A piece of work, and what became of it once `running` is released."""
+
+    function: Callable
+    arguments: tuple
+    size: int
+    done: Callable
+    running: threading.Lock = field(default_factory=threading.Lock)
+    result: object = None
+    error: BaseException | None = None
+
+
 class Pipeline:
     """A context manager; leaving it waits for the work, leaving it with an error drops the rest.
 
     Either way no thread works any more after that.
+
+    An interrupt may come between any two steps of the caller's thread. What it shares with the
+    others are therefore locks and queues that the interpreter takes in a single step: a Condition
+    or a Future, written in Python, can be left locked, and then the threads would never end.
 
     Args:
         workers: threads.
@@ -55,10 +75,16 @@ class Pipeline:
     """
 
     def __init__(self, workers: int, budget: int, initializer: Callable[[], None] = lambda: None):
-        self._pool = ThreadPoolExecutor(workers, "mxfp8", initializer)
+        self._workers = workers
         self._budget = budget
-        self._under_way = 0
-        self._queue: deque[tuple[Future, int, Callable]] = deque()
+        self._initializer = initializer
+        self._threads: list[threading.Thread] = []
+        self._queue: deque[_Task] = deque()  # in order, with what is under way
+        self._under_way = 0  # bytes
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()  # not begun
+        self._lock = threading.Lock()  # of the two below
+        self._working = 0  # threads
+        self._stopped = False
 
     def submit(self, function: Callable, *args, size: int, done: Callable) -> None:
         """Have `function(*args)` run by a thread, and `done(result)` called here, in order.
@@ -69,18 +95,55 @@ class Pipeline:
         Raises:
             whatever earlier work or its `done` raised.
         """
-        while self._queue and (self._under_way + size > self._budget or self._queue[0][0].done()):
+        while self._queue and (
+            self._under_way + size > self._budget or not self._queue[0].running.locked()
+        ):
             self._finish_first()
-        self._queue.append((self._pool.submit(function, *args), size, done))
+        task = _Task(function, args, size, done)
+        task.running.acquire()
+        self._queue.append(task)
         self._under_way += size
+        self._tasks.put(task)
+        if len(self._threads) < self._workers:
+            self._threads.append(threading.Thread(target=self._work, name="mxfp8"))
+            self._threads[-1].start()
 
     def _finish_first(self) -> None:
-        future, size, done = self._queue[0]
-        while not future.done():
-            wait([future], _POLL)
+        task = self._queue[0]
+        while not task.running.acquire(timeout=_POLL):
+            pass
         self._queue.popleft()
-        self._under_way -= size
-        done(future.result())
+        self._under_way -= task.size
+        if task.error is not None:
+            raise task.error
+        task.done(task.result)
+
+    def _work(self) -> None:
+        """What a thread does. One that starts when all is over does nothing."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._working += 1
+        try:
+            self._run_tasks()
+        finally:
+            with self._lock:
+                self._working -= 1
+
+    def _run_tasks(self) -> None:
+        failed = None
+        try:
+            self._initializer()
+        except BaseException as error:
+            failed = error
+        while (task := self._tasks.get()) is not None and not self._stopped:
+            try:
+                if failed is not None:
+                    raise failed
+                task.result = task.function(*task.arguments)
+            except BaseException as error:
+                task.error = error
+            task.running.release()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -97,9 +160,17 @@ class Pipeline:
         interrupts = []
         while True:
             try:
-                self._pool.shutdown(wait=True, cancel_futures=True)
+                with self._lock:
+                    self._stopped = True
+                for _ in self._threads:
+                    self._tasks.put(None)
+                while self._working:
+                    time.sleep(0.001)
                 break
             except BaseException as interrupt:
                 interrupts.append(interrupt)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
         if interrupts:
             raise interrupts[0]

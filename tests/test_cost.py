@@ -264,5 +264,14 @@ def test_an_error_stops_a_pipeline_and_its_threads(where):
     assert len(started) < 30
 
 
+def test_a_thread_that_cannot_begin_is_an_error_not_a_wait():
+    def fail():
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(RuntimeError, match="can't start"), Pipeline(2, 10, fail) as pipeline:
+        for index in range(5):
+            pipeline.submit(int, index, size=1, done=lambda _: None)
+
+
 def test_cores_are_those_this_process_may_use():
     assert 1 <= cores() <= os.cpu_count()

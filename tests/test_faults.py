@@ -24,6 +24,7 @@ from checkpoints import load, matrix, raw
 from safetensors.torch import save_file
 from warm import Warm
 
+from mxfp8 import kernels
 from mxfp8.quant import claim as claims
 from mxfp8.quant.cli import main
 from mxfp8.quant.convert import convert, convert_file, plan_source
@@ -180,24 +181,56 @@ def test_a_signal_to_end_leaves_everything_as_it_was(
     assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
 
 
+def interrupt_at_random_moments(warm, source, whole, target, rounds: int) -> None:
+    """However an interrupt meets the threads, the command ends, and soon."""
+    moment = random.Random(rounds)
+    for _ in range(rounds):
+        child = warm.start("convert", source, target)
+        time.sleep(0.3 * moment.random())
+        os.kill(child, moment.choice([signal.SIGINT, signal.SIGTERM]))
+        hung = threading.Timer(30, os.kill, (child, signal.SIGKILL))
+        hung.start()
+        status = warm.wait(child).status
+        hung.cancel()
+        assert status != -signal.SIGKILL
+        assert_absent_or_whole(target, whole, None)
+        target.unlink(missing_ok=True)
+    assert warm.run("convert", source, target).status == 0
+    assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+
+
+def test_interrupts_at_40_random_moments(warm, source, whole, target):
+    interrupt_at_random_moments(warm, source, whole, target, 40)
+
+
+@pytest.mark.long
+def test_interrupts_at_500_random_moments(warm, source, whole, target):
+    interrupt_at_random_moments(warm, source, whole, target, 500)
+
+
 def test_a_second_interrupt_does_not_cut_the_cleaning_short(source, tmp_path, monkeypatch):
     """Threads must have ended before the file is closed, however often the user asks."""
-    interrupts = iter([KeyboardInterrupt, KeyboardInterrupt])
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
 
-    def shutdown(self, *arguments, **more):
-        for interrupt in interrupts:
-            raise interrupt
-        original(self, *arguments, **more)
+    def sleep(seconds):
+        if interrupts and threading.current_thread() is threading.main_thread():
+            raise interrupts.pop()
+        original(seconds)
 
-    original = convert.__globals__["Pipeline"].__init__.__globals__["ThreadPoolExecutor"].shutdown
-    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor.shutdown", shutdown)
+    def slow(*arguments):
+        original(0.2)
+        return quantize(*arguments)
 
     def stop(*_):
         raise RuntimeError
 
+    original, quantize = time.sleep, kernels.quantize_measured
+    monkeypatch.setattr("mxfp8.kernels.quantize_measured", slow)
+    monkeypatch.setattr(time, "sleep", sleep)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         convert_file(source, tmp_path / "target", progress=stop)
+    assert interrupts == []
     assert threading.active_count() == before
     assert names(tmp_path) == []
 
