@@ -30,11 +30,10 @@ from .format import MARKER, SCALE, WEIGHT
 from .opening import open_source
 from .pipeline import Pipeline, cores
 from .policy import Decision, Plan
+from .progress import Meter, Progress
 from .report import KEPT, MXFP8, Energy, LayerReport, Report, total_sqnr
 from .source import Source, as_bytes
 from .writer import Writer
-
-Progress = Callable[[int, int, str], None]  # (bytes read, bytes in all, key)
 
 _SLAB = 1 << 21  # values quantised at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
@@ -118,13 +117,7 @@ def convert(
             )
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)
-    done = 0
-
-    def advance(count: int, key: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, key)
+    advance = Meter(total, progress)
 
     markers = {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
     tensors = [t for d in plan.decisions for t in _stored(d, markers)]

@@ -5,18 +5,17 @@ The header alone needs no torch and takes milliseconds; the bytes of MXFP8 layer
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from . import format, policy
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header
+from .progress import Meter, Progress
 from .report import gigabytes
 
 VERSION = 1
-
-Progress = Callable[[int, int, str], None]  # (bytes read, bytes in all, key)
 
 
 @dataclass
@@ -139,13 +138,7 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
     from .source import FileSource
 
     total = sum(layer.bytes for layer in result.layers)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, layer.name)
+    advance = Meter(total, progress)
 
     with FileSource(path) as source:
         checks = (
@@ -159,7 +152,8 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
             except FormatError as error:
                 result.problems.append(str(error))
         for layer in result.layers:
-            found = scan.scan_layer(source, source.header.layers[layer.name], advance)
+            tick = functools.partial(advance, key=layer.name)
+            found = scan.scan_layer(source, source.header.layers[layer.name], tick)
             layer.nan_codes, layer.nan_scales = found.nan_codes, found.nan_scales
             layer.padding, layer.scale_order = found.padding, found.order.order
             result.problems += [f"{quoted(layer.name)}: {p}" for p in found.problems]

@@ -12,7 +12,7 @@ both orders, the padding and statistics decide, or the caller does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +22,9 @@ from ..kernels.layout import BLOCK
 from . import diffusers, format, scan
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
+from .progress import Meter, Progress
 from .source import FileSource, as_bytes
 from .writer import Writer
-
-Progress = Callable[[int, int, str], None]  # (bytes written, bytes in all, key)
 
 
 @dataclass
@@ -88,7 +87,8 @@ def repair_file(
         layers = _layers(opened)
         result = Repair(opened.name, os.path.basename(target), layers=len(layers))
         row_major = _row_major(opened, layers, scales)
-        result.marked = [n for n in layers if not _marked_twice(opened.header, n)]
+        marked = _marked_twice(opened.header)
+        result.marked = [n for n in layers if n not in marked]
         result.tiled = [n for n in layers if n in row_major]
         result.retyped = [n for n, layer in layers.items() if layer.scale.dtype != "U8"]
         if not (result.marked or result.tiled or result.retyped):
@@ -156,11 +156,11 @@ def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Laye
     return Layer(name, format.layer_shape(where, weight, conf), weight, scale, conf)
 
 
-def _marked_twice(header: Header, name: str) -> bool:
-    """Whether a layer has both markers already."""
+def _marked_twice(header: Header) -> set[str]:
+    """Names of the layers that have both markers already."""
     inside = format.header_markers(header.path.name, header.metadata)
-    names = {format.full_name(header, n) for n in inside}
-    return name in names and name + MARKER in header.tensors
+    names = {format.full_name(header, name) for name in inside}
+    return {name for name in names if name + MARKER in header.tensors}
 
 
 def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> set[str]:
@@ -200,13 +200,7 @@ def _write(source: FileSource, target, layers, row_major, overwrite, progress) -
             tensors.append((key, dtype, shape))
     tensors += [(name + MARKER, "U8", (len(text),)) for name, text in markers.items()]
     total = sum(t.nbytes for t in source.header.tensors.values())
-    done = 0
-
-    def advance(count: int, key: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, key)
+    advance = Meter(total, progress)
 
     metadata = format.with_markers(source.metadata, _all_markers(source.header, layers))
     with Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer:

@@ -39,7 +39,6 @@ from .format import (
     Header,
     Layer,
     TensorInfo,
-    read_header,
 )
 from .source import FileSource
 
@@ -125,11 +124,11 @@ def check_file(path, formats: Iterable[str] = FORMATS, order: str = format.AUTO)
         FormatError: the file is damaged, inconsistent, or MXFP8 whose markers are lost.
         OSError: it cannot be read.
     """
-    header = read_header(path)
-    header.check_layers(formats)
-    if header.layers:
-        diffusers.check_names(header.path.name, header.tensors)
     with FileSource(path) as source:
+        header = source.header
+        header.check_layers(formats)
+        if header.layers:
+            diffusers.check_names(source.name, header.tensors)
         refuse_tables(source.name, header.layers.values())
         refuse_unmarked(source)
         refuse_nan_experts(source)

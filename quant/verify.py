@@ -8,6 +8,7 @@ from .. import kernels
 from ..kernels import layout
 from .format import DTYPES, MARKER, PREFIXES, SCALE, WEIGHT, numel
 from .opening import open_source
+from .progress import Meter
 from .report import Energy, total_sqnr
 from .scan import scan_layer
 from .source import FileSource, StoredSource
@@ -60,7 +61,7 @@ def verify_file(path, source, progress=None) -> Verification:
         names = _match(stored, original, result)
         layers = stored.header.layers
         total = sum(_nbytes(original, o) for o in names.values())
-        done = 0
+        advance = Meter(total, progress)
         for key, original_key in names.items():
             layer = layers.get(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
             if layer is not None:
@@ -74,9 +75,7 @@ def verify_file(path, source, progress=None) -> Verification:
                         )
             elif not _equal(stored, original, key, original_key):
                 result.problems.append(f"{key!r} differs from the source")
-            done += _nbytes(original, original_key)
-            if progress is not None:
-                progress(done, total, key)
+            advance(_nbytes(original, original_key), key)
     return result
 
 
