@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import format, policy
+from .memory import is_out_of_memory
 
 _MOST_PROBLEMS = 20  # printed
 
@@ -48,8 +49,11 @@ def main(argv: list[str] | None = None) -> int:
             said = f"{error.filename}: {said}"
         print(f"mxfp8: {said}", file=sys.stderr)
         return 1
-    except (ValueError, MemoryError) as error:
-        print(f"mxfp8: {str(error) or 'out of memory; close other programs'}", file=sys.stderr)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        said = "" if isinstance(error, RuntimeError) else str(error)
+        print(f"mxfp8: {said or 'out of memory; close other programs'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mxfp8: interrupted; nothing was left behind", file=sys.stderr)

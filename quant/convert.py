@@ -12,7 +12,6 @@ the wrong sign and doubles the mean output error on its own calibration data.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import mmap
 import os
@@ -27,11 +26,12 @@ from ..kernels import layout
 from . import foreign, format, policy
 from .container import FormatError, quoted
 from .format import MARKER, SCALE, WEIGHT
+from .memory import is_out_of_memory
 from .opening import open_source
 from .pipeline import Pipeline, cores
 from .policy import Decision, Plan
 from .progress import Meter, Progress
-from .report import KEPT, MXFP8, Energy, LayerReport, Report, total_sqnr
+from .report import KEPT, MIN_SQNR, MXFP8, Energy, LayerReport, Report, total_sqnr
 from .source import Source, as_bytes
 from .writer import Writer
 
@@ -39,6 +39,7 @@ _SLAB = 1 << 21  # values quantised at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
 _WORKERS = 16  # at most; each takes about 10 MB for scratch and results
 _NEEDED = 1 << 28  # bytes of address space, mostly stacks and heaps of threads
+_LARGE_SCALE = 247  # the byte of 2**120, with which codes reach 2**128
 _WIDEST = 1 << 18  # columns; 128 rows of float32 fill the budget
 
 
@@ -112,8 +113,8 @@ def convert(
     for decision in plan.quantized:
         if decision.shape[1] > _WIDEST:
             raise ValueError(
-                f"{source.name}: {decision.key!r} has rows of {decision.shape[1]} values, and 128 "
-                f"of them must fit in memory; up to {_WIDEST} are converted, so exclude this one"
+                f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; 128 "
+                f"rows must fit in memory, and up to {_WIDEST} values are converted, so exclude it"
             )
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)
@@ -163,7 +164,7 @@ def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]
 def _stream(source: Source, plan: Plan, writer: Writer, device, advance) -> dict[str, Energy]:
     """Read every tensor once and have it quantised or copied into the file."""
     energies = {decision.key: Energy() for decision in plan.quantized}
-    workers = min(_WORKERS, cores() + 1)  # one more, because some wait for the disk
+    workers = min(_WORKERS, cores())
     alone = functools.partial(_compute_alone, torch.get_num_threads())
     with Pipeline(workers, _BUDGET, alone) as pipeline:
         for decision in plan.decisions:
@@ -176,6 +177,13 @@ def _stream(source: Source, plan: Plan, writer: Writer, device, advance) -> dict
 
                 task = functools.partial(work, source.name, decision, writer, device)
                 pipeline.submit(task, read, place, size=size, done=finish)
+    for key, energy in energies.items():
+        if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
+            raise ValueError(
+                f"{source.name}: {quoted(key)} would be {energy.sqnr_db:.1f} dB from its source, "
+                f"and rounding leaves at least {MIN_SQNR:.1f} dB: its values are around 2**-126 or "
+                "below, too small for MXFP8; exclude this layer"
+            )
     return energies
 
 
@@ -211,8 +219,17 @@ def _quantize(
     if (scale == layout.E8M0_NAN).any():
         row = first + int((~signal.isfinite().all(-1)).nonzero()[0, 0])
         raise ValueError(
-            f"{name}: {decision.key!r} holds NaN or Inf in row {row}; MXFP8 has no way to store it"
+            f"{name}: {quoted(decision.key)} holds NaN or Inf in row {row}; MXFP8 has no "
+            "way to store it"
         )
+    if (scale >= _LARGE_SCALE).any():
+        wide = kernels.dequantize(qdata, scale, torch.float32)
+        if not wide.isfinite().all():
+            row = first + int((~wide.isfinite().all(-1)).nonzero()[0, 0])
+            raise ValueError(
+                f"{name}: {quoted(decision.key)} holds a value in row {row} that MXFP8 rounds to "
+                "2**128, beyond what float32 holds; exclude this layer"
+            )
     for part, data in ((WEIGHT, qdata), (SCALE, scale)):
         writer.write(decision.layer + part, as_bytes(data.cpu()), first * data.shape[1])
     energy = Energy()
@@ -259,7 +276,8 @@ class _Reader:
                 raise
             raise OSError(
                 error.errno,
-                f"reading {self._key!r} failed ({error.strerror}); check the file and its disk",
+                f"reading {quoted(self._key)} failed ({error.strerror}); check the file "
+                "and its disk",
                 self._source.name,
             ) from error
 
@@ -299,25 +317,12 @@ def _memory_explained(name: str):
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if not (
-            isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-            or any(words in str(error) for words in _OUT_OF_MEMORY)
-        ):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(
             f"{name}: out of memory (a conversion needs about 0.5 GB besides torch); close other "
             "programs and convert again, or, if it was a GPU's memory, convert on the CPU"
         ) from error
-
-
-# Of torch on the CPU (POSIX, Windows), C++ and Python; torch has no type of error for its own.
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "can't start new thread",
-)
 
 
 def _layer_reports(plan: Plan, writer: Writer, energies) -> tuple[LayerReport, ...]:

@@ -33,17 +33,22 @@ _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
 _MOST_REPEATS = 10_000  # `regex` writes out nested repetitions of a letter, to fill any memory
 
 # Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
-# an error and then looks up raw codes.
-EMBEDDINGS = frozenset({
-    "embed_tokens", "tok_embeddings", "token_embedding", "word_embeddings", "wte", "wpe",
-    "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
-    "shared", "relative_attention_bias", "embed", "emb", "label_emb", "label_embed",
-    "query_embed", "cls_embed", "no_mask_embed", "not_a_point_embed", "lyric_embs",
-    "embedding_table", "codebook", "style_embedder", "cond_type_embedding",
-    "addition_t_embedding", "embed_image_indicator", "trainable_cond_mask",
-    "controlnet_mode_embedder", "mask_tokens", "iou_token", "obj_score_token", "presence_token",
-    "reference_points", "embed_tokens_per_layer",
+# an error and then looks up raw codes. These are tables in every model:
+TABLES = frozenset({
+    "word_embeddings", "wte", "wpe", "tok_embeddings", "token_embedding", "position_embedding",
+    "position_embeddings", "token_type_embeddings", "relative_attention_bias", "shared",
+    "embed_tokens_per_layer", "pos_embed",
 })  # fmt: skip
+# These are linear layers in some models, where they are small:
+VOCABULARIES = frozenset({"embed_tokens", "embed"})
+# Whatever may be one is not quantised by name alone.
+EMBEDDINGS = TABLES | VOCABULARIES | {
+    "emb", "label_emb", "label_embed", "query_embed", "cls_embed", "no_mask_embed",
+    "not_a_point_embed", "lyric_embs", "embedding_table", "codebook", "style_embedder",
+    "cond_type_embedding", "addition_t_embedding", "embed_image_indicator", "trainable_cond_mask",
+    "controlnet_mode_embedder", "mask_tokens", "iou_token", "obj_score_token", "presence_token",
+    "reference_points",
+}  # fmt: skip
 
 # What stock never builds as quantised layers: it would run raw codes, or take the padded shape for
 # the true one. The pattern is searched in the layer's name.
@@ -315,7 +320,8 @@ def _keep_substrings(label: str, parts: Iterable[str]):
     parts = tuple(parts)
 
     def rule(key: str) -> str | None:
-        part = next((p for p in parts if p in key), None)
+        full = f".{key}"  # as if there were a prefix: a model in memory has none
+        part = next((p for p in parts if p in full), None)
         return None if part is None else f"{label} keeps {part!r}"
 
     return rule

@@ -12,7 +12,7 @@ both orders, the padding and statistics decide, or the caller does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +63,7 @@ def repair_file(
     target,
     *,
     scales: str = format.AUTO,
+    formats: Iterable[str] = format.FORMATS,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Repair:
@@ -72,6 +73,7 @@ def repair_file(
         source, target: paths; the target appears whole or not at all.
         scales: the order of scales whose shape fits both: "tiled", "row-major", or "auto", which
             asks the padding and statistics of each layer.
+        formats: names that a marker may give; layers in other formats than MXFP8 are copied.
         progress: called after every piece; an exception it raises stops the work cleanly.
 
     Raises:
@@ -84,7 +86,7 @@ def repair_file(
     if os.path.exists(target) and os.path.samefile(source, target):
         raise ValueError(f"{os.path.basename(target)}: the target is the source; give another name")
     with FileSource(source) as opened:
-        layers = _layers(opened)
+        layers = _layers(opened, formats)
         result = Repair(opened.name, os.path.basename(target), layers=len(layers))
         row_major = _row_major(opened, layers, scales)
         marked = _marked_twice(opened.header)
@@ -100,10 +102,10 @@ def repair_file(
         return result
 
 
-def _layers(source: FileSource) -> dict[str, Layer]:
+def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
     """Marked and recognised layers by name; scales may have either order and dtype."""
     header, found = source.header, {}
-    header.check_formats()
+    header.check_formats(formats)
     _ = header.experts
     for name, conf in header.markers.items():
         if conf["format"] == format.MXFP8 and "num_experts" not in conf:

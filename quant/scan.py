@@ -40,6 +40,7 @@ from .format import (
     Layer,
     TensorInfo,
 )
+from .policy import TABLES, VOCABULARIES
 from .source import FileSource
 
 _SLAB = 1 << 22  # codes looked at once
@@ -50,15 +51,8 @@ _FEWEST = 64  # non-zero blocks: half of a scaled tensor's have the mark, 2**-64
 MARKED = 0.99  # share of such blocks with the mark
 _FULL = 0x76  # the code of 224
 _SIGMAS = 6.0
+_ENERGIES = 1 << 15  # blocks whose energy is computed at once
 
-# Tables that a model looks rows up in. Stock ComfyUI loads one of them without an error and looks
-# up raw codes. Those of the second set are linear layers in some models, where they are small.
-_TABLES = frozenset({
-    "word_embeddings", "wte", "wpe", "tok_embeddings", "token_embedding", "position_embedding",
-    "position_embeddings", "token_type_embeddings", "relative_attention_bias", "shared",
-    "embed_tokens_per_layer", "pos_embed",
-})  # fmt: skip
-_VOCABULARIES = frozenset({"embed_tokens", "embed"})
 _SMALLEST_VOCABULARY = 16_384  # rows
 
 REPAIR = "`mxfp8 repair FILE NEW` or the node Repair File (MXFP8)"
@@ -143,7 +137,7 @@ def refuse_tables(file: str, layers: Iterable[Layer]) -> None:
     """Raise FormatError for an MXFP8 layer that is an embedding by its name."""
     for layer in layers:
         leaf = layer.name.rpartition(".")[2]
-        if leaf in _TABLES or (leaf in _VOCABULARIES and layer.shape[0] >= _SMALLEST_VOCABULARY):
+        if leaf in TABLES or (leaf in VOCABULARIES and layer.shape[0] >= _SMALLEST_VOCABULARY):
             raise FormatError(
                 f"{file}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
                 "MXFP8; ComfyUI would look up raw codes. Convert the original again with this "
@@ -336,13 +330,20 @@ class OrderEvidence:
     def add(self, code: torch.Tensor, scale: torch.Tensor) -> None:
         """Account for uint8 codes [m, K'] and the scales of their tiles [roundup(m, 128), C]."""
         rows, blocks = code.shape[0], self._blocks
-        value = code.view(torch.float8_e4m3fn).float().nan_to_num_(0.0)
-        energy = value.square_().view(rows, blocks, BLOCK).sum(-1)
+        code = code.reshape(-1, BLOCK)
+        parts = code.split(_ENERGIES)  # in float32, wide rows take four times their size
+        energy = torch.cat([_energy(part) for part in parts]).view(rows, blocks)
         level = energy.double().log2_()
         for order, matrix in (("tiled", layout.untile(scale, rows, blocks)), ("row-major", scale)):
             byte = matrix[:rows, :blocks]
             use = (energy > 0) & (byte != E8M0_NAN)
             self._correlation[order].add(level[use], byte[use].double().sub_(layout.E8M0_BIAS))
+
+
+def _energy(code: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of uint8 codes [blocks, 32], NaN as zero. float32 [blocks]."""
+    value = code.view(torch.float8_e4m3fn).float().nan_to_num_(0.0)
+    return value.square_().sum(-1)
 
 
 def _order_warnings(source: FileSource) -> list[str]:

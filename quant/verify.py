@@ -6,17 +6,15 @@ from dataclasses import dataclass, field
 
 from .. import kernels
 from ..kernels import layout
+from .container import quoted
 from .format import DTYPES, MARKER, PREFIXES, SCALE, WEIGHT, numel
 from .opening import open_source
 from .progress import Meter
-from .report import Energy, total_sqnr
+from .report import MIN_SQNR, Energy, total_sqnr
 from .scan import scan_layer
 from .source import FileSource, StoredSource
 
 _SLAB = 1 << 23  # values compared at a time
-# dB. Rounding to E4M3 leaves 31 to 32 of trained weights. The worst is half a spacing of a value
-# just above a power of two, 1 in 17.
-MIN_SQNR = 24.6
 
 
 @dataclass
@@ -70,11 +68,12 @@ def verify_file(path, source, progress=None) -> Verification:
                     result.layers[layer.name] = energy
                     if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
                         result.problems.append(
-                            f"{layer.name!r} is {energy.sqnr_db:.2f} dB from the source; rounding "
-                            f"leaves at least {MIN_SQNR:.1f} dB: damaged, or of another model"
+                            f"{quoted(layer.name)} is {energy.sqnr_db:.2f} dB from the source; "
+                            f"rounding leaves at least {MIN_SQNR:.1f} dB: damaged, or of another "
+                            "model"
                         )
             elif not _equal(stored, original, key, original_key):
-                result.problems.append(f"{key!r} differs from the source")
+                result.problems.append(f"{quoted(key)} differs from the source")
             advance(_nbytes(original, original_key), key)
     return result
 
@@ -90,11 +89,11 @@ def _match(stored: FileSource, original: StoredSource, result: Verification) -> 
             continue
         partner = key if key in original.tensors else bare.get(_strip(key))
         if partner is None:
-            result.problems.append(f"{key!r} is not in the source")
+            result.problems.append(f"{quoted(key)} is not in the source")
         else:
             names[key] = partner
     for key in sorted(original.tensors.keys() - names.values()):
-        result.problems.append(f"{key!r} of the source is missing")
+        result.problems.append(f"{quoted(key)} of the source is missing")
     return names
 
 
@@ -112,11 +111,11 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
     shape = original.tensors[original_key][1]
     if not layer.holds(shape):
         result.problems.append(
-            f"{layer.name!r} has shape {list(layer.shape)}, the source {list(shape)}"
+            f"{quoted(layer.name)} has shape {list(layer.shape)}, the source {list(shape)}"
         )
         return None
     found = scan_layer(stored, layer)
-    result.problems += [f"{layer.name!r}: {s}" for s in (*found.problems, *found.warnings)]
+    result.problems += [f"{quoted(layer.name)}: {s}" for s in (*found.problems, *found.warnings)]
     rows, cols = shape
     energy = Energy()
     for first, last in layout.slabs(rows, cols, _SLAB):
@@ -127,7 +126,7 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
         signal, noise = kernels.block_energy(original.rows(original_key, first, last), qdata, scale)
         if not noise.isfinite().all():
             if not found.problems:
-                result.problems.append(f"{layer.name!r} decodes to infinity")
+                result.problems.append(f"{quoted(layer.name)} decodes to infinity")
             return None
         energy.add(first, signal, noise)
     return energy

@@ -26,6 +26,7 @@ from typing import BinaryIO, NamedTuple
 
 from . import format
 from .claim import claim
+from .container import quoted
 from .format import DTYPES, FormatError, TensorInfo
 from .pipeline import Pipeline, cores
 
@@ -89,7 +90,7 @@ class Writer:
         self.temporary, self._file = claim(self.target)
         try:
             _check_target(self.target, self.overwrite)
-            _check_space(self.target.parent, self.nbytes)
+            self._check_space()
             with self._explained():
                 self._file.truncate(self.nbytes)
                 _write_at(self._file.fileno(), self._header, 0)
@@ -112,7 +113,9 @@ class Writer:
             begin = self._position[name] if offset is None else offset
             end = self._position[name] = begin + len(data)
         if end > info.nbytes:
-            raise FormatError(f"{self.target.name}: tensor {name!r} got more bytes than it has")
+            raise FormatError(
+                f"{self.target.name}: tensor {quoted(name)} got more bytes than it has"
+            )
         for start in range(begin, end, _PIECE):
             piece = data[start - begin : start - begin + _PIECE]
             with self._explained():
@@ -158,7 +161,7 @@ class Writer:
                 break
             position = piece.end
         if position != size:
-            raise FormatError(f"{self.target.name}: tensor {name!r} was not fully written")
+            raise FormatError(f"{self.target.name}: tensor {quoted(name)} was not fully written")
 
     def _verify(self) -> None:
         """Read the file back: its header as any reader would, its data against the checksums."""
@@ -186,8 +189,8 @@ class Writer:
                 left -= count
         if left or checksum != piece.checksum:
             raise FormatError(
-                f"{self.target.name}: tensor {info.name!r} reads back differently from what was "
-                "written; check the disk"
+                f"{self.target.name}: tensor {quoted(info.name)} reads back differently from what "
+                "was written; check the disk"
             )
 
     def _publish(self) -> None:
@@ -208,6 +211,17 @@ class Writer:
             ) from error
         self._file.close()
         _sync_folder(self.target.parent)
+
+    def _check_space(self) -> None:
+        """Refuse now what would fill the disk after minutes of work."""
+        free = shutil.disk_usage(self.target.parent).free
+        if self.nbytes > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk has {free / 1e9:.2f} GB free and the file needs "
+                f"{self.nbytes / 1e9:.2f} GB; make room, or choose another folder",
+                str(self.target),
+            )
 
     def _discard(self) -> None:
         if self._file is not None:
@@ -263,7 +277,7 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
     entries, offset = {}, 0
     for name, dtype, shape in sorted(tensors, key=key):
         if name in entries:
-            raise FormatError(f"two tensors are called {name!r}")
+            raise FormatError(f"two tensors are called {quoted(name)}")
         size = format.numel(shape) * DTYPES[dtype] // 8
         entries[name] = {
             "dtype": dtype,
@@ -282,16 +296,6 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
         for name, e in entries.items()
     }
     return struct.pack("<Q", len(text)) + text, placed
-
-
-def _check_space(folder: Path, size: int) -> None:
-    """Refuse now what would fill the disk after minutes of work."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{folder} has {free / 1e9:.2f} GB free, the file needs {size / 1e9:.2f} GB",
-        )
 
 
 def _write_at(descriptor: int, data, offset: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from mxfp8.kernels import layout, reference
 from mxfp8.quant.convert import convert_file
 from mxfp8.quant.format import FormatError, read_header
+from mxfp8.quant.verify import verify_file
 
 PARTS = ("weight", "weight_scale", "comfy_quant")
 LINEARS = {
@@ -129,6 +130,26 @@ def test_a_weight_with_nan_or_inf_is_refused_by_name_and_row(tmp_path, monkeypat
     with pytest.raises(ValueError, match=f"source: 'some.weight' holds NaN or Inf in row {row};"):
         convert_file(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_value_that_reads_back_as_infinity_is_refused_by_name_and_row(tmp_path):
+    bad = matrix(300, 40, torch.float32)
+    bad[200, 33] = torch.finfo(torch.float32).max
+    save_file({"some.weight": bad}, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"'some.weight' holds a value in row 200 that MXFP8 roun"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+    bad[200, 33] = 3.25e38  # the largest code of the largest scale that float32 holds is 3.19e38
+    save_file({"some.weight": bad}, tmp_path / "source")
+    convert_file(tmp_path / "source", tmp_path / "target")
+    assert not verify_file(tmp_path / "target", tmp_path / "source").problems
+
+
+def test_a_layer_too_small_for_mxfp8_is_refused_by_name(tmp_path):
+    tiny = torch.full((32, 32), 2.0**-140)
+    save_file({"some.weight": tiny, "other.weight": matrix(32, 32)}, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"'some.weight' would be 0.0 dB .* exclude this layer"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+    convert_file(tmp_path / "source", tmp_path / "target", exclude="some")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

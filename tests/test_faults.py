@@ -254,7 +254,10 @@ def test_a_disk_that_is_too_small_is_refused_at_once(warm, source, whole, tmp_pa
     with mounted(tmp_path / "disk", "-o", "size=20m") as disk:
         ended = warm.run("convert", source, disk / "target")
         assert ended.status == 1
-        assert ended.output == f"mxfp8: {disk} has 0.02 GB free, the file needs 0.03 GB\n"
+        assert ended.output == (
+            f"mxfp8: {disk / 'target'}: the disk has 0.02 GB free and the file needs 0.03 GB; "
+            "make room, or choose another folder\n"
+        )
         assert names(disk) == []
 
 

@@ -239,7 +239,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
 def test_a_full_disk_is_noticed_before_work_begins(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 100, 100))
-    with pytest.raises(OSError, match="free, the file needs") as caught:
+    with pytest.raises(OSError, match="free and the file needs") as caught:
         write(tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
     assert files(tmp_path) == []
