@@ -33,7 +33,6 @@ from comfyui import cache, comfyui_path  # noqa: E402
 
 OURS, RIVAL, COPY = "mxfp8", "convert_to_quant", "cp + sync"
 VERSION = "1.3.4"
-REQUIREMENTS = f"convert-to-quant=={VERSION}", "prodigy-plus-schedule-free==2.0.1"
 OPTIONS = (
     "--mxfp8",
     "--zimage",
@@ -42,18 +41,25 @@ OPTIONS = (
     "--simple",
     "--low-memory",
 )
-SMALLER = """
+RESIZE = """
 import sys
 from safetensors.torch import load_file, save_file
 tensors = load_file(sys.argv[1])
-save_file({k: v for k, v in tensors.items() if not k.startswith("noise_refiner")}, sys.argv[2])
+blocks = range(int(sys.argv[3]))
+resized = {k: v for k, v in tensors.items() if "refiner" not in k and "layers." not in k}
+for key, value in tensors.items():
+    if key.startswith("layers.0."):
+        resized |= {key.replace(".0.", f".{b}.", 1): value.clone() for b in blocks}
+save_file(resized, sys.argv[2])
 """
+BLOCKS = 3, 11, 22
 BOUND = 1 / 7  # of the time of convert_to_quant
 
 
-def rival() -> Path:
+def rival(version: str = VERSION) -> Path:
     """The command of convert_to_quant, in an environment of its own that borrows our torch."""
-    folder = cache() / f"convert_to_quant-{VERSION}"
+    folder = cache() / f"convert_to_quant-{version}"
+    packages = f"convert-to-quant=={version}", "prodigy-plus-schedule-free==2.0.1"
     command = folder / "bin" / "convert_to_quant"
     if not command.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
@@ -61,24 +67,23 @@ def rival() -> Path:
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = subprocess.check_output([python, "-c", where], text=True).strip()
         Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run(
-            [python, "-m", "pip", "-q", "install", "--no-deps", *REQUIREMENTS], check=True
-        )
+        subprocess.run([python, "-m", "pip", "-q", "install", "--no-deps", *packages], check=True)
     return command
 
 
 def make_sources(folder: Path) -> list[Path]:
-    """Models of 1.8 and 1.1 GB: five blocks of Z-Image, and three.
+    """Models of 1 to 8 GB, smallest first: some blocks of Z-Image.
 
     Made by processes of their own: a process that is started counts its parent's memory as its
     own peak.
     """
     script = ROOT / "tests" / "tiny_models.py"
     subprocess.run([sys.executable, script, comfyui_path(), folder, "zimage"], check=True)
-    large = folder / "models" / "diffusion_models" / "zimage.safetensors"
-    small = large.with_name("zimage-3.safetensors")
-    subprocess.run([sys.executable, "-c", SMALLER, large, small], check=True)
-    return [small, large]
+    model = folder / "models" / "diffusion_models" / "zimage.safetensors"
+    sources = [model.with_name(f"zimage-{blocks}.safetensors") for blocks in BLOCKS]
+    for blocks, source in zip(BLOCKS, sources, strict=True):
+        subprocess.run([sys.executable, "-c", RESIZE, model, source, str(blocks)], check=True)
+    return sources
 
 
 def contestants(source: Path, target: Path) -> dict[str, Callable[[], int]]:

@@ -70,10 +70,12 @@ def check_loaded(node: type[io.ComfyNode], patcher) -> None:
     Raises:
         ValueError: a file is damaged or inconsistent, or the scales of a layer are.
     """
-    _, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    load, arguments, *_ = patcher.cached_patcher_init or (None, ())
     first = arguments[0] if arguments else None
     names = first if isinstance(first, (list, tuple)) else [first]
-    check(node, *(Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)))
+    paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
+    order = arguments[1] if load is stock_loading.load_diffusion_model else format.AUTO
+    check(node, *paths, order=order)
     check_scales(patcher.model)
 
 

@@ -143,6 +143,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 exclude=exclude,
                 overwrite=overwrite,
                 progress=Progress(),
+                device=device(),
             )
         return output(cls, report)
 
@@ -153,6 +154,12 @@ def output(node: type[io.ComfyNode], report: Report, *values) -> io.NodeOutput:
     logger.info("MXFP8: %s", summary)
     show(node, summary)
     return io.NodeOutput(*values, text, ui={"text": [summary], "mxfp8_report": [text]})
+
+
+def device() -> str:
+    """Where to quantise: on the device that ComfyUI was told to use, if it has float8."""
+    chosen = comfy.model_management.get_torch_device()
+    return "cpu" if chosen.type == "mps" else str(chosen)
 
 
 class Progress:
@@ -188,7 +195,7 @@ def quantize_model(patcher, preset: str, include: str, exclude: str):
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
     file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
-    report = convert(source, file.path, plan, progress=Progress())
+    report = convert(source, file.path, plan, progress=Progress(), device=device())
     del source
 
     fresh = load_temporary(file, disable_dynamic=not patcher.is_dynamic())

@@ -6,8 +6,7 @@ from comfy_api.latest import io
 
 from ..quant import format
 from ..quant.repair import repair_file
-from ..quant.scan import check_file
-from . import files
+from . import files, stock_loading
 from .loading import CATEGORY, show
 from .quantizing import Progress
 
@@ -66,8 +65,13 @@ class MXFP8RepairFile(io.ComfyNode):
         found = files.target_beside(path, source, target, "repaired")
         with files.folder_of(found):
             result = repair_file(
-                path, found, scales=scales, overwrite=overwrite, progress=Progress()
+                path,
+                found,
+                scales=scales,
+                formats=stock_loading.formats(),
+                overwrite=overwrite,
+                progress=Progress(),
             )
-        text = "\n".join([result.summary(), *check_file(found)])
+        text = "\n".join([result.summary(), *stock_loading.check_file(found)])
         show(cls, text)
         return io.NodeOutput(text, ui={"text": [text]})

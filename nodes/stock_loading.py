@@ -29,6 +29,11 @@ from ..quant.format import MARKER, Header
 from . import files
 
 
+def formats() -> tuple[str, ...]:
+    """What a marker may name: MXFP8, and whatever this ComfyUI knows."""
+    return format.MXFP8, *(name for name in QUANT_ALGOS if name != format.MXFP8)
+
+
 def check_file(path: Path, order: str = format.AUTO) -> list[str]:
     """Refuse a damaged or inconsistent MXFP8 file before it is loaded; returns warnings.
 
@@ -40,7 +45,7 @@ def check_file(path: Path, order: str = format.AUTO) -> list[str]:
     """
     if not files.is_safetensors(path):
         return []
-    warnings = scan.check_file(path, (format.MXFP8, *QUANT_ALGOS), order)
+    warnings = scan.check_file(path, formats(), order)
     if format.MXFP8 not in QUANT_ALGOS and format.read_header(path).layers:
         raise RuntimeError(
             f"{path.name} is MXFP8, which the comfy-kitchen of this ComfyUI is too old for; "
@@ -196,6 +201,16 @@ def _unknown(path: str) -> RuntimeError:
     )
 
 
+# Those of diffusion models, and of text encoders in checkpoints.
+_PREFIXES = (
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.embedders.0.",
+    "conditioner.embedders.1.",
+    *format.PREFIXES,
+)
+
+
 def check_modules(header: Header, *models: torch.nn.Module) -> None:
     """Check that what a file marks as MXFP8 became MXFP8 linears of these models.
 
@@ -211,7 +226,7 @@ def check_modules(header: Header, *models: torch.nn.Module) -> None:
             if getattr(module, "weight", None) is not None:
                 by_leaf.setdefault(name.rpartition(".")[2], []).append((name, module))
     for layer in header.layers.values():
-        prefix = next(p for p in format.PREFIXES if layer.name.startswith(p))
+        prefix = next(p for p in _PREFIXES if layer.name.startswith(p))
         bare = layer.name.removeprefix(prefix)
         found = [
             module

@@ -47,6 +47,10 @@ MODEL_INPUTS = {
         "source": "diffusion_models/flux.safetensors", "target": f"{TOKEN}", "preset": "auto",
         "overwrite": False,
     },
+    "MXFP8RepairFile": {
+        "source": "diffusion_models/flux-mxfp8.safetensors", "target": f"{TOKEN}",
+        "scales": "auto", "overwrite": False,
+    },
 }  # fmt: skip
 # These take a model, from the first of the loaders.
 TAKES_MODEL = {
@@ -136,9 +140,9 @@ def test_only_what_a_list_offers_can_be_chosen(comfy, names, node, widget):
     assert around(comfy) == before
 
 
-def converting(**inputs) -> Graph:
+def converting(node: str = "MXFP8ConvertFile", **inputs) -> Graph:
     graph = Graph()
-    graph.add("MXFP8ConvertFile", **{**MODEL_INPUTS["MXFP8ConvertFile"], **inputs})
+    graph.add(node, **{**MODEL_INPUTS[node], **inputs})
     return graph
 
 
@@ -149,19 +153,21 @@ def saving(comfy, prefix) -> Graph:
     return graph
 
 
-def test_no_target_of_a_conversion_leaves_its_folder_or_fits_only_some_systems(comfy, names):
+@pytest.mark.parametrize("node", ["MXFP8ConvertFile", "MXFP8RepairFile"])
+def test_no_target_leaves_its_folder_or_fits_only_some_systems(comfy, names, node):
     before = around(comfy)
     for target in OUTSIDE:
-        said = message(comfy, converting(target=target))
+        said = message(comfy, converting(node, target=target))
         assert "leaves the folder" in said or "which Windows has no names with" in said, target
     for target in UNFIT:
-        said = message(comfy, converting(target=target))
+        said = message(comfy, converting(node, target=target))
         assert "target " in said, said
         assert len(said) < 4000
     for target in ("linked/x", "linked/mine", "linked/../../x", "linked"):
         if target != "linked":  # that is linked.safetensors, a name of its own
-            assert "leaves the folder" in message(comfy, converting(target=target))
-            assert "leaves the folder" in message(comfy, converting(target=target, overwrite=True))
+            for overwrite in (False, True):
+                graph = converting(node, target=target, overwrite=overwrite)
+                assert "leaves the folder" in message(comfy, graph)
     assert around(comfy) == before
 
 

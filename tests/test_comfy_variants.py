@@ -267,10 +267,14 @@ def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
         "auto": lambda g: ours(g, file),
         "tiled": lambda g: ours(g, file, scales="tiled"),
         "row-major": lambda g: ours(g, file, scales="row-major"),
+        "accelerated": lambda g: g.add(
+            "MXFP8Accelerate", model=ours(g, file, scales="row-major"), precision="exact"
+        ),
         "clone": lambda g: g.add("TestClone", model=ours(g, file, scales="row-major"),
                                  how="force_deepcopy"),
     })  # fmt: skip
     assert difference(found["row-major"], expected) < SAME
+    assert difference(found["accelerated"], expected) < SAME
     assert difference(found["clone"], expected) < SAME
     assert difference(found["auto"], found["tiled"]) == 0
     assert difference(found["auto"], expected) > 1e-2
