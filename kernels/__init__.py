@@ -14,6 +14,9 @@ _HOME = {
     "quantize": "ops",
     "dequantize": "ops",
     "linear": "ops",
+    "fold_rows": "ops",
+    "folds_here": "ops",
+    "quantize_tokens": "ops",
     "block_energy": "measure",
     "quantize_measured": "measure",
     "backends": "dispatch",
@@ -24,9 +27,12 @@ __all__ = [
     "backends",
     "block_energy",
     "dequantize",
+    "fold_rows",
+    "folds_here",
     "linear",
     "quantize",
     "quantize_measured",
+    "quantize_tokens",
     "use_backend",
 ]
 

@@ -17,10 +17,11 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 
 import torch
 
-from . import eager, reference
+from . import eager, fast_linear, launch, reference, self_test
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ class Problem:
     Attributes:
         op: "quantize", "dequantize" or "linear".
         dtype: of the input: x, or qdata for "dequantize".
+        few: whether x of a linear has few rows, so that the weight's bytes decide.
     """
 
     op: str
     device: torch.device
     dtype: torch.dtype
     precision: str = "exact"
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Backend:
     Attributes:
         refuse: problem -> the reason why this backend cannot take it, or None if it can.
         automatic: whether it may be chosen without being named.
+        folds: whether its linear is made of the three ops of `fast_linear`, and takes a weight
+            that is folded already.
+        test: device -> what is wrong with the backend there, or None; run once per device.
     """
 
     name: str
@@ -58,6 +64,8 @@ class Backend:
     linear: Callable
     refuse: Callable[[Problem], str | None]
     automatic: bool = True
+    folds: bool = False
+    test: Callable[[torch.device], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,43 @@ def _eager_refuses(problem: Problem) -> str | None:
     return None
 
 
+def _triton_refuses(problem: Problem) -> str | None:
+    if problem.precision == "fast":
+        return "unpacks weights and multiplies in 16 bits"
+    if problem.device.type != "cuda" and not launch.interpreted():
+        return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
+    return launch.refusal()
+
+
+def _from(module: str, name: str) -> Callable:
+    """A function of a module that is imported when it is first called: Triton is optional."""
+
+    def call(*args):
+        return getattr(import_module(f".{module}", __package__), name)(*args)
+
+    return call
+
+
 BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="fp8",
+        summary="FP8 tensor cores (Hopper, Ada), activations quantised row by row",
+        quantize=eager.quantize,
+        dequantize=eager.dequantize,
+        linear=fast_linear.linear,
+        refuse=fast_linear.refuse,
+        folds=True,
+        test=self_test.fast,
+    ),
+    Backend(
+        name="triton",
+        summary="Triton kernels and cuBLAS, exact weights",
+        quantize=_from("triton_cast", "quantize"),
+        dequantize=_from("triton_cast", "dequantize"),
+        linear=_from("exact_linear", "linear"),
+        refuse=_triton_refuses,
+        test=self_test.exact,
+    ),
     Backend(
         name="eager",
         summary="plain torch on any device, exact weights",
@@ -121,12 +165,15 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     refusals = []
     for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
         for backend in candidates:
-            reason = backend.refuse(replace(problem, precision=precision))
+            reason = _refusal(backend, replace(problem, precision=precision))
             if reason is not None:
                 refusals.append(f"{backend.name} ({precision}): {reason}")
                 continue
             if problem.precision == "fast" and precision == "exact":
-                _say_exact(problem.device.type, "; ".join(refusals))
+                if problem.few:  # which is no news, unless many rows would run exact too
+                    _choose(replace(problem, few=False), forced)
+                else:
+                    _say_exact(problem.device.type, "; ".join(refusals))
             return backend, precision
     raise ValueError(
         f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
@@ -134,9 +181,38 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     )
 
 
-def choose(op: str, tensor: torch.Tensor, precision: str = "exact") -> tuple[Backend, str]:
-    """The backend that runs `op` on a tensor like this one, and the precision it runs at."""
-    return _choose(Problem(op, tensor.device, tensor.dtype, precision), _forced)
+def _refusal(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend does not take a problem, or None; its self-test on the device included."""
+    reason = backend.refuse(problem)
+    if reason is None and backend.test is not None:
+        reason = _test(backend, problem.device)
+    return reason
+
+
+@cache
+def _test(backend: Backend, device: torch.device) -> str | None:
+    reason = backend.test(device)
+    if reason is not None:
+        logger.warning("MXFP8: %s is not used on %s: %s.", backend.name, device, reason)
+    return reason
+
+
+def choose(
+    op: str, tensor: torch.Tensor, precision: str = "exact", rows: int | None = None
+) -> tuple[Backend, str]:
+    """The backend that runs `op` on a tensor like this one, and the precision it runs at.
+
+    Args:
+        rows: of x, for a linear; default: many.
+    """
+    few = rows is not None and rows <= fast_linear.FEW_ROWS
+    return _choose(Problem(op, tensor.device, tensor.dtype, precision, few), _forced)
+
+
+@torch.compiler.assume_constant_result
+def folds(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
+    """Whether a linear of many rows runs as the three ops of `fast_linear`."""
+    return _choose(Problem("linear", device, dtype, precision), _forced)[0].folds
 
 
 def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
@@ -150,7 +226,9 @@ def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
     problem = Problem("linear", torch.device(device), torch.bfloat16)
     result = []
     for backend in BACKENDS:
-        reason = backend.refuse(problem) or ("" if backend.automatic else _NOT_AUTOMATIC)
+        precision = "fast" if backend.folds else "exact"
+        reason = _refusal(backend, replace(problem, precision=precision))
+        reason = reason or ("" if backend.automatic else _NOT_AUTOMATIC)
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
     return result
 

@@ -11,8 +11,8 @@ import math
 
 import torch
 
-from . import layout
-from .dispatch import PRECISIONS, choose
+from . import fast_linear, layout
+from .dispatch import PRECISIONS, choose, folds
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DATA = (torch.float8_e4m3fn, torch.uint8)
@@ -38,6 +38,12 @@ _lib.define(
 _lib.define(
     "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt rows, SymInt cols, "
     "str precision) -> Tensor"
+)
+_lib.define("fold_rows(Tensor qdata, Tensor scale) -> (Tensor, Tensor)")
+_lib.define("quantize_tokens(Tensor x) -> (Tensor, Tensor)")
+_lib.define(
+    "scaled_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
+    "ScalarType dtype, SymInt columns) -> Tensor"
 )
 _ops = getattr(torch.ops, NAMESPACE)
 
@@ -88,7 +94,25 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
     return _ops.dequantize(qdata, scale, dtype, rows, cols)
 
 
-def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -> torch.Tensor:
+def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewrite an MXFP8 weight as E4M3 with one scale per row, as `linear` takes it (`row_fold`).
+
+    Args:
+        qdata, scale: as for `dequantize`.
+
+    Returns:
+        (codes, scale): float8_e4m3fn [N', K'] and float32 [N'], the size of the weight again.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    _check_matrix(qdata, scale, None)
+    return _ops.fold_rows(qdata, scale)
+
+
+def linear(
+    x, qdata, scale, bias=None, *, shape=None, precision: str = "auto", folded=None, tokens=None
+) -> torch.Tensor:
     """x @ W.T + bias with an MXFP8 weight.
 
     Args:
@@ -97,6 +121,9 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
         precision: "exact", "fast" or "auto" (see `dispatch`).
+        folded: what `fold_rows` made of this weight, to spare folding it again where that is
+            needed (`folds_here`).
+        tokens: what `quantize_tokens` made of x, likewise.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias.
@@ -117,7 +144,37 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
+    if not folds_here(x, precision) or _needs_grad(x, bias):
+        return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
+    codes, token_scale = quantize_tokens(x) if tokens is None else tokens
+    weight, row_scale = _ops.fold_rows(qdata, scale) if folded is None else folded
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    out = _ops.scaled_matmul(codes, token_scale, weight, row_scale, bias, x.dtype, rows)
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise every row of x to E4M3, for several `linear` that take the same x.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16.
+
+    Returns:
+        (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M].
+    """
+    return _ops.quantize_tokens(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+def folds_here(x: torch.Tensor, precision: str) -> bool:
+    """Whether `linear` of this x folds its weight and quantises x row by row."""
+    if precision == "exact" or not folds(x.device, x.dtype, precision):
+        return False
+    return math.prod(x.shape[:-1]) > fast_linear.FEW_ROWS
+
+
+def _needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_dtype(name: str, tensor: torch.Tensor, allowed) -> None:
@@ -157,14 +214,29 @@ def _dequantize_fake(qdata, scale, dtype, rows, cols):
 def _linear(x, qdata, scale, bias, rows, cols, precision):
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    backend, precision = choose("linear", x, precision)
     flat = x.reshape(math.prod(x.shape[:-1]), cols)  # [M, K]
+    backend, precision = choose("linear", x, precision, flat.shape[0])
     out = backend.linear(flat, qdata, scale, bias, rows, cols, precision)
     return out.reshape(*x.shape[:-1], rows)
 
 
 def _linear_fake(x, qdata, scale, bias, rows, cols, precision):
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fold_rows_fake(qdata, scale):
+    row_scale = qdata.new_empty(qdata.shape[0], dtype=torch.float32)
+    return torch.empty_like(qdata, dtype=torch.float8_e4m3fn), row_scale
+
+
+def _quantize_tokens_fake(x):
+    stored = layout.round_up(x.shape[1], layout.BLOCK)
+    codes = x.new_empty((x.shape[0], stored), dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _scaled_matmul_fake(a, a_scale, b, b_scale, bias, dtype, columns):
+    return a.new_empty((a.shape[0], columns), dtype=dtype)
 
 
 def _linear_setup_context(ctx, inputs, output):
@@ -189,6 +261,9 @@ for _name, _kernel, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("linear", _linear, _linear_fake),
+    ("fold_rows", fast_linear.fold_rows, _fold_rows_fake),
+    ("quantize_tokens", fast_linear.quantize_tokens, _quantize_tokens_fake),
+    ("scaled_matmul", fast_linear.scaled_matmul, _scaled_matmul_fake),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)

@@ -112,3 +112,50 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
     if bias is not None:
         out = out + bias.double()
     return out.to(x.dtype)
+
+
+def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewrite an MXFP8 matrix as E4M3 with one power of two per row; see `row_fold`.
+
+    The row's scale is the largest of its blocks', byte 255 left out, and at least 2**-126. Codes
+    are rounded once more where they are shifted down; NaN stays NaN.
+
+    Args:
+        qdata, scale: [N', K'] and its tiled scales.
+
+    Returns:
+        (codes, scale): float8_e4m3fn [N', K'] and float32 [N'].
+    """
+    rows, cols = qdata.shape
+    byte = layout.untile(scale.view(torch.uint8).cpu(), rows, cols // BLOCK).int()
+    largest = torch.where(byte == E8M0_NAN, 0, byte).amax(-1).clamp_min(1)
+    row_scale = torch.exp2(largest.double() - E8M0_BIAS)
+    value = dequantize_exact(qdata, scale, rows, cols).cpu() / row_scale[:, None]
+    code = encode_e4m3(value.nan_to_num(nan=0.0))
+    code = torch.where(value.isnan(), 0x7F, code).to(torch.uint8)
+    return code.view(torch.float8_e4m3fn).to(qdata.device), row_scale.float().to(qdata.device)
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise every row of x to E4M3 with a float32 scale of its own, amax / 448.
+
+    Where amax is below 2**-100 that counts as amax, so that 448 / amax is finite. A row with NaN or
+    Inf has scale NaN and codes 0, and makes NaN of whatever it is multiplied with.
+
+    Args:
+        x: [M, K].
+
+    Returns:
+        (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero; float32 [M].
+    """
+    rows, cols = x.shape
+    value = torch.zeros(rows, layout.padded_shape(rows, cols)[1])
+    value[:, :cols] = x.float().cpu()
+    amax = value.abs().amax(-1, keepdim=True)
+    finite = amax.isfinite()
+    floor = torch.where(finite, amax, 1.0).clamp_min(2.0**-100)
+    inverse = torch.full_like(floor, 448.0) / floor  # float32, rounded once
+    scaled = torch.where(finite, value, 0.0) * inverse
+    code = encode_e4m3(scaled.double().clamp(-448, 448))
+    scale = torch.where(finite, floor / 448.0, torch.nan).squeeze(-1)
+    return code.view(torch.float8_e4m3fn).to(x.device), scale.to(x.device)

@@ -63,3 +63,17 @@ def scale_offset(row: int, col: int, blocks: int) -> int:
     tiles = -(-blocks // 4)
     tile = (row // 128) * tiles + col // 4
     return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + col % 4
+
+
+def all_magnitudes(rows, cols, dtype, seed=0):
+    """All magnitudes that a dtype has, with blocks of zeros, NaN, Inf, tiny and huge values."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator)
+    x *= torch.exp2(torch.randint(-40, 12, (rows, cols), generator=generator).float())
+    x = x.to(dtype)
+    for row, value in enumerate((0.0, -0.0, torch.nan, torch.inf, -torch.inf)):
+        x[row % rows, :: row + 1] = value
+    x[5 % rows] = (x[5 % rows].float() * 2.0**-120).to(dtype)
+    x[6 % rows] = torch.finfo(dtype).max
+    x[7 % rows] = torch.finfo(dtype).smallest_normal / 8
+    return x

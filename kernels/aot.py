@@ -1,0 +1,211 @@
+"""Compile every Triton kernel for a GPU that need not be there, and show what came out.
+
+    python -m mxfp8.kernels.aot --arch 90            a table
+    python -m mxfp8.kernels.aot --arch 90 --json     [{"kernel", "config", "registers", ...}, ...]
+
+Kernels are compiled down to SASS with the types, constants and options that they are launched with
+(`builds`), then disassembled by the tools in Triton's wheel: which matrix instructions are there,
+how many registers, whether any spill to local memory, how much shared memory. `spills` counts
+loads from and stores to local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import fp8_gemm, triton_cast, triton_fold, triton_w8a16
+
+# Shared memory that a program can have, in bytes, per architecture.
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+SHARED[120] = SHARED[86]
+_CODE, _SCALE = "*u8", "*u8"
+_OPTIONS = ("num_warps", "num_stages")
+# A line of SASS: its address in a comment, then maybe a predicate, then the instruction.
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
+_USAGE = re.compile(r"REG:(\d+)")
+_MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel with what it is compiled from: a Triton type for each argument, or a constant.
+
+    Attributes:
+        types: argument -> type; sizes ("i32") and pointers count as multiples of 16.
+        constants: of the kernel, and Triton's num_warps and num_stages.
+    """
+
+    kernel: object
+    config: str
+    types: dict[str, str]
+    constants: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a kernel became: see the module."""
+
+    kernel: str
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    instructions: dict[str, int]
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        """Matrix instructions by their short name."""
+        found = Counter()
+        for name, count in self.instructions.items():
+            if _MATRIX.match(name):
+                found[name.partition(".")[0]] += count
+        return dict(found)
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Every kernel that runs on an architecture, in each configuration it is launched in."""
+    hardware = {"HARDWARE": arch >= 89}
+    floats = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+    tile = {"R": triton_cast.ROWS, "C": triton_cast.COLUMNS, "num_warps": triton_cast.WARPS}
+    sizes = dict.fromkeys(("rows", "cols", "stored", "tiles"), "i32")
+    matrix = {"code_ptr": _CODE, "scale_ptr": _SCALE}
+    for name, pointer in floats.items():
+        yield Build(
+            triton_cast.dequantize_kernel, name,
+            matrix | {"out_ptr": pointer} | sizes, tile | hardware,
+        )  # fmt: skip
+        strides = {"row_stride": "i32", "padded_rows": "i32"}
+        yield Build(
+            triton_cast.quantize_kernel, name,
+            {"x_ptr": pointer} | matrix | sizes | strides, tile | hardware | {"column_stride": 1},
+        )  # fmt: skip
+        if name == "fp32":
+            continue
+        linear = {"x_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer} | matrix | sizes
+        one_row = triton_w8a16.ONE_ROW | hardware | {"HAS_BIAS": True}
+        yield Build(triton_w8a16.one_row_kernel, name, linear, one_row)
+        if arch < 80:  # Triton has no matrix instructions of Turing's
+            continue
+        for most, config in triton_w8a16.FEW_ROWS:
+            yield Build(
+                triton_w8a16.few_rows_kernel, f"{name}, M <= {most}",
+                linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
+            )  # fmt: skip
+    yield from _fast_builds(arch, floats, hardware)
+
+
+def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[Build]:
+    """What activations in FP8 need."""
+    sizes = {"rows": "i32", "stored": "i32", "tiles": "i32"}
+    fold = {"code_ptr": "*u8", "scale_ptr": "*u8", "folded_ptr": "*u8", "row_scale_ptr": "*fp32"}
+    yield Build(triton_fold.fold_kernel, "", fold | sizes, triton_fold.FOLD | hardware)
+    row = {"code_ptr": "*u8", "scale_ptr": "*fp32"}
+    sizes = {"cols": "i32", "row_stride": "i32", "stored": "i32"}
+    for stored in (3840, 15360):
+        yield Build(
+            triton_fold.token_kernel, f"bf16, K = {stored}",
+            {"x_ptr": "*bf16"} | row | sizes, triton_fold.token_config(stored) | hardware,
+        )  # fmt: skip
+    if arch < 89:
+        return
+    kernel = fp8_gemm.tma_kernel if arch == 90 else fp8_gemm.copy_kernel
+    scales = {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"}
+    sizes = dict.fromkeys(("M", "N", "K", "columns"), "i32")
+    for most, config in fp8_gemm.CONFIGS[90 if arch == 90 else 89]:
+        for name, pointer in floats.items():
+            if name == "fp32" and most == 1 << 31:
+                continue
+            if arch == 90:
+                tiles = {"a": (config["BM"], config["BK"]), "b": (config["BN"], config["BK"])}
+                operands = {n: f"tensordesc<fp8e4nv[{r}, {c}]>" for n, (r, c) in tiles.items()}
+            else:
+                operands = {"a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv"}
+            out = {"bias_ptr": pointer, "out_ptr": pointer}
+            yield Build(
+                kernel, f"{name}, M <= {most}" if most < 1 << 31 else f"{name}, any M",
+                operands | scales | out | sizes, config | {"HAS_BIAS": True},
+            )  # fmt: skip
+
+
+def compile_kernel(build: Build, arch: int):
+    """Compile one kernel for `arch`; returns Triton's compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = build.kernel.arg_names
+    constants = {n: v for n, v in build.constants.items() if n not in _OPTIONS}
+    signature = {n: build.types.get(n, "constexpr") for n in names}
+    unknown = (build.types.keys() | constants) - set(names)
+    missing = {n for n in names if signature[n] == "constexpr"} - constants.keys()
+    if unknown or missing:
+        raise ValueError(f"{build.name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n] == "i32" or signature[n].startswith("*")
+    }
+    source = ASTSource(build.kernel, signature, constants, aligned)
+    options = {n: v for n, v in build.constants.items() if n in _OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(build: Build, arch: int) -> Binary:
+    """Compile one kernel for `arch` and disassemble it."""
+    compiled = compile_kernel(build, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        sass = _run("cuobjdump", "-sass", cubin)
+    instructions = Counter(_INSTRUCTION.findall(sass))
+    spills = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
+    registers = max(map(int, _USAGE.findall(usage)))
+    return Binary(
+        build.name, build.config, registers, spills, compiled.metadata.shared, dict(instructions)
+    )
+
+
+def _run(tool: str, *arguments) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run(
+        [path, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mxfp8.kernels.aot", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--arch", type=int, required=True, choices=sorted(SHARED))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    binaries = [inspect(build, arguments.arch) for build in builds(arguments.arch)]
+    if arguments.json:
+        json.dump([asdict(binary) for binary in binaries], sys.stdout, indent=1)
+        print()
+        return 0
+    print(f"{'kernel':24}{'config':20}{'registers':>10}{'spills':>8}{'shared':>9}  matrix")
+    for b in binaries:
+        matrix = ", ".join(f"{n} {c}" for n, c in sorted(b.matrix.items()))
+        print(f"{b.kernel:24}{b.config:20}{b.registers:10}{b.spills:8}{b.shared:9}  {matrix}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The fast linear before Blackwell: FP8 tensor cores through the row fold (`row_fold`).
+
+Three steps, each an op of its own: `fold_rows` rewrites the weight, `quantize_tokens` the
+activations, `scaled_matmul` multiplies. So torch.compile shares one quantisation of activations
+among several layers, and who has memory to spare keeps a folded weight.
+
+Folding on every forward goes into memory that the caching allocator hands out anew each time: one
+block, reused from layer to layer, and safe on every stream.
+
+For each step Triton's kernel runs where there is Triton, else plain torch. The matmul is torch's
+own where the platform has it for scales by row: Hopper, and Ada but for Windows.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import launch, row_fold
+
+FEW_ROWS = 64  # up to which the exact kernel is as fast, being bound by the weight's bytes
+
+
+def refuse(problem) -> str | None:
+    """Why this cannot run, or None (`dispatch.Problem`)."""
+    if problem.op != "linear":
+        return "multiplies only"
+    if problem.precision != "fast":
+        return "quantises activations, which precision exact rules out"
+    if problem.few:
+        return f"with up to {FEW_ROWS} rows the exact kernel is as fast"
+    found = launch.capability(problem.device)
+    if found is None or found < (8, 9):
+        have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
+        return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {have}"
+    if not torch_multiplies(problem.device, torch.bfloat16):
+        return launch.refusal()
+    return None
+
+
+def torch_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has an FP8 matmul with a scale per row here, for results of `dtype`."""
+    found = launch.capability(device)
+    hopper = found is not None and found[0] == 9
+    ada = found == (8, 9) and sys.platform != "win32"
+    return dtype == torch.bfloat16 and (hopper or ada)
+
+
+def _triton(tensor: torch.Tensor) -> bool:
+    return launch.refusal() is None and (tensor.device.type == "cuda" or launch.interpreted())
+
+
+def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_fold.fold_rows`, by whatever is here."""
+    if _triton(qdata):
+        from . import triton_fold
+
+        return triton_fold.fold_rows(qdata, scale)
+    return row_fold.fold_rows(qdata, scale)
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_fold.quantize_tokens`, by whatever is here."""
+    if _triton(x):
+        from . import triton_fold
+
+        if x.shape[1] <= triton_fold.WIDEST:
+            return triton_fold.quantize_tokens(x)
+    return row_fold.quantize_tokens(x)
+
+
+def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once; [M, columns].
+
+    Args:
+        a, b: float8_e4m3fn [M, K] and [N, K]; a_scale, b_scale: float32 [M] and [N].
+        bias: [columns] of `dtype`, or None; columns: at most N, the rest is padding.
+    """
+    N = b.shape[0]
+    if torch_multiplies(a.device, dtype) and N % 16 == 0 and a.shape[0]:
+        if bias is not None and columns < N:
+            bias = torch.nn.functional.pad(bias, (0, N - columns))
+        out = torch._scaled_mm(
+            a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None, :],
+            bias=bias, out_dtype=dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return out if columns == N else out[:, :columns].contiguous()
+    if _triton(a):
+        from . import fp8_gemm
+
+        return fp8_gemm.matmul(a, a_scale, b, b_scale, bias, dtype, columns)
+    out = a.float() @ b[:columns].float().t()
+    out *= a_scale[:, None]
+    out *= b_scale[None, :columns]
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "fast") -> torch.Tensor:
+    """All three steps: x [M, K] @ W[N, K].T + bias, activations quantised."""
+    tokens, token_scale = quantize_tokens(x)
+    folded, row_scale = fold_rows(qdata, scale)
+    return scaled_matmul(tokens, token_scale, folded, row_scale, bias, x.dtype, rows)

@@ -1,0 +1,57 @@
+"""Where Triton kernels run: the facts of a device that they are compiled and launched by.
+
+Triton is optional, and whatever keeps it from working is remembered as a reason for the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+OLDEST = (3, 3)  # Triton; earlier ones were never compiled
+
+
+@cache
+def refusal() -> str | None:
+    """Why there is no Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if os.name == "nt" else "triton"
+        return f"needs Triton: pip install {package}"
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"Triton does not import here ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f"Triton {triton.__version__} is too old; {wanted} or later works"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, None for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def hardware_e4m3(device: torch.device) -> bool:
+    """Whether the device converts E4M3 by instructions: NVIDIA from Ada (sm_89) on."""
+    return (capability(device) or (0, 0)) >= (8, 9)
+
+
+def on_device(tensor: torch.Tensor):
+    """A context in which kernels are launched on a tensor's device."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

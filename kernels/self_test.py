@@ -1,0 +1,86 @@
+"""A backend's first use on a device: a small problem against the oracle, so that a kernel that a
+driver or a card breaks is refused by name, and never runs as noise.
+
+A test returns a sentence on what is wrong, or None. What a kernel raises counts as that: this is
+the one place where an exception of a kernel is caught, before anything relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from . import fast_linear, reference
+
+ROWS, COLUMNS = 96, 192
+_EXACT = 1e-2  # relative error of a linear in bfloat16, whose rounding is 2**-9
+_FAST = 6e-2  # of E4M3 on both sides: 4e-2
+
+
+def _tested(test: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
+    def run(device: torch.device) -> str | None:
+        try:
+            with torch.inference_mode():
+                return test(device)
+        except Exception as error:
+            said = next(iter(str(error).splitlines()), "")
+            return f"its self-test failed ({type(error).__name__}: {said[:200]})"
+
+    return run
+
+
+def _numbers(rows: int, cols: int, seed: int) -> torch.Tensor:
+    """Normal values with a row of zeros, large and tiny ones."""
+    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    x[1] = 0
+    x[2, :40] *= 2.0**20
+    x[3] *= 2.0**-130
+    return x.bfloat16()
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found, wanted = found.cpu().double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@_tested
+def exact(device: torch.device) -> str | None:
+    """Of Triton's quantise, dequantise and linear."""
+    triton_cast = import_module(".triton_cast", __package__)
+    weight = _numbers(ROWS, COLUMNS, 0)
+    qdata, scale = reference.quantize(weight)
+    got = triton_cast.quantize(weight.to(device))
+    pairs = zip(got, (qdata, scale), strict=True)
+    if not all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+        return "it quantises wrongly"
+    stored = qdata.to(device), scale.to(device)
+    got = triton_cast.dequantize(*stored, torch.float32, ROWS, COLUMNS)
+    if not torch.equal(got.cpu(), reference.dequantize(qdata, scale, torch.float32, ROWS, COLUMNS)):
+        return "it dequantises wrongly"
+    linear = import_module(".exact_linear", __package__).linear
+    for rows in (1, 5):
+        x = _numbers(8, COLUMNS, rows)[-rows:]
+        wanted = reference.linear(x, qdata, scale, None, ROWS, COLUMNS)
+        error = _error(linear(x.to(device), *stored, None, ROWS, COLUMNS), wanted)
+        if not error <= _EXACT:
+            return f"its linear of {rows} rows is {error:.1e} off"
+    return None
+
+
+@_tested
+def fast(device: torch.device) -> str | None:
+    """Of the row fold, the quantiser of activations and the FP8 matmul."""
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(128, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    qdata, scale = reference.quantize(weight)
+    folded, wanted = fast_linear.fold_rows(qdata.to(device), scale.to(device)), None
+    for got, wanted in zip(folded, reference.fold_rows(qdata, scale), strict=True):
+        if not torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)):
+            return "it folds rows wrongly"
+    bias = torch.arange(ROWS, device=device, dtype=torch.bfloat16) / ROWS
+    wanted = reference.linear(x, qdata, scale, bias.cpu(), ROWS, COLUMNS)
+    out = fast_linear.linear(x.to(device), qdata.to(device), scale.to(device), bias, ROWS, COLUMNS)
+    error = _error(out, wanted)
+    return None if error <= _FAST else f"its linear is {error:.1e} off"
