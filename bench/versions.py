@@ -4,7 +4,7 @@
 
 Runs tests/versions.py on every combination in tests/comfyui.txt, or on those of the given ComfyUI
 versions, and puts the numbers of tests into bench/results/versions.json. Exits with 1 if a test
-failed in a version that pyproject.toml calls supported.
+failed in a version that pyproject.toml calls supported. Rows of versions not asked for stay.
 """
 
 from __future__ import annotations
@@ -44,6 +44,18 @@ def row(combination: Combination, outcome: Outcome) -> dict:
     }
 
 
+def earlier() -> list[dict]:
+    """What earlier runs on the same packages found."""
+    if not RESULTS.exists():
+        return []
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found["runs"] if found["machine"] == machine() else []
+
+
+def name(row: dict) -> tuple[str, str]:
+    return row["ComfyUI"], row["comfy-kitchen"]
+
+
 def machine() -> dict:
     packages = ("torch", "transformers", "safetensors", "mxfp8")
     found = {"system": platform.platform(), "python": platform.python_version(), "device": "cpu"}
@@ -52,17 +64,18 @@ def machine() -> dict:
 
 def main() -> int:
     chosen = [c for c in combinations() if len(sys.argv) < 2 or c.release.version in sys.argv[1:]]
-    rows = []
+    rows = {name(r): r for r in earlier()} if len(chosen) < len(combinations()) else {}
     for combination in chosen:
         outcome = run(combination)
-        rows.append(row(combination, outcome))
+        fresh = row(combination, outcome)
+        rows[name(fresh)] = fresh
         print(f"{combination}: {outcome.passed} passed, {outcome.failed} failed", flush=True)
         if outcome.failed:
             print(outcome.output[-4000:])
-        text = json.dumps({"machine": machine(), "runs": rows}, indent=1)
+        text = json.dumps({"machine": machine(), "runs": list(rows.values())}, indent=1)
         RESULTS.write_text(text + "\n", encoding="utf-8")
     print(f"results: {RESULTS}")
-    return int(any(row["supported"] and row["failed"] for row in rows))
+    return int(any(row["supported"] and row["failed"] for row in rows.values()))
 
 
 if __name__ == "__main__":

