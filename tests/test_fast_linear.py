@@ -1,0 +1,310 @@
+"""The fast linear of cards before Blackwell, on plain torch: its bits, its error, its ops."""
+
+from __future__ import annotations
+
+import minilm
+import pytest
+import torch
+from arithmetic import all_magnitudes
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+from mxfp8 import kernels
+from mxfp8.kernels import dispatch, fast_linear, launch, ops, reference, row_fold
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(found, wanted) -> bool:
+    """Equal codes and equal scales, NaN included."""
+    (code, scale), (code2, scale2) = found, wanted
+    return torch.equal(code.view(torch.uint8), code2.view(torch.uint8)) and torch.equal(
+        scale.nan_to_num(-1.0), scale2.nan_to_num(-1.0)
+    )
+
+
+# ---- bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 100), (300, 544), (0, 64)])
+def test_a_fold_has_the_bits_of_the_oracle(shape):
+    stored = reference.quantize(all_magnitudes(*shape, torch.float32)) if shape[0] else (
+        torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(0, 4, dtype=torch.uint8)
+    )  # fmt: skip
+    assert equal(row_fold.fold_rows(*stored), reference.fold_rows(*stored))
+
+
+def test_a_fold_changes_only_what_is_far_below_its_row():
+    weight = normal(64, 256)
+    weight[:, :128] *= torch.exp2(-torch.arange(64.0) / 4)[:, None]
+    qdata, scale = reference.quantize(weight)
+    code, row_scale = row_fold.fold_rows(qdata, scale)
+    folded = code.double() * row_scale.double()[:, None]
+    plain = reference.dequantize_exact(qdata, scale, 64, 256)
+    size = plain.abs().amax(-1, keepdim=True)
+    kept = plain.abs() >= size * 2.0**-13  # above E4M3's subnormals
+    assert torch.equal(folded[kept], plain[kept])
+    assert ((folded - plain).abs() <= size * 2.0**-17).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 100), (5, 4097), (0, 64), (3, 0)])
+def test_tokens_have_the_bits_of_the_oracle(shape, dtype):
+    x = all_magnitudes(*shape, dtype) if 0 not in shape else torch.empty(shape, dtype=dtype)
+    if shape[1]:
+        assert equal(row_fold.quantize_tokens(x), reference.quantize_tokens(x))
+    codes, scale = row_fold.quantize_tokens(x)
+    assert codes.shape[0] == scale.shape[0] == shape[0]
+
+
+def test_a_row_with_nan_or_infinity_is_nan_in_the_result():
+    x, weight = normal(4, 64), normal(32, 64)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    stored = reference.quantize(weight)
+    out = fast_linear.linear(x, *stored, None, 32, 64)
+    assert out[1:3].isnan().all()
+    assert out[0].isfinite().all() and out[3].isfinite().all()
+
+
+# ---- error -----------------------------------------------------------------------------------
+
+
+def errors(x, weight) -> tuple[float, float]:
+    """Relative error of the output: ours, and what activations in blocks of 32 have."""
+    rows, cols = weight.shape
+    wanted = x.double() @ weight.double().t()
+    stored = reference.quantize(weight)
+    found = fast_linear.linear(x, *stored, None, rows, cols)
+    native = reference.linear(x, *stored, None, rows, cols, "fast")
+    return tuple(float((y.double() - wanted).norm() / wanted.norm()) for y in (found, native))
+
+
+def heavy(*shape, seed):
+    """Student's t with 3 degrees of freedom."""
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.randn(3, *shape, generator=generator).square().mean(0)
+    return torch.randn(shape, generator=generator) / squares.sqrt()
+
+
+def outliers(*shape, seed):
+    """Four columns that are 30 times the others."""
+    x = normal(*shape, seed=seed)
+    x[:, torch.arange(4) * (shape[1] // 4) + 5] *= 30
+    return x
+
+
+@pytest.mark.parametrize("kind", [normal, heavy, outliers])
+def test_the_error_is_no_worse_than_that_of_blocks(kind):
+    """On average over several weights: the two differ by chance as well."""
+    found = [
+        errors(kind(96, 512, seed=s), make(128, 512, seed=s + 1))
+        for s in (1, 2, 3, 4)
+        for make in (normal, heavy)
+    ]
+    ours, native = torch.tensor(found).mean(0)
+    assert ours < native * 1.02
+    assert ours < 0.05
+
+
+def test_the_error_on_trained_layers_is_no_worse_than_that_of_blocks():
+    found = [errors(x, weight) for weight, x in minilm.layers().values()]
+    assert len(found) == 36
+    ours, native = torch.tensor(found).mean(0)
+    print(f"output error {ours:.2e}, in blocks {native:.2e}")
+    assert ours < native
+
+
+def test_folding_trained_layers_changes_less_than_a_millionth():
+    changes = []
+    for weight, _ in minilm.layers().values():
+        qdata, scale = reference.quantize(weight)
+        code, row_scale = row_fold.fold_rows(qdata, scale)
+        plain = reference.dequantize_exact(qdata, scale, *qdata.shape)
+        folded = code.double() * row_scale.double()[:, None]
+        changes.append(float((folded - plain).norm() / plain.norm()))
+    print(f"change by folding: mean {sum(changes) / len(changes):.1e}, largest {max(changes):.1e}")
+    assert max(changes) < 1e-5
+
+
+# ---- as ops ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Fast on the CPU, by plain torch."""
+    caches = (dispatch._choose, dispatch._test, dispatch._say_exact)
+    record = next(b for b in dispatch.BACKENDS if b.folds)
+    others = tuple(b for b in dispatch.BACKENDS if not b.folds)
+
+    def refuse(problem):
+        return "no" if problem.op != "linear" or problem.precision == "exact" else few(problem)
+
+    def few(problem):
+        return "few" if problem.few else None
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.replace(record, refuse=refuse), *others))
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+X = normal(2, 50, 96, seed=3)
+STORED = reference.quantize(normal(70, 96, seed=4))
+BIAS = normal(70, seed=5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fast_runs_the_three_steps(here, dtype):
+    x = X.to(dtype)
+    found = kernels.linear(x, *STORED, BIAS, shape=(70, 96))
+    wanted = fast_linear.linear(x.reshape(100, 96), *STORED, BIAS.to(dtype), 70, 96)
+    assert torch.equal(found, wanted.reshape(2, 50, 70))
+    assert found.dtype == dtype
+    exact = kernels.linear(x, *STORED, BIAS, shape=(70, 96), precision="exact")
+    assert 0.01 < (found.float() - exact.float()).norm() / exact.float().norm() < 0.06
+
+
+def test_few_rows_run_exact_without_a_word(here, caplog):
+    x = X[0, :50]
+    found = kernels.linear(x, *STORED, shape=(70, 96), precision="fast")
+    assert torch.equal(found, kernels.linear(x, *STORED, shape=(70, 96), precision="exact"))
+    assert caplog.records == []
+
+
+def test_a_folded_weight_and_quantised_activations_are_taken_as_they_are(here):
+    wanted = kernels.linear(X, *STORED, shape=(70, 96))
+    folded, tokens = kernels.fold_rows(*STORED), kernels.quantize_tokens(X)
+    given = {"folded": folded, "tokens": tokens, "shape": (70, 96)}
+    assert torch.equal(kernels.linear(X, *STORED, **given), wanted)
+    nothing = torch.zeros_like(STORED[0].view(torch.uint8)).view(torch.float8_e4m3fn)
+    assert torch.equal(kernels.linear(X, nothing, STORED[1], **given), wanted)
+
+
+def test_compiled_layers_share_one_quantisation_of_their_input(here):
+    others = [reference.quantize(normal(70, 96, seed=s)) for s in (6, 7)]
+
+    def attention(x):
+        return [kernels.linear(x, *stored, shape=(70, 96)) for stored in (STORED, *others)]
+
+    recorder = AotEagerAndRecordGraphs()
+    with torch.no_grad():
+        found = torch.compile(attention, fullgraph=True, backend=recorder)(X)
+    wanted = attention(X)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    targets = [str(node.target) for node in recorder.fw_graphs[0].graph.nodes]
+    name = ops.NAMESPACE
+    assert sum(t.startswith(f"{name}.scaled_matmul") for t in targets) == 3
+    assert sum(t.startswith(f"{name}.fold_rows") for t in targets) == 3
+    # Three in the trace, one after common subexpressions are merged, as inductor does it.
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    merged = fx_graph_cse(recorder.fw_graphs[0].graph)
+    assert sum(str(n.target).startswith(f"{name}.quantize_tokens") for n in merged.nodes) == 1
+
+
+def test_gradients_pass_straight_through(here):
+    x = X.clone().requires_grad_()
+    kernels.linear(x, *STORED, shape=(70, 96)).sum().backward()
+    weight = reference.dequantize(*STORED, torch.float32, 70, 96)
+    assert torch.allclose(x.grad, weight.sum(0).expand_as(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["fold_rows", "quantize_tokens", "scaled_matmul"])
+def test_ops_are_what_their_fakes_say(op):
+    function = getattr(getattr(torch.ops, ops.NAMESPACE), op).default
+    tokens, folded = reference.quantize_tokens(X[0]), reference.fold_rows(*STORED)
+    given = {
+        "fold_rows": STORED,
+        "quantize_tokens": (X[0],),
+        "scaled_matmul": (*tokens, *folded, BIAS, torch.bfloat16, 70),
+    }
+    torch.library.opcheck(function, given[op], test_utils="test_faketensor")
+
+
+# ---- which backend runs ----------------------------------------------------------------------
+
+CARDS = {
+    "Turing": (7, 5), "Ampere": (8, 0), "GeForce 30": (8, 6), "Ada": (8, 9), "Hopper": (9, 0),
+    "Blackwell": (10, 0), "GeForce 50": (12, 0),
+}  # fmt: skip
+LINEAR = [("exact", False), ("exact", True), ("auto", False), ("auto", True)]
+# Card -> backends of LINEAR with Triton, and without it.
+TRITON, FP8, EAGER = "triton", "fp8", "eager"
+OLD = ([TRITON] * 4, [EAGER] * 4)
+CHOSEN = {
+    "Turing": OLD,
+    "Ampere": OLD,
+    "GeForce 30": OLD,
+    "Ada": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
+    "Hopper": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
+    # torch's matmul with a scale per row is not relied on there
+    "Blackwell": ([TRITON, TRITON, FP8, TRITON], [EAGER] * 4),
+    "GeForce 50": ([TRITON, TRITON, FP8, TRITON], [EAGER] * 4),
+}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
+    caches = (dispatch._choose, dispatch._say_exact)
+
+    def insert(capability, triton=None, platform="linux"):
+        monkeypatch.setattr(launch, "capability", lambda device: capability)
+        monkeypatch.setattr(launch, "refusal", lambda: triton)
+        monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
+        monkeypatch.setattr("sys.platform", platform)
+        for cache in caches:
+            cache.cache_clear()
+
+    yield insert
+    for cache in caches:
+        cache.cache_clear()
+
+
+def chosen(op="linear", precision="exact", few=False, dtype=torch.bfloat16) -> str:
+    problem = dispatch.Problem(op, torch.device("cuda", 0), dtype, precision, few)
+    return dispatch._choose(problem, None)[0].name
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_each_card_has_its_backends(name, has_triton, card):
+    card(CARDS[name], None if has_triton else "needs Triton")
+    wanted = CHOSEN[name][0 if has_triton else 1]
+    assert [chosen(precision=p, few=few) for p, few in LINEAR] == wanted
+    for op in ("quantize", "dequantize"):
+        assert chosen(op) == (TRITON if has_triton else EAGER)
+
+
+def test_ada_on_windows_needs_triton_for_fast(card):
+    card((8, 9), "needs Triton: pip install triton-windows", "win32")
+    assert chosen(precision="auto") == EAGER
+    card((8, 9), None, "win32")
+    assert chosen(precision="auto") == FP8
+    assert not fast_linear.torch_multiplies(torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_refusals_are_told_in_words(card):
+    card((8, 6), "needs Triton: pip install triton")
+    said = {status.name: str(status) for status in kernels.backends("cuda:0")}
+    assert "compute capability 8.9 (RTX 40) or later; this one has 8.6" in said[FP8]
+    assert "needs Triton: pip install triton" in said[TRITON]
+    card(None)
+    said = {status.name: str(status) for status in kernels.backends("cpu")}
+    assert "this is cpu" in said[FP8]
+    assert "needs an NVIDIA or AMD GPU; this is cpu" in said[TRITON]
+
+
+def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypatch, caplog):
+    card((9, 0))
+    monkeypatch.setattr(
+        dispatch, "_test", lambda b, d: "it folds rows wrongly" if b.folds else None
+    )
+    assert chosen(precision="auto") == TRITON
+    said = {status.name: status for status in kernels.backends("cuda:0")}
+    assert said[FP8].reason == "it folds rows wrongly"
