@@ -61,3 +61,28 @@ def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Ten
             square = part.double().square_()  # in float32, values of 1e-30 would vanish
             total[r0:r1] = square.view(r1 - r0, blocks, BLOCK).sum(-1)
     return signal, noise
+
+
+def fold_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
+    """How much folding changes a weight at most, from its scales alone (`row_fold`).
+
+    Folding shifts the codes of a block whose scale is 2**d below the largest of its row, and rounds
+    away at most half of E4M3's smallest step, 2**-10, of each; the block's largest code is 224 or
+    above. So the block changes by at most 2**(d - 10) * sqrt(32) / 224 of its size, and by its
+    whole size at worst.
+
+    Args:
+        stored: shape of the codes, [N', K']; scale: the tiled scales.
+
+    Returns:
+        The root of the mean square over all blocks that are not zero.
+    """
+    rows, cols = stored
+    byte = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
+    byte = byte.masked_fill(byte == layout.E8M0_NAN, 0)
+    shift = (byte.amax(-1, keepdim=True) - byte)[byte > 0]
+    count = torch.bincount(shift.flatten().int(), minlength=256).double().cpu()
+    change = torch.exp2(torch.arange(256).double() - 10) * BLOCK**0.5 / 224
+    change[0] = 0
+    total = float((count * change.clamp_max(1).square()).sum())
+    return (total / max(1.0, float(count.sum()))) ** 0.5

@@ -35,13 +35,16 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
 from ..kernels import layout
-from ..kernels.dispatch import choose
+from ..kernels.dispatch import choose, folds
 from ..kernels.ops import FLOATS
+from ..quant.container import quoted
 from ..quant.format import MARKER
+from . import reuse
 
 logger = logging.getLogger(__name__)
 
 _KEY = "mxfp8"
+MOST_FOLDED = 0.01  # change by folding above which a layer runs exact; MXFP8 itself rounds by 0.027
 
 
 def is_mxfp8_linear(module: torch.nn.Module) -> bool:
@@ -88,16 +91,20 @@ def accelerate(patcher, precision: str):
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
     foreign = clone.object_patches.keys() - our_patches(clone)
+    unfit = _unfit_to_fold(linears, clone.load_device, precision)
     for name, module in linears:
         if f"{name}.forward" in foreign:
             logger.warning("MXFP8: %s is patched by another node already; it stays so.", name)
         else:
-            clone.add_object_patch(f"{name}.forward", MethodType(_FORWARDS[precision], module))
+            forward = _FORWARDS["exact" if name in unfit else precision]
+            clone.add_object_patch(f"{name}.forward", MethodType(forward, module))
     if linears:
         clone.__class__ = _patcher_class(type(clone))
         if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
             clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
-        backend, _ = choose("linear", torch.empty(0, device=clone.load_device))
+        reuse.find_families(clone.model, [module for _, module in linears])
+        sample = torch.empty(0, dtype=torch.bfloat16, device=clone.load_device)
+        backend, _ = choose("linear", sample, precision)
         logger.info(
             "MXFP8: %d layers of %s run on %s (%s).",
             len(linears),
@@ -111,6 +118,25 @@ def accelerate(patcher, precision: str):
             type(clone.model).__name__,
         )
     return clone
+
+
+def _unfit_to_fold(linears, device: torch.device, precision: str) -> set[str]:
+    """Names of the layers that folding would change too much, where layers are folded."""
+    if precision == "exact" or not folds(device, torch.bfloat16, precision):
+        return set()
+    unfit = {}
+    for name, module in linears:
+        change = kernels.fold_bound(module.weight._qdata.shape, module.weight._params.scale)
+        if change > MOST_FOLDED:
+            unfit[name] = change
+    if unfit:
+        worst = max(unfit, key=unfit.get)
+        logger.warning(
+            "MXFP8: %d of %d layers run exact: one scale per row, which FP8 tensor cores need, "
+            "could change them by more than %g (%s by %.2g).",
+            len(unfit), len(linears), MOST_FOLDED, quoted(worst), unfit[worst],
+        )  # fmt: skip
+    return set(unfit)
 
 
 def our_patches(patcher) -> list[str]:
@@ -139,6 +165,24 @@ class _QuantizedWeights:
 
         state = super().model_state_dict(filter_prefix)
         return {key: value for key, value in state.items() if is_there(key)}
+
+    def pre_run(self):
+        super().pre_run()
+        fast = [
+            p.__self__ for n, p in self.object_patches.items()
+            if getattr(p, "__func__", None) in (_forward_auto, _forward_fast)
+        ]  # fmt: skip
+        if fast and folds(self.load_device, torch.bfloat16, "auto"):
+            reuse.allow(self, fast)
+
+    def partially_unload(self, *args, **options):
+        reuse.drop(self.model)
+        return super().partially_unload(*args, **options)
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:  # else they stay, and only object patches go
+            reuse.drop(self.model)
+        return super().unpatch_model(device_to, unpatch_weights)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         codes = next((key for key in patches or () if key.endswith(MARKER)), None)
@@ -228,6 +272,7 @@ def _rebind(old, new) -> None:
             new.object_patches[name] = MethodType(new.object_patches[name].__func__, module)
         else:
             del new.object_patches[name]
+    reuse.find_families(new.model, [module for _, module in mxfp8_linears(new.model)])
 
 
 def check_movable(patcher) -> None:
@@ -316,6 +361,9 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         want_requant=False,  # requantising a patched weight would lose 3% on every forward
     )
     if isinstance(weight, QuantizedTensor):
+        fold = tokens = None
+        if not torch.compiler.is_compiling() and kernels.folds_here(x, precision):
+            fold, tokens = reuse.folded(module, weight), reuse.tokens(module, x)
         out = kernels.linear(
             x,
             weight._qdata,
@@ -323,6 +371,8 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
             bias,
             shape=tuple(weight.shape),
             precision=precision,
+            folded=fold,
+            tokens=tokens,
         )
     else:  # a LoRA was merged into it on the way
         out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)

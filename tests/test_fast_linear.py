@@ -308,3 +308,27 @@ def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypat
     assert chosen(precision="auto") == TRITON
     said = {status.name: status for status in kernels.backends("cuda:0")}
     assert said[FP8].reason == "it folds rows wrongly"
+
+
+# ---- the bound on folding --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0, 2, 5, 10, 14, 20])
+def test_the_bound_on_folding_holds_and_is_not_far_off(spread):
+    """Blocks that are up to 2**spread smaller than the largest of their row."""
+    factor = torch.exp2(-spread * torch.rand(64, 16, generator=torch.Generator().manual_seed(1)))
+    weight = normal(64, 512) * factor.repeat_interleave(32, 1)
+    qdata, scale = reference.quantize(weight)
+    code, row_scale = row_fold.fold_rows(qdata, scale)
+    plain = reference.dequantize_exact(qdata, scale, 64, 512)
+    change = (code.double() * row_scale.double()[:, None] - plain).view(64, 16, 32).norm(dim=-1)
+    found = float((change / plain.view(64, 16, 32).norm(dim=-1)).square().mean().sqrt())
+    bound = kernels.fold_bound(qdata.shape, scale)
+    assert found <= bound
+    if spread >= 14:  # where it comes near the limit at which layers run exact
+        assert bound <= 10 * found
+
+
+def test_a_zero_matrix_is_not_changed_by_folding():
+    qdata, scale = reference.quantize(torch.zeros(40, 64))
+    assert kernels.fold_bound(qdata.shape, scale) == 0

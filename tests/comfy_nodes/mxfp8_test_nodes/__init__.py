@@ -1,9 +1,11 @@
 """Nodes that only tests use: they put a model into the states that users' workflows bring about."""
 
 import ctypes
+import dataclasses
 import gc
 import hashlib
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -284,11 +286,87 @@ class TestRights(_Node):
         return (model,)
 
 
+def _pack(module: str):
+    """A module of the pack, as this server imported it."""
+    return next(m for name, m in sys.modules.items() if name.endswith(f"ComfyUI-MXFP8.{module}"))
+
+
+class TestFast(_Node):
+    """Has the pack take this CPU for a card with FP8 tensor cores, or no longer."""
+
+    INPUTS = {
+        "model": "MODEL",
+        "on": "BOOLEAN",
+        "keep": "BOOLEAN",  # whether folded weights are kept
+        "most_folded": ("FLOAT", {"default": 1.0}),
+    }
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model, on, keep, most_folded):
+        dispatch, reuse = _pack("kernels.dispatch"), _pack("nodes.reuse")
+
+        def refuse(problem):
+            linear = problem.op == "linear" and problem.precision == "fast"
+            return None if linear and not problem.few else "not here"
+
+        fast_linear = dispatch.fast_linear
+        dispatch.BACKENDS = tuple(
+            dataclasses.replace(b, refuse=refuse if on else fast_linear.refuse) if b.folds else b
+            for b in dispatch.BACKENDS
+        )
+        fast_linear.FEW_ROWS = 1 if on else 64
+        reuse.RESERVE = -(1 << 60) if keep else 1 << 60
+        reuse.SHARE = 1 << 62
+        _pack("nodes.model_patch").MOST_FOLDED = most_folded
+        for cache in (dispatch._choose, dispatch._test):
+            cache.cache_clear()
+        dispatch.folds(torch.device("cpu"), torch.float32, "auto")  # its self-test is not counted
+        for name in ("fold_rows", "quantize_tokens"):
+            _count(_pack("kernels.row_fold"), name)
+        return (model,)
+
+
+def _count(module, name: str) -> None:
+    """Have a module count the calls of a function, from 0."""
+    function = getattr(module, name)
+    function = getattr(function, "counted", function)
+
+    def counting(*args):
+        counting.calls += 1
+        return function(*args)
+
+    counting.calls, counting.counted = 0, function
+    setattr(module, name, counting)
+
+
+class TestReuse(_Node):
+    """How many folded weights a model keeps once `samples` are there, how often weights were
+    folded since the last TestFast, and how often activations were quantised."""
+
+    INPUTS = {"model": "MODEL", "samples": "LATENT"}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model, samples):
+        folds = _pack("nodes.reuse")._models.get(model.model)
+        kept = 0 if folds is None else len(folds.kept)
+        row_fold = _pack("kernels.row_fold")
+        return {"ui": {"result": [kept, row_fold.fold_rows.calls, row_fold.quantize_tokens.calls]}}
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestRights,
+        TestMemory, TestFail, TestRights, TestFast, TestReuse,
     )
 }  # fmt: skip
