@@ -21,17 +21,21 @@ _HOME = {
     "fold_bound": "measure",
     "quantize_measured": "measure",
     "backends": "dispatch",
+    "choices": "dispatch",
+    "machine": "launch",
     "use_backend": "dispatch",
 }
 
 __all__ = [
     "backends",
     "block_energy",
+    "choices",
     "dequantize",
     "fold_bound",
     "fold_rows",
     "folds_here",
     "linear",
+    "machine",
     "quantize",
     "quantize_measured",
     "quantize_tokens",

@@ -153,8 +153,17 @@ _forced: Backend | None = None
 
 
 @cache
+def _notice_exact(problem: Problem, forced: Backend | None) -> None:
+    """Say that fast runs exact, unless that is for want of rows."""
+    if _choose(problem, forced)[1] == "exact":
+        candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
+        reasons = [f"{b.name}: {_refusal(b, problem)}" for b in candidates]
+        _say_exact(problem.device.type, "; ".join(reasons))
+
+
+@cache
 def _say_exact(device: str, reasons: str) -> None:
-    """Warn that fast runs exact, once per kind of device whatever the dtypes."""
+    """Warn once per kind of device, whatever the dtypes."""
     logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
 
 
@@ -169,11 +178,6 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
             if reason is not None:
                 refusals.append(f"{backend.name} ({precision}): {reason}")
                 continue
-            if problem.precision == "fast" and precision == "exact":
-                if problem.few:  # which is no news, unless many rows would run exact too
-                    _choose(replace(problem, few=False), forced)
-                else:
-                    _say_exact(problem.device.type, "; ".join(refusals))
             return backend, precision
     raise ValueError(
         f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
@@ -206,7 +210,11 @@ def choose(
         rows: of x, for a linear; default: many.
     """
     few = rows is not None and rows <= fast_linear.FEW_ROWS
-    return _choose(Problem(op, tensor.device, tensor.dtype, precision, few), _forced)
+    problem = Problem(op, tensor.device, tensor.dtype, precision, few)
+    backend, runs_as = _choose(problem, _forced)
+    if precision == "fast" and runs_as == "exact":
+        _notice_exact(replace(problem, few=False), _forced)
+    return backend, runs_as
 
 
 @torch.compiler.assume_constant_result
@@ -215,15 +223,36 @@ def folds(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
     return _choose(Problem("linear", device, dtype, precision), _forced)[0].folds
 
 
+def choices(device: torch.device | str | None = None) -> list[str]:
+    """Sentences on what runs linears in bfloat16 on a device, by precision and rows of x."""
+    device = _default(device)
+    few = f"up to {fast_linear.FEW_ROWS} rows"
+    result = []
+    for precision in PRECISIONS:
+        names = {}
+        for rows, is_few in (("more rows", False), (few, True)):
+            problem = Problem("linear", device, torch.bfloat16, precision, is_few)
+            backend, runs_as = _choose(problem, _forced)
+            names[rows] = f"{backend.name} ({runs_as})"
+        same = len(set(names.values())) == 1
+        said = names[few] if same else ", ".join(f"{r}: {n}" for r, n in reversed(names.items()))
+        result.append(f"{precision}: {said}")
+    return result
+
+
+def _default(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
     """Every backend in order of preference, for `linear` on `device`.
 
     Args:
         device: default is CUDA where there is a CUDA device, else the CPU.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = Problem("linear", torch.device(device), torch.bfloat16)
+    problem = Problem("linear", _default(device), torch.bfloat16)
     result = []
     for backend in BACKENDS:
         precision = "fast" if backend.folds else "exact"

@@ -32,6 +32,22 @@ def refusal() -> str | None:
     return None
 
 
+def machine() -> str:
+    """What kernels would run on here, in a line."""
+    parts = [f"torch {torch.__version__}"]
+    if refusal() is None:
+        import triton
+
+        parts.append(f"Triton {triton.__version__}")
+    if not torch.cuda.is_available():
+        return ", ".join([*parts, "no CUDA device"])
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        version = f"compute capability {found.major}.{found.minor}"
+        parts.append(f"{found.name} ({version}, {found.total_memory / 1e9:.0f} GB)")
+    return ", ".join(parts)
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -33,7 +33,7 @@ def precision_input() -> io.Combo.Input:
         tooltip=(
             "exact: stored weights times unquantised activations. "
             "fast: activations are quantised too, for tensor cores that multiply 8-bit values. "
-            "auto: fast where the GPU has them, else exact. In this version all three run exact. "
+            "auto: fast where the GPU has them (RTX 40 and later, H100), else exact. "
             "Layers that the file marks as full precision are always exact."
         ),
     )

@@ -323,10 +323,15 @@ def _verify(arguments) -> int:
 
 
 def _backends(arguments) -> int:
-    from ..kernels import backends
+    from ..kernels import backends, choices, machine
 
+    print(machine())
+    print("\nBackends, in order of preference:")
     for status in backends():
-        print(status)
+        print(f"  {status}")
+    print("\nA linear runs, at precision")
+    for choice in choices():
+        print(f"  {choice}")
     return 0
 
 

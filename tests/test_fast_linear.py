@@ -129,13 +129,28 @@ def test_folding_trained_layers_changes_less_than_a_millionth():
     assert max(changes) < 1e-5
 
 
+def test_the_matmul_is_that_of_torch():
+    """Which on a CPU has one scale for each whole matrix."""
+    a, b = (normal(*s, seed=s[0]).to(torch.float8_e4m3fn) for s in ((40, 96), (64, 96)))
+    scales = torch.full((40,), 0.5), torch.full((64,), 0.25)
+    bias = normal(64, seed=9).bfloat16()
+    found = fast_linear.scaled_matmul(a, scales[0], b, scales[1], bias, torch.bfloat16, 64)
+    wanted = torch._scaled_mm(
+        a, b.t(), torch.tensor(0.5), torch.tensor(0.25), bias, out_dtype=torch.bfloat16
+    )
+    difference = (found.double() - wanted.double()).abs()
+    assert (difference <= wanted.double().abs() * 2.0**-7 + 1e-5).all()
+
+
 # ---- as ops ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Fast on the CPU, by plain torch."""
-    caches = (dispatch._choose, dispatch._test, dispatch._say_exact)
+    caches = (
+        dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._say_exact,
+    )  # fmt: skip
     record = next(b for b in dispatch.BACKENDS if b.folds)
     others = tuple(b for b in dispatch.BACKENDS if not b.folds)
 
@@ -251,7 +266,7 @@ CHOSEN = {
 @pytest.fixture
 def card(monkeypatch):
     """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
-    caches = (dispatch._choose, dispatch._say_exact)
+    caches = (dispatch._choose, dispatch._notice_exact, dispatch._say_exact)
 
     def insert(capability, triton=None, platform="linux"):
         monkeypatch.setattr(launch, "capability", lambda device: capability)
