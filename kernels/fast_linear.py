@@ -14,6 +14,7 @@ own where the platform has it for scales by row: Hopper, and Ada but for Windows
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import torch
 
@@ -44,7 +45,22 @@ def torch_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     found = launch.capability(device)
     hopper = found is not None and found[0] == 9
     ada = found == (8, 9) and sys.platform != "win32"
-    return dtype == torch.bfloat16 and (hopper or ada)
+    return dtype == torch.bfloat16 and (hopper or ada) and _torch_runs(device)
+
+
+@cache
+def _torch_runs(device: torch.device) -> bool:
+    """Whether this torch does: earlier ones have it for Hopper alone, or not at all."""
+    code = torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(
+            code, code.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _triton(tensor: torch.Tensor) -> bool:

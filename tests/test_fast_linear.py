@@ -268,11 +268,12 @@ def card(monkeypatch):
     """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
     caches = (dispatch._choose, dispatch._notice_exact, dispatch._say_exact)
 
-    def insert(capability, triton=None, platform="linux"):
+    def insert(capability, triton=None, platform="linux", torch_runs=True):
         monkeypatch.setattr(launch, "capability", lambda device: capability)
         monkeypatch.setattr(launch, "refusal", lambda: triton)
         monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
         monkeypatch.setattr("sys.platform", platform)
+        monkeypatch.setattr(fast_linear, "_torch_runs", lambda device: torch_runs)
         for cache in caches:
             cache.cache_clear()
 
@@ -302,6 +303,17 @@ def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), None, "win32")
     assert chosen(precision="auto") == FP8
     assert not fast_linear.torch_multiplies(torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_hopper_with_an_older_torch_needs_triton_for_fast(card):
+    card((9, 0), "needs Triton: pip install triton", torch_runs=False)
+    assert chosen(precision="auto") == EAGER
+    card((9, 0), None, torch_runs=False)
+    assert chosen(precision="auto") == FP8
+
+
+def test_a_torch_without_the_matmul_is_found_out():
+    assert fast_linear._torch_runs(torch.device("cpu")) is False
 
 
 def test_refusals_are_told_in_words(card):
