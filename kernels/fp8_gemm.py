@@ -113,7 +113,7 @@ def tma_kernel(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -146,7 +146,7 @@ def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> to
     major, minor = capability(a.device) or (0, 0)
     config = config_for(major * 10 + minor, M, dtype)
     tiles = -(-M // config["BM"]) * -(-N // config["BN"])
-    grid = (min(tiles, _multiprocessors(a.device)),)
+    grid = (min(tiles, multiprocessors(a.device)),)
     rest = a_scale, b_scale, out if bias is None else bias, out, M, N, K, columns
     with on_device(a):
         if major == 9:

@@ -177,7 +177,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code = torch.empty(padded_rows, stored, dtype=torch.uint8, device=x.device)
     scale = torch.empty(layout.scale_shape(rows, cols), dtype=torch.uint8, device=x.device)
     if code.numel():
-        programs = scale.shape[0] // TILE_ROWS * -(-stored // COLUMNS)
+        programs = scale.shape[0] // ROWS * -(-stored // COLUMNS)
         with on_device(x):
             quantize_kernel[(programs,)](
                 x, code, scale, rows, cols, *x.stride(), padded_rows, stored, scale.shape[1] // 4,

@@ -29,11 +29,11 @@ def fold_kernel(
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = (row < rows)[:, None]
     largest = tl.full((R,), 1, tl.int32)
-    for first in range(0, tiles * 4, C // 32):
+    for first in range(0, stored // 32, C // 32):
         block = first + tl.arange(0, C // 32)
         byte = tl.load(
             scale_ptr + scale_offset(row[:, None], block[None, :], tiles),
-            mask=inside & (block < tiles * 4)[None, :],
+            mask=inside & (block < stored // 32)[None, :],  # not the padding, whatever is there
             other=0,
         ).to(tl.int32)
         largest = tl.maximum(largest, tl.max(tl.where(byte == 255, 0, byte), axis=1))
@@ -45,7 +45,7 @@ def fold_kernel(
         code = tl.load(code_ptr + row[:, None] * stored + column[None, :], mask=mask, other=0)
         byte = tl.load(
             scale_ptr + scale_offset(row[:, None], block[None, :], tiles),
-            mask=inside & (block < tiles * 4)[None, :],
+            mask=inside & (block < stored // 32)[None, :],
             other=0,
         ).to(tl.int32)
         # At most 1; below 2**-126 every code becomes zero anyway.

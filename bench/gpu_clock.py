@@ -1,0 +1,134 @@
+"""Time on a device: medians of device events around replays of a CUDA graph.
+
+A graph, because a small kernel is done before the host has launched the next one. Contestants run
+in turn, round after round, so that a change in the device's clocks meets all of them, and go round
+several sets of inputs that do not fit its cache together. Without a GPU it is the host's clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+ROUNDS = 11
+_LEAST_US = 1500.0  # of a timed stretch: events resolve half a microsecond
+_MOST_CALLS = 256
+
+
+class Clock:
+    """Attributes: failures: contestant -> why it could not be timed, of the last `time`."""
+
+    def __init__(self, device: torch.device, rounds: int = ROUNDS):
+        self.device = device
+        self.rounds = rounds
+        self.failures: dict[str, str] = {}
+
+    def time(
+        self, runs: dict[str, Callable[[int], object]], sets: int = 1, graph: bool = True
+    ) -> dict[str, float]:
+        """Microseconds per call, the median over rounds.
+
+        Args:
+            runs: contestant -> what it runs on the i-th set of inputs.
+            graph: whether to time replays of a CUDA graph; otherwise calls as the host makes them.
+        """
+        self.failures = {}
+        prepared = {}
+        for name, run in runs.items():
+            try:
+                prepared[name] = self._prepare(run, sets, graph)
+            except Exception as error:  # one contestant's failure must not lose the others
+                self.failures[name] = reason(error)
+        measured: dict[str, list[float]] = {name: [] for name in prepared}
+        for counted in [False] + [True] * self.rounds:
+            for name, (stretch, calls) in prepared.items():
+                spent = self._stretch(stretch) / calls
+                if counted:
+                    measured[name].append(spent)
+        return {name: statistics.median(values) for name, values in measured.items()}
+
+    def _prepare(self, run, sets: int, graph: bool) -> tuple[Callable[[], None], int]:
+        """(what to time, calls in it), after it has run on every set: that compiles it."""
+        for _ in range(2):
+            for index in range(sets):
+                run(index)
+        if self.device.type != "cuda":
+            return lambda: run(0), 1
+
+        def all_sets():
+            for index in range(sets):
+                run(index)
+
+        one = self._stretch(all_sets) / sets
+        rotations = max(1, min(_MOST_CALLS // sets, round(_LEAST_US / max(one, 0.1) / sets)))
+        calls = rotations * sets
+        if not graph:
+            return lambda: [run(i % sets) for i in range(calls)] and None, calls
+        recorded = torch.cuda.CUDAGraph()
+        # Results are kept for one rotation: a buffer written again at once stays in the cache.
+        kept: list[object] = [None] * sets
+        torch.cuda.synchronize()
+        with torch.cuda.graph(recorded):
+            for index in range(calls):
+                kept[index % sets] = run(index % sets)
+        return recorded.replay, calls
+
+    def _stretch(self, run: Callable[[], object]) -> float:
+        """Microseconds that a run takes."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e6
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    def host(self, run: Callable[[], object]) -> float:
+        """Microseconds of the host's time per call, the median over rounds.
+
+        `run` must take the device less time than the host, or it is the device that is timed.
+        """
+        measured = []
+        calls = 200 if self.device.type == "cuda" else 10
+        for counted in [False] + [True] * self.rounds:
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            spent = (time.perf_counter() - start) * 1e6 / calls
+            if counted:
+                measured.append(spent)
+        self.wait()
+        return statistics.median(measured)
+
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def allocated(self) -> int:
+        """Bytes of the device's memory that tensors take now."""
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    def peak_bytes(self, run: Callable[[], object], before: int) -> int | None:
+        """The most memory that was allocated while something ran, beyond `before`."""
+        if self.device.type != "cuda":
+            run()
+            return None
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def reason(error: Exception) -> str:
+    """An exception in a line."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {said[:300]}"
