@@ -6,7 +6,6 @@ Triton is optional, and whatever keeps it from working is remembered as a reason
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from functools import cache
 
@@ -18,11 +17,11 @@ OLDEST = (3, 3)  # Triton; earlier ones were never compiled
 @cache
 def refusal() -> str | None:
     """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        package = "triton-windows" if os.name == "nt" else "triton"
-        return f"needs Triton: pip install {package}"
     try:
         import triton
+    except ModuleNotFoundError:
+        package = "triton-windows" if os.name == "nt" else "triton"
+        return f"needs Triton: pip install {package}"
     except Exception as error:  # a broken installation raises whatever it likes
         return f"Triton does not import here ({type(error).__name__}: {error})"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])

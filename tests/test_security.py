@@ -14,8 +14,11 @@ from checkpoints import matrix
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([ROOT / "__init__.py", *(p for room in ("kernels", "quant", "nodes")
-                                          for p in (ROOT / room).glob("*.py"))])  # fmt: skip
+ALL = sorted([ROOT / "__init__.py", *(p for room in ("kernels", "quant", "nodes")
+                                      for p in (ROOT / room).glob("*.py"))])  # fmt: skip
+# A developer's command, which compiles our own kernels and runs Triton's disassembler.
+COMMAND = ROOT / "kernels" / "aot.py"
+SOURCES = [path for path in ALL if path != COMMAND]
 # Modules that reach the network, run programs or code, or read pickles.
 FORBIDDEN = {
     "aiohttp", "asyncio", "dill", "ftplib", "http", "httpx", "huggingface_hub", "importlib.util",
@@ -53,6 +56,12 @@ def test_the_source_reaches_no_network_program_or_pickle(path):
             assert name != "torch.load", f"line {node.lineno}"
         if isinstance(node, ast.Attribute):  # of ComfyUI's web server
             assert node.attr not in ("routes", "add_routes", "add_static"), f"line {node.lineno}"
+
+
+def test_nothing_imports_the_command_that_starts_programs():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "import aot" not in text and ".aot" not in text, path
 
 
 def test_installing_runs_nothing_and_fetches_nothing():

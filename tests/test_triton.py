@@ -147,7 +147,7 @@ def test_why_there_is_no_triton_is_told(monkeypatch):
     launch.refusal.cache_clear()
     assert launch.refusal() is None
     launch.refusal.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert launch.refusal() == "needs Triton: pip install triton"
     launch.refusal.cache_clear()
     monkeypatch.setattr("os.name", "nt")
