@@ -43,7 +43,7 @@ class Linears:
         """Two linears that take the same input."""
         if not self.way.shares:
             return self(first, x), self(second, x)
-        tokens = kernels.quantize_tokens(x)
+        tokens = kernels.quantize_activations(x, kernels.steps_here(x, "fast") or "rows")
         layers = (self.layers[name] for name in (first, second))
         return tuple(way.run(x, stored, bias, tokens) for way, stored, bias in layers)
 

@@ -78,7 +78,7 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
         "quantize": lambda i: kernels.quantize(plain[i]),
         "stock quantize": lambda i: stock_quantize(plain[i]),
         "fold_rows": lambda i: kernels.fold_rows(*packed[i]),
-        "quantize_tokens": lambda i: kernels.quantize_tokens(plain[i]),
+        "quantize_tokens": lambda i: kernels.quantize_activations(plain[i], "rows"),
     }
     spent = bench.time(f"casts of {N} x {K}", runs, count)
     limits = {
@@ -159,7 +159,7 @@ def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
         return runs
     if not torch_has_it and not fast_linear._triton(xs[0]):
         return runs
-    tokens = [kernels.quantize_tokens(x) for x in xs]
+    tokens = [kernels.quantize_activations(x, "rows") for x in xs]
     folded = [kernels.fold_rows(*kernels.quantize(w)) for w in plain]
     if torch_has_it:
         runs["torch._scaled_mm"] = lambda i: torch._scaled_mm(

@@ -101,7 +101,7 @@ def ways(device: torch.device) -> dict[str, Way]:
         "exact": Way(kernels.quantize, _exact, "exact"),
     }
     if fast_refusal(device) is None:
-        here = dispatch.folds(device, torch.bfloat16, "fast")
+        here = dispatch.steps(device, torch.bfloat16, "fast")
         fast = _fast if here else _fast_in_torch
         found["fast"] = Way(kernels.quantize, fast, "fast", False)
         found["fast cached"] = Way(_with_fold, fast, "fast", True)
@@ -111,7 +111,7 @@ def ways(device: torch.device) -> dict[str, Way]:
 
 def fast_refusal(device: torch.device) -> str | None:
     """Why there is no fast linear to measure, or None. On a CPU plain torch stands in."""
-    if device.type != "cuda" or dispatch.folds(device, torch.bfloat16, "fast"):
+    if device.type != "cuda" or dispatch.steps(device, torch.bfloat16, "fast"):
         return None
     reasons = [s.reason for s in kernels.backends(device) if s.name == "fp8"]
     return reasons[0] if reasons else "no backend folds"
@@ -121,7 +121,7 @@ def backend(device: torch.device, way: Way, rows: int) -> str:
     """The name of the backend that runs one of our ways with this many rows."""
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
     name = dispatch.choose("linear", probe, way.precision, rows)[0].name
-    if way.precision == "fast" and not dispatch.folds(device, torch.bfloat16, "fast"):
+    if way.precision == "fast" and not dispatch.steps(device, torch.bfloat16, "fast"):
         name = "plain torch"
     return f"{name}, shared tokens" if way.shares else name
 

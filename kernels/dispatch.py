@@ -21,7 +21,7 @@ from importlib import import_module
 
 import torch
 
-from . import eager, fast_linear, launch, reference, self_test
+from . import eager, fast_linear, launch, reference, self_test, torch_mx
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ class Backend:
     Attributes:
         refuse: problem -> the reason why this backend cannot take it, or None if it can.
         automatic: whether it may be chosen without being named.
-        folds: whether its linear is made of the three ops of `fast_linear`, and takes a weight
-            that is folded already.
+        steps: how its linear is made of several ops, if it is: "rows", those of `fast_linear`,
+            which takes a weight that is folded already, or "blocks", quantise and block_matmul.
+        matmul: of "blocks": (tokens, weight, bias, dtype, M, N) -> result.
         test: device -> what is wrong with the backend there, or None; run once per device.
     """
 
@@ -64,7 +65,8 @@ class Backend:
     linear: Callable
     refuse: Callable[[Problem], str | None]
     automatic: bool = True
-    folds: bool = False
+    steps: str | None = None
+    matmul: Callable | None = None
     test: Callable[[torch.device], str | None] | None = None
 
 
@@ -109,7 +111,40 @@ def _from(module: str, name: str) -> Callable:
     return call
 
 
+def _triton_mx_refuses(problem: Problem) -> str | None:
+    reason = fast_linear.refuse_activations(replace(problem, few=False))
+    if reason is not None:
+        return reason
+    found = launch.capability(problem.device)
+    gfx950 = launch.amd_architecture(problem.device) == "gfx950"
+    if not gfx950 and (found is None or found < (10, 0)):
+        have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
+        return f"needs block-scaled tensor cores (Blackwell, gfx950); {have}"
+    return launch.refusal()
+
+
+def _blocks(matmul: Callable) -> Callable:
+    """A linear that quantises x in blocks, then multiplies."""
+
+    def linear(x, qdata, scale, bias, rows, cols, precision):
+        tokens = choose("quantize", x)[0].quantize(x)
+        return matmul(tokens, (qdata, scale), bias, x.dtype, x.shape[0], rows)
+
+    return linear
+
+
 BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="torch_mx",
+        summary="block-scaled tensor cores (Blackwell) by cuBLASLt, activations in MXFP8",
+        quantize=eager.quantize,
+        dequantize=eager.dequantize,
+        linear=_blocks(torch_mx.matmul),
+        refuse=torch_mx.refuse,
+        steps="blocks",
+        matmul=torch_mx.matmul,
+        test=self_test.blocks(torch_mx.matmul),
+    ),
     Backend(
         name="fp8",
         summary="FP8 tensor cores (Hopper, Ada), activations quantised row by row",
@@ -117,7 +152,7 @@ BACKENDS: tuple[Backend, ...] = (
         dequantize=eager.dequantize,
         linear=fast_linear.linear,
         refuse=fast_linear.refuse,
-        folds=True,
+        steps="rows",
         test=self_test.fast,
     ),
     Backend(
@@ -128,6 +163,18 @@ BACKENDS: tuple[Backend, ...] = (
         linear=_from("exact_linear", "linear"),
         refuse=_triton_refuses,
         test=self_test.exact,
+    ),
+    Backend(
+        name="triton_mx",
+        summary="block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
+        quantize=eager.quantize,
+        dequantize=eager.dequantize,
+        linear=_blocks(_from("triton_mx", "matmul")),
+        refuse=_triton_mx_refuses,
+        automatic=False,
+        steps="blocks",
+        matmul=_from("triton_mx", "matmul"),
+        test=self_test.blocks(_from("triton_mx", "matmul")),
     ),
     Backend(
         name="eager",
@@ -148,7 +195,7 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )
 
-_NOT_AUTOMATIC = "slow by design: runs only when named with use_backend"
+_NOT_AUTOMATIC = "not chosen by itself; runs when named with use_backend"
 _forced: Backend | None = None
 
 
@@ -218,9 +265,15 @@ def choose(
 
 
 @torch.compiler.assume_constant_result
-def folds(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
-    """Whether a linear of many rows runs as the three ops of `fast_linear`."""
-    return _choose(Problem("linear", device, dtype, precision), _forced)[0].folds
+def steps(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
+    """(`Backend.steps`, its name) for a linear of many rows, None where it is one op."""
+    backend, _ = _choose(Problem("linear", device, dtype, precision), _forced)
+    return backend.steps and (backend.steps, backend.name)
+
+
+def named(name: str) -> Backend:
+    """The backend of that name."""
+    return next(backend for backend in BACKENDS if backend.name == name)
 
 
 def choices(device: torch.device | str | None = None) -> list[str]:
@@ -255,7 +308,7 @@ def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
     problem = Problem("linear", _default(device), torch.bfloat16)
     result = []
     for backend in BACKENDS:
-        precision = "fast" if backend.folds else "exact"
+        precision = "fast" if backend.steps else "exact"
         reason = _refusal(backend, replace(problem, precision=precision))
         reason = reason or ("" if backend.automatic else _NOT_AUTOMATIC)
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))

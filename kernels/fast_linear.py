@@ -23,14 +23,22 @@ from . import launch, row_fold
 FEW_ROWS = 64  # up to which the exact kernel is as fast, being bound by the weight's bytes
 
 
-def refuse(problem) -> str | None:
-    """Why this cannot run, or None (`dispatch.Problem`)."""
+def refuse_activations(problem) -> str | None:
+    """Why activations are not quantised for a problem (`dispatch.Problem`), or None."""
     if problem.op != "linear":
         return "multiplies only"
     if problem.precision != "fast":
         return "quantises activations, which precision exact rules out"
     if problem.few:
         return f"with up to {FEW_ROWS} rows the exact kernel is as fast"
+    return None
+
+
+def refuse(problem) -> str | None:
+    """Why this cannot run, or None (`dispatch.Problem`)."""
+    reason = refuse_activations(problem)
+    if reason is not None:
+        return reason
     found = launch.capability(problem.device)
     if found is None or found < (8, 9):
         have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"

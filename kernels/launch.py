@@ -60,6 +60,14 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
+def amd_architecture(device: torch.device) -> str | None:
+    """The name of an AMD GPU's architecture ("gfx950"), None for any other device."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+
+
 def hardware_e4m3(device: torch.device) -> bool:
     """Whether the device converts E4M3 by instructions: NVIDIA from Ada (sm_89) on."""
     return (capability(device) or (0, 0)) >= (8, 9)

@@ -12,7 +12,7 @@ import math
 import torch
 
 from . import fast_linear, layout
-from .dispatch import PRECISIONS, choose, folds
+from .dispatch import PRECISIONS, choose, named, steps
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DATA = (torch.float8_e4m3fn, torch.uint8)
@@ -44,6 +44,10 @@ _lib.define("quantize_tokens(Tensor x) -> (Tensor, Tensor)")
 _lib.define(
     "scaled_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
     "ScalarType dtype, SymInt columns) -> Tensor"
+)
+_lib.define(
+    "block_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
+    "ScalarType dtype, SymInt rows, SymInt columns, str backend) -> Tensor"
 )
 _ops = getattr(torch.ops, NAMESPACE)
 
@@ -121,9 +125,9 @@ def linear(
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
         precision: "exact", "fast" or "auto" (see `dispatch`).
-        folded: what `fold_rows` made of this weight, to spare folding it again where that is
-            needed (`folds_here`).
-        tokens: what `quantize_tokens` made of x, likewise.
+        folded: what `fold_rows` made of this weight, to spare folding it again where
+            `steps_here` says "rows".
+        tokens: what `quantize_activations` made of x, likewise.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias.
@@ -144,33 +148,50 @@ def linear(
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    if not folds_here(x, precision) or _needs_grad(x, bias):
+    found = None if _needs_grad(x, bias) else _steps(x, precision)
+    if found is None:
         return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
-    codes, token_scale = quantize_tokens(x) if tokens is None else tokens
-    weight, row_scale = _ops.fold_rows(qdata, scale) if folded is None else folded
+    kind, backend = found
+    codes, token_scale = quantize_activations(x, kind) if tokens is None else tokens
     if bias is not None:
         bias = bias.to(x.dtype)
-    out = _ops.scaled_matmul(codes, token_scale, weight, row_scale, bias, x.dtype, rows)
+    if kind == "rows":
+        weight, row_scale = _ops.fold_rows(qdata, scale) if folded is None else folded
+        out = _ops.scaled_matmul(codes, token_scale, weight, row_scale, bias, x.dtype, rows)
+    else:
+        M = math.prod(x.shape[:-1])
+        out = _ops.block_matmul(
+            codes, token_scale, qdata, scale, bias, x.dtype, M, rows, backend
+        )  # fmt: skip
     return out.reshape(*x.shape[:-1], rows)
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise every row of x to E4M3, for several `linear` that take the same x.
+def quantize_activations(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise x once for several `linear` that take it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
+        kind: what `steps_here` says of x.
 
     Returns:
-        (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M].
+        "rows": (codes, scale), float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M];
+        "blocks": as `quantize` of x as [M, K].
     """
-    return _ops.quantize_tokens(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _ops.quantize_tokens(flat) if kind == "rows" else _ops.quantize(flat)
 
 
-def folds_here(x: torch.Tensor, precision: str) -> bool:
-    """Whether `linear` of this x folds its weight and quantises x row by row."""
-    if precision == "exact" or not folds(x.device, x.dtype, precision):
-        return False
-    return math.prod(x.shape[:-1]) > fast_linear.FEW_ROWS
+def steps_here(x: torch.Tensor, precision: str) -> str | None:
+    """Whether `linear` of this x quantises it, in "rows" or "blocks", or None."""
+    found = _steps(x, precision)
+    return found and found[0]
+
+
+def _steps(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
+    found = None if precision == "exact" else steps(x.device, x.dtype, precision)
+    if found is None or math.prod(x.shape[:-1]) <= fast_linear.FEW_ROWS:
+        return None
+    return found
 
 
 def _needs_grad(*tensors) -> bool:
@@ -239,6 +260,14 @@ def _scaled_matmul_fake(a, a_scale, b, b_scale, bias, dtype, columns):
     return a.new_empty((a.shape[0], columns), dtype=dtype)
 
 
+def _block_matmul(a, a_scale, b, b_scale, bias, dtype, rows, columns, backend):
+    return named(backend).matmul((a, a_scale), (b, b_scale), bias, dtype, rows, columns)
+
+
+def _block_matmul_fake(a, a_scale, b, b_scale, bias, dtype, rows, columns, backend):
+    return a.new_empty((rows, columns), dtype=dtype)
+
+
 def _linear_setup_context(ctx, inputs, output):
     _, qdata, scale, bias, ctx.rows, ctx.cols, _ = inputs
     ctx.save_for_backward(qdata, scale)
@@ -264,6 +293,7 @@ for _name, _kernel, _fake in (
     ("fold_rows", fast_linear.fold_rows, _fold_rows_fake),
     ("quantize_tokens", fast_linear.quantize_tokens, _quantize_tokens_fake),
     ("scaled_matmul", fast_linear.scaled_matmul, _scaled_matmul_fake),
+    ("block_matmul", _block_matmul, _block_matmul_fake),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)

@@ -69,6 +69,25 @@ def exact(device: torch.device) -> str | None:
     return None
 
 
+def blocks(matmul: Callable) -> Callable[[torch.device], str | None]:
+    """A test of a block-scaled matmul; the activations are the oracle's."""
+
+    @_tested
+    def test(device: torch.device) -> str | None:
+        x = torch.randn(128, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
+        weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+        stored = reference.quantize(weight)
+        bias = (torch.arange(ROWS) / ROWS).bfloat16()
+        wanted = reference.linear(x, *stored, bias, ROWS, COLUMNS, "fast")
+        tokens = [part.to(device) for part in reference.quantize(x)]
+        stored = [part.to(device) for part in stored]
+        out = matmul(tokens, stored, bias.to(device), torch.bfloat16, 128, ROWS)
+        error = _error(out, wanted)
+        return None if error <= _EXACT else f"its matmul is {error:.1e} off"
+
+    return test
+
+
 @_tested
 def fast(device: torch.device) -> str | None:
     """Of the row fold, the quantiser of activations and the FP8 matmul."""

@@ -35,7 +35,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
 from ..kernels import layout
-from ..kernels.dispatch import choose, folds
+from ..kernels.dispatch import choose, steps
 from ..kernels.ops import FLOATS
 from ..quant.container import quoted
 from ..quant.format import MARKER
@@ -122,7 +122,7 @@ def accelerate(patcher, precision: str):
 
 def _unfit_to_fold(linears, device: torch.device, precision: str) -> set[str]:
     """Names of the layers that folding would change too much, where layers are folded."""
-    if precision == "exact" or not folds(device, torch.bfloat16, precision):
+    if precision == "exact" or not _folds(device, precision):
         return set()
     unfit = {}
     for name, module in linears:
@@ -137,6 +137,12 @@ def _unfit_to_fold(linears, device: torch.device, precision: str) -> set[str]:
             len(unfit), len(linears), MOST_FOLDED, quoted(worst), unfit[worst],
         )  # fmt: skip
     return set(unfit)
+
+
+def _folds(device: torch.device, precision: str) -> bool:
+    """Whether linears on a device have their weights folded."""
+    found = steps(device, torch.bfloat16, precision)
+    return found is not None and found[0] == "rows"
 
 
 def our_patches(patcher) -> list[str]:
@@ -172,7 +178,7 @@ class _QuantizedWeights:
             p.__self__ for n, p in self.object_patches.items()
             if getattr(p, "__func__", None) in (_forward_auto, _forward_fast)
         ]  # fmt: skip
-        if fast and folds(self.load_device, torch.bfloat16, "auto"):
+        if fast and _folds(self.load_device, "auto"):
             reuse.allow(self, fast)
 
     def partially_unload(self, *args, **options):
@@ -362,8 +368,11 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     )
     if isinstance(weight, QuantizedTensor):
         fold = tokens = None
-        if not torch.compiler.is_compiling() and kernels.folds_here(x, precision):
-            fold, tokens = reuse.folded(module, weight), reuse.tokens(module, x)
+        kind = None if torch.compiler.is_compiling() else kernels.steps_here(x, precision)
+        if kind is not None:
+            tokens = reuse.tokens(module, x, kind)
+        if kind == "rows":
+            fold = reuse.folded(module, weight)
         out = kernels.linear(
             x,
             weight._qdata,

@@ -100,11 +100,11 @@ class _Family:
 
     def __init__(self) -> None:
         self._source = lambda: None
-        self._tokens = None
+        self._tokens = self._kind = None
 
-    def tokens(self, x: torch.Tensor):
-        if self._source() is not x:
-            self._tokens = kernels.quantize_tokens(x)
+    def tokens(self, x: torch.Tensor, kind: str):
+        if self._source() is not x or self._kind != kind:
+            self._tokens, self._kind = kernels.quantize_activations(x, kind), kind
             self._source = weakref.ref(x, self._forget)
         return self._tokens
 
@@ -129,7 +129,7 @@ def find_families(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) ->
                     _families[module] = family
 
 
-def tokens(module: torch.nn.Module, x: torch.Tensor):
-    """What `kernels.quantize_tokens` made of x for a sibling; None for a layer without any."""
+def tokens(module: torch.nn.Module, x: torch.Tensor, kind: str):
+    """What `kernels.quantize_activations` made of x for a sibling; None for a layer without."""
     family = _families.get(module)
-    return None if family is None else family.tokens(x)
+    return None if family is None else family.tokens(x, kind)

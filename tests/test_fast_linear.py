@@ -9,7 +9,7 @@ from arithmetic import all_magnitudes
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch, fast_linear, launch, ops, reference, row_fold
+from mxfp8.kernels import dispatch, fast_linear, launch, ops, reference, row_fold, torch_mx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -151,8 +151,8 @@ def here(monkeypatch):
     caches = (
         dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._say_exact,
     )  # fmt: skip
-    record = next(b for b in dispatch.BACKENDS if b.folds)
-    others = tuple(b for b in dispatch.BACKENDS if not b.folds)
+    record = next(b for b in dispatch.BACKENDS if b.steps == "rows")
+    others = tuple(b for b in dispatch.BACKENDS if b.steps != "rows")
 
     def refuse(problem):
         return "no" if problem.op != "linear" or problem.precision == "exact" else few(problem)
@@ -193,7 +193,7 @@ def test_few_rows_run_exact_without_a_word(here, caplog):
 
 def test_a_folded_weight_and_quantised_activations_are_taken_as_they_are(here):
     wanted = kernels.linear(X, *STORED, shape=(70, 96))
-    folded, tokens = kernels.fold_rows(*STORED), kernels.quantize_tokens(X)
+    folded, tokens = kernels.fold_rows(*STORED), kernels.quantize_activations(X, "rows")
     given = {"folded": folded, "tokens": tokens, "shape": (70, 96)}
     assert torch.equal(kernels.linear(X, *STORED, **given), wanted)
     nothing = torch.zeros_like(STORED[0].view(torch.uint8)).view(torch.float8_e4m3fn)
@@ -245,11 +245,11 @@ def test_ops_are_what_their_fakes_say(op):
 
 CARDS = {
     "Turing": (7, 5), "Ampere": (8, 0), "GeForce 30": (8, 6), "Ada": (8, 9), "Hopper": (9, 0),
-    "Blackwell": (10, 0), "GeForce 50": (12, 0),
+    "Blackwell": (10, 0), "GeForce 50": (12, 0), "a later card": (13, 7),
 }  # fmt: skip
 LINEAR = [("exact", False), ("exact", True), ("auto", False), ("auto", True)]
 # Card -> backends of LINEAR with Triton, and without it.
-TRITON, FP8, EAGER = "triton", "fp8", "eager"
+TRITON, FP8, EAGER, BLOCKS = "triton", "fp8", "eager", "torch_mx"
 OLD = ([TRITON] * 4, [EAGER] * 4)
 CHOSEN = {
     "Turing": OLD,
@@ -257,9 +257,9 @@ CHOSEN = {
     "GeForce 30": OLD,
     "Ada": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
     "Hopper": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
-    # torch's matmul with a scale per row is not relied on there
-    "Blackwell": ([TRITON, TRITON, FP8, TRITON], [EAGER] * 4),
-    "GeForce 50": ([TRITON, TRITON, FP8, TRITON], [EAGER] * 4),
+    "Blackwell": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
+    "GeForce 50": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
+    "a later card": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
 }
 
 
@@ -297,6 +297,35 @@ def test_each_card_has_its_backends(name, has_triton, card):
         assert chosen(op) == (TRITON if has_triton else EAGER)
 
 
+@pytest.mark.parametrize("capability", [(10, 0), (12, 1)])
+def test_blackwell_says_what_block_scaled_matmuls_lack(capability, card, monkeypatch):
+    card(capability)
+    problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
+    assert torch_mx.refuse(problem) is None
+    assert chosen(precision="auto", dtype=torch.float32) == FP8
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert "needs a torch for CUDA 12.8 or later; this one is for 12.6" in torch_mx.refuse(problem)
+    card(capability)
+    assert chosen(precision="auto") == FP8
+    card(capability, "needs Triton")
+    assert chosen(precision="auto") == EAGER
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm")
+    assert "needs torch 2.10 or later" in torch_mx.refuse(problem)
+
+
+def test_triton_multiplies_blocks_only_when_named(card):
+    card((12, 0))
+    problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
+    named = dispatch.named("triton_mx")
+    assert dispatch._choose(problem, named) == (named, "fast")
+    assert "not chosen by itself" in {
+        s.name: s.reason for s in kernels.backends("cuda:0")
+    }["triton_mx"]  # fmt: skip
+    card((9, 0))
+    with pytest.raises(ValueError, match=r"needs block-scaled tensor cores .* this one has 9.0"):
+        dispatch._choose(problem, named)
+
+
 def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), "needs Triton: pip install triton-windows", "win32")
     assert chosen(precision="auto") == EAGER
@@ -330,11 +359,61 @@ def test_refusals_are_told_in_words(card):
 def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypatch, caplog):
     card((9, 0))
     monkeypatch.setattr(
-        dispatch, "_test", lambda b, d: "it folds rows wrongly" if b.folds else None
+        dispatch, "_test", lambda b, d: "it folds rows wrongly" if b.steps == "rows" else None
     )
     assert chosen(precision="auto") == TRITON
     said = {status.name: status for status in kernels.backends("cuda:0")}
     assert said[FP8].reason == "it folds rows wrongly"
+
+
+# ---- in blocks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks_here(monkeypatch):
+    """A block-scaled matmul on the CPU, in float64."""
+    caches = (dispatch._choose, dispatch._test, dispatch._notice_exact)
+
+    def matmul(tokens, weight, bias, dtype, M, N):
+        assert tokens[0].dtype == torch.float8_e4m3fn
+        K = tokens[0].shape[1]
+        x, w = (reference.dequantize_exact(*part, part[0].shape[0], K) for part in (tokens, weight))
+        out = (x @ w.t())[:M, :N]
+        return (out if bias is None else out + bias.double()).to(dtype)
+
+    def refuse(problem):
+        fits = problem.op == "linear" and problem.precision == "fast" and not problem.few
+        return None if fits else "no"
+
+    record = dispatch.replace(dispatch.named(BLOCKS), refuse=refuse, matmul=matmul, test=None)
+    others = tuple(b for b in dispatch.BACKENDS if b.name != BLOCKS)
+    monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_activations_in_blocks_are_those_of_the_oracle(blocks_here, dtype):
+    x = X.to(dtype)
+    found = kernels.linear(x, *STORED, BIAS, shape=(70, 96))
+    wanted = reference.linear(
+        x.reshape(100, 96), *STORED, BIAS.to(dtype), 70, 96, "fast"
+    ).reshape(2, 50, 70)  # fmt: skip
+    assert torch.equal(found, wanted)
+    tokens = kernels.quantize_activations(x, kernels.steps_here(x, "auto"))
+    assert torch.equal(kernels.linear(x, *STORED, BIAS, shape=(70, 96), tokens=tokens), wanted)
+
+
+def test_compiled_layers_share_their_blocks_too(blocks_here):
+    def attention(x):
+        return [kernels.linear(x, *STORED, shape=(70, 96)) for _ in range(2)]
+
+    with torch.no_grad():
+        found = torch.compile(attention, fullgraph=True, backend="aot_eager")(X)
+    assert all(torch.equal(a, b) for a, b in zip(found, attention(X), strict=True))
 
 
 # ---- the bound on folding --------------------------------------------------------------------

@@ -316,7 +316,9 @@ class TestFast(_Node):
 
         fast_linear = dispatch.fast_linear
         dispatch.BACKENDS = tuple(
-            dataclasses.replace(b, refuse=refuse if on else fast_linear.refuse) if b.folds else b
+            dataclasses.replace(b, refuse=refuse if on else fast_linear.refuse)
+            if (b.steps == "rows")
+            else b
             for b in dispatch.BACKENDS
         )
         fast_linear.FEW_ROWS = 1 if on else 64
@@ -325,7 +327,7 @@ class TestFast(_Node):
         _pack("nodes.model_patch").MOST_FOLDED = most_folded
         for cache in (dispatch._choose, dispatch._test):
             cache.cache_clear()
-        dispatch.folds(torch.device("cpu"), torch.float32, "auto")  # its self-test is not counted
+        dispatch.steps(torch.device("cpu"), torch.float32, "auto")  # its self-test is not counted
         for name in ("fold_rows", "quantize_tokens"):
             _count(_pack("kernels.row_fold"), name)
         return (model,)
