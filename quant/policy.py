@@ -320,8 +320,10 @@ def _keep_substrings(label: str, parts: Iterable[str]):
     parts = tuple(parts)
 
     def rule(key: str) -> str | None:
-        full = f".{key}"  # as if there were a prefix: a model in memory has none
-        part = next((p for p in parts if p in full), None)
+        # Whatever prefix there is, and under the one that presets have in mind (Anima's is "net.").
+        bare = key[len(next(p for p in PREFIXES if key.startswith(p))) :]
+        names = (key, f".{bare}", f"net.{bare}")
+        part = next((p for p in parts if any(p in name for name in names)), None)
         return None if part is None else f"{label} keeps {part!r}"
 
     return rule
