@@ -50,6 +50,7 @@ class Backend:
     """One implementation.
 
     Attributes:
+        quantize, dequantize: None where the backend only multiplies.
         refuse: problem -> the reason why this backend cannot take it, or None if it can.
         automatic: whether it may be chosen without being named.
         steps: how its linear is made of several ops, if it is: "rows", those of `fast_linear`,
@@ -60,8 +61,8 @@ class Backend:
 
     name: str
     summary: str
-    quantize: Callable
-    dequantize: Callable
+    quantize: Callable | None
+    dequantize: Callable | None
     linear: Callable
     refuse: Callable[[Problem], str | None]
     automatic: bool = True
@@ -137,8 +138,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="torch_mx",
         summary="block-scaled tensor cores (Blackwell) by cuBLASLt, activations in MXFP8",
-        quantize=eager.quantize,
-        dequantize=eager.dequantize,
+        quantize=None,
+        dequantize=None,
         linear=_blocks(torch_mx.matmul),
         refuse=torch_mx.refuse,
         steps="blocks",
@@ -148,8 +149,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="fp8",
         summary="FP8 tensor cores (Hopper, Ada), activations quantised row by row",
-        quantize=eager.quantize,
-        dequantize=eager.dequantize,
+        quantize=None,
+        dequantize=None,
         linear=fast_linear.linear,
         refuse=fast_linear.refuse,
         steps="rows",
@@ -167,8 +168,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton_mx",
         summary="block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
-        quantize=eager.quantize,
-        dequantize=eager.dequantize,
+        quantize=None,
+        dequantize=None,
         linear=_blocks(_from("triton_mx", "matmul")),
         refuse=_triton_mx_refuses,
         automatic=False,
@@ -217,7 +218,12 @@ def _say_exact(device: str, reasons: str) -> None:
 @cache
 def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     """The backend for a problem and the precision it will run at."""
+    if forced is not None and getattr(forced, problem.op) is None:
+        forced = None  # it only multiplies
     candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
+    candidates = [b for b in candidates if getattr(b, problem.op) is not None]
+    if forced is not None:
+        problem = replace(problem, few=False)  # which is about what is faster
     refusals = []
     for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
         for backend in candidates:
@@ -235,7 +241,7 @@ def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     """Why a backend does not take a problem, or None; its self-test on the device included."""
     reason = backend.refuse(problem)
-    if reason is None and backend.test is not None:
+    if reason is None and backend.test is not None and not launch.capturing():
         reason = _test(backend, problem.device)
     return reason
 
@@ -264,11 +270,14 @@ def choose(
     return backend, runs_as
 
 
-@torch.compiler.assume_constant_result
 def steps(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
     """(`Backend.steps`, its name) for a linear of many rows, None where it is one op."""
     backend, _ = _choose(Problem("linear", device, dtype, precision), _forced)
     return backend.steps and (backend.steps, backend.name)
+
+
+# Not `torch.compiler.assume_constant_result`, which does this and imports the compiler: a second.
+steps._dynamo_marked_constant = True
 
 
 def named(name: str) -> Backend:

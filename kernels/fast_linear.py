@@ -20,7 +20,7 @@ import torch
 
 from . import launch, row_fold
 
-FEW_ROWS = 64  # up to which the exact kernel is as fast, being bound by the weight's bytes
+FEW_ROWS = 64  # up to which the weight's bytes decide, and the exact kernel reads as few
 
 
 def refuse_activations(problem) -> str | None:
@@ -30,7 +30,7 @@ def refuse_activations(problem) -> str | None:
     if problem.precision != "fast":
         return "quantises activations, which precision exact rules out"
     if problem.few:
-        return f"with up to {FEW_ROWS} rows the exact kernel is as fast"
+        return f"up to {FEW_ROWS} rows run exact, bound by the weight's bytes as they are"
     return None
 
 
@@ -43,7 +43,7 @@ def refuse(problem) -> str | None:
     if found is None or found < (8, 9):
         have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
         return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {have}"
-    if not torch_multiplies(problem.device, torch.bfloat16):
+    if not torch_multiplies(problem.device, problem.dtype):
         return launch.refusal()
     return None
 
@@ -66,6 +66,8 @@ def _torch_runs(device: torch.device) -> bool:
             code, code.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError):
         return False
     return True
@@ -101,8 +103,12 @@ def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int
         a, b: float8_e4m3fn [M, K] and [N, K]; a_scale, b_scale: float32 [M] and [N].
         bias: [columns] of `dtype`, or None; columns: at most N, the rest is padding.
     """
-    N = b.shape[0]
-    if torch_multiplies(a.device, dtype) and N % 16 == 0 and a.shape[0]:
+    if torch_multiplies(a.device, dtype) and a.shape[0]:
+        missing = -b.shape[0] % 16
+        if missing:  # rows that were stored without padding
+            b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, missing)).view(b.dtype)
+            b_scale = torch.nn.functional.pad(b_scale, (0, missing))
+        N = b.shape[0]
         if bias is not None and columns < N:
             bias = torch.nn.functional.pad(bias, (0, N - columns))
         out = torch._scaled_mm(

@@ -4,8 +4,8 @@ Persistent: as many programs as multiprocessors take, each going from tile to ti
 in groups that share rows of both matrices while these are in the L2. On Hopper tiles are fetched by
 the tensor memory accelerator (TMA), elsewhere by asynchronous copies.
 
-For torch's own (`torch._scaled_mm`) where the platform has none, or this is faster: which one runs
-is decided in `fast_linear`. Hopper adds up FP8 products with 14 bits of mantissa, here as there
+In place of torch's own (`torch._scaled_mm`) where the platform has none, or not for the dtype of
+the result (`fast_linear`). Hopper adds up FP8 products with 14 bits of mantissa, here as there
 (`use_fast_accum`); that is far below the rounding of the operands.
 """
 

@@ -19,12 +19,13 @@ def refusal() -> str | None:
     """Why there is no Triton here, or None."""
     try:
         import triton
+
+        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     except ModuleNotFoundError:
         package = "triton-windows" if os.name == "nt" else "triton"
         return f"needs Triton: pip install {package}"
     except Exception as error:  # a broken installation raises whatever it likes
         return f"Triton does not import here ({type(error).__name__}: {error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         return f"Triton {triton.__version__} is too old; {wanted} or later works"
@@ -45,6 +46,11 @@ def machine() -> str:
         version = f"compute capability {found.major}.{found.minor}"
         parts.append(f"{found.name} ({version}, {found.total_memory / 1e9:.0f} GB)")
     return ", ".join(parts)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be compared."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def interpreted() -> bool:

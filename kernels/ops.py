@@ -95,7 +95,7 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
     rows, cols = _check_matrix(qdata, scale, shape)
     if dtype not in FLOATS:
         raise ValueError(f"MXFP8 dequantises to float32, float16 or bfloat16, not {dtype}")
-    return _ops.dequantize(qdata, scale, dtype, rows, cols)
+    return _ops.dequantize(qdata.contiguous(), scale.contiguous(), dtype, rows, cols)
 
 
 def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +111,7 @@ def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: shapes or dtypes that do not belong together.
     """
     _check_matrix(qdata, scale, None)
-    return _ops.fold_rows(qdata, scale)
+    return _ops.fold_rows(qdata.contiguous(), scale.contiguous())
 
 
 def linear(
@@ -148,6 +148,8 @@ def linear(
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    qdata, scale = qdata.contiguous(), scale.contiguous()  # which they nearly always are
+    bias = None if bias is None else bias.contiguous()
     found = None if _needs_grad(x, bias) else _steps(x, precision)
     if found is None:
         return _ops.linear(x, qdata, scale, bias, rows, cols, precision)

@@ -17,6 +17,7 @@ from . import fast_linear, reference
 ROWS, COLUMNS = 96, 192
 _EXACT = 1e-2  # relative error of a linear in bfloat16, whose rounding is 2**-9
 _FAST = 6e-2  # of E4M3 on both sides: 4e-2
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def _tested(test: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
@@ -24,6 +25,8 @@ def _tested(test: Callable[[torch.device], str | None]) -> Callable[[torch.devic
         try:
             with torch.inference_mode():
                 return test(device)
+        except (MemoryError, torch.OutOfMemoryError):  # which says nothing about the kernels
+            raise
         except Exception as error:
             said = next(iter(str(error).splitlines()), "")
             return f"its self-test failed ({type(error).__name__}: {said[:200]})"
@@ -38,6 +41,17 @@ def _numbers(rows: int, cols: int, seed: int) -> torch.Tensor:
     x[2, :40] *= 2.0**20
     x[3] *= 2.0**-130
     return x.bfloat16()
+
+
+def _normal() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations, a weight and a bias, all of ordinary size."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(rows, COLUMNS, generator=generator) for rows in (128, ROWS))
+    return x, weight, torch.randn(ROWS, generator=generator)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -60,12 +74,16 @@ def exact(device: torch.device) -> str | None:
     if not torch.equal(got.cpu(), reference.dequantize(qdata, scale, torch.float32, ROWS, COLUMNS)):
         return "it dequantises wrongly"
     linear = import_module(".exact_linear", __package__).linear
-    for rows in (1, 5):
-        x = _numbers(8, COLUMNS, rows)[-rows:]
-        wanted = reference.linear(x, qdata, scale, None, ROWS, COLUMNS)
-        error = _error(linear(x.to(device), *stored, None, ROWS, COLUMNS), wanted)
-        if not error <= _EXACT:
-            return f"its linear of {rows} rows is {error:.1e} off"
+    plain = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    qdata, scale = reference.quantize(plain)
+    stored = qdata.to(device), scale.to(device)
+    for dtype in _DTYPES:
+        for rows in (1, 5, 20, 40, 70):
+            x = _numbers(80, COLUMNS, rows)[-rows:].to(dtype)
+            wanted = reference.linear(x, qdata, scale, None, ROWS, COLUMNS)
+            error = _error(linear(x.to(device), *stored, None, ROWS, COLUMNS), wanted)
+            if not error <= _EXACT:
+                return f"its linear of {rows} rows in {_name(dtype)} is {error:.1e} off"
     return None
 
 
@@ -74,16 +92,18 @@ def blocks(matmul: Callable) -> Callable[[torch.device], str | None]:
 
     @_tested
     def test(device: torch.device) -> str | None:
-        x = torch.randn(128, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
-        weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+        x, weight, bias = _normal()
         stored = reference.quantize(weight)
-        bias = (torch.arange(ROWS) / ROWS).bfloat16()
-        wanted = reference.linear(x, *stored, bias, ROWS, COLUMNS, "fast")
-        tokens = [part.to(device) for part in reference.quantize(x)]
-        stored = [part.to(device) for part in stored]
-        out = matmul(tokens, stored, bias.to(device), torch.bfloat16, 128, ROWS)
-        error = _error(out, wanted)
-        return None if error <= _EXACT else f"its matmul is {error:.1e} off"
+        on_device = [part.to(device) for part in stored]
+        for dtype in _DTYPES:
+            given, added = x.to(dtype), bias.to(dtype)
+            wanted = reference.linear(given, *stored, added, ROWS, COLUMNS, "fast")
+            tokens = [part.to(device) for part in reference.quantize(given)]
+            out = matmul(tokens, on_device, added.to(device), dtype, len(x), ROWS)
+            error = _error(out, wanted)
+            if not error <= _EXACT:
+                return f"its matmul in {_name(dtype)} is {error:.1e} off"
+        return None
 
     return test
 
@@ -91,15 +111,18 @@ def blocks(matmul: Callable) -> Callable[[torch.device], str | None]:
 @_tested
 def fast(device: torch.device) -> str | None:
     """Of the row fold, the quantiser of activations and the FP8 matmul."""
-    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(128, COLUMNS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x, weight, bias = _normal()
     qdata, scale = reference.quantize(weight)
-    folded, wanted = fast_linear.fold_rows(qdata.to(device), scale.to(device)), None
+    stored = qdata.to(device), scale.to(device)
+    folded = fast_linear.fold_rows(*stored)
     for got, wanted in zip(folded, reference.fold_rows(qdata, scale), strict=True):
         if not torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)):
             return "it folds rows wrongly"
-    bias = torch.arange(ROWS, device=device, dtype=torch.bfloat16) / ROWS
-    wanted = reference.linear(x, qdata, scale, bias.cpu(), ROWS, COLUMNS)
-    out = fast_linear.linear(x.to(device), qdata.to(device), scale.to(device), bias, ROWS, COLUMNS)
-    error = _error(out, wanted)
-    return None if error <= _FAST else f"its linear is {error:.1e} off"
+    for dtype in _DTYPES:
+        given, added = x.to(dtype), bias.to(dtype)
+        wanted = reference.linear(given, qdata, scale, added, ROWS, COLUMNS)
+        out = fast_linear.linear(given.to(device), *stored, added.to(device), ROWS, COLUMNS)
+        error = _error(out, wanted)
+        if not error <= _FAST:
+            return f"its linear in {_name(dtype)} is {error:.1e} off"
+    return None

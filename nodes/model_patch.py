@@ -91,7 +91,7 @@ def accelerate(patcher, precision: str):
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
     foreign = clone.object_patches.keys() - our_patches(clone)
-    unfit = _unfit_to_fold(linears, clone.load_device, precision)
+    unfit = _unfit_to_fold(linears, clone, precision)
     for name, module in linears:
         if f"{name}.forward" in foreign:
             logger.warning("MXFP8: %s is patched by another node already; it stays so.", name)
@@ -103,7 +103,7 @@ def accelerate(patcher, precision: str):
         if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
             clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
         reuse.find_families(clone.model, [module for _, module in linears])
-        sample = torch.empty(0, dtype=torch.bfloat16, device=clone.load_device)
+        sample = torch.empty(0, dtype=_compute_dtype(clone), device=clone.load_device)
         backend, _ = choose("linear", sample, precision)
         logger.info(
             "MXFP8: %d layers of %s run on %s (%s).",
@@ -120,9 +120,9 @@ def accelerate(patcher, precision: str):
     return clone
 
 
-def _unfit_to_fold(linears, device: torch.device, precision: str) -> set[str]:
+def _unfit_to_fold(linears, patcher, precision: str) -> set[str]:
     """Names of the layers that folding would change too much, where layers are folded."""
-    if precision == "exact" or not _folds(device, precision):
+    if precision == "exact" or not _folds(patcher, precision):
         return set()
     unfit = {}
     for name, module in linears:
@@ -139,10 +139,16 @@ def _unfit_to_fold(linears, device: torch.device, precision: str) -> set[str]:
     return set(unfit)
 
 
-def _folds(device: torch.device, precision: str) -> bool:
-    """Whether linears on a device have their weights folded."""
-    found = steps(device, torch.bfloat16, precision)
+def _folds(patcher, precision: str) -> bool:
+    """Whether the linears of a model have their weights folded."""
+    found = steps(patcher.load_device, _compute_dtype(patcher), precision)
     return found is not None and found[0] == "rows"
+
+
+def _compute_dtype(patcher) -> torch.dtype:
+    """The dtype of a model's activations, as far as the model says."""
+    found = getattr(patcher.model, "get_dtype_inference", lambda: None)()
+    return found if found in FLOATS else torch.bfloat16
 
 
 def our_patches(patcher) -> list[str]:
@@ -178,12 +184,15 @@ class _QuantizedWeights:
             p.__self__ for n, p in self.object_patches.items()
             if getattr(p, "__func__", None) in (_forward_auto, _forward_fast)
         ]  # fmt: skip
-        if fast and _folds(self.load_device, "auto"):
-            reuse.allow(self, fast)
+        reuse.allow(self, fast if _folds(self, "auto") else ())
 
-    def partially_unload(self, *args, **options):
-        reuse.drop(self.model)
-        return super().partially_unload(*args, **options)
+    def partially_unload(self, device_to, memory_to_free=0, *args, **options):
+        freed = reuse.drop(self.model)
+        if freed >= memory_to_free > 0:
+            return freed
+        return freed + super().partially_unload(
+            device_to, max(0, memory_to_free - freed), *args, **options
+        )
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:  # else they stay, and only object patches go

@@ -6,6 +6,8 @@ dropped and made anew, activations shared by siblings, LoRAs, clones, torch.comp
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from graphs import Graph, latents
 from test_comfy_models import SAME, difference
@@ -92,6 +94,23 @@ def test_unloading_drops_the_folds_and_loading_makes_them_anew(comfy):
     assert outputs[kept[0]]["result"][0] == 0
     assert outputs[again[0]]["result"][0] > 10
     assert difference(*(latents(outputs, node, comfy.base) for node in saved)) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_folds_go_with_their_patcher_and_are_not_kept_where_a_lora_is_merged_unseen(comfy, lora):
+    """Under dynamic VRAM stock merges a LoRA into what a layer is given, not into its weight."""
+    graph = Graph()
+    model = graph.add(
+        "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=True,
+        most_folded=1.0,
+    )  # fmt: skip
+    if lora:
+        model = graph.add("LoraLoaderModelOnly", model=model, **LORA)
+    node = graph.add("TestKeeping", model=model)
+    found = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    assert found["static"] == 19
+    assert found["dynamic"] == (0 if lora else 19)
+    assert found["static, gone"] == found["dynamic, gone"] == 0
 
 
 @pytest.mark.parametrize("how", ["force_deepcopy", "compiled", "low VRAM"])

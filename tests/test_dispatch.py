@@ -1,6 +1,8 @@
 """Choosing a backend: what is offered, what is refused and why, and that a choice is made once."""
 
 import logging
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -107,6 +109,35 @@ def test_the_reference_runs_when_named(precision):
         got = kernels.linear(X, *STORED, precision=precision)
     assert torch.equal(got, oracle(precision))
     assert not torch.equal(oracle("exact"), oracle("fast"))
+
+
+@pytest.mark.parametrize("name", ["torch_mx", "fp8", "triton_mx"])
+def test_a_backend_that_only_multiplies_leaves_the_rest_to_others(name, monkeypatch):
+    made = [
+        dispatch.replace(
+            b, refuse=lambda problem: None if problem.precision == "fast" else "no", test=None,
+            matmul=lambda x, w, bias, dtype, M, N: reference.linear(X, *w, bias, N, 512).to(dtype),
+            linear=lambda x, q, s, bias, rows, cols, precision: reference.linear(
+                x, q, s, bias, rows, cols
+            ),
+        ) if b.name == name else b for b in dispatch.BACKENDS
+    ]  # fmt: skip
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(made))
+    with kernels.use_backend(name):
+        assert torch.equal(kernels.linear(X, *STORED, precision="auto"), oracle("exact"))
+        assert torch.equal(kernels.quantize(X)[0].view(torch.uint8),
+                           reference.quantize(X)[0].view(torch.uint8))  # fmt: skip
+        x = X.clone().requires_grad_()
+        kernels.linear(x, *STORED, precision="fast").sum().backward()
+        assert x.grad is not None
+        with pytest.raises(ValueError, match=r"takes linear of .* at precision 'exact'"):
+            kernels.linear(X, *STORED, precision="exact")
+
+
+def test_choosing_imports_no_compiler():
+    code = "import sys, mxfp8.kernels.ops; print('torch._dynamo' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
 
 
 def test_the_reference_never_runs_unnamed():

@@ -364,11 +364,34 @@ class TestReuse(_Node):
         return {"ui": {"result": [kept, row_fold.fold_rows.calls, row_fold.quantize_tokens.calls]}}
 
 
+class TestKeeping(_Node):
+    """Whether a model may keep folded weights: as it is, as if under dynamic VRAM, and what is
+    left of them when its patcher is gone."""
+
+    INPUTS = {"model": "MODEL"}
+    OUTPUT_NODE = True
+
+    def run(self, model):
+        reuse = _pack("nodes.reuse")
+        linears = [m for m in model.model.modules() if getattr(m, "quant_format", None)]
+        found = {}
+        for name, members in (("static", {}), ("dynamic", {"is_dynamic": lambda self: True})):
+            clone = model.clone()
+            clone.__class__ = type(name, (type(clone),), members)
+            reuse.allow(clone, linears)
+            folds = [reuse.folded(m, m.weight) for m in linears]
+            found[name] = sum(fold is not None for fold in folds)
+            del clone, folds
+            gc.collect()
+            found[f"{name}, gone"] = len(reuse._models[model.model].kept)
+        return {"ui": {"result": [json.dumps(found)]}}
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestRights, TestFast, TestReuse,
+        TestMemory, TestFail, TestRights, TestFast, TestReuse, TestKeeping,
     )
 }  # fmt: skip
