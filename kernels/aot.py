@@ -22,13 +22,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import fp8_gemm, triton_cast, triton_fold, triton_w8a16
+from . import fp8_gemm, triton_cast, triton_fold, triton_mx, triton_w8a16
 
 # Shared memory that a program can have, in bytes, per architecture.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 SHARED[120] = SHARED[86]
 _CODE, _SCALE = "*u8", "*u8"
 _OPTIONS = ("num_warps", "num_stages")
+_ANY = ("M", "tiles")  # sizes that are often no multiples of 16
 # A line of SASS: its address in a comment, then maybe a predicate, then the instruction.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+)")
@@ -40,7 +41,8 @@ class Build:
     """A kernel with what it is compiled from: a Triton type for each argument, or a constant.
 
     Attributes:
-        types: argument -> type; sizes ("i32") and pointers count as multiples of 16.
+        types: argument -> type; pointers and sizes ("i32") count as multiples of 16, as those of
+            models are, but for the number of rows of x and of tiles.
         constants: of the kernel, and Triton's num_warps and num_stages.
     """
 
@@ -105,6 +107,8 @@ def builds(arch: int) -> Iterator[Build]:
                 linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
             )  # fmt: skip
     yield from _fast_builds(arch, floats, hardware)
+    if arch >= 100:
+        yield from _block_scaled_builds(arch)
 
 
 def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[Build]:
@@ -126,7 +130,7 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
     sizes = dict.fromkeys(("M", "N", "K", "columns"), "i32")
     for most, config in fp8_gemm.CONFIGS[90 if arch == 90 else 89]:
         for name, pointer in floats.items():
-            if name == "fp32" and most == 1 << 31:
+            if name != "bf16" and most == 1 << 31:  # `config_for`
                 continue
             if arch == 90:
                 tiles = {"a": (config["BM"], config["BK"]), "b": (config["BN"], config["BK"])}
@@ -138,6 +142,27 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
                 kernel, f"{name}, M <= {most}" if most < 1 << 31 else f"{name}, any M",
                 operands | scales | out | sizes, config | {"HAS_BIAS": True},
             )  # fmt: skip
+
+
+def _block_scaled_builds(arch: int) -> Iterator[Build]:
+    """What Blackwell multiplies: activations and weights in MXFP8."""
+    names = "rows columns K tiles row_stride column_stride out_rows out_columns"
+    scales = {"a_scale_ptr": "*u8", "b_scale_ptr": "*u8"}
+    tma = triton_mx.uses_tma(arch)
+    for few, config in zip((True, False), triton_mx.CONFIGS[100 if tma else 120], strict=True):
+        tiles = {"a": (config["BA"], config["BK"]), "b": (config["BB"], config["BK"])}
+        for name, pointer in (("bf16", "*bf16"), ("fp16", "*fp16")):
+            operands = {
+                n: f"tensordesc<fp8e4nv[{r}, {c}]>" if tma else "*fp8e4nv"
+                for n, (r, c) in tiles.items()
+            }
+            types = operands | scales | {"bias_ptr": pointer, "out_ptr": pointer}
+            types |= dict.fromkeys(names.split(), "i32")
+            constants = config | {"HAS_BIAS": True, "TRANSPOSED": few, "TMA": tma}
+            unit = "row_stride" if few else "column_stride"
+            del types[unit]
+            rows = f"M <= {triton_mx.FEW_ROWS}" if few else "any M"
+            yield Build(triton_mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
 
 
 def compile_kernel(build: Build, arch: int):
@@ -156,7 +181,7 @@ def compile_kernel(build: Build, arch: int):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n] == "i32" or signature[n].startswith("*")
+        if n not in _ANY and (signature[n] == "i32" or signature[n].startswith("*"))
     }
     source = ASTSource(build.kernel, signature, constants, aligned)
     options = {n: v for n, v in build.constants.items() if n in _OPTIONS}

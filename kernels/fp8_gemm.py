@@ -122,7 +122,7 @@ def multiprocessors(device: torch.device) -> int:
 def config_for(arch: int, M: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and options for an architecture (compute capability times 10) and M rows."""
     table = CONFIGS[90] if arch == 90 else CONFIGS[89]
-    if dtype == torch.float32:  # results of the largest tiles would spill
+    if dtype != torch.bfloat16:  # results of the largest tiles would spill
         M = min(M, table[-2][0])
     return next(config for most, config in table if most >= M)
 

@@ -21,7 +21,7 @@ from mxfp8.kernels import aot, fp8_gemm, launch
 
 TESTS = Path(__file__).parent
 INTERPRETER = "3.9.0"
-ARCHITECTURES = (75, 80, 86, 89, 90)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 def with_triton(version: str) -> dict[str, str]:
@@ -62,10 +62,13 @@ def test_no_kernel_spills_or_takes_more_memory_than_there_is(arch):
 
 # Kernel -> the matrix instruction that it must have on an architecture.
 MATRIX = {
-    "few_rows_kernel": {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HMMA"},
-    "copy_kernel": {89: "QMMA"},
+    "few_rows_kernel": dict.fromkeys((80, 86, 89, 90, 100, 120), "HMMA"),
+    "copy_kernel": {89: "QMMA", 100: "UTCQMMA", 120: "QMMA"},
     "tma_kernel": {90: "QGMMA"},
+    "mx_kernel": {100: "UTCQMMA", 120: "QMMA"},
 }
+# Of the kernel for few rows, from 64 rows on: instructions of a group of warps.
+FEW = {90: "HGMMA", 100: "UTCHMMA"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -75,18 +78,27 @@ def test_kernels_use_the_matrix_instructions_that_are_meant(arch):
     assert {kernel for kernel, mnemonic in meant.items() if mnemonic} == found & meant.keys()
     for (name, config), binary in binaries(arch).items():
         wanted = meant.get(name)
-        if name == "few_rows_kernel" and arch == 90 and "<= 64" in config:
-            wanted = "HGMMA"  # a warp group's instruction, from 64 rows on
+        if name == "few_rows_kernel" and "<= 64" in config:
+            wanted = FEW.get(arch, wanted)
         assert binary.matrix.keys() == ({wanted} if wanted else set()), (name, config)
 
 
-@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("arch", [100, 120])
+def test_blackwell_applies_block_scales_in_its_matrix_instructions(arch):
+    """And multiplies E4M3 in them, nothing unpacked to bfloat16 (UTCHMMA, HMMA: above)."""
+    for build in aot.builds(arch):
+        if build.name in ("mx_kernel", "copy_kernel"):
+            ptx = aot.compile_kernel(build, arch).asm["ptx"]
+            assert ("block_scale" in ptx) == (build.name == "mx_kernel"), build.config
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
 def test_e4m3_is_converted_by_instructions_where_there_are_some(arch):
     for (name, config), binary in binaries(arch).items():
         packs = sum(
             n for i, n in binary.instructions.items() if i.startswith("F2FP") and "E4M3" in i
         )
-        converts = name not in ("copy_kernel", "tma_kernel")
+        converts = name not in ("copy_kernel", "tma_kernel", "mx_kernel")
         assert (packs > 0) == converts, (name, config)
 
 

@@ -169,4 +169,4 @@ def test_self_tests_name_what_is_wrong(device, monkeypatch):
     right = triton_w8a16.linear
     monkeypatch.setattr(triton_w8a16, "linear", lambda *a: right(*a) * 1.1)
     said = self_test.exact(device)
-    assert re.fullmatch(r"its linear of 1 rows is (9\.\de-02|1\.0e-01) off", said)
+    assert re.fullmatch(r"its linear of 1 rows in bfloat16 is (9\.\de-02|1\.0e-01) off", said)
