@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="where to quantise: cpu, cuda, cuda:1, ...; default: the accelerator, if there is one",
     )
+    convert.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="what the layers are given (safetensors); rounds them for that, which takes longer",
+    )
     convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
     convert.add_argument(
         "--dry-run", action="store_true", help="list every decision with its reason; write nothing"
@@ -212,6 +218,11 @@ def _convert(arguments) -> int:
 
     if arguments.report:
         _check_report(arguments)
+    calibration = None
+    if arguments.calibration:
+        from .calibration import load
+
+        calibration = load(arguments.calibration)
     keep_freed_memory()
     with _progress("convert") as progress:
         report = convert_file(
@@ -221,6 +232,7 @@ def _convert(arguments) -> int:
             overwrite=arguments.overwrite,
             progress=progress,
             device=arguments.device,
+            calibration=calibration,
         )
     print(report.summary())
     if arguments.report:

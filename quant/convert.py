@@ -17,13 +17,14 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from .. import kernels
 from ..kernels import layout
-from . import foreign, format, policy
+from . import foreign, format, gptq, policy
+from .calibration import Calibration, Moments, check_model
 from .container import FormatError, quoted
 from .format import MARKER, SCALE, WEIGHT
 from .memory import is_out_of_memory
@@ -53,6 +54,7 @@ def convert_file(
     overwrite: bool = False,
     progress: Progress | None = None,
     device: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Convert a model on disk to an MXFP8 file.
 
@@ -64,10 +66,13 @@ def convert_file(
         progress: called after every slab; an exception it raises stops the conversion cleanly.
         device: where to quantise ("cpu", "cuda:1", ...); default: the accelerator that torch has,
             else the CPU. The bytes are the same. Not run on an accelerator so far.
+        calibration: what layers are given; those in it are rounded for that (`gptq`). Needs memory
+            for one layer in float32 three times over, and for its inputs' moments twice.
 
     Raises:
         FormatError: the source is damaged or already quantised.
-        ValueError: a weight holds NaN or Inf, or no layer would be quantised.
+        ValueError: a weight holds NaN or Inf, no layer would be quantised, or the calibration is
+            another model's.
         OSError: reading or writing failed, or another conversion is writing the target.
         MemoryError: there is too little memory. In every case the target is as it was before.
     """
@@ -78,7 +83,10 @@ def convert_file(
                 "(the original cannot be rebuilt from MXFP8)"
             )
         plan = plan_source(opened, preset=preset, include=include, exclude=exclude)
-        return convert(opened, target, plan, overwrite=overwrite, progress=progress, device=device)
+        return convert(
+            opened, target, plan, overwrite=overwrite, progress=progress, device=device,
+            calibration=calibration,
+        )  # fmt: skip
 
 
 def plan_source(source: Source, **options) -> Plan:
@@ -103,6 +111,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
     device: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`."""
     if not plan.quantized:
@@ -116,6 +125,8 @@ def convert(
                 f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; "
                 f"128 rows must fit in memory, up to {_WIDEST} values are converted, so exclude it"
             )
+    if calibration is not None:
+        check_model(calibration, source)
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)
     advance = Meter(total, progress)
@@ -128,7 +139,17 @@ def convert(
         Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer,
     ):
         mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
-        energies = _stream(source, plan, writer, _device(device), advance)
+        known = {d.key: calibration and calibration.of(d.layer) for d in plan.quantized}
+        known = {key: moments for key, moments in known.items() if moments}
+        energies = _stream(source, plan, known.keys(), writer, _device(device), advance)
+        errors = {}
+        for decision in plan.quantized:
+            if decision.key in known:
+                errors[decision.key] = _round(
+                    source, decision, known[decision.key], writer, _device(device), energies
+                )
+                advance(_nbytes(decision), decision.key)
+        _check_energies(source, energies)
         for layer, marker in markers.items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
 
@@ -141,7 +162,7 @@ def convert(
         bytes_after=sum(t.nbytes for t in writer.tensors.values()),
         seconds=time.perf_counter() - start,
         sqnr_db=total_sqnr(energies.values()),
-        layers=_layer_reports(plan, writer, energies),
+        layers=_layer_reports(plan, writer, energies, errors),
     )
 
 
@@ -161,13 +182,17 @@ def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]
     ]
 
 
-def _stream(source: Source, plan: Plan, writer: Writer, device, advance) -> dict[str, Energy]:
-    """Read every tensor once and have it quantised or copied into the file."""
+def _stream(
+    source: Source, plan: Plan, others: Iterable[str], writer: Writer, device, advance
+) -> dict[str, Energy]:
+    """Read every tensor but `others` once and have it quantised or copied into the file."""
     energies = {decision.key: Energy() for decision in plan.quantized}
     workers = min(_WORKERS, cores())
     alone = functools.partial(_compute_alone, torch.get_num_threads())
     with Pipeline(workers, _BUDGET, alone) as pipeline:
         for decision in plan.decisions:
+            if decision.key in others:
+                continue
             for work, read, size, place in _work(_Reader(source, decision.key), decision):
 
                 def finish(energy: Energy | None, key=decision.key, size=size) -> None:
@@ -177,6 +202,11 @@ def _stream(source: Source, plan: Plan, writer: Writer, device, advance) -> dict
 
                 task = functools.partial(work, source.name, decision, writer, device)
                 pipeline.submit(task, read, place, size=size, done=finish)
+    return energies
+
+
+def _check_energies(source: Source, energies: dict[str, Energy]) -> None:
+    """Raise ValueError for a layer that would lose more than rounding explains."""
     for key, energy in energies.items():
         if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
             raise ValueError(
@@ -184,7 +214,6 @@ def _stream(source: Source, plan: Plan, writer: Writer, device, advance) -> dict
                 f"and rounding leaves at least {MIN_SQNR:.1f} dB: its values are around 2**-126 or "
                 "below, too small for MXFP8; exclude this layer"
             )
-    return energies
 
 
 def _work(reader: _Reader, decision: Decision):
@@ -235,6 +264,24 @@ def _quantize(
     energy = Energy()
     energy.add(first, signal, noise)
     return energy
+
+
+@torch.inference_mode()
+def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies):
+    """Round a whole layer for what it is given; returns (output error, that of plain rounding)."""
+    weight = _Reader(source, decision.key).rows(0, decision.shape[0])().to(device)
+    if not weight.isfinite().all():
+        row = int((~weight.isfinite().all(-1)).nonzero()[0, 0])
+        raise ValueError(
+            f"{source.name}: {quoted(decision.key)} holds NaN or Inf in row {row}; MXFP8 has no "
+            "way to store it"
+        )
+    found = gptq.round_weight(weight, moments.second)
+    for part, data in ((WEIGHT, found.qdata), (SCALE, found.scale)):
+        writer.write(decision.layer + part, as_bytes(data.cpu()), 0)
+    signal, noise = kernels.block_energy(weight, found.qdata, found.scale)
+    energies[decision.key].add(0, signal.cpu(), noise.cpu())
+    return found.error, found.nearest
 
 
 class _Reader:
@@ -325,13 +372,14 @@ def _memory_explained(name: str):
         ) from error
 
 
-def _layer_reports(plan: Plan, writer: Writer, energies) -> tuple[LayerReport, ...]:
+def _layer_reports(plan: Plan, writer: Writer, energies, errors) -> tuple[LayerReport, ...]:
     reports = []
     for decision in plan.decisions:
         if not decision.key.endswith(WEIGHT) or len(decision.shape) != 2:
             continue
         parts = (WEIGHT, SCALE, MARKER) if decision.quantize else (WEIGHT,)
         energy = energies.get(decision.key)
+        output_error, nearest_error = errors.get(decision.key, (None, None))
         reports.append(
             LayerReport(
                 name=decision.layer,
@@ -343,6 +391,8 @@ def _layer_reports(plan: Plan, writer: Writer, energies) -> tuple[LayerReport, .
                 bytes_after=sum(writer.tensors[decision.layer + p].nbytes for p in parts),
                 sqnr_db=energy.sqnr_db if energy else None,
                 worst_block=energy.worst if energy else None,
+                output_error=output_error,
+                nearest_error=nearest_error,
             )
         )
     return tuple(reports)

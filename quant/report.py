@@ -39,6 +39,8 @@ class LayerReport:
         dtype: of the source ("BF16", ...); shape: unpadded (N, K).
         bytes_before, bytes_after: of the weight with its scales and marker.
         sqnr_db: of a quantised layer; None where nothing was lost or nothing was quantised.
+        output_error: relative error of the layer's output on the inputs of a calibration, and
+            nearest_error, what rounding to nearest has there; None without one.
     """
 
     name: str
@@ -50,6 +52,8 @@ class LayerReport:
     bytes_after: int
     sqnr_db: float | None = None
     worst_block: Block | None = None
+    output_error: float | None = None
+    nearest_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,13 @@ class Report:
             lines.append(
                 f"SQNR {self.sqnr_db:.2f} dB; worst layer {self.worst.name}: "
                 f"{self.worst.sqnr_db:.2f} dB"
+            )
+        calibrated = [layer for layer in self.layers if layer.nearest_error]
+        if calibrated:
+            ratios = [layer.output_error / layer.nearest_error for layer in calibrated]
+            lines.append(
+                f"{len(calibrated)} layers calibrated: output error "
+                f"{sum(ratios) / len(ratios):.2f} of that of rounding to nearest, on average"
             )
         return "\n".join(lines)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import random
 from functools import cache
 from importlib.resources import files
+from pydoc_data.topics import topics
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,21 @@ def sentences() -> list[str]:
     texts = [importlib.import_module(name).__doc__ or "" for name in names.split()]
     parts = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
     return [p for p in parts if len(p) > 40][:64]
+
+
+def paragraphs() -> list[str]:
+    """A thousand paragraphs of the Python reference, the same order everywhere."""
+    texts = [" ".join(p.split()) for name in sorted(topics) for p in topics[name].split("\n\n")]
+    found = [t for t in texts if len(t) > 80 and sum(map(str.isalpha, t)) > 0.7 * len(t)]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def batches(texts: list[str], size: int = 32) -> list:
+    """Texts as the model takes them."""
+    tokenizer = BertTokenizer.from_pretrained(_FOLDER)
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    return [tokenizer(texts[i : i + size], **options) for i in range(0, len(texts), size)]
 
 
 def batch():

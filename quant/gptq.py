@@ -1,0 +1,192 @@
+"""Calibrated rounding: which of the neighbouring codes, when a layer's inputs are known.
+
+Rounding each weight to nearest is best for the weights, not for what they are multiplied with. Of a
+layer's inputs X [n, K] this uses H = X.T X / n: the output's squared error is e H e.T, summed over
+the rows e of the difference between the weight and what is stored. Two steps make it small, in the
+stock format and at its size:
+
+1. Error feedback along K (GPTQ, https://arxiv.org/abs/2210.17323, as LDLQ,
+   https://arxiv.org/abs/2307.13304): columns are rounded one after the other, and each takes over
+   what the earlier ones got wrong. With H = R R.T, R upper triangular, column j is given the errors
+   before it times R[:, j] / R[j, j]: one Cholesky factorisation, no inverse. A block's scale is
+   chosen by the usual rule when its first column is reached. Blocks with large inputs come first,
+   and so do the columns within a block, which the format allows: scales go with the block.
+2. Coordinate descent: column by column once more, each to the code that is best with all others as
+   they are now. The error cannot grow.
+
+A row keeps plain rounding where the result is no better on the calibration inputs.
+
+Rejected: a search over scales, up or down by a power of two (no gain on MiniLM); no order of blocks
+and columns (4% worse there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import kernels
+from ..kernels.layout import BLOCK, round_up
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it
+SWEEPS = 2  # of coordinate descent
+_SPAN = 128  # columns whose feedback from all others is computed at once
+_LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as it is stored.
+
+    Attributes:
+        qdata, scale: as `kernels.quantize` returns them.
+        error, nearest: root of e H e.T over w H w.T, of this and of plain rounding; 0 where the
+            layer's inputs are all zero.
+    """
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    error: float
+    nearest: float
+
+
+def round_weight(weight: torch.Tensor, second: torch.Tensor, *, sweeps: int = SWEEPS) -> Rounded:
+    """Round a weight to MXFP8 for the inputs it was seen with.
+
+    Args:
+        weight: [N, K], float32, float16 or bfloat16, finite, on the device that is to compute.
+        second: [K, K], X.T X / n of the inputs, any float dtype.
+        sweeps: of coordinate descent.
+
+    Raises:
+        ValueError: sizes that do not fit, or inputs that are not finite.
+    """
+    N, K = weight.shape
+    if tuple(second.shape) != (K, K):
+        raise ValueError(
+            f"second moments have shape {list(second.shape)}; a weight {list(weight.shape)} needs "
+            f"{[K, K]}"
+        )
+    if not second.isfinite().all():
+        raise ValueError("second moments hold NaN or Inf")
+    plain = kernels.quantize(weight)
+    if not N or not K or not second.diagonal().any():
+        return Rounded(*plain, 0.0, 0.0)
+
+    wide = torch.nn.functional.pad(weight.float(), (0, -K % BLOCK))
+    H = _padded(second.to(weight.device, torch.float32), wide.shape[1])
+    nearest = kernels.dequantize(*plain, torch.float32)[:N]
+    found = _feed_back(wide, H)
+    damped = H + DAMPING * H.diagonal().mean() * torch.eye(len(H), device=H.device)
+    for _ in range(sweeps):
+        _descend(wide, found, damped)
+
+    size = _energy(wide, H)
+    before, after = _energy(wide - nearest, H), _energy(wide - found.value, H)
+    better = (after < before)[:, None]
+    value = torch.where(better, found.value, nearest)[:, :K]
+    qdata, scale = kernels.quantize(value)  # exact: each is a code of its block's scale
+    total = float(size.sum())
+    errors = [float(torch.minimum(before, e).sum() / total) ** 0.5 for e in (after, before)]
+    return Rounded(qdata, scale, *errors)
+
+
+def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
+    """[K', K'], with ones on the diagonal where no input was seen: their errors do not matter."""
+    H = torch.zeros(size, size, device=second.device)
+    H[: len(second), : len(second)] = second
+    unseen = H.diagonal() == 0
+    H.diagonal()[unseen] = H.diagonal()[~unseen].mean() * 1e-6
+    return H
+
+
+def _energy(error: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """e H e.T of each row. float64 [N]."""
+    return ((error @ H).double() * error.double()).sum(-1)
+
+
+class _State:
+    """Rounded values and their blocks' scales, in the order in which columns are taken."""
+
+    def __init__(self, weight: torch.Tensor, order: torch.Tensor):
+        self.order = order
+        self.weight = weight[:, order]
+        self.rounded = torch.zeros_like(self.weight)
+        self.error = torch.zeros_like(self.weight)
+        self.unit = torch.ones(len(weight), weight.shape[1] // BLOCK, device=weight.device)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """[N, K'] in the weight's own order."""
+        result = torch.empty_like(self.rounded)
+        result[:, self.order] = self.rounded
+        return result
+
+    def round(self, column: int, target: torch.Tensor) -> torch.Tensor:
+        """Round a column to the codes next to `target`; returns by how much its error grew."""
+        unit = self.unit[:, column // BLOCK]
+        code = (target / unit).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        rounded = code.float() * unit
+        error = self.weight[:, column] - rounded
+        growth = error - self.error[:, column]
+        self.rounded[:, column], self.error[:, column] = rounded, error
+        return growth
+
+
+def _order(H: torch.Tensor) -> torch.Tensor:
+    """Columns by the size of their inputs, largest first, blocks kept together. int64 [K']."""
+    size = H.diagonal().view(-1, BLOCK)
+    blocks = size.sum(-1).argsort(dim=0, descending=True, stable=True)
+    columns = size.argsort(dim=-1, descending=True, stable=True)
+    return (blocks[:, None] * BLOCK + columns[blocks]).flatten()
+
+
+def _feed_back(weight: torch.Tensor, H: torch.Tensor) -> _State:
+    """Round column after column, each with what the earlier ones got wrong."""
+    order = _order(H)
+    state = _State(weight, order)
+    R = H[order][:, order].double()
+    R.diagonal().add_(DAMPING * R.diagonal().mean())
+    R = torch.linalg.cholesky(R.flip(0, 1)).flip(0, 1)  # upper triangular, H = R R.T
+    feedback = R.div_(R.diagonal().clone()).float()
+    for begin in range(0, len(order), _SPAN):
+        end = min(len(order), begin + _SPAN)
+        target = state.weight[:, begin:end] + state.error[:, :begin] @ feedback[:begin, begin:end]
+        for first in range(begin, end, BLOCK):
+            last = first + BLOCK
+            block = target[:, first - begin : last - begin]
+            block += state.error[:, begin:first] @ feedback[begin:first, first:last]
+            state.unit[:, first // BLOCK] = _unit(block)
+            for column in range(first, last):
+                inner = state.error[:, first:column] @ feedback[first:column, column]
+                state.round(column, block[:, column - first] + inner)
+    return state
+
+
+def _unit(block: torch.Tensor) -> torch.Tensor:
+    """The scales that the rule gives blocks [N, 32], as float32 powers of two."""
+    mantissa, exponent = torch.frexp(block.abs().amax(-1))
+    return torch.exp2((exponent - 9 + (mantissa > 0.875).int()).clamp(-126, 120).float())
+
+
+def _descend(weight: torch.Tensor, state: _State, H: torch.Tensor) -> None:
+    """Round every column once more, each with all others as they are now."""
+    H = H[state.order][:, state.order]
+    for begin in range(0, len(H), _SPAN):
+        end = min(len(H), begin + _SPAN)
+        slope = state.error @ H[:, begin:end]
+        for first in range(begin, end, BLOCK):
+            last = first + BLOCK
+            inside = slice(first - begin, last - begin)
+            grown = []
+            for column in range(first, last):
+                step = slope[:, column - begin] / H[column, column]
+                growth = state.round(column, state.rounded[:, column] + step)
+                slope[:, inside] += growth[:, None] * H[column, first:last]
+                grown.append(growth)
+            if last < end:
+                slope[:, last - begin :] += torch.stack(grown, 1) @ H[first:last, last:end]
+
+
+assert round_up(1, BLOCK) == BLOCK

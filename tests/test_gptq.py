@@ -1,0 +1,244 @@
+"""Calibrated rounding: better on what was seen, never worse, in the stock format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import load, same
+from safetensors.torch import save_file
+from torch import nn
+
+from mxfp8 import kernels
+from mxfp8.quant import calibration, scan
+from mxfp8.quant.calibration import Calibration, Moments, calibrate
+from mxfp8.quant.cli import main
+from mxfp8.quant.convert import convert_file
+from mxfp8.quant.format import FormatError
+from mxfp8.quant.gptq import round_weight
+from mxfp8.quant.inspection import inspect_file
+from mxfp8.quant.report import Report
+from mxfp8.quant.verify import verify_file
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """Correlated, and of different sizes, as activations are; the seed only draws other rows."""
+    mix = normal(cols, cols, seed=1001) * torch.exp2(normal(cols, seed=1002))
+    return normal(rows, max(1, cols // 4), seed=seed) @ mix[: max(1, cols // 4)]
+
+
+def second(x: torch.Tensor) -> torch.Tensor:
+    return x.t() @ x / len(x)
+
+
+def row_errors(weight, stored, x) -> torch.Tensor:
+    """Of every row's output. float64 [N]."""
+    found = kernels.dequantize(*stored, torch.float32, tuple(weight.shape))
+    return ((weight.double() - found.double()) @ x.double().t()).square().sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(33, 64), (40, 300), (8, 31), (64, 256)])
+def test_no_row_is_worse_than_rounded_to_nearest_and_the_sum_is_better(shape, dtype):
+    weight, x = normal(*shape).to(dtype), inputs(400, shape[1], seed=5)
+    found = round_weight(weight, second(x))
+    ours = row_errors(weight, (found.qdata, found.scale), x)
+    plain = row_errors(weight, kernels.quantize(weight), x)
+    assert (ours <= plain * 1.001).all()
+    assert ours.sum() < 0.7 * plain.sum()
+    size = (weight.double() @ x.double().t()).square().sum()
+    assert found.error == pytest.approx(float(ours.sum() / size) ** 0.5, rel=0.02)
+    assert found.nearest == pytest.approx(float(plain.sum() / size) ** 0.5, rel=0.02)
+
+
+def test_coordinate_descent_helps_and_more_of_it_does_not_hurt():
+    weight, x = normal(64, 256), inputs(2000, 256)
+    errors = [round_weight(weight, second(x), sweeps=n).error for n in (0, 1, 2, 4)]
+    assert errors[1] < 0.99 * errors[0]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_the_result_is_the_stock_format_with_its_mark():
+    weight, x = normal(100, 320), inputs(800, 320)
+    found = round_weight(weight, second(x))
+    plain = kernels.quantize(weight)
+    assert [(t.dtype, t.shape) for t in (found.qdata, found.scale)] == [
+        (t.dtype, t.shape) for t in plain
+    ]
+    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (100, 320))
+    again = kernels.quantize(value)
+    assert same(again[0].view(torch.uint8), found.qdata.view(torch.uint8))
+    assert same(again[1], found.scale)
+    blocks, marked = scan._marks(found.qdata[:100].view(torch.uint8))
+    assert marked >= scan.MARKED * blocks
+
+
+def test_the_same_inputs_give_the_same_bytes():
+    weight, moments = normal(40, 96), second(inputs(300, 96))
+    first, again = round_weight(weight, moments), round_weight(weight, moments)
+    assert same(first.qdata.view(torch.uint8), again.qdata.view(torch.uint8))
+
+
+def test_columns_that_saw_nothing_and_layers_that_never_fire():
+    weight, x = normal(40, 96), inputs(300, 96)
+    x[:, 10:50] = 0
+    found = round_weight(weight, second(x))
+    assert found.error < found.nearest
+    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (40, 96))
+    assert value.isfinite().all()
+    assert ((value - weight).norm() / weight.norm()) < 0.1
+    silent = round_weight(weight, torch.zeros(96, 96))
+    assert (silent.error, silent.nearest) == (0, 0)
+    assert same(silent.scale, kernels.quantize(weight)[1])
+
+
+def test_rows_of_zeros_and_huge_values_stay_what_they_are():
+    weight = normal(8, 64)
+    weight[1], weight[2] = 0, weight[2] * 2.0**100
+    found = round_weight(weight, second(inputs(300, 64)))
+    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (8, 64))
+    assert (value[1] == 0).all() and value.isfinite().all()
+    assert ((value - weight).norm(dim=-1) <= 0.1 * weight.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (torch.zeros(64, 32), r"shape \[64, 32\]; a weight \[8, 64\] needs \[64, 64\]"),
+        (torch.full((64, 64), torch.nan), "hold NaN or Inf"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(moments, message):
+    with pytest.raises(ValueError, match=message):
+        round_weight(normal(8, 64), moments)
+
+
+# ---- calibration -----------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 64, bias=False)).eval()
+
+
+def batches(seed: int, count: int = 8) -> list[torch.Tensor]:
+    return [inputs(64, 96, seed=seed + i)[None] for i in range(count)]
+
+
+def run(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return module(batch)
+
+
+def test_moments_are_those_of_what_the_layers_are_given():
+    model, given = network(), batches(0)
+    given[2][0, 5, 3] = torch.nan  # such rows are left out
+    found = calibrate(model, given, run)
+    x = torch.cat([b[0] for b in given])
+    x = x[x.isfinite().all(-1)]
+    assert {n: m.rows for n, m in found.layers.items()} == {"0": 511, "2": 511}
+    assert torch.allclose(found.of("0").second, second(x), rtol=1e-4, atol=1e-4)
+    hidden = model[1](model[0](x)).detach()
+    assert torch.allclose(found.of("model.diffusion_model.2").second, second(hidden),
+                          rtol=1e-3, atol=1e-3)  # fmt: skip
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
+    found = calibrate(network(), batches(0), run)
+    found.save(tmp_path / "c.safetensors")
+    again = calibration.load(tmp_path / "c.safetensors")
+    assert again.model == found.model
+    assert again.layers.keys() == found.layers.keys()
+    for name, moments in found.layers.items():
+        assert same(again.of(name).second, moments.second)
+        assert again.of(name).rows == moments.rows
+    with pytest.raises(FileExistsError):
+        found.save(tmp_path / "c.safetensors")
+
+
+def test_an_empty_calibration_is_refused():
+    with pytest.raises(ValueError, match="no linear layer was given a finite input"):
+        calibrate(network(), [], run)
+    with pytest.raises(ValueError, match="no linear layer was given a finite input"):
+        calibrate(network(), [torch.full((1, 4, 96), torch.inf)], run)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A saved network, and its calibration."""
+    net = network()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    calibrate(net, batches(0), run).save(tmp_path / "calibration.safetensors")
+    return tmp_path
+
+
+def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(model):
+    source, net = model / "net.safetensors", network()
+    found = calibration.load(model / "calibration.safetensors")
+    report = convert_file(source, model / "ours", calibration=found)
+    convert_file(source, model / "plain")
+    assert Report.from_json(report.to_json()) == report
+    for layer in report.quantized:
+        assert layer.output_error < 0.9 * layer.nearest_error
+    assert "2 layers calibrated: output error 0." in report.summary()
+    assert not verify_file(model / "ours", source).problems
+    assert not inspect_file(model / "ours").problems
+
+    def error(path) -> float:
+        stored, _ = load(path)
+        weight = kernels.dequantize(stored["0.weight"], stored["0.weight_scale"], torch.float32)
+        x = torch.cat([b[0] for b in batches(100)])
+        return float((x @ (weight - net[0].weight.detach()).t()).norm())
+
+    assert error(model / "ours") < 0.9 * error(model / "plain")
+    ours, plain = load(model / "ours"), load(model / "plain")
+    assert ours[1] == plain[1] and ours[0].keys() == plain[0].keys()
+
+
+def test_a_layer_that_a_calibration_lacks_is_rounded_to_nearest(model):
+    whole = calibration.load(model / "calibration.safetensors")
+    net = network()
+    only = calibrate(net, batches(0), run, select=lambda name, _: name == "2")
+    report = convert_file(model / "net.safetensors", model / "out", calibration=only)
+    by_name = {layer.name: layer for layer in report.layers}
+    assert by_name["0"].output_error is None and by_name["2"].output_error is not None
+    assert whole.of("0") is not None
+
+
+def test_another_models_calibration_is_refused(model):
+    found = calibration.load(model / "calibration.safetensors")
+    other = {k: v + 1 for k, v in network().state_dict().items()}
+    save_file(other, model / "other.safetensors")
+    with pytest.raises(ValueError, match="made with other weights; calibrate this model"):
+        convert_file(model / "other.safetensors", model / "out", calibration=found)
+    save_file({"a.weight": torch.zeros(32, 32)}, model / "small.safetensors")
+    with pytest.raises(ValueError, match="has a layer '0', which this model lacks"):
+        convert_file(model / "small.safetensors", model / "out", calibration=found)
+    assert not (model / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_row(model):
+    state = {k: v.clone() for k, v in network().state_dict().items()}
+    state["2.weight"][7, 9] = torch.inf
+    save_file(state, model / "bad.safetensors")
+    moments = {"2": Moments(torch.eye(128), 1)}
+    mark = calibration.fingerprint([("2", (64, 128), state["2.weight"][0])])
+    with pytest.raises(ValueError, match=r"'2.weight' holds NaN or Inf in row 7"):
+        convert_file(model / "bad.safetensors", model / "out",
+                     calibration=Calibration(moments, mark))  # fmt: skip
+    assert not (model / "out").exists()
+
+
+def test_what_is_no_calibration_is_refused(model):
+    with pytest.raises(FormatError, match=r"net.safetensors is no calibration file"):
+        calibration.load(model / "net.safetensors")
+
+
+def test_the_command_takes_a_calibration(model, capsys):
+    words = ["convert", model / "net.safetensors", model / "out.safetensors"]
+    words += ["--calibration", model / "calibration.safetensors"]
+    assert main(list(map(str, words))) == 0
+    assert "2 layers calibrated" in capsys.readouterr().out
