@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .calibrating import MXFP8Calibrate, MXFP8LoadCalibration, MXFP8SaveCalibration
 from .loading import (
     MXFP8Accelerate,
     MXFP8AccelerateTextEncoder,
@@ -21,6 +22,9 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8LoadTextEncoder,
     MXFP8Accelerate,
     MXFP8AccelerateTextEncoder,
+    MXFP8Calibrate,
+    MXFP8SaveCalibration,
+    MXFP8LoadCalibration,
     MXFP8QuantizeModel,
     MXFP8SaveModel,
     MXFP8ConvertFile,

@@ -145,6 +145,26 @@ def _check_inside_output(root: str, prefix: str, path: Path) -> None:
         )
 
 
+CALIBRATIONS = "calibrations"  # a folder inside output/
+
+
+def list_calibrations() -> list[str]:
+    """Names of the files in output/calibrations."""
+    folder = Path(folder_paths.get_output_directory(), CALIBRATIONS)
+    return sorted(p.name for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def calibration_path(name: str) -> Path:
+    """Where a listed calibration is.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+    """
+    if name not in list_calibrations():
+        raise FileNotFoundError(f"there is no {name!r} in output/{CALIBRATIONS}")
+    return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
+
+
 def temporary_path(name: str) -> Path:
     """A path in ComfyUI's temp folder, which ComfyUI empties when it starts and stops."""
     folder = Path(folder_paths.get_temp_directory())

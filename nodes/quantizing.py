@@ -15,45 +15,25 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..kernels import layout
-from ..quant import policy
 from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
 from . import files
+from .calibrating import CalibrationType
 from .loading import CATEGORY, precision_input, show
 from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
+from .selection import selection_inputs
 
 logger = logging.getLogger(__name__)
 
 
-def selection_inputs() -> list[io.Input]:
-    """Preset, include and exclude: which layers become MXFP8."""
-    return [
-        io.Combo.Input(
-            "preset",
-            options=list(policy.presets()),
-            default=policy.AUTO,
-            tooltip=(
-                "Which layers stay as they are. auto: the preset of the architecture that the "
-                "keys show, which suits Z-Image-Turbo too; none: quantise every linear; "
-                "zimage-turbo: the recipe of the Z-Image-Turbo-MXFP8 model card, which keeps more."
-            ),
-        ),
-        io.String.Input(
-            "include",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Regular expression: quantise keys it finds, even if the preset keeps them.",
-        ),
-        io.String.Input(
-            "exclude",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Regular expression: keep keys it finds, whatever else is chosen.",
-        ),
-    ]
+def calibration_input() -> io.Input:
+    """What Calibrate (MXFP8) noted."""
+    return CalibrationType.Input(
+        "calibration",
+        optional=True,
+        tooltip="From Calibrate (MXFP8): rounds the weights for what the layers are given.",
+    )
 
 
 class MXFP8QuantizeModel(io.ComfyNode):
@@ -73,6 +53,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model that is not quantised yet."),
                 *selection_inputs(),
                 precision_input(),
+                calibration_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The MXFP8 model."),
@@ -84,8 +65,10 @@ class MXFP8QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, preset, precision, include="", exclude="") -> io.NodeOutput:
-        quantized, report = quantize_model(model, preset, include, exclude)
+    def execute(
+        cls, model, preset, precision, include="", exclude="", calibration=None
+    ) -> io.NodeOutput:
+        quantized, report = quantize_model(model, preset, include, exclude, calibration)
         return output(cls, report, accelerate(quantized, precision))
 
 
@@ -119,6 +102,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace the target if it exists."
                 ),
+                calibration_input(),
             ],
             outputs=[
                 io.String.Output(
@@ -131,7 +115,9 @@ class MXFP8ConvertFile(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, preset, overwrite, include="", exclude="") -> io.NodeOutput:
+    def execute(
+        cls, source, target, preset, overwrite, include="", exclude="", calibration=None
+    ) -> io.NodeOutput:
         path = files.source_path(source)
         found = files.target_beside(path, source, target, "mxfp8")
         with files.folder_of(found):
@@ -144,6 +130,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 overwrite=overwrite,
                 progress=Progress(),
                 device=device(),
+                calibration=calibration,
             )
         return output(cls, report)
 
@@ -173,7 +160,7 @@ class Progress:
         self._bar.update_absolute(done, total)
 
 
-def quantize_model(patcher, preset: str, include: str, exclude: str):
+def quantize_model(patcher, preset: str, include: str, exclude: str, calibration=None):
     """A MODEL's MXFP8 twin and the report on it.
 
     The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
@@ -195,7 +182,9 @@ def quantize_model(patcher, preset: str, include: str, exclude: str):
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
     file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
-    report = convert(source, file.path, plan, progress=Progress(), device=device())
+    report = convert(
+        source, file.path, plan, progress=Progress(), device=device(), calibration=calibration
+    )
     del source
 
     fresh = load_temporary(file, disable_dynamic=not patcher.is_dynamic())

@@ -140,7 +140,7 @@ def check_model(calibration: Calibration, source) -> None:
         )
 
 
-class _Sum:
+class Sum:
     """Adds up second moments of one layer's inputs."""
 
     def __init__(self) -> None:
@@ -157,17 +157,17 @@ class _Sum:
 
 
 @contextlib.contextmanager
-def watch(module: nn.Module, select: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, _Sum]]:
+def watch(module: nn.Module, select: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, Sum]]:
     """Within the context, gather what the linear layers of a module are given.
 
     Args:
         select: (name, layer) -> whether to gather for it.
     """
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, Sum] = {}
     hooks = []
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and select(name, layer):
-            found = sums[name] = _Sum()
+            found = sums[name] = Sum()
             hooks.append(
                 layer.register_forward_pre_hook(lambda _, args, found=found: found.add(args[0]))
             )

@@ -276,7 +276,7 @@ def _round(source: Source, decision: Decision, moments: Moments, writer, device,
             f"{source.name}: {quoted(decision.key)} holds NaN or Inf in row {row}; MXFP8 has no "
             "way to store it"
         )
-    found = gptq.round_weight(weight, moments.second)
+    found = gptq.round_weight(weight, moments.second, moments.rows)
     for part, data in ((WEIGHT, found.qdata), (SCALE, found.scale)):
         writer.write(decision.layer + part, as_bytes(data.cpu()), 0)
     signal, noise = kernels.block_energy(weight, found.qdata, found.scale)

@@ -14,7 +14,12 @@ stock format and at its size:
 2. Coordinate descent: column by column once more, each to the code that is best with all others as
    they are now. The error cannot grow.
 
-A row keeps plain rounding where the result is no better on the calibration inputs.
+Few inputs say little about K directions, and rounding that trusts them is worse on others than
+rounding to nearest. So H is damped by 0.3 K / n of its mean diagonal, besides the usual 0.01: of
+0.03 to 1.0 that was best on MiniLM's layers for n of 16, 100, 500 and 2,000 alike, where the error
+on other inputs was 0.93, 0.82, 0.70 and 0.62 of plain rounding's (undamped: 1.02, 1.07, 0.83, 0.64).
+
+A row keeps plain rounding where the result is no better on those inputs, damped or not.
 
 Rejected: a search over scales, up or down by a power of two (no gain on MiniLM); no order of blocks
 and columns (4% worse there).
@@ -29,7 +34,7 @@ import torch
 from .. import kernels
 from ..kernels.layout import BLOCK, round_up
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
+DAMPING, FEW_INPUTS = 0.01, 0.3  # of the mean of H's diagonal, added to it; times K / n
 SWEEPS = 2  # of coordinate descent
 _SPAN = 128  # columns whose feedback from all others is computed at once
 _LARGEST = 448.0
@@ -51,12 +56,15 @@ class Rounded:
     nearest: float
 
 
-def round_weight(weight: torch.Tensor, second: torch.Tensor, *, sweeps: int = SWEEPS) -> Rounded:
+def round_weight(
+    weight: torch.Tensor, second: torch.Tensor, rows: int | None = None, *, sweeps: int = SWEEPS
+) -> Rounded:
     """Round a weight to MXFP8 for the inputs it was seen with.
 
     Args:
         weight: [N, K], float32, float16 or bfloat16, finite, on the device that is to compute.
         second: [K, K], X.T X / n of the inputs, any float dtype.
+        rows: n; default: as many as K need.
         sweeps: of coordinate descent.
 
     Raises:
@@ -77,19 +85,22 @@ def round_weight(weight: torch.Tensor, second: torch.Tensor, *, sweeps: int = SW
     wide = torch.nn.functional.pad(weight.float(), (0, -K % BLOCK))
     H = _padded(second.to(weight.device, torch.float32), wide.shape[1])
     nearest = kernels.dequantize(*plain, torch.float32)[:N]
-    found = _feed_back(wide, H)
-    damped = H + DAMPING * H.diagonal().mean() * torch.eye(len(H), device=H.device)
+    share = DAMPING + (FEW_INPUTS * K / rows if rows else 0.0)
+    damped = H.clone()
+    damped.diagonal().add_(share * H.diagonal().mean())
+    found = _feed_back(wide, damped)
     for _ in range(sweeps):
-        _descend(wide, found, damped)
+        _descend(found, damped)
 
     size = _energy(wide, H)
-    before, after = _energy(wide - nearest, H), _energy(wide - found.value, H)
-    better = (after < before)[:, None]
+    before, after = (_energy(wide - value, H) for value in (nearest, found.value))
+    safe = _energy(wide - found.value, damped) < _energy(wide - nearest, damped)
+    better = ((after < before) & safe)[:, None]
     value = torch.where(better, found.value, nearest)[:, :K]
     qdata, scale = kernels.quantize(value)  # exact: each is a code of its block's scale
     total = float(size.sum())
-    errors = [float(torch.minimum(before, e).sum() / total) ** 0.5 for e in (after, before)]
-    return Rounded(qdata, scale, *errors)
+    kept = torch.where(better[:, 0], after, before)
+    return Rounded(qdata, scale, *(float(e.sum() / total) ** 0.5 for e in (kept, before)))
 
 
 def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
@@ -147,7 +158,6 @@ def _feed_back(weight: torch.Tensor, H: torch.Tensor) -> _State:
     order = _order(H)
     state = _State(weight, order)
     R = H[order][:, order].double()
-    R.diagonal().add_(DAMPING * R.diagonal().mean())
     R = torch.linalg.cholesky(R.flip(0, 1)).flip(0, 1)  # upper triangular, H = R R.T
     feedback = R.div_(R.diagonal().clone()).float()
     for begin in range(0, len(order), _SPAN):
@@ -170,7 +180,7 @@ def _unit(block: torch.Tensor) -> torch.Tensor:
     return torch.exp2((exponent - 9 + (mantissa > 0.875).int()).clamp(-126, 120).float())
 
 
-def _descend(weight: torch.Tensor, state: _State, H: torch.Tensor) -> None:
+def _descend(state: _State, H: torch.Tensor) -> None:
     """Round every column once more, each with all others as they are now."""
     H = H[state.order][:, state.order]
     for begin in range(0, len(H), _SPAN):

@@ -54,6 +54,17 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_the_sum_is_better(shape, dt
     assert found.nearest == pytest.approx(float(plain.sum() / size) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+def test_few_inputs_do_not_make_it_worse_on_others(rows):
+    weight, x = normal(64, 256), inputs(rows, 256)
+    x += normal(rows, 256, seed=7) * x.std() * 0.3
+    found = round_weight(weight, second(x), rows)
+    others = inputs(2000, 256, seed=50)
+    others += normal(2000, 256, seed=51) * others.std() * 0.3
+    ours = row_errors(weight, (found.qdata, found.scale), others)
+    assert ours.sum() < 1.01 * row_errors(weight, kernels.quantize(weight), others).sum()
+
+
 def test_coordinate_descent_helps_and_more_of_it_does_not_hurt():
     weight, x = normal(64, 256), inputs(2000, 256)
     errors = [round_weight(weight, second(x), sweeps=n).error for n in (0, 1, 2, 4)]
