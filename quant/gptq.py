@@ -16,8 +16,8 @@ stock format and at its size:
 
 Few inputs say little about K directions, and rounding that trusts them is worse on others than
 rounding to nearest. So H is damped by 0.3 K / n of its mean diagonal, besides the usual 0.01: of
-0.03 to 1.0 that was best on MiniLM's layers for n of 16, 100, 500 and 2,000 alike, where the error
-on other inputs was 0.93, 0.82, 0.70 and 0.62 of plain rounding's (undamped: 1.02, 1.07, 0.83, 0.64).
+0.03 to 1.0 that was best on MiniLM's layers for n of 16, 100, 500 and 2,000 alike. There the error
+on other inputs was 0.93, 0.82, 0.70 and 0.62 of plain rounding's (without: 1.02, 1.07, 0.83, 0.64).
 
 A row keeps plain rounding where the result is no better on those inputs, damped or not.
 

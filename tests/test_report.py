@@ -53,7 +53,16 @@ def test_json_names_its_version_and_every_field():
         "bytes_after": 4700,
         "sqnr_db": 31.5,
         "worst_block": {"row": 7, "block": 2, "sqnr_db": 24.6},
+        "output_error": None,
+        "nearest_error": None,
     }
+
+
+def test_a_calibration_shows_in_the_summary():
+    layers = (layer("a", output_error=0.01, nearest_error=0.02), layer("b"))
+    said = replace(REPORT, layers=layers).summary()
+    assert "1 layers calibrated: output error 0.50 of that of rounding to nearest" in said
+    assert "calibrated" not in REPORT.summary()
 
 
 def test_lossless_is_null():
