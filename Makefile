@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Torch's threads wait spinning otherwise, and beside other programs run several times slower.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-long lint format bench clean
 

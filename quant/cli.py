@@ -253,6 +253,8 @@ def _check_report(arguments) -> None:
     from .opening import open_source
 
     path = arguments.report
+    if path.is_dir():
+        raise ValueError(f"--report: {str(path)!r} is a folder; give a .json name")
     if not path.parent.is_dir():
         raise ValueError(f"--report: there is no folder {str(path.parent)!r}")
     with open_source(arguments.source) as source:

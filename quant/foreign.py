@@ -102,8 +102,18 @@ def check_file(path: Path) -> None:
             raise FormatError(f"{path.name}: no safetensors file but {text}")
 
 
+_LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|down)\.weight$")
+
+
 def check_unquantized(source: Source) -> None:
-    """Raise FormatError, naming the format and its sign, if a source is quantised already."""
+    """Raise FormatError, naming the format and its sign, if a source is quantised already, or no
+    model but a LoRA for one."""
+    lora = next(filter(_LORA.search, source.tensors), None)
+    if lora is not None:
+        raise FormatError(
+            f"{source.name}: a LoRA, not a model ({quoted(lora)}); load it as it is, on a model in "
+            "MXFP8 or not"
+        )
     found = next(_signs(source), None)
     if found is None:
         return

@@ -15,6 +15,7 @@ answer every operator that torch has or will have; a module answers one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 
 import torch
@@ -23,8 +24,10 @@ from torch import nn
 
 from .. import kernels
 from ..kernels import layout
-from . import format
+from . import format, scan
 from .source import HEADER_DTYPES
+
+logger = logging.getLogger(__name__)
 
 _MARKER = format.MARKER.removeprefix(".")
 
@@ -158,9 +161,16 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
         The keys that are missing and those that were not expected, as `load_state_dict` does.
 
     Raises:
-        FormatError: the file is damaged, or marks a layer that is no nn.Linear of its shape.
+        FormatError: the file is damaged or lost its markers (`scan.check_file`), has no MXFP8
+            layer, or marks a layer that is no nn.Linear of its shape.
     """
+    for warning in scan.check_file(path):
+        logger.warning("MXFP8: %s", warning)
     header = format.read_header(path)
+    if not header.layers:
+        raise format.FormatError(
+            f"{header.path.name}: no layer in it is MXFP8; use load_state_dict, or convert it"
+        )
     device = next((p.device for p in module.parameters()), None)
     modules = dict(module.named_modules())
     layers = {}

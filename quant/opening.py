@@ -66,7 +66,9 @@ def find_model(path: Path) -> Path:
         if inner:
             return find_model(inner[0])
     if len(found) > 1:
-        raise FormatError(f"{path.name}: there are several models in this folder; {_choice(found)}")
+        raise FormatError(
+            f"{path.resolve().name}: there are several models in this folder; {_choice(found)}"
+        )
     if found:
         return found[0]
     pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())

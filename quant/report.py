@@ -126,8 +126,9 @@ class Report:
         if calibrated:
             ratios = [layer.output_error / layer.nearest_error for layer in calibrated]
             lines.append(
-                f"{len(calibrated)} layers calibrated: output error "
-                f"{sum(ratios) / len(ratios):.2f} of that of rounding to nearest, on average"
+                f"{len(calibrated)} layers calibrated: what they put out is off by "
+                f"{sum(ratios) / len(ratios):.2f} of what rounding to nearest leaves, on average "
+                "(their weights are off by more, as meant)"
             )
         return "\n".join(lines)
 

@@ -61,7 +61,7 @@ def test_json_names_its_version_and_every_field():
 def test_a_calibration_shows_in_the_summary():
     layers = (layer("a", output_error=0.01, nearest_error=0.02), layer("b"))
     said = replace(REPORT, layers=layers).summary()
-    assert "1 layers calibrated: output error 0.50 of that of rounding to nearest" in said
+    assert "1 layers calibrated: what they put out is off by 0.50 of what rounding" in said
     assert "calibrated" not in REPORT.summary()
 
 

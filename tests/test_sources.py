@@ -306,3 +306,18 @@ class InMemory:
 
     def pieces(self, key):
         yield as_bytes(self.state[key])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "diffusion_model.blocks.0.attn.q.lora_up.weight",
+        "lora_unet_blocks_0_attn_q.lora_down.weight",
+        "transformer.blocks.0.attn.to_q.lora_A.weight",
+        "transformer.blocks.0.attn.to_q.lora_B.default.weight",
+    ],
+)
+def test_a_lora_is_no_model(tmp_path, key):
+    save_file({key: torch.zeros(64, 32)}, tmp_path / "lora.safetensors")
+    with pytest.raises(FormatError, match=r"lora.safetensors: a LoRA, not a model \("):
+        convert_file(tmp_path / "lora.safetensors", tmp_path / "out")

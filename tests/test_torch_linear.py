@@ -53,6 +53,19 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         load_quantized(nn.Sequential(nn.Linear(70, 51)), tmp_path / "model.safetensors")
 
 
+def test_a_file_without_markers_or_layers_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(128, 64, bias=False))
+    quantize_linears(model)
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("comfy_quant")}
+    save_file(state, tmp_path / "lost.safetensors")
+    fresh = nn.Sequential(nn.Linear(128, 64, bias=False))
+    with pytest.raises(FormatError, match="holds MXFP8 codes, but no marker says so"):
+        load_quantized(fresh, tmp_path / "lost.safetensors")
+    save_file(fresh.state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(FormatError, match="no layer in it is MXFP8; use load_state_dict"):
+        load_quantized(fresh, tmp_path / "plain.safetensors")
+
+
 def test_a_change_of_dtype_leaves_the_codes_alone():
     model = network()
     quantize_linears(model, lambda name, _: name == "0")
