@@ -277,11 +277,15 @@ def _round(source: Source, decision: Decision, moments: Moments, writer, device,
             "way to store it"
         )
     found = gptq.round_weight(weight, moments.second, moments.rows)
-    for part, data in ((WEIGHT, found.qdata), (SCALE, found.scale)):
+    stored, error, energy = (found.qdata, found.scale), found.error, Energy()
+    energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))
+    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:  # `verify` would not believe it
+        stored, error, energy = kernels.quantize(weight), found.nearest, Energy()
+        energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))
+    for part, data in zip((WEIGHT, SCALE), stored, strict=True):
         writer.write(decision.layer + part, as_bytes(data.cpu()), 0)
-    signal, noise = kernels.block_energy(weight, found.qdata, found.scale)
-    energies[decision.key].add(0, signal.cpu(), noise.cpu())
-    return found.error, found.nearest
+    energies[decision.key] = energy
+    return error, found.nearest
 
 
 class _Reader:

@@ -9,6 +9,7 @@ selection (`presets.json`). "auto" takes the preset of the architecture that the
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
@@ -24,6 +25,8 @@ try:
     import regex
 except ModuleNotFoundError:  # outside ComfyUI; there the user waits for his own expression
     regex = None
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
@@ -215,6 +218,12 @@ def plan(
                 return False, reason
         return True, "linear layer"
 
+    for option, expression, finds in (
+        ("include", include, included),
+        ("exclude", exclude, excluded),
+    ):
+        if expression and not any(map(finds, tensors)):
+            logger.warning("MXFP8: %s %s finds no key.", option, quoted(expression))
     decisions = tuple(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()

@@ -219,6 +219,16 @@ def test_a_layer_that_a_calibration_lacks_is_rounded_to_nearest(model):
     assert whole.of("0") is not None
 
 
+def test_a_layer_that_would_be_far_from_its_weight_is_rounded_to_nearest(model, monkeypatch):
+    """What `verify` takes for damage: only an outlandish calibration leads there."""
+    found = calibration.load(model / "calibration.safetensors")
+    monkeypatch.setattr("mxfp8.quant.convert.MIN_SQNR", 31.0)
+    report = convert_file(model / "net.safetensors", model / "ours", calibration=found)
+    convert_file(model / "net.safetensors", model / "plain")
+    assert (model / "ours").read_bytes() == (model / "plain").read_bytes()
+    assert all(layer.output_error == layer.nearest_error for layer in report.quantized)
+
+
 def test_another_models_calibration_is_refused(model):
     found = calibration.load(model / "calibration.safetensors")
     other = {k: v + 1 for k, v in network().state_dict().items()}

@@ -169,6 +169,17 @@ def test_every_tensor_gets_a_decision_in_the_order_given():
     assert all(d.reason for d in result.decisions)
 
 
+def test_an_expression_that_finds_nothing_is_told(caplog):
+    tensors = {"a.weight": ("BF16", (32, 32))}
+    plan(tensors, exclude="^a")
+    assert caplog.records == []
+    plan(tensors, exclude="nosuchlayer", include="neither")
+    assert [r.getMessage() for r in caplog.records] == [
+        "MXFP8: include 'neither' finds no key.",
+        "MXFP8: exclude 'nosuchlayer' finds no key.",
+    ]
+
+
 LANGUAGE = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1, 2, 10)]
 NESTED = [f"model.language_model.layers.{i}.mlp.up_proj.weight" for i in (0, 3, 4)]
 
