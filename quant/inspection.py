@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from . import format, policy
+from . import foreign, format, policy
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header
 from .progress import Meter, Progress
@@ -91,6 +92,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
         FormatError: its header or markers are damaged, so that nothing in it can be relied on.
         OSError: it cannot be read.
     """
+    foreign.check_file(Path(path))
     header = format.read_header(path)
     header.check_layers()
     result = _from_header(header, every_byte)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file, save_model
 
 from mxfp8.quant.convert import convert, convert_file, plan_source
 from mxfp8.quant.format import FormatError
+from mxfp8.quant.inspection import inspect_file
 from mxfp8.quant.opening import open_source
 from mxfp8.quant.source import HEADER_DTYPES, FileSource, Part, PartSource, as_bytes
 
@@ -74,6 +75,8 @@ def test_a_file_of_another_kind_is_told_by_its_content(tmp_path, content, words,
     source.write_bytes(content)
     with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
         convert_file(source, tmp_path / "target")
+    with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
+        inspect_file(source)
     assert list(tmp_path.iterdir()) == [source]
 
 
