@@ -119,7 +119,7 @@ def _triton_mx_refuses(problem: Problem) -> str | None:
     found = launch.capability(problem.device)
     gfx950 = launch.amd_architecture(problem.device) == "gfx950"
     if not gfx950 and (found is None or found < (10, 0)):
-        have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
+        have = launch.described(problem.device)
         return f"needs block-scaled tensor cores (Blackwell, gfx950); {have}"
     return launch.refusal()
 

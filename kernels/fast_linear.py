@@ -41,7 +41,7 @@ def refuse(problem) -> str | None:
         return reason
     found = launch.capability(problem.device)
     if found is None or found < (8, 9):
-        have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
+        have = launch.described(problem.device)
         return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {have}"
     if not torch_multiplies(problem.device, problem.dtype):
         return launch.refusal()

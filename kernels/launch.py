@@ -66,6 +66,12 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def described(device: torch.device) -> str:
+    """What a device is, where a refusal says what it would have to be."""
+    found = capability(device)
+    return f"this one has {found[0]}.{found[1]}" if found else f"this is {device.type}"
+
+
 @cache
 def amd_architecture(device: torch.device) -> str | None:
     """The name of an AMD GPU's architecture ("gfx950"), None for any other device."""

@@ -25,7 +25,7 @@ def refuse(problem) -> str | None:
         return reason
     found = launch.capability(problem.device)
     if found is None or found < (10, 0):
-        have = f"this one has {found[0]}.{found[1]}" if found else f"this is {problem.device.type}"
+        have = launch.described(problem.device)
         return f"needs block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200); {have}"
     if problem.dtype == torch.float32:
         return "gives results in 16 bits; these are to be float32"

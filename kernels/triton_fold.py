@@ -83,19 +83,11 @@ def token_config(stored: int) -> dict[str, int]:
     return {"C": width, "num_warps": max(1, min(16, width // 512))}
 
 
-def fold_rows(qdata, scale, out=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_fold.fold_rows`.
-
-    Args:
-        out: (uint8 [N', K'], float32 [N']) to write into.
-    """
+def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `row_fold.fold_rows`."""
     rows, stored = qdata.shape
-    if out is None:
-        out = (
-            torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device),
-            torch.empty(rows, dtype=torch.float32, device=qdata.device),
-        )
-    code, row_scale = out
+    code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
     if code.numel():
         with on_device(qdata):
             fold_kernel[(-(-rows // FOLD["R"]),)](

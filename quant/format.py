@@ -56,6 +56,11 @@ ORDERS = (AUTO, "tiled", "row-major")  # of scales, as a user may give it
 FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
+def bare(name: str) -> str:
+    """A key or a layer's name without the prefix of a diffusion model."""
+    return name.removeprefix(next(p for p in PREFIXES if name.startswith(p)))
+
+
 @dataclass(frozen=True)
 class Layer:
     """One MXFP8 linear of a file, markers checked against tensors.

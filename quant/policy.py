@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from .container import quoted
-from .format import FLOATS, PREFIXES, WEIGHT, numel
+from .format import FLOATS, PREFIXES, WEIGHT, bare, numel
 
 try:
     import regex
@@ -330,8 +330,7 @@ def _keep_substrings(label: str, parts: Iterable[str]):
 
     def rule(key: str) -> str | None:
         # Whatever prefix there is, and under the one that presets have in mind (Anima's is "net.").
-        bare = key[len(next(p for p in PREFIXES if key.startswith(p))) :]
-        names = (key, f".{bare}", f"net.{bare}")
+        names = (key, f".{bare(key)}", f"net.{bare(key)}")
         part = next((p for p in parts if any(p in name for name in names)), None)
         return None if part is None else f"{label} keeps {part!r}"
 

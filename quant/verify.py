@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .. import kernels
 from ..kernels import layout
 from .container import quoted
-from .format import DTYPES, MARKER, PREFIXES, SCALE, WEIGHT, numel
+from .format import DTYPES, MARKER, SCALE, WEIGHT, bare, numel
 from .opening import open_source
 from .progress import Meter
 from .report import MIN_SQNR, Energy, total_sqnr
@@ -80,14 +80,14 @@ def verify_file(path, source, progress=None) -> Verification:
 
 def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:
     """Key in the file -> key in the source; what has no partner is a problem."""
-    bare = {_strip(key): key for key in original.tensors}
+    by_name = {bare(key): key for key in original.tensors}
     names, parts = {}, set()
     for name in stored.header.layers:
         parts |= {name + SCALE, name + MARKER}
     for key in stored.tensors:
         if key in parts:
             continue
-        partner = key if key in original.tensors else bare.get(_strip(key))
+        partner = key if key in original.tensors else by_name.get(bare(key))
         if partner is None:
             result.problems.append(f"{quoted(key)} is not in the source")
         else:
@@ -100,11 +100,6 @@ def _match(stored: FileSource, original: StoredSource, result: Verification) -> 
 def _nbytes(source: StoredSource, key: str) -> int:
     dtype, shape = source.tensors[key]
     return numel(shape) * DTYPES[dtype] // 8
-
-
-def _strip(key: str) -> str:
-    prefix = next(p for p in PREFIXES if key.startswith(p))
-    return key[len(prefix) :]
 
 
 def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:

@@ -39,7 +39,7 @@ def card(request, device, monkeypatch):
         major = int(request.param[3:5])
         monkeypatch.setattr(triton_mx, "capability", lambda _: (major, 0))
     elif (launch.capability(device)[0] < 12) != (request.param == "sm_100"):
-        pytest.skip("another card")
+        pytest.skip(f"needs {request.param}")
     elif launch.capability(device)[0] < 10:
         pytest.skip("this card has no block-scaled tensor cores")
 
