@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .container import quoted
-from .format import PREFIXES, WEIGHT, FormatError, read_header
+from .format import WEIGHT, FormatError, bare, read_header
 from .source import FileSource, as_bytes
 from .writer import Writer
 
@@ -96,13 +96,14 @@ def load(path: str | os.PathLike) -> Calibration:
                     f"{source.name}: second moments of {quoted(name)} are {dtype} {list(shape)}; "
                     "they must be a square F32 matrix"
                 )
-            layers[name] = Moments(source.rows(name + SECOND, 0, shape[0]), int(count))
+            second = source.rows(name + SECOND, 0, shape[0])
+            if not isinstance(count, int) or count < 1 or not second.isfinite().all():
+                raise FormatError(
+                    f"{source.name}: second moments of {quoted(name)} {list(shape)} hold NaN or "
+                    f"Inf, or are of {quoted(count)} rows; calibrate again"
+                )
+            layers[name] = Moments(second, count)
     return Calibration(layers, model)
-
-
-def bare(layer: str) -> str:
-    """A layer's name without the prefix of a diffusion model."""
-    return layer.removeprefix(next(p for p in PREFIXES if layer.startswith(p)))
 
 
 def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
@@ -131,6 +132,14 @@ def check_model(calibration: Calibration, source) -> None:
             f"{source.name}: the calibration has a layer {quoted(missing)}, which this model "
             "lacks; it belongs to another model"
         )
+    for name, moments in calibration.layers.items():
+        shape = list(source.tensors[names[name]][1])
+        if list(moments.second.shape) != shape[-1:] * 2:
+            raise ValueError(
+                f"{source.name}: the calibration has second moments "
+                f"{list(moments.second.shape)} for {quoted(names[name])} {shape}; they must be "
+                f"{shape[-1:] * 2}, so it belongs to another model"
+            )
     keys = [names[name] for name in calibration.layers]
     found = fingerprint((k.removesuffix(WEIGHT), source.tensors[k][1], source.rows(k, 0, 1)[0])
                         for k in keys)  # fmt: skip

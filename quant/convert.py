@@ -245,20 +245,10 @@ def _quantize(
 ) -> Energy:
     """Quantise a slab of whole tiles, straight into the file."""
     qdata, scale, signal, noise = kernels.quantize_measured(read().to(device))
+    where = f"{name}: {quoted(decision.key)}"
     if (scale == layout.E8M0_NAN).any():
-        row = first + int((~signal.isfinite().all(-1)).nonzero()[0, 0])
-        raise ValueError(
-            f"{name}: {quoted(decision.key)} holds NaN or Inf in row {row}; MXFP8 has no "
-            "way to store it"
-        )
-    if (scale >= _LARGE_SCALE).any():
-        wide = kernels.dequantize(qdata, scale, torch.float32)
-        if not wide.isfinite().all():
-            row = first + int((~wide.isfinite().all(-1)).nonzero()[0, 0])
-            raise ValueError(
-                f"{name}: {quoted(decision.key)} holds a value in row {row} that MXFP8 rounds to "
-                "2**128, beyond what float32 holds; exclude this layer"
-            )
+        _refuse_not_finite(where, signal, first)
+    _refuse_overflow(where, qdata, scale, first)
     for part, data in ((WEIGHT, qdata), (SCALE, scale)):
         writer.write(decision.layer + part, as_bytes(data.cpu()), first * data.shape[1])
     energy = Energy()
@@ -266,16 +256,34 @@ def _quantize(
     return energy
 
 
+def _refuse_not_finite(where: str, values: torch.Tensor, first: int) -> None:
+    """Raise ValueError for the first row, counted from `first`, that is not finite."""
+    bad = ~values.isfinite().all(-1)
+    if bad.any():
+        row = first + int(bad.nonzero()[0, 0])
+        raise ValueError(f"{where} holds NaN or Inf in row {row}; MXFP8 has no way to store it")
+
+
+def _refuse_overflow(where: str, qdata, scale, first: int) -> None:
+    """Raise ValueError for the first row that would read back as infinite."""
+    if not (scale >= _LARGE_SCALE).any():
+        return
+    bad = ~kernels.dequantize(qdata, scale, torch.float32).isfinite().all(-1)
+    if bad.any():
+        row = first + int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{where} holds a value in row {row} that MXFP8 rounds to 2**128, beyond what float32 "
+            "holds; exclude this layer"
+        )
+
+
 @torch.inference_mode()
 def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies):
     """Round a whole layer for what it is given; returns (output error, that of plain rounding)."""
     weight = _Reader(source, decision.key).rows(0, decision.shape[0])().to(device)
-    if not weight.isfinite().all():
-        row = int((~weight.isfinite().all(-1)).nonzero()[0, 0])
-        raise ValueError(
-            f"{source.name}: {quoted(decision.key)} holds NaN or Inf in row {row}; MXFP8 has no "
-            "way to store it"
-        )
+    where = f"{source.name}: {quoted(decision.key)}"
+    _refuse_not_finite(where, weight, 0)
+    _refuse_overflow(where, *kernels.quantize(weight), 0)
     found = gptq.round_weight(weight, moments.second, moments.rows)
     stored, error, energy = (found.qdata, found.scale), found.error, Energy()
     energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))

@@ -85,18 +85,24 @@ def round_weight(
     wide = torch.nn.functional.pad(weight.float(), (0, -K % BLOCK))
     H = _padded(second.to(weight.device, torch.float32), wide.shape[1])
     nearest = kernels.dequantize(*plain, torch.float32)[:N]
-    share = DAMPING + (FEW_INPUTS * K / rows if rows else 0.0)
+    ridge = (DAMPING + (FEW_INPUTS * K / rows if rows else 0.0)) * H.diagonal().mean()
     damped = H.clone()
-    damped.diagonal().add_(share * H.diagonal().mean())
+    damped.diagonal().add_(ridge)
     found = _feed_back(wide, damped)
     for _ in range(sweeps):
         _descend(found, damped)
 
     size = _energy(wide, H)
-    before, after = (_energy(wide - value, H) for value in (nearest, found.value))
-    safe = _energy(wide - found.value, damped) < _energy(wide - nearest, damped)
-    better = ((after < before) & safe)[:, None]
-    value = torch.where(better, found.value, nearest)[:, :K]
+    calibrated = found.value
+    changes = wide - nearest, wide - calibrated
+    before, after = (_energy(change, H) for change in changes)
+    # Those of the damped H: the ridge adds the change's own square.
+    damped_before, damped_after = (
+        energy + ridge * change.double().square().sum(-1)
+        for energy, change in zip((before, after), changes, strict=True)
+    )
+    better = ((after < before) & (damped_after < damped_before))[:, None]
+    value = torch.where(better, calibrated, nearest)[:, :K]
     qdata, scale = kernels.quantize(value)  # exact: each is a code of its block's scale
     total = float(size.sum())
     kept = torch.where(better[:, 0], after, before)
@@ -104,7 +110,7 @@ def round_weight(
 
 
 def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
-    """[K', K'], with ones on the diagonal where no input was seen: their errors do not matter."""
+    """[K', K'], the diagonal next to nothing where no input was seen: errors there hardly count."""
     H = torch.zeros(size, size, device=second.device)
     H[: len(second), : len(second)] = second
     unseen = H.diagonal() == 0

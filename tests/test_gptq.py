@@ -253,6 +253,38 @@ def test_a_weight_that_is_not_finite_is_refused_by_row(model):
     assert not (model / "out").exists()
 
 
+def test_a_value_that_reads_back_as_infinity_is_refused_by_row(model):
+    state = {k: v.clone() for k, v in network().state_dict().items()}
+    state["2.weight"][7, 9] = torch.finfo(torch.float32).max
+    save_file(state, model / "bad.safetensors")
+    mark = calibration.fingerprint([("2", (64, 128), state["2.weight"][0])])
+    found = Calibration({"2": Moments(torch.eye(128), 1)}, mark)
+    with pytest.raises(ValueError, match=r"'2.weight' holds a value in row 7 that MXFP8 rounds"):
+        convert_file(model / "bad.safetensors", model / "out", calibration=found)
+    assert not (model / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "no rows"])
+def test_a_damaged_calibration_is_refused_by_layer(model, wrong):
+    found = calibration.load(model / "calibration.safetensors")
+    second, rows = found.of("2").second.clone(), found.of("2").rows
+    if wrong == "NaN":
+        second[3, 4] = torch.nan
+    layers = {**found.layers, "2": Moments(second, 0 if wrong == "no rows" else rows)}
+    Calibration(layers, found.model).save(model / "damaged.safetensors")
+    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] hold NaN or Inf, or"):
+        calibration.load(model / "damaged.safetensors")
+
+
+def test_moments_of_another_width_are_refused_by_layer(model):
+    found = calibration.load(model / "calibration.safetensors")
+    layers = {**found.layers, "2": Moments(torch.eye(96), 5)}
+    with pytest.raises(ValueError, match=r"\[96, 96\] for '2.weight' \[64, 128\]; they must be"):
+        convert_file(model / "net.safetensors", model / "out",
+                     calibration=Calibration(layers, found.model))  # fmt: skip
+    assert not (model / "out").exists()
+
+
 def test_what_is_no_calibration_is_refused(model):
     with pytest.raises(FormatError, match=r"net.safetensors is no calibration file"):
         calibration.load(model / "net.safetensors")
