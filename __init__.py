@@ -5,6 +5,8 @@ imported inside the entry point, so that importing the package, or a header read
 nothing and works without ComfyUI.
 """
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """ComfyUI calls this once at start-up and gets the pack's nodes."""

@@ -64,6 +64,7 @@ class Report:
         bytes_before, bytes_after: of all tensors, layers or not.
         seconds: wall time, writing and verification included.
         sqnr_db: over all quantised weights together.
+        min_sqnr_db: what a sound layer has at least; for who draws the report.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Report:
     seconds: float
     sqnr_db: float | None
     layers: tuple[LayerReport, ...] = field(repr=False)
+    min_sqnr_db: float = MIN_SQNR
 
     @property
     def quantized(self) -> list[LayerReport]:

@@ -44,3 +44,12 @@ def pytest_ignore_collect(collection_path) -> bool | None:
 
         return not (torch.cuda.is_available() or launch.interpreted()) or None
     return None
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    from browser import chromium
+
+    with chromium() as started:
+        yield started

@@ -1,0 +1,130 @@
+"""Chromium on the real ComfyUI's page: what a user sees, and what the page's console says.
+
+Debian's package `chromium`, or the browser that MXFP8_CHROMIUM names, driven by Playwright.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from comfyui import Server
+from playwright.sync_api import Browser, Page, sync_playwright
+
+# As root Chromium cannot sandbox itself; nothing but the local server is opened.
+_ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SIZE = {"width": 1400, "height": 900}
+
+
+def executable() -> str:
+    """The browser to run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = (os.environ.get("MXFP8_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    for name in filter(None, names):
+        if path := shutil.which(name):
+            return path
+    raise FileNotFoundError("no Chromium; install Debian's package chromium (apt install chromium)")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable(), args=_ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class ComfyPage:
+    """ComfyUI's page in a browser context of its own.
+
+    Attributes:
+        page: Playwright's.
+        complaints: errors and warnings of the console that come from our files, and uncaught ones.
+    """
+
+    def __init__(self, browser: Browser, server: Server, *, nodes2: bool, theme: str = "dark"):
+        server.post(
+            "/settings",
+            {
+                "Comfy.VueNodes.Enabled": nodes2,
+                "Comfy.ColorPalette": theme,
+                "Comfy.TutorialCompleted": True,
+                "Comfy.Workflow.ShowMissingModelsWarning": False,
+            },
+        )
+        self.complaints: list[str] = []
+        self.page: Page = browser.new_page(viewport=SIZE)
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(server.url)
+        self.page.wait_for_function(
+            "window.app?.extensions?.some(e => e.name === 'MXFP8.Report')"
+            " && window.app.graph && window.LiteGraph",
+            timeout=60_000,
+        )
+
+    def _heard(self, message) -> None:
+        where = (message.location or {}).get("url", "")
+        if message.type in ("error", "warning") and "MXFP8" in where + message.text:
+            self.complaints.append(f"{message.type}: {message.text} ({where})")
+
+    def clear(self) -> None:
+        """An empty canvas."""
+        self.page.evaluate("() => { app.graph.clear(); }")
+
+    def add(self, node: str, position=(100, 100), **widgets) -> int:
+        """Create a node as the menu does; returns its id."""
+        return self.page.evaluate(
+            """([type, pos, widgets]) => {
+                const node = LiteGraph.createNode(type);
+                node.pos = pos;
+                app.graph.add(node);
+                for (const [name, value] of Object.entries(widgets)) {
+                    node.widgets.find((w) => w.name === name).value = value;
+                }
+                return node.id;
+            }""",
+            [node, list(position), widgets],
+        )
+
+    def link(self, source: int, target: int, name: str, slot: int = 0) -> None:
+        """Connect an output of a node to the input `name` of another."""
+        self.page.evaluate(
+            """([source, slot, target, name]) => {
+                const to = app.graph.getNodeById(target);
+                const input = to.inputs.findIndex((i) => i.name === name);
+                app.graph.getNodeById(source).connect(slot, to, input);
+            }""",
+            [source, slot, target, name],
+        )
+
+    def queue(self, seconds: float = 120) -> None:
+        """Run the workflow on the canvas and wait until the queue is empty."""
+        self.page.evaluate(
+            """() => {
+                window.ended = new Promise((done) => {
+                    for (const kind of
+                        ["execution_success", "execution_error", "execution_interrupted"]) {
+                        app.api.addEventListener(kind, () => done(kind), { once: true });
+                    }
+                });
+                return app.queuePrompt(0, 1);
+            }"""
+        )
+        self.page.set_default_timeout(seconds * 1000)
+        ended = self.page.evaluate("() => window.ended")
+        assert ended == "execution_success", ended
+
+    def close(self) -> None:
+        self.page.close()

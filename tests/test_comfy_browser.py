@@ -1,0 +1,242 @@
+"""The report view on the real ComfyUI's page, in both of its renderers, in a real Chromium."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+from browser import ComfyPage
+
+pytestmark = pytest.mark.comfy
+
+RENDERERS = {"litegraph": False, "nodes2": True}
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def quantized(request, comfy, browser, tmp_path_factory):
+    """A page with a report on it: Flux, two layers of it kept."""
+    shown = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param])
+    shown.clear()
+    loader = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
+    node = shown.add("MXFP8QuantizeModel", (420, 160), exclude=f"txt_in|img_in|{request.param}")
+    end = shown.add("PreviewAny", (980, 160))
+    shown.link(loader, node, "model")
+    shown.link(node, end, "source", slot=1)
+    shown.queue()
+    shown.node = node
+    shown.view = shown.page.locator(".mxfp8-report")
+    shown.view.locator(".bar").first.wait_for()
+    picture = tmp_path_factory.mktemp("pictures") / f"report-{request.param}.png"
+    shown.page.screenshot(path=picture)
+    yield shown
+    assert not shown.complaints
+    shown.close()
+
+
+def report(shown) -> dict:
+    """The document that the node sent."""
+    return json.loads(shown.page.evaluate(f"app.nodeOutputs[{shown.node}].mxfp8_report[0]"))
+
+
+def choose(shown, name: str, label: str) -> None:
+    shown.view.locator(f"[name={name}]").select_option(label=label)
+
+
+def boxes(shown) -> list[dict]:
+    """Position and size of each bar on the page, in px as the page draws them."""
+    return shown.view.locator(".bar").evaluate_all(
+        "(all) => all.map((e) => { const b = e.getBoundingClientRect();"
+        " return {x: b.x, y: b.y, width: b.width, height: b.height}; })"
+    )
+
+
+def labels(shown) -> list[str]:
+    return shown.view.locator(".bar").evaluate_all(
+        "(all) => all.map((e) => e.getAttribute('aria-label').split(',')[0])"
+    )
+
+
+def test_every_layer_has_a_bar_of_its_size(quantized):
+    layers = report(quantized)["layers"]
+    choose(quantized, "measure", "Bytes")
+    found = boxes(quantized)
+    assert len(found) == len(layers) > 10
+    largest = max(layers, key=lambda layer: layer["bytes_after"])
+    unit = found[layers.index(largest)]["height"] / largest["bytes_after"]
+    for box, layer in zip(found, layers, strict=True):
+        assert box["height"] == pytest.approx(layer["bytes_after"] * unit, abs=1.5)
+    choose(quantized, "measure", "SQNR")
+
+
+def test_the_summary_is_the_report_s(quantized):
+    text = quantized.view.locator(".summary").inner_text()
+    assert "17 layers MXFP8, 2 kept" in text and "worst layer" in text
+    legend = quantized.view.locator(".legend").inner_text()
+    assert "mxfp8 17" in legend and "kept 2" in legend
+    widgets = quantized.page.evaluate(
+        f"app.graph.getNodeById({quantized.node}).widgets.map((w) => w.name)"
+    )
+    assert "$$node-text-preview" not in widgets  # its text is the summary already
+
+
+@pytest.mark.parametrize("zoom", [1.0, 0.5, 1.7])
+def test_pointing_at_a_bar_tells_of_its_layer_at_every_zoom(quantized, zoom):
+    quantized.page.evaluate(
+        f"() => {{ app.canvas.ds.scale = {zoom}; app.canvas.ds.offset = [-300, -100];"
+        " app.canvas.setDirty(true, true); }"
+    )
+    quantized.page.wait_for_timeout(400)
+    layers = report(quantized)["layers"]
+    for index in (0, 5, len(layers) - 1):
+        box = boxes(quantized)[index]
+        quantized.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 1)
+        details = quantized.view.locator(".details").inner_text()
+        assert details.startswith(layers[index]["name"])
+        assert " x ".join(map(str, layers[index]["shape"])) in details
+        assert layers[index]["reason"] in details
+    quantized.page.evaluate("() => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }")
+    quantized.page.wait_for_timeout(300)
+
+
+def test_layers_are_sorted_and_filtered(quantized):
+    layers = report(quantized)["layers"]
+    choose(quantized, "order", "worst first")
+    lossy = [layer for layer in layers if layer["sqnr_db"] is not None]
+    expected = [x["name"] for x in sorted(lossy, key=lambda layer: layer["sqnr_db"])]
+    assert labels(quantized)[: len(expected)] == expected
+    choose(quantized, "order", "model order")
+    quantized.view.locator("[name=filter]").fill("kept")
+    assert labels(quantized) == ["img_in", "txt_in"]
+    quantized.view.locator("[name=filter]").fill("no such layer")
+    assert labels(quantized) == []
+    assert "No layer" in quantized.view.locator(".details").inner_text()
+    quantized.view.locator("[name=filter]").fill("")
+    assert labels(quantized) == [layer["name"] for layer in layers]
+
+
+def test_keys_walk_the_bars_and_reach_nothing_else(quantized):
+    nodes = quantized.page.evaluate("app.graph._nodes.length")
+    layers = report(quantized)["layers"]
+    chart = quantized.view.locator("[role=listbox]")
+    chart.focus()
+    for key, index in (("ArrowRight", 0), ("ArrowRight", 1), ("End", -1), ("Home", 0)):
+        quantized.page.keyboard.press(key)
+        chosen = quantized.view.locator("[aria-selected=true]")
+        assert chosen.count() == 1
+        name = layers[index]["name"]
+        assert chosen.get_attribute("aria-label").startswith(name)
+        assert chart.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
+        assert quantized.view.locator(".details").inner_text().startswith(name)
+    # Letters and Delete are shortcuts of the canvas; in the filter they are text.
+    quantized.view.locator("[name=filter]").focus()
+    quantized.page.keyboard.type("qrw")
+    quantized.page.keyboard.press("Delete")
+    assert quantized.view.locator("[name=filter]").input_value() == "qrw"
+    quantized.view.locator("[name=filter]").fill("")
+    assert quantized.page.evaluate("app.graph._nodes.length") == nodes
+
+
+def test_every_control_has_a_name_and_every_bar_a_role(quantized):
+    for name in ("measure", "order", "filter"):
+        assert quantized.view.locator(f"[name={name}]").get_attribute("aria-label")
+    assert quantized.view.get_by_role("option", name="img_in, kept").count() == 1
+    assert quantized.view.get_by_role("button", name="copy JSON").count() == 1
+
+
+def test_the_report_is_copied_and_saved(quantized, tmp_path):
+    context = quantized.page.context
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    quantized.view.get_by_role("button", name="copy JSON").click()
+    quantized.view.get_by_role("button", name="copied").wait_for()
+    copied = json.loads(quantized.page.evaluate("() => navigator.clipboard.readText()"))
+    assert copied == report(quantized)
+    with quantized.page.expect_download() as download:
+        quantized.view.get_by_role("button", name="save PNG").click()
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    assert path.name == "mxfp8-conversion.png"
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 500 and height > 300
+
+
+def test_a_saved_workflow_knows_nothing_of_the_view(quantized):
+    saved, prompt = quantized.page.evaluate(
+        "async () => [app.graph.serialize(), (await app.graphToPrompt()).output]"
+    )
+    (entry,) = (n for n in saved["nodes"] if n["type"] == "MXFP8QuantizeModel")
+    assert len(entry["widgets_values"]) == 4
+    assert "mxfp8_report" not in json.dumps(saved)
+    assert set(prompt[str(quantized.node)]["inputs"]) == {
+        "model", "preset", "precision", "include", "exclude",
+    }  # fmt: skip
+    again = quantized.page.evaluate(
+        """async (saved) => {
+            await app.loadGraphData(saved);
+            const node = app.graph._nodes.find((n) => n.type === "MXFP8QuantizeModel");
+            return node.widgets.map((w) => w.value);
+        }""",
+        saved,
+    )
+    assert again[:4] == entry["widgets_values"]
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_text_and_bars_stand_out_in_both_themes(comfy, browser, theme):
+    shown = ComfyPage(browser, comfy, nodes2=False, theme=theme)
+    text, bar, back = shown.page.evaluate(
+        """async () => {
+            const { ReportView } = await import("/extensions/ComfyUI-MXFP8/report.mjs");
+            const view = new ReportView();
+            document.body.append(view.element);
+            view.show(JSON.stringify({ mxfp8_report: 1, layers: [
+                { name: "a", shape: [1, 1], decision: "mxfp8", bytes_after: 1, sqnr_db: 30 },
+            ] }), "summary");
+            const style = (selector) => getComputedStyle(view.part(selector));
+            const found = [style(".summary").color, view.part(".bar").getAttribute("fill"),
+                getComputedStyle(view.element).backgroundColor];
+            view.element.remove();
+            return found;
+        }"""
+    )
+    assert not shown.complaints
+    shown.close()
+    assert contrast(text, back) >= 4.5  # WCAG's bound for text
+    assert contrast(bar, back) >= 3  # and for graphics
+
+
+def contrast(a: str, b: str) -> float:
+    """The contrast ratio of WCAG 2 of two colours of a style sheet."""
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    if colour.startswith("#"):
+        parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    else:
+        parts = [float(p) for p in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [p / 3294.6 if p <= 10.31 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_default_precision_is_for_new_nodes_only(comfy, browser):
+    shown = ComfyPage(browser, comfy, nodes2=False)
+    shown.clear()
+    old = shown.add("MXFP8Accelerate")
+    saved = shown.page.evaluate("app.graph.serialize()")
+    shown.page.evaluate("() => app.extensionManager.setting.set('MXFP8.DefaultPrecision', 'exact')")
+    precision = "app.graph.getNodeById({}).widgets.find((w) => w.name === 'precision').value"
+    try:
+        new = shown.add("MXFP8Accelerate", (500, 100))
+        assert shown.page.evaluate(precision.format(new)) == "exact"
+        shown.page.evaluate("(saved) => app.loadGraphData(saved)", saved)
+        assert shown.page.evaluate(precision.format(old)) == "auto"
+    finally:
+        shown.page.evaluate(
+            "() => app.extensionManager.setting.set('MXFP8.DefaultPrecision', 'auto')"
+        )
+    assert not shown.complaints
+    shown.close()
