@@ -27,6 +27,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PACK_FOLDER = "ComfyUI-MXFP8"
+REGISTRY_FOLDER = "mxfp8"  # ComfyUI-Manager names it by the id in pyproject.toml
 
 
 def cache() -> Path:
@@ -144,12 +145,18 @@ class PromptError(RuntimeError):
 class Server:
     """A ComfyUI on the CPU with this pack as a custom node, in a base folder of its own."""
 
-    def __init__(self, base: Path, extra_nodes: tuple[Path, ...] = (), arguments=()):
+    def __init__(
+        self, base: Path, extra_nodes: tuple[Path, ...] = (), arguments=(), python=sys.executable
+    ):
         self.base = base
+        self.python = python
         self.log = base / "server.log"
         nodes = base / "custom_nodes"
         nodes.mkdir(parents=True, exist_ok=True)
-        for name, folder in ((PACK_FOLDER, ROOT), *((f.name, f) for f in extra_nodes)):
+        packs = [(f.name, f) for f in extra_nodes]
+        if not (nodes / REGISTRY_FOLDER).exists():  # else it is there already, as a user has it
+            packs.append((PACK_FOLDER, ROOT))
+        for name, folder in packs:
             link = nodes / name
             if not link.exists():
                 link.symlink_to(folder, target_is_directory=True)
@@ -169,7 +176,7 @@ class Server:
         comfy = comfyui_path()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "main.py", *self._arguments],
+                [self.python, "main.py", *self._arguments],
                 cwd=comfy,
                 stdout=log,
                 stderr=subprocess.STDOUT,
