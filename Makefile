@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 # Torch's threads wait spinning otherwise, and beside other programs run several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-long lint format bench clean
+.PHONY: setup demo test test-long lint format bench gallery clean
 
 setup: $(STAMP)
 
@@ -38,7 +38,10 @@ format: setup
 bench: setup
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convert.py
-	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/quality.py --layer
+
+gallery: setup
+	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/test_gallery.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

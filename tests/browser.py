@@ -69,7 +69,7 @@ class ComfyPage:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.url)
         self.page.wait_for_function(
-            "window.app?.extensions?.some(e => e.name === 'MXFP8.Report')"
+            "window.app?.extensions?.some(e => e.name === 'mxfp8.report')"
             " && window.app.graph && window.LiteGraph",
             timeout=60_000,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 
@@ -23,7 +24,7 @@ REPORT = Report("x", "y", "auto", None, 18432, 11696, 1.0, 30.0, LAYERS)
 
 @pytest.fixture(scope="module")
 def view(comfy, browser):
-    """Evaluates JavaScript with `documents` and `charts`, the modules, on a page that is not ComfyUI's."""
+    """Evaluates JavaScript that has the modules as `documents` and `charts`."""
     page = browser.new_page()
     page.goto(f"{comfy.url}/system_stats")
     page.evaluate(
@@ -131,7 +132,7 @@ def test_bars_stay_wide_enough_to_point_at(view):
     found = drawn(view, text, "sqnr_db")
     assert found["step"] == 3 and found["width"] == 2700
     boxes = found["bars"]
-    assert all(b["x"] + b["width"] <= a["x"] for b, a in zip(boxes, boxes[1:], strict=False))
+    assert all(b["x"] + b["width"] <= a["x"] for b, a in pairwise(boxes))
 
 
 def test_a_row_is_described_whole(view):

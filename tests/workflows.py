@@ -67,7 +67,7 @@ def drop_text_encoder(graph: dict[str, dict]) -> None:
     for key, node in list(graph.items()):
         if node["class_type"] == "CLIPTextEncode":
             graph[key] = {"class_type": "LotusConditioning", "inputs": {}}
-        elif node["class_type"] == "CLIPLoader":
+        elif node["class_type"] in ("CLIPLoader", "MXFP8LoadTextEncoder"):
             del graph[key]
 
 

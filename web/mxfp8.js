@@ -55,7 +55,7 @@ function nodeOf(key) {
 }
 
 app.registerExtension({
-  name: "MXFP8.Report",
+  name: "mxfp8.report",
   settings: [
     {
       id: PRECISION,

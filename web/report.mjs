@@ -24,7 +24,8 @@ const STYLE = `
   }
   .all { display: flex; flex-direction: column; gap: 6px; padding: 8px; height: 100%;
     box-sizing: border-box; }
-  .summary { white-space: pre-line; line-height: 1.45; overflow-wrap: anywhere; flex: none; }
+  .summary { white-space: pre-line; line-height: 1.45; overflow: auto; overflow-wrap: anywhere;
+    max-height: 11.6em; flex: none; }
   .tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
   select, input, button { font: inherit; color: inherit; background: transparent;
     border: 1px solid var(--mx-line); border-radius: 4px; padding: 2px 6px; min-width: 0; }
