@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from gpu_clock import reason
 from gpu_shapes import numbers, weight
-from gpu_ways import exact_weight, fast_refusal, relative
+from gpu_ways import block_backends, exact_weight, fast_refusal, relative
 
 from mxfp8 import kernels
 from mxfp8.kernels import eager, fast_linear, launch, layout, reference, row_fold
@@ -116,6 +116,7 @@ def checks(device: torch.device, quick: bool, shapes) -> Iterator[Check]:
     yield from _exact_checks(device, quick)
     if fast_refusal(device) is None:
         yield from _fast_checks(device, quick)
+    yield from _block_checks(device, quick)
 
 
 def _slabs(rows: int) -> list[tuple[int, int]]:
@@ -248,6 +249,54 @@ def _fast_checks(device, quick: bool) -> Iterator[Check]:
         M, N, K = (70, 96, 256) if quick else (1024, 3840, 3840)
         yield Check(f"fast against native MX x MX, {kind} activations", (M, N, K),
                     partial(_against_native, device, M, N, K, kind))  # fmt: skip
+
+
+def _block_checks(device, quick: bool) -> Iterator[Check]:
+    """Of every block-scaled matmul that runs here: with tails in M, N and K, and real shapes."""
+    small = ((33, 70, 100), (70, 50, 160))
+    large = () if quick else ((65, 3840, 3840), (1000, 10240, 3840), (4096, 3072, 15360))
+    for name, matmul in block_backends(device)[0].items():
+        for M, N, K in small:
+            for dtype in (torch.bfloat16, torch.float16):
+                yield Check(f"block matmul, {name}", (M, N, K),
+                            partial(_bounded, device, M, N, K, matmul, dtype))  # fmt: skip
+        for M, N, K in large:
+            yield Check(f"block matmul, {name}", (M, N, K),
+                        partial(_blocks, device, M, N, K, matmul))  # fmt: skip
+
+
+def _bounded(device, M: int, N: int, K: int, matmul, dtype) -> str | None:
+    """Every value within `reference.block_bound`, rows of all sizes."""
+    x = numbers(device, M, K, seed=M, dtype=torch.float32)
+    x *= torch.exp2(numbers(device, M, 1, seed=M + 1, scale=3.0, dtype=torch.float32))
+    bias = numbers(device, N, seed=3, dtype=dtype)
+    tokens, stored = reference.quantize(x.to(dtype)), reference.quantize(weight(device, N, K, M))
+    poison(device, M * N * 2)
+    found = matmul(tokens, stored, bias, dtype, M, N)
+    if found.shape != (M, N) or found.dtype != dtype:
+        return f"{found.dtype} {list(found.shape)}"
+    wanted, allowed = reference.block_bound(tokens, stored, bias, dtype, M, N)
+    off = (found.cpu().double() - wanted).abs()
+    wrong = ~(off <= allowed)
+    if not wrong.any():
+        return None
+    first = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{int(wrong.sum())} beyond the bound, the first at {list(first)}: "
+        f"{off[first].item():.2e} off, allowed {allowed[first].item():.2e}"
+    )
+
+
+def _blocks(device, M: int, N: int, K: int, matmul) -> str | None:
+    """Real sizes, against float64 on the same codes; tensor cores keep 25 bits beside the sum."""
+    tokens = kernels.quantize(numbers(device, M, K, seed=M))
+    stored = kernels.quantize(weight(device, N, K, seed=M + 1))
+    wanted = exact_weight(*tokens)[:M] @ exact_weight(*stored)[:N].t()
+
+    def run():
+        return matmul(tokens, stored, None, torch.bfloat16, M, N)
+
+    return _twice(device, run, wanted, 2.5e-3 + K / 32 * 2.0**-24)
 
 
 def _by_torch(a, a_scale, b, b_scale, bias, dtype, columns):

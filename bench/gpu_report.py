@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,32 @@ def goals(rows: list[dict]) -> list[dict]:
     return [goal.result(rows) for goal in GOALS]
 
 
+def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | None:
+    """Why a run does not show a backend to be right and faster than torch_mx on a card, or None.
+
+    It takes a run on such a card, no check that failed, one of this backend, and less time than
+    torch_mx's over all problems of block-scaled matmuls that both were timed on, two at least.
+    """
+    card = "{}.{}".format(*capability)
+    if result["machine"].get("capability") != card:
+        return f"is of compute capability {result['machine'].get('capability')}, not {card}"
+    failed = sum(bool(c["wrong"]) for c in result["checks"])
+    if failed:
+        return f"{failed} checks failed"
+    if not any(c["check"] == f"block matmul, {backend}" for c in result["checks"]):
+        return f"no check of {backend}'s matmul"
+    spent: dict[str, dict[tuple, float]] = {}
+    for r in result["rows"]:
+        if r["op"] == "block_matmul" and r["us"]:
+            spent.setdefault(r["backend"], {})[r["M"], r["N"], r["K"]] = r["us"]
+    ours, rival = spent.get(backend, {}), spent.get("torch_mx", {})
+    both = ours.keys() & rival.keys()
+    if len(both) < 2:
+        return f"was timed beside torch_mx in {len(both)} problems"
+    ratio = math.exp(sum(math.log(ours[p] / rival[p]) for p in both) / len(both))
+    return None if ratio < 1 else f"takes {ratio:.2f} of torch_mx's time over {len(both)} problems"
+
+
 def write(result: dict, path: Path) -> None:
     """The results as JSON, and the tables beside it; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +111,19 @@ def write(result: dict, path: Path) -> None:
     text = json.dumps(rest, indent=1).removesuffix("\n}")
     text += ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
     for target, content in ((path, text), (path.with_suffix(".md"), markdown(result))):
+        content = impersonal(content)
         part = target.with_suffix(target.suffix + ".part")
         part.write_text(content, encoding="utf-8")
         part.replace(target)
+
+
+def impersonal(text: str) -> str:
+    """Without the folders of whoever ran it, which messages of errors may hold."""
+    folders = {str(Path(__file__).resolve().parents[1]), sys.prefix, str(Path.home())}
+    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
+        if len(folder) > 1:
+            text = text.replace(folder, "...")
+    return text
 
 
 def markdown(result: dict) -> str:
@@ -142,7 +179,7 @@ def _is_cast(r: dict) -> bool:
 
 
 def _is_of(r: dict, shapes) -> bool:
-    return r["op"] in ("linear", "scaled_matmul") and (r["N"], r["K"]) in shapes
+    return r["op"] in ("linear", "scaled_matmul", "block_matmul") and (r["N"], r["K"]) in shapes
 
 
 def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, ...]) -> list[str]:

@@ -17,6 +17,7 @@ from gpu_shapes import numbers, sets_beyond, weight
 from gpu_ways import (
     Way,
     backend,
+    block_backends,
     exact_weight,
     relative,
     stock_dequantize,
@@ -116,6 +117,7 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
         for name, way in chosen.items()
     }
     products = _products(bench, xs, plain, M, N) if M >= 16 else {}
+    products |= _block_products(bench, xs, plain, M, N) if M >= 16 else {}
     if few and M >= 16:
         runs["unpacked"] = lambda i: torch.nn.functional.linear(
             xs[i], kernels.dequantize(*stored["exact"][i], torch.bfloat16)
@@ -139,15 +141,16 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
             if way.precision == "exact":
                 limit = bench.ceilings.exact(M, N, K, few)
             else:
-                limit = bench.ceilings.fast(M, N, K, way.cached)
+                limit = bench.ceilings.fast(M, N, K, way.cached is not False)
             yield measured("linear", way, backend(bench.device, way, M), name, limit)
     if "unpacked" in spent:
         limit = bench.ceilings.exact(M, N, K, few)
         yield measured("linear", chosen["exact"], "dequantize + torch", "unpacked", limit)
     for name in products:
         if name in spent:
-            limit = bench.ceilings.matmul(M, N, K, 1, fp8=True)
-            yield measured("scaled_matmul", None, name, name, limit)
+            op, _, ran = name.rpartition(": ")
+            limit = bench.ceilings.matmul(M, N, K, 1 + 1 / 32 * bool(op), fp8=True)
+            yield measured(op or "scaled_matmul", None, ran, name, limit)
 
 
 def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
@@ -171,6 +174,22 @@ def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
 
         runs["triton"] = lambda i: fp8_gemm.matmul(*tokens[i], *folded[i], None, torch.bfloat16, N)
     return runs
+
+
+def _block_products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
+    """The block-scaled matmuls alone, by every backend that has one here."""
+    matmuls, refused = block_backends(bench.device)
+    said = [f"block_matmul by {name}: {reason}" for name, reason in refused.items()]
+    bench.left_out += [line for line in said if line not in bench.left_out]
+    if not matmuls:
+        return {}
+    tokens, weights = ([kernels.quantize(t) for t in given] for given in (xs, plain))
+    return {
+        f"block_matmul: {name}": lambda i, run=run: run(
+            tokens[i], weights[i], None, torch.bfloat16, M, N
+        )
+        for name, run in matmuls.items()
+    }
 
 
 def host(bench: Bench) -> Iterator[dict]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch, eager, fast_linear, layout
+from mxfp8.kernels import dispatch, eager, fast_linear, layout, reference, torch_mx
 
 try:
+    import comfy_kitchen
     from comfy_kitchen.backends.eager import quantization as kitchen
 
-    STOCK = "comfy-kitchen, eager"
+    STOCK = "comfy-kitchen: unpacked in eager passes; from Blackwell on, quantised and multiplied"
 except (ImportError, OSError, RuntimeError) as _error:
     kitchen = None
     STOCK = f"several eager passes written after comfy-kitchen's, which is not here ({_error})"
@@ -27,6 +28,7 @@ class Way:
         precision: "exact" or "fast"; None for dense BF16.
         cached: whether the row fold is kept; None where there is none.
         shares: whether linears that take one input quantise it once.
+        by: the backend that is named; None: that which is chosen.
     """
 
     store: Callable
@@ -34,10 +36,13 @@ class Way:
     precision: str | None = None
     cached: bool | None = None
     shares: bool = False
+    by: str | None = None
 
 
 def stock_quantize(x: torch.Tensor):
-    """(codes, tiled scales) as stock ComfyUI makes them."""
+    """(codes, tiled scales) as stock ComfyUI makes them: on a GPU by comfy-kitchen's own kernel."""
+    if kitchen is not None and x.device.type == "cuda":
+        return comfy_kitchen.quantize_mxfp8(x, pad_32x=True)
     if kitchen is not None:
         return kitchen.quantize_mxfp8(x, pad_32x=True)
     blocks = x.reshape(x.shape[0], -1, layout.BLOCK)
@@ -63,6 +68,51 @@ def stock_dequantize(qdata, scale, dtype: torch.dtype = torch.bfloat16) -> torch
 
 def _stock(x, stored, bias):
     return torch.nn.functional.linear(x, stock_dequantize(*stored, x.dtype), bias)
+
+
+def _stock_in_blocks(x, stored, bias):
+    """Stock's way from Blackwell on: x is quantised for every linear, torch multiplies."""
+    flat = x.reshape(-1, x.shape[-1])
+    tokens, (qdata, scale) = stock_quantize(flat), stored
+    out = comfy_kitchen.scaled_mm_mxfp8(
+        tokens[0], qdata, tokens[1], scale.view(torch.float8_e8m0fnu), bias, x.dtype
+    )
+    return out[: len(flat)].reshape(*x.shape[:-1], -1)
+
+
+def _stock_multiplies(device: torch.device) -> bool:
+    """Whether stock ComfyUI multiplies in MXFP8 here."""
+    return kitchen is not None and torch_mx.refuse(_fast_problem(device)) is None
+
+
+def _fast_problem(device: torch.device) -> dispatch.Problem:
+    return dispatch.Problem("linear", device, torch.bfloat16, "fast")
+
+
+def block_backends(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Block-scaled matmuls that run here by name, and of the others why not.
+
+    On a CPU that is the oracle alone, to try the script.
+    """
+    runs, refused = {}, {}
+    for record in dispatch.BACKENDS:
+        if record.steps == "blocks":
+            reason = dispatch._refusal(record, _fast_problem(device))
+            if reason is None:
+                runs[record.name] = record.matmul
+            else:
+                refused[record.name] = reason
+    return (runs, refused) if device.type == "cuda" else ({"reference": reference.block_matmul}, {})
+
+
+def _named(name: str) -> Callable:
+    """Our fast linear by one backend."""
+
+    def run(x, stored, bias):
+        with kernels.use_backend(name):
+            return _fast(x, stored, bias)
+
+    return run
 
 
 def _exact(x, stored, bias):
@@ -97,11 +147,19 @@ def ways(device: torch.device) -> dict[str, Way]:
     """By name; "fast" ones only where the device has a backend for them."""
     found = {
         "bf16": Way(lambda weight: weight, torch.nn.functional.linear),
-        "stock": Way(kernels.quantize, _stock, "exact"),
+        "stock": Way(
+            kernels.quantize, _stock_in_blocks if _stock_multiplies(device) else _stock, "exact"
+        ),
         "exact": Way(kernels.quantize, _exact, "exact"),
     }
     if fast_refusal(device) is None:
         here = dispatch.steps(device, torch.bfloat16, "fast")
+        if here and here[0] == "blocks":  # nothing is derived from a weight that could be kept
+            found["fast"] = Way(kernels.quantize, _fast, "fast")
+            found["fast shared"] = Way(kernels.quantize, _fast, "fast", shares=True)
+            others = block_backends(device)[0].keys() - {here[1]}
+            found |= {n: Way(kernels.quantize, _named(n), "fast", by=n) for n in sorted(others)}
+            return found
         fast = _fast if here else _fast_in_torch
         found["fast"] = Way(kernels.quantize, fast, "fast", False)
         found["fast cached"] = Way(_with_fold, fast, "fast", True)
@@ -119,6 +177,8 @@ def fast_refusal(device: torch.device) -> str | None:
 
 def backend(device: torch.device, way: Way, rows: int) -> str:
     """The name of the backend that runs one of our ways with this many rows."""
+    if way.by is not None:
+        return way.by
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
     name = dispatch.choose("linear", probe, way.precision, rows)[0].name
     if way.precision == "fast" and not dispatch.steps(device, torch.bfloat16, "fast"):

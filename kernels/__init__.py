@@ -11,6 +11,7 @@ use, so that reading a file's header costs no torch import.
 from importlib import import_module
 
 _HOME = {
+    "Choice": "dispatch",
     "quantize": "ops",
     "dequantize": "ops",
     "linear": "ops",
@@ -22,15 +23,18 @@ _HOME = {
     "quantize_measured": "measure",
     "backends": "dispatch",
     "choices": "dispatch",
+    "explain": "dispatch",
     "machine": "launch",
     "use_backend": "dispatch",
 }
 
 __all__ = [
+    "Choice",
     "backends",
     "block_energy",
     "choices",
     "dequantize",
+    "explain",
     "fold_bound",
     "fold_rows",
     "linear",

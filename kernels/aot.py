@@ -2,11 +2,13 @@
 
     python -m mxfp8.kernels.aot --arch 90            a table
     python -m mxfp8.kernels.aot --arch 90 --json     [{"kernel", "config", "registers", ...}, ...]
+    python -m mxfp8.kernels.aot --arch 100 --one     the last configuration of each kernel only
 
-Kernels are compiled down to SASS with the types, constants and options that they are launched with
-(`builds`), then disassembled by the tools in Triton's wheel: which matrix instructions are there,
-how many registers, whether any spill to local memory, how much shared memory. `spills` counts
-loads from and stores to local memory.
+Kernels are compiled down to machine code with the types, constants and options that they are
+launched with (`builds`), then disassembled by the tools in Triton's wheel: which matrix
+instructions are there, how many registers, whether any spill to local memory, how much shared
+memory. `spills` counts loads from and stores to local memory (AMD: scratch). Not every Triton knows
+every architecture; what it says of one that it does not know is raised as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,14 +28,18 @@ from . import fp8_gemm, triton_cast, triton_fold, triton_mx, triton_w8a16
 
 # Shared memory that a program can have, in bytes, per architecture.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-SHARED[120] = SHARED[86]
+SHARED |= {103: SHARED[100], 110: SHARED[100], 120: SHARED[86], 121: SHARED[86], "gfx950": 163_840}
 _CODE, _SCALE = "*u8", "*u8"
 _OPTIONS = ("num_warps", "num_stages")
 _ANY = ("M", "tiles")  # sizes that are often no multiples of 16
 # A line of SASS: its address in a comment, then maybe a predicate, then the instruction.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+)")
-_MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA")
+_MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA|v_mfma_")
+_AMD_INSTRUCTION = re.compile(r"^\s+([sv]_\w+|(?:buffer|global|scratch|ds)_\w+)\b", re.MULTILINE)
+_AMD_REGISTERS = re.compile(r"\.vgpr_count:\s*(\d+)")
+_SCALE_COPY = re.compile(r"\btcgen05\.cp\.")
+Arch = int | str  # compute capability times 10, or the name of an AMD architecture
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,20 @@ class Build:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a kernel became: see the module."""
+    """What a kernel became: see the module.
+
+    Attributes:
+        block_scaled: whether its matrix instructions apply scales.
+        scale_copies: copies of scales from shared to tensor memory (`tcgen05.cp`).
+    """
 
     kernel: str
     config: str
     registers: int
     spills: int
     shared: int
+    block_scaled: bool
+    scale_copies: int
     instructions: dict[str, int]
 
     @property
@@ -73,13 +86,14 @@ class Binary:
         found = Counter()
         for name, count in self.instructions.items():
             if _MATRIX.match(name):
-                found[name.partition(".")[0]] += count
+                found[name.partition(".")[0]] += count  # AMD's names have no point
         return dict(found)
 
 
-def builds(arch: int) -> Iterator[Build]:
+def builds(arch: Arch) -> Iterator[Build]:
     """Every kernel that runs on an architecture, in each configuration it is launched in."""
-    hardware = {"HARDWARE": arch >= 89}
+    amd = isinstance(arch, str)
+    hardware = {"HARDWARE": not amd and arch >= 89}
     floats = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
     tile = {"R": triton_cast.ROWS, "C": triton_cast.COLUMNS, "num_warps": triton_cast.WARPS}
     sizes = dict.fromkeys(("rows", "cols", "stored", "tiles"), "i32")
@@ -99,15 +113,16 @@ def builds(arch: int) -> Iterator[Build]:
         linear = {"x_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer} | matrix | sizes
         one_row = triton_w8a16.ONE_ROW | hardware | {"HAS_BIAS": True}
         yield Build(triton_w8a16.one_row_kernel, name, linear, one_row)
-        if arch < 80:  # Triton has no matrix instructions of Turing's
+        if not amd and arch < 80:  # Triton has no matrix instructions of Turing's
             continue
         for most, config in triton_w8a16.FEW_ROWS:
             yield Build(
                 triton_w8a16.few_rows_kernel, f"{name}, M <= {most}",
                 linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
             )  # fmt: skip
-    yield from _fast_builds(arch, floats, hardware)
-    if arch >= 100:
+    if not amd:
+        yield from _fast_builds(arch, floats, hardware)
+    if amd or arch >= 100:
         yield from _block_scaled_builds(arch)
 
 
@@ -144,16 +159,21 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
             )  # fmt: skip
 
 
-def _block_scaled_builds(arch: int) -> Iterator[Build]:
-    """What Blackwell multiplies: activations and weights in MXFP8."""
+def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
+    """What Blackwell and gfx950 multiply: activations and weights in MXFP8."""
     names = "rows columns K tiles row_stride column_stride out_rows out_columns"
-    scales = {"a_scale_ptr": "*u8", "b_scale_ptr": "*u8"}
-    tma = triton_mx.uses_tma(arch)
+    tma = isinstance(arch, int) and triton_mx.uses_tma(arch)
     for few, config in zip((True, False), triton_mx.CONFIGS[100 if tma else 120], strict=True):
         tiles = {"a": (config["BA"], config["BK"]), "b": (config["BB"], config["BK"])}
         for name, pointer in (("bf16", "*bf16"), ("fp16", "*fp16")):
             operands = {
                 n: f"tensordesc<fp8e4nv[{r}, {c}]>" if tma else "*fp8e4nv"
+                for n, (r, c) in tiles.items()
+            }
+            scales = {
+                f"{n}_scale": f"tensordesc<u8[{r // 128}, {c // 128}, 2, 256]>"
+                if tma and r % 128 == 0
+                else "*u8"
                 for n, (r, c) in tiles.items()
             }
             types = operands | scales | {"bias_ptr": pointer, "out_ptr": pointer}
@@ -165,7 +185,12 @@ def _block_scaled_builds(arch: int) -> Iterator[Build]:
             yield Build(triton_mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
 
 
-def compile_kernel(build: Build, arch: int):
+def last_of_each(found: Iterable[Build]) -> list[Build]:
+    """One configuration of each kernel: the last, which is the largest."""
+    return list({build.name: build for build in found}.values())
+
+
+def compile_kernel(build: Build, arch: Arch):
     """Compile one kernel for `arch`; returns Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -185,42 +210,74 @@ def compile_kernel(build: Build, arch: int):
     }
     source = ASTSource(build.kernel, signature, constants, aligned)
     options = {n: v for n, v in build.constants.items() if n in _OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    amd = isinstance(arch, str)
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options)
 
 
-def inspect(build: Build, arch: int) -> Binary:
+def inspect(build: Build, arch: Arch) -> Binary:
     """Compile one kernel for `arch` and disassemble it."""
     compiled = compile_kernel(build, arch)
+    if isinstance(arch, str):
+        return _inspect_amd(build, compiled)
+    asm = compiled.asm
+    shared = compiled.metadata.shared
+    return disassemble(asm["cubin"], asm["ptx"], build.name, build.config, shared)
+
+
+def disassemble(cubin: bytes, ptx: str, kernel: str, config: str, shared: int) -> Binary:
+    """What a binary for NVIDIA's cards holds, whatever compiled it."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", cubin)
-        sass = _run("cuobjdump", "-sass", cubin)
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "-res-usage", path)
+        sass = _run("cuobjdump", "-sass", path)
     instructions = Counter(_INSTRUCTION.findall(sass))
     spills = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
-    registers = max(map(int, _USAGE.findall(usage)))
     return Binary(
-        build.name, build.config, registers, spills, compiled.metadata.shared, dict(instructions)
-    )
+        kernel, config, max(map(int, _USAGE.findall(usage))), spills, shared,
+        "block_scale" in ptx, len(_SCALE_COPY.findall(ptx)), dict(sorted(instructions.items())),
+    )  # fmt: skip
+
+
+def _inspect_amd(build: Build, compiled) -> Binary:
+    """From the assembly that AMD's compiler writes."""
+    text = compiled.asm["amdgcn"]
+    instructions = Counter(_AMD_INSTRUCTION.findall(text))
+    spills = sum(n for name, n in instructions.items() if name.startswith("scratch_"))
+    registers = max(map(int, _AMD_REGISTERS.findall(text)))
+    return Binary(
+        build.name, build.config, registers, spills, compiled.metadata.shared,
+        "v_mfma_scale_" in text, 0, dict(sorted(instructions.items())),
+    )  # fmt: skip
 
 
 def _run(tool: str, *arguments) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run(
-        [path, *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
+    ended = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
+    if ended.returncode:  # a disassembler may be older than the compiler beside it
+        raise RuntimeError(f"{tool} failed: {ended.stderr.strip()}")
+    return ended.stdout
+
+
+def _arch(word: str) -> Arch:
+    return int(word) if word.isdigit() else word
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mxfp8.kernels.aot", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--arch", type=int, required=True, choices=sorted(SHARED))
+    parser.add_argument("--arch", type=_arch, required=True, choices=list(SHARED))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", action="store_true", help="one configuration of each kernel")
     arguments = parser.parse_args(argv)
-    binaries = [inspect(build, arguments.arch) for build in builds(arguments.arch)]
+    wanted = list(builds(arguments.arch))
+    if arguments.one:
+        wanted = last_of_each(wanted)
+    binaries = [inspect(build, arguments.arch) for build in wanted]
     if arguments.json:
         json.dump([asdict(binary) for binary in binaries], sys.stdout, indent=1)
         print()

@@ -21,7 +21,7 @@ from importlib import import_module
 
 import torch
 
-from . import eager, fast_linear, launch, reference, self_test, torch_mx
+from . import cute_mx, eager, fast_linear, launch, reference, self_test, torch_mx
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +114,7 @@ def _from(module: str, name: str) -> Callable:
 
 def _triton_mx_refuses(problem: Problem) -> str | None:
     reason = fast_linear.refuse_activations(replace(problem, few=False))
-    if reason is not None:
-        return reason
-    found = launch.capability(problem.device)
-    gfx950 = launch.amd_architecture(problem.device) == "gfx950"
-    if not gfx950 and (found is None or found < (10, 0)):
-        have = launch.described(problem.device)
-        return f"needs block-scaled tensor cores (Blackwell, gfx950); {have}"
-    return launch.refusal()
+    return reason or launch.block_scaled_refusal(problem.device)
 
 
 def _blocks(matmul: Callable) -> Callable:
@@ -178,6 +171,18 @@ BACKENDS: tuple[Backend, ...] = (
         test=self_test.blocks(_from("triton_mx", "matmul")),
     ),
     Backend(
+        name="cute_mx",
+        summary="block-scaled tensor cores (Blackwell) by CuTe DSL, not yet run on a GPU",
+        quantize=None,
+        dequantize=None,
+        linear=_blocks(cute_mx.matmul),
+        refuse=cute_mx.refuse,
+        automatic=False,
+        steps="blocks",
+        matmul=cute_mx.matmul,
+        test=self_test.blocks(cute_mx.matmul),
+    ),
+    Backend(
         name="eager",
         summary="plain torch on any device, exact weights",
         quantize=eager.quantize,
@@ -196,15 +201,27 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )
 
+# Compute capability -> backend -> the file in bench/results that shows it right, and faster than
+# torch_mx, on such a card (`bench/gpu_report.py`, `prefers`; a test holds every entry to it). Only
+# what is here comes before what is chosen by itself. Nothing has been measured yet.
+MEASURED: dict[tuple[int, int], dict[str, str]] = {}
+
 _NOT_AUTOMATIC = "not chosen by itself; runs when named with use_backend"
 _forced: Backend | None = None
+
+
+def _automatic(device: torch.device) -> list[Backend]:
+    """The backends that are chosen without being named, in order of preference."""
+    preferred = MEASURED.get(launch.capability(device), {}) if MEASURED else {}
+    first = [b for b in BACKENDS if b.name in preferred]
+    return first + [b for b in BACKENDS if b.automatic and b not in first]
 
 
 @cache
 def _notice_exact(problem: Problem, forced: Backend | None) -> None:
     """Say that fast runs exact, unless that is for want of rows."""
     if _choose(problem, forced)[1] == "exact":
-        candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
+        candidates = _automatic(problem.device) if forced is None else [forced]
         reasons = [f"{b.name}: {_refusal(b, problem)}" for b in candidates]
         _say_exact(problem.device.type, "; ".join(reasons))
 
@@ -218,24 +235,28 @@ def _say_exact(device: str, reasons: str) -> None:
 @cache
 def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
     """The backend for a problem and the precision it will run at."""
-    if forced is not None and getattr(forced, problem.op) is None:
-        forced = None  # it only multiplies
-    candidates = [b for b in BACKENDS if b.automatic] if forced is None else [forced]
-    candidates = [b for b in candidates if getattr(b, problem.op) is not None]
-    if forced is not None:
-        problem = replace(problem, few=False)  # which is about what is faster
     refusals = []
-    for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
-        for backend in candidates:
-            reason = _refusal(backend, replace(problem, precision=precision))
-            if reason is not None:
-                refusals.append(f"{backend.name} ({precision}): {reason}")
-                continue
+    for backend, precision, reason in _tried(problem, forced):
+        if reason is None:
             return backend, precision
+        refusals.append(f"{backend.name} ({precision}): {reason}")
     raise ValueError(
         f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
         f"{problem.precision!r}: {'; '.join(refusals)}"
     )
+
+
+def _tried(problem: Problem, forced: Backend | None) -> Iterator[tuple[Backend, str, str | None]]:
+    """(backend, precision, why it refuses or None) in order of preference."""
+    if forced is not None and getattr(forced, problem.op) is None:
+        forced = None  # it only multiplies
+    candidates = _automatic(problem.device) if forced is None else [forced]
+    candidates = [b for b in candidates if getattr(b, problem.op) is not None]
+    if forced is not None:
+        problem = replace(problem, few=False)  # which is about what is faster
+    for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
+        for backend in candidates:
+            yield backend, precision, _refusal(backend, replace(problem, precision=precision))
 
 
 def _refusal(backend: Backend, problem: Problem) -> str | None:
@@ -268,6 +289,38 @@ def choose(
     if precision == "fast" and runs_as == "exact":
         _notice_exact(replace(problem, few=False), _forced)
     return backend, runs_as
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a linear, and what does not.
+
+    Attributes:
+        precision: that it runs at, "exact" or "fast".
+        steps: as `Backend.steps`.
+        refused: (backend, why not) of what would have come first, one entry for each backend.
+    """
+
+    backend: str
+    precision: str
+    steps: str | None
+    refused: tuple[tuple[str, str], ...]
+
+
+def explain(
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int | None = None
+) -> Choice:
+    """What `choose` says of a linear, with its reasons; arguments as for `steps` and `choose`."""
+    few = rows is not None and rows <= fast_linear.FEW_ROWS
+    problem = Problem("linear", device, dtype, precision, few)
+    refused: dict[str, str] = {}
+    for backend, runs_as, reason in _tried(problem, _forced):
+        if reason is None:
+            refused.pop(backend.name, None)  # at another precision
+            return Choice(backend.name, runs_as, backend.steps, tuple(refused.items()))
+        if not backend.steps or backend.name not in refused:  # for what it is there for
+            refused[backend.name] = reason
+    raise ValueError(f"no MXFP8 backend takes linears of {dtype} on {device}: {refused}")
 
 
 def steps(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
@@ -318,8 +371,11 @@ def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
     result = []
     for backend in BACKENDS:
         precision = "fast" if backend.steps else "exact"
-        reason = _refusal(backend, replace(problem, precision=precision))
-        reason = reason or ("" if backend.automatic else _NOT_AUTOMATIC)
+        asked = replace(problem, precision=precision)
+        if backend in _automatic(problem.device):
+            reason = _refusal(backend, asked) or ""
+        else:  # not tested: what nobody named does not run
+            reason = backend.refuse(asked) or _NOT_AUTOMATIC
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
     return result
 

@@ -12,6 +12,10 @@ from functools import cache
 import torch
 
 OLDEST = (3, 3)  # Triton; earlier ones were never compiled
+# Compute capability -> the first Triton whose machine code for it multiplies with block scales
+# (`aot`, bench/results/compiled.json). 3.6 does not know sm_110, and multiplies in bfloat16 on
+# sm_121 without a word.
+BLOCK_SCALED = {(10, 0): (3, 6), (10, 3): (3, 6), (11, 0): (3, 9), (12, 0): (3, 6), (12, 1): (3, 9)}
 
 
 @cache
@@ -20,7 +24,7 @@ def refusal() -> str | None:
     try:
         import triton
 
-        version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+        version = _version(triton)
     except ModuleNotFoundError:
         package = "triton-windows" if os.name == "nt" else "triton"
         return f"needs Triton: pip install {package}"
@@ -30,6 +34,30 @@ def refusal() -> str | None:
         wanted = ".".join(map(str, OLDEST))
         return f"Triton {triton.__version__} is too old; {wanted} or later works"
     return None
+
+
+def block_scaled_refusal(device: torch.device) -> str | None:
+    """Why Triton has no block-scaled matrix instructions here, or None."""
+    found = capability(device)
+    if amd_architecture(device) != "gfx950":
+        if found is None or found < (10, 0):
+            return f"needs block-scaled tensor cores (Blackwell, gfx950); {described(device)}"
+        if found not in BLOCK_SCALED:
+            return f"was never compiled for compute capability {found[0]}.{found[1]}"
+    reason = refusal()
+    wanted = BLOCK_SCALED.get(found, OLDEST)
+    if reason is not None or wanted == OLDEST:
+        return reason
+    import triton
+
+    if _version(triton) < wanted:
+        needed = ".".join(map(str, wanted))
+        return f"needs Triton {needed} for this card; this is {triton.__version__}"
+    return None
+
+
+def _version(triton) -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def machine() -> str:
@@ -69,7 +97,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def described(device: torch.device) -> str:
     """What a device is, where a refusal says what it would have to be."""
     found = capability(device)
-    return f"this one has {found[0]}.{found[1]}" if found else f"this is {device.type}"
+    if found:
+        return f"this one has {found[0]}.{found[1]}"
+    return f"this is {amd_architecture(device) or device.type}"
 
 
 @cache

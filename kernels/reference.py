@@ -14,6 +14,9 @@ The rules it fixes, where the specification leaves room:
 * A block that holds NaN or Inf: scale byte 0xFF (NaN) and codes 0. The whole block decodes to NaN;
   an infinity never turns into a finite number.
 * Elsewhere: code = round-to-nearest-even E4M3 of x / s, with the sign of x kept on zeros.
+
+`block_matmul` is the oracle of a block-scaled matmul's arithmetic, and `block_bound` how far from
+float64 any implementation may be.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ import torch
 
 from . import layout
 from .layout import BLOCK, E8M0_BIAS, E8M0_NAN
+
+# Bits after the point that Blackwell's tensor cores keep of a term beside the largest of 32
+# products and the running sum, as others measured them on such cards (arXiv:2511.10909).
+FRACTION = 25
+_ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @cache
@@ -112,6 +120,83 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
     if bias is not None:
         out = out + bias.double()
     return out.to(x.dtype)
+
+
+def block_matmul(tokens, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
+    """x [M, K] @ W[N, K].T + bias from their stored forms, as block-scaled tensor cores compute it.
+
+    Blocks of 32 along K are added one after the other. Products of codes are exact, scales included
+    (E4M3 has 4 significant bits); the 32 of them and the running sum are aligned to the largest
+    exponent among them, cut off FRACTION bits below it, and added exactly; the new sum is cut to
+    float32. A product's exponent is the sum of its factors', before it is normalised. What is added
+    in which order outside of that, and how the bias is, is not known: here K ascends, and the bias
+    is added in float32, which is then rounded to `dtype`. So this is not a card's every bit, but it
+    errs the way that a card does: downwards in size, by as much.
+
+    Args:
+        tokens, weight: (qdata, tiled scale) as `quantize` returns them; bias: [N] or None.
+
+    Returns:
+        [M, N] of `dtype`.
+    """
+    (a, a_exponent), (b, b_exponent) = _in_blocks(tokens, M), _in_blocks(weight, N)
+    total = torch.zeros(M, N, dtype=torch.float64)
+    for k in range(a.shape[1]):
+        product = a[:, None, k] * b[None, :, k]  # [M, N, 32], exact in float64
+        exponent = a_exponent[:, None, k] + b_exponent[None, :, k]
+        exponent = exponent.amax(-1).maximum(_exponent(total)).clamp_min(_NO_EXPONENT)
+        unit = torch.exp2((exponent - FRACTION).double())
+        kept = (product / unit[..., None]).trunc().sum(-1) + (total / unit).trunc()
+        total = _cut_to_float32(kept * unit)
+    total = total.float()
+    if bias is not None:
+        total = total + bias.float().cpu()
+    return total.to(dtype).to(tokens[0].device)
+
+
+def block_bound(tokens, weight, bias, dtype, M: int, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(wanted, allowed), both float64 [M, N]: the product, and how far off it a matmul may be.
+
+    S is the sum of the products' sizes, |x| @ |W|.T. A sum of K of them in float32, in any order,
+    is off by at most K 2**-24 S. Tensor cores cut 33 terms of at most S by less than 2**-25 of it
+    and their sum by 2**-23, once every 32: 37/32 K 2**-25 S, which is less. The bias is one more
+    term. The result is rounded to `dtype`, and where a matmul does so before it adds the bias, so
+    is the product.
+    """
+    K = tokens[0].shape[1]
+    x, w = dequantize_exact(*tokens, M, K).cpu(), dequantize_exact(*weight, N, K).cpu()
+    wanted, size = x @ w.t(), x.abs() @ w.abs().t()
+    smallest = torch.finfo(dtype).smallest_normal  # below, a rounding is a share of this
+    rounded = _ROUNDING[dtype] * wanted.abs().clamp_min(smallest)
+    if bias is not None:
+        wanted, size = wanted + bias.double().cpu(), size + bias.double().cpu().abs()
+    rounded += _ROUNDING[dtype] * wanted.abs().clamp_min(smallest)
+    return wanted, (K + 2) * 2.0**-24 * size + rounded
+
+
+def _in_blocks(stored, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and exponents [rows, K/32, 32] of a matrix; an exponent is that of code and scale."""
+    qdata, scale = stored
+    shape = rows, qdata.shape[1] // BLOCK, BLOCK
+    value = dequantize_exact(qdata, scale, rows, qdata.shape[1]).cpu().reshape(shape)
+    code = (qdata.view(torch.uint8).cpu()[:rows] & 0x7F).reshape(shape)
+    factor = layout.untile(scale.view(torch.uint8).cpu(), *shape[:2]).int()[..., None]
+    exponent = (code >> 3).int().clamp_min(1) - 7 + factor - E8M0_BIAS
+    return value, torch.where(code == 0, _NO_EXPONENT, exponent)
+
+
+_NO_EXPONENT = -512  # of zero: below that of any product
+
+
+def _exponent(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value == 0, _NO_EXPONENT, torch.frexp(value).exponent - 1)
+
+
+def _cut_to_float32(value: torch.Tensor) -> torch.Tensor:
+    """Rounded towards zero to what float32 can hold, in float64."""
+    unit = torch.exp2((torch.frexp(value).exponent.clamp_min(-125) - 24).double())
+    cut = (value / unit).trunc() * unit
+    return torch.where(cut.abs() < 2.0**128, cut, cut.sign() * torch.inf)
 
 
 def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,14 @@ Blackwell, and of CDNA4 (gfx950). One kernel computes tiles of A [rows, K] times
   silently multiplies in bfloat16.
 
 A tile of 128 rows by 4 blocks has its scales in one stretch of 512 bytes, which is the order that
-sm_100 copies into its tensor memory.
+sm_100 copies into its tensor memory (`tcgen05.cp`). The compiler does that where the scales of 128
+rows come by a tensor descriptor or as flat stretches, reshaped and permuted afterwards. Loaded by
+addresses of five dimensions, they go through registers (`tcgen05.st`); so do those of B with few
+tokens, which are fewer than 128 rows. By descriptors the large tile takes 52 KB more of shared
+memory and 12 more registers (203 of 232 KB, 240 of 255) and does not spill; the small one takes 8
+registers fewer. So compiles Triton 3.6; what it is worth has not been timed.
+
+Which Triton has block-scaled instructions for which card: `launch.BLOCK_SCALED`.
 
 https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout has the tiled order.
 """
@@ -41,36 +48,52 @@ CONFIGS = {
 
 
 @triton.jit
-def load_scales(scale_ptr, first, first_block, rows, tiles, R: tl.constexpr, BLOCKS: tl.constexpr):
-    """Scale bytes [R, BLOCKS] of the rows from `first`; zero beyond the matrix."""
+def load_scales(
+    scales,
+    first,
+    first_block,
+    rows,
+    tiles,
+    R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Scale bytes [R, BLOCKS] of the rows from `first`; zero beyond the matrix.
+
+    scales: a tensor descriptor of [R / 128, BLOCKS / 4, 2, 256] with TMA and whole tiles of rows
+    (a dimension has at most 256 values), else a pointer.
+    """
     if R % 128 == 0:
-        tile_row = first // 128 + tl.arange(0, R // 128)
-        tile_column = first_block // 4 + tl.arange(0, BLOCKS // 4)
-        tile = tile_row[:, None].to(tl.int64) * tiles + tile_column[None, :]
-        inside = (tile_row * 128 < rows)[:, None] & (tile_column < tiles)[None, :]
-        byte = tl.arange(0, 32)[:, None, None] * 16
-        byte += tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-        offset = tile[:, :, None, None, None] * 512 + byte[None, None, :, :, :]
-        mask = inside[:, :, None, None, None]
-        scale = tl.load(scale_ptr + offset, mask=mask, other=0)
-        return scale.trans(0, 3, 2, 1, 4).reshape(R, BLOCKS)
-    row = (first + tl.arange(0, R)).to(tl.int64)
-    block = first_block + tl.arange(0, BLOCKS)
-    mask = (row < rows)[:, None] & (block < tiles * 4)[None, :]
-    offset = scale_offset(row[:, None], block[None, :], tiles)
-    return tl.load(scale_ptr + offset, mask=mask, other=0)
+        if TMA:
+            scale = scales.load([first // 128, first_block // 4, 0, 0])
+        else:
+            tile_row = first // 128 + tl.arange(0, R // 128)
+            byte = tl.arange(0, BLOCKS * 128)
+            start = (tile_row[:, None].to(tl.int64) * tiles + first_block // 4) * 512
+            inside = (tile_row * 128 < rows)[:, None]
+            inside = inside & (byte < (tiles - first_block // 4) * 512)[None, :]
+            scale = tl.load(scales + start + byte[None, :], mask=inside, other=0)
+        scale = scale.reshape(R // 128, BLOCKS // 4, 32, 4, 4)
+        result = scale.trans(0, 3, 2, 1, 4).reshape(R, BLOCKS)
+    else:
+        row = (first + tl.arange(0, R)).to(tl.int64)
+        block = first_block + tl.arange(0, BLOCKS)
+        mask = (row < rows)[:, None] & (block < tiles * 4)[None, :]
+        offset = scale_offset(row[:, None], block[None, :], tiles)
+        result = tl.load(scales + offset, mask=mask, other=0)
+    return result
 
 
 @triton.jit
 def mx_kernel(
-    a, b, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, rows, columns, K, tiles,
+    a, b, a_scale, b_scale, bias_ptr, out_ptr, rows, columns, K, tiles,
     row_stride, column_stride, out_rows, out_columns,
     BA: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """A [rows, K] times B [columns, K].T, BA by BB a tile; the bias goes with the weights' rows.
 
-    a, b: tensor descriptors of [BA, BK] and [BB, BK], or pointers.
+    a, b: tensor descriptors of [BA, BK] and [BB, BK], or pointers; scales: see `load_scales`.
     """
     for index in range(
         tl.program_id(0), tl.cdiv(rows, BA) * tl.cdiv(columns, BB), tl.num_programs(0)
@@ -93,10 +116,10 @@ def mx_kernel(
                 x = tl.load(x_ptr + first, mask=inside, other=0.0)
                 w = tl.load(w_ptr + first, mask=inside, other=0.0)
             x_scale = load_scales(
-                a_scale_ptr, tile_row * BA, first // 32, rows, tiles, BA, BK // 32
+                a_scale, tile_row * BA, first // 32, rows, tiles, BA, BK // 32, TMA
             )
             w_scale = load_scales(
-                b_scale_ptr, tile_column * BB, first // 32, columns, tiles, BB, BK // 32
+                b_scale, tile_column * BB, first // 32, columns, tiles, BB, BK // 32, TMA
             )
             total = tl.dot_scaled(x, x_scale, "e4m3", w.T, w_scale, "e4m3", total)
         if HAS_BIAS:
@@ -144,19 +167,31 @@ def matmul(tokens, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Te
     shape, strides = ((N, M), (1, N)) if few else ((M, N), (N, 1))
     tma = uses_tma(major * 10 + minor)
     grid = (-(-a.shape[0] // config["BA"]) * -(-b.shape[0] // config["BB"]),)
-    scales = a_scale.view(torch.uint8), b_scale.view(torch.uint8)
     sizes = a.shape[0], b.shape[0], a.shape[1], a_scale.shape[1] // 4
+    scales = a_scale.view(torch.uint8), b_scale.view(torch.uint8)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        a = TensorDescriptor.from_tensor(a, [config["BA"], config["BK"]])
-        b = TensorDescriptor.from_tensor(b, [config["BB"], config["BK"]])
+        height, width = (config["BA"], config["BB"]), config["BK"]
+        scales = [_descriptor(part, rows, width) for part, rows in zip(scales, height, strict=True)]
+        a = TensorDescriptor.from_tensor(a, [config["BA"], width])
+        b = TensorDescriptor.from_tensor(b, [config["BB"], width])
     with on_device(out):
         mx_kernel[(min(*grid, multiprocessors(out.device)),)](
             a, b, *scales, out if bias is None else bias, out, *sizes, *strides, *shape,
             HAS_BIAS=bias is not None, TRANSPOSED=few, TMA=tma, **config,
         )  # fmt: skip
     return out
+
+
+def _descriptor(scale: torch.Tensor, rows: int, columns: int):
+    """Of tiled scales, `rows` by `columns` values a time; themselves if that is no whole tile."""
+    if rows % layout.TILE_ROWS:
+        return scale
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tiles = scale.view(scale.shape[0] // layout.TILE_ROWS, scale.shape[1] // 4, 2, 256)
+    return TensorDescriptor.from_tensor(tiles, [rows // layout.TILE_ROWS, columns // 128, 2, 256])
 
 
 def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "fast") -> torch.Tensor:

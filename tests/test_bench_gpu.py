@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import gpu_report  # noqa: E402
+
 COLUMNS = [
     "op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
     "roofline_us", "error",
@@ -42,6 +46,7 @@ def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
     ops = {row["op"] for row in kernels["rows"]}
     assert ops == {
         "dequantize", "quantize", "fold_rows", "quantize_tokens", "linear", "host_us",
+        "block_matmul",
         "Z-Image block", "Flux double block",
     }  # fmt: skip
     linears = {(r["precision"], r["cached"]) for r in kernels["rows"] if r["op"] == "linear"}
@@ -61,6 +66,25 @@ def test_times_are_times_and_errors_those_of_eight_bits(kernels):
 def test_checks_were_made_and_hold(kernels):
     assert len(kernels["checks"]) > 25
     assert [check for check in kernels["checks"] if check["wrong"]] == []
+
+
+def test_block_scaled_matmuls_have_rows_beside_their_rivals_and_checks(kernels):
+    """On a CPU by the oracle, which stands in for what needs a card."""
+    rows = [row for row in kernels["rows"] if row["op"] == "block_matmul"]
+    assert {(r["backend"], r["precision"]) for r in rows} == {("reference", "fast")}
+    assert {(r["M"], r["N"], r["K"]) for r in rows} == {
+        (r["M"], r["N"], r["K"]) for r in kernels["rows"] if r["op"] == "linear" and r["M"] >= 16
+    }
+    for row in rows:
+        assert min(row["bf16_us"], row["stock_us"], row["roofline_us"]) > 0
+        assert 5e-3 < row["error"] < 6e-2
+    checks = [c for c in kernels["checks"] if c["check"] == "block matmul, reference"]
+    assert len(checks) == 4
+
+
+def test_results_tell_no_one_where_they_were_made():
+    said = f"{Path.home()}/models: no such file; {ROOT}/kernels and {sys.prefix}/lib"
+    assert gpu_report.impersonal(said) == ".../models: no such file; .../kernels and .../lib"
 
 
 def test_results_name_machine_kernels_and_ceilings(kernels):

@@ -111,7 +111,7 @@ def test_the_reference_runs_when_named(precision):
     assert not torch.equal(oracle("exact"), oracle("fast"))
 
 
-@pytest.mark.parametrize("name", ["torch_mx", "fp8", "triton_mx"])
+@pytest.mark.parametrize("name", ["torch_mx", "fp8", "triton_mx", "cute_mx"])
 def test_a_backend_that_only_multiplies_leaves_the_rest_to_others(name, monkeypatch):
     made = [
         dispatch.replace(

@@ -310,6 +310,8 @@ def test_blackwell_says_what_block_scaled_matmuls_lack(capability, card, monkeyp
     card(capability, "needs Triton")
     assert chosen(precision="auto") == EAGER
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
+    assert "CUDA 12.8" in torch_mx.refuse(problem)  # and not torch: 2.7 has a private form
+    monkeypatch.delattr(torch, "float8_e8m0fnu")
     assert "needs torch 2.10 or later" in torch_mx.refuse(problem)
 
 

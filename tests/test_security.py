@@ -26,7 +26,7 @@ FORBIDDEN = {
     "socket", "socketserver", "ssl", "subprocess", "urllib", "webbrowser", "xmlrpc", "zipfile",
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "unsafe_load"}
-SAFE_COMPILE = {"re.compile", "regex.compile"}
+SAFE_COMPILE = {"re.compile", "regex.compile", "cute.compile"}
 
 
 def dotted(node: ast.expr) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from comfyui import fetch_package
 from mxfp8.kernels import aot, fp8_gemm, launch
 
 TESTS = Path(__file__).parent
+COMPILED = TESTS.parent / "bench" / "results" / "compiled.json"
 INTERPRETER = "3.9.0"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -86,10 +89,53 @@ def test_kernels_use_the_matrix_instructions_that_are_meant(arch):
 @pytest.mark.parametrize("arch", [100, 120])
 def test_blackwell_applies_block_scales_in_its_matrix_instructions(arch):
     """And multiplies E4M3 in them, nothing unpacked to bfloat16 (UTCHMMA, HMMA: above)."""
-    for build in aot.builds(arch):
-        if build.name in ("mx_kernel", "copy_kernel"):
-            ptx = aot.compile_kernel(build, arch).asm["ptx"]
-            assert ("block_scale" in ptx) == (build.name == "mx_kernel"), build.config
+    for (name, config), binary in binaries(arch).items():
+        assert binary.block_scaled == (name == "mx_kernel"), (name, config)
+        scaled = any(i.startswith("QMMA.SF") for i in binary.instructions)
+        assert scaled == (name == "mx_kernel" and arch == 120), (name, config)
+
+
+def test_scales_are_copied_to_tensor_memory_a_tile_at_a_time():
+    """On sm_100, for every whole tile of 128 rows of both operands, in the loop and before it."""
+    for build in aot.builds(100):
+        if build.name == "mx_kernel":
+            rows = [build.constants[name] for name in ("BA", "BB")]
+            tiles = sum(r // 128 for r in rows if r % 128 == 0)
+            copies = binaries(100)[build.name, build.config].scale_copies
+            assert copies >= tiles > 0 and copies % tiles == 0, build.config
+
+
+# Arguments that point to matrices, which may have more values than 2**31.
+MATRICES = {"x_ptr", "code_ptr", "scale_ptr", "out_ptr", "a_ptr", "b_ptr", "folded_ptr", "a", "b"}
+MATRICES |= {"a_scale", "b_scale"}
+ONE_ROW = {("one_row_kernel", "x_ptr"), ("one_row_kernel", "out_ptr")}
+
+
+def offsets(ttir: str) -> dict[str, list[str]]:
+    """Pointer argument -> the types of the offsets that are added to it, in order."""
+    made, found = {}, {}
+    for line in ttir.splitlines():
+        if match := re.match(r"\s*(%\w+) = (\S+) (%\w+)", line):
+            result, operation, operand = match.groups()
+            made[result] = operand
+            if operation == "tt.addptr":
+                while operand in made:
+                    operand = made[operand]
+                types = line.partition(" : ")[2]
+                found.setdefault(operand.lstrip("%"), []).append(types.rpartition(" loc(")[0])
+    return {name: [t.rpartition(", ")[2] for t in types] for name, types in found.items()}
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+def test_rows_of_matrices_have_addresses_of_64_bits(arch):
+    """Tile by tile: what comes after the row's own offset is below the length of a row."""
+    seen = set()
+    for build in aot.last_of_each(aot.builds(arch)):
+        for name, types in offsets(aot.compile_kernel(build, arch).asm["ttir"]).items():
+            if name in MATRICES and (build.name, name) not in ONE_ROW:
+                seen.add(build.name)
+                assert re.search(r"\bi64\b|xi64>", types[0]), (build.name, name, types)
+    assert seen == {build.name for build in aot.builds(arch)}
 
 
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])
@@ -117,19 +163,82 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(arch):
         assert wide, (name, instructions)
 
 
+def compile_with_newest(arch: str, *arguments: str) -> list[dict]:
+    command = [sys.executable, "-m", "mxfp8.kernels.aot", "--arch", arch, "--json", *arguments]
+    return json.loads(
+        subprocess.run(
+            command, env=with_triton(INTERPRETER), cwd=TESTS.parent, capture_output=True, check=True
+        ).stdout
+    )
+
+
 def test_the_newest_triton_compiles_every_kernel_too():
-    """In one architecture; the rest is `make test-long`."""
-    command = [sys.executable, "-m", "mxfp8.kernels.aot", "--arch", "90", "--json"]
-    said = subprocess.run(
-        command, env=with_triton(INTERPRETER), cwd=TESTS.parent, capture_output=True, check=True
-    ).stdout
-    found = json.loads(said)
+    """In one architecture; others below."""
+    found = compile_with_newest("90")
     assert {(b["kernel"], b["config"]) for b in found} == set(binaries(90))
-    assert {"kernel", "config", "registers", "spills", "shared", "instructions"} == set(found[0])
+    assert set(found[0]) == {
+        "kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies",
+        "instructions",
+    }  # fmt: skip
     for binary in found:
         assert binary["shared"] <= aot.SHARED[90]
         if binary["kernel"] == "tma_kernel":
             assert any(i.startswith("QGMMA") for i in binary["instructions"])
+
+
+# What block-scaled matmuls multiply with, by architecture.
+SCALED = {"100": "UTCQMMA", "103": "UTCQMMA", "110": "UTCQMMA", "120": "QMMA", "121": "QMMA"}
+SCALED["gfx950"] = "v_mfma_scale_f32_32x32x64_f8f6f4"
+
+
+def test_the_newest_triton_has_block_scales_on_every_card_that_has_them():
+    """One configuration of each kernel, and it comes out as bench/results/compiled.json has it."""
+    recorded = {r["arch"]: r for r in committed() if r["triton"] == INTERPRETER}
+    with ThreadPoolExecutor(2) as pool:
+        every = pool.map(lambda arch: compile_with_newest(arch, "--one"), SCALED)
+    for (arch, instruction), found in zip(SCALED.items(), list(every), strict=True):
+        run = recorded[arch if arch.startswith("gfx") else f"sm_{arch}"]
+        assert [kept(aot.Binary(**b)) for b in found] == run["kernels"], arch
+        for binary in found:
+            assert binary["spills"] == 0 and binary["shared"] <= aot.SHARED[aot._arch(arch)]
+            assert binary["block_scaled"] == (binary["kernel"] == "mx_kernel")
+        (scaled,) = (b for b in found if b["kernel"] == "mx_kernel")
+        assert aot.Binary(**scaled).matrix.keys() == {instruction}
+        assert (scaled["scale_copies"] > 0) == (instruction == "UTCQMMA")
+
+
+def committed() -> list[dict]:
+    return json.loads(COMPILED.read_text(encoding="utf-8"))["runs"]
+
+
+def kept(binary: aot.Binary) -> dict:
+    """What compiled.json has of a kernel."""
+    found = {n: v for n, v in vars(binary).items() if n != "instructions"}
+    return found | {"matrix": binary.matrix}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_committed_is_what_is_compiled(arch):
+    """After a change of kernels: `python bench/proved.py --compile`."""
+    runs = [r for r in committed() if r["triton"] != INTERPRETER and r["arch"] == f"sm_{arch}"]
+    assert [run["refused"] for run in runs] == [None]
+    assert runs[0]["kernels"] == [kept(binary) for binary in binaries(arch).values()]
+
+
+def test_the_committed_results_back_what_is_refused_by_architecture():
+    """`launch.BLOCK_SCALED` has the cards, each with the first Triton that was seen to scale."""
+    natives = {}
+    for run in committed():
+        scaled = [k for k in run["kernels"] if k["kernel"] == "mx_kernel"]
+        number = run["arch"].removeprefix("sm_")
+        if scaled and all(k["block_scaled"] for k in scaled) and number.isdigit():
+            version = tuple(map(int, run["triton"].split(".")[:2]))
+            capability = divmod(int(number), 10)
+            natives[capability] = min(natives.get(capability, version), version)
+    for capability, oldest in launch.BLOCK_SCALED.items():
+        assert natives[capability] >= oldest
+        # 3.6 compiles for sm_103, but the disassembler in its wheel cannot read that.
+        assert natives[capability] == oldest or capability == (10, 3)
 
 
 def test_the_table_names_every_kernel(capsys):

@@ -25,6 +25,12 @@ def operands(M, N, K, dtype):
     return x, stored, bias, tokens, reference.dequantize_exact(*stored, N, K)
 
 
+def within_bound(found, x, stored, bias) -> bool:
+    """Within what any implementation may be off, by `reference.block_bound`."""
+    bound = reference.block_bound(reference.quantize(x), stored, bias, found.dtype, *found.shape)
+    return bool(((found.cpu().double() - bound[0]).abs() <= bound[1]).all())
+
+
 def close(found, tokens, weight, bias) -> bool:
     wanted = tokens @ weight.t() + (0 if bias is None else bias.double())
     size = tokens.abs() @ weight.abs().t()
@@ -57,6 +63,7 @@ def test_the_product_is_that_of_the_oracle(M, N, K, dtype, card, device):
         found = triton_mx.linear(x.to(device), *on_device, given, N, K)
         assert found.dtype == dtype and found.shape == (M, N)
         assert close(found, tokens, weight, added)
+        assert within_bound(found, x, stored, added)
 
 
 @pytest.mark.parametrize("M", [3, 100])

@@ -1,0 +1,34 @@
+"""How the CuTe kernels write results: the bias added in float32, rounded once, tails left alone.
+
+Compiled, never run (`cute_mx`).
+"""
+
+import cutlass
+from cutlass import Float32, Int64, cute
+
+
+@cute.jit
+def store(out, bias, values, row, column, M, N, HAS_BIAS: cutlass.Constexpr):
+    """values, float32 of consecutive columns, into out [M, N] at (row, column); bias: [N].
+
+    One store where N is a multiple of their number, which keeps the rows aligned, else one each.
+    """
+    count = cutlass.const_expr(cute.size(values))
+    rounded = cute.make_rmem_tensor(count, out.dtype)
+    for i in cutlass.range_constexpr(count):
+        value = values[i]
+        if cutlass.const_expr(HAS_BIAS):
+            value += Float32((bias + (column + i if column + i < N else N - 1)).load())
+        rounded[i] = value.to(out.dtype)
+    start = out + (Int64(row) * N + column)
+    size = cutlass.const_expr(count * out.dtype.width // 8)
+    aligned = cute.make_ptr(out.dtype, start.toint(), out.memspace, assumed_align=size)
+    whole = cute.make_tensor(aligned, cute.make_layout(count))
+    if row < M:
+        if N % count == 0:
+            if column < N:
+                cute.autovec_copy(rounded, whole)
+        else:
+            for i in cutlass.range_constexpr(count):
+                if column + i < N:
+                    (start + i).store(rounded[i])
