@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,14 +113,21 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
 @contextlib.contextmanager
 def folder_of(target: Path) -> Iterator[None]:
     """Make the folder of a file to be; if making the file fails, new folders go again."""
-    missing = [folder for folder in target.parents if not folder.exists()]  # innermost first
-    try:
+    with _new_folders(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
+
+
+@contextlib.contextmanager
+def _new_folders(folder: Path) -> Iterator[None]:
+    """Remove a folder and those around it on an error, but for those that are there already."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
+    try:
+        yield
     except BaseException:
-        for folder in missing:
+        for new in missing:
             with contextlib.suppress(OSError):  # it holds something by now
-                folder.rmdir()
+                new.rmdir()
         raise
 
 
@@ -136,6 +144,17 @@ def save_path(prefix: str) -> Path:
     path = Path(folder) / f"{name}_{counter:05}_.safetensors"
     _check_inside_output(root, prefix, path)  # the prefix may hold what ComfyUI fills in
     return path
+
+
+@contextlib.contextmanager
+def saving(prefix: str) -> Iterator[Path]:
+    """`save_path`, whose new folders go again if making the file fails."""
+    root = folder_paths.get_output_directory()
+    _check_inside_output(root, prefix, Path(root) / prefix)
+    with tempfile.TemporaryDirectory() as elsewhere:  # ComfyUI makes the folder that it names
+        subfolder = folder_paths.get_save_image_path(prefix, elsewhere)[3]
+    with _new_folders(Path(root, subfolder)):
+        yield save_path(prefix)
 
 
 def _check_inside_output(root: str, prefix: str, path: Path) -> None:
@@ -161,7 +180,9 @@ def calibration_path(name: str) -> Path:
         FileNotFoundError: it is not there any more.
     """
     if name not in list_calibrations():
-        raise FileNotFoundError(f"there is no {name!r} in output/{CALIBRATIONS}")
+        raise FileNotFoundError(
+            f"there is no {name!r} in output/{CALIBRATIONS} any more; choose another, or save one"
+        )
     return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
 
 

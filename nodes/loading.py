@@ -11,17 +11,19 @@ import folder_paths
 import nodes as comfy_nodes
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant import format
 from . import files, stock_loading
+from .describing import describe
 from .model_patch import accelerate, check_scales
+from .progress import show
 
 logger = logging.getLogger(__name__)
 
 CATEGORY = "MXFP8"
-_NO_FILE = "none"
+ROWS = 4096  # of the inputs that loaders describe layers for: an image of a megapixel
+NO_FILE = "none"
 
 
 def precision_input() -> io.Combo.Input:
@@ -39,14 +41,8 @@ def precision_input() -> io.Combo.Input:
     )
 
 
-def show(node: type[io.ComfyNode], text: str) -> None:
-    """Show a line or more on the node itself, in the browser."""
-    if node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-
-
-def check(node: type[io.ComfyNode], *paths: Path, order: str = format.AUTO) -> None:
-    """Refuse damaged or inconsistent MXFP8 files; show on the node what is suspicious in them.
+def check(*paths: Path, order: str = format.AUTO) -> list[str]:
+    """Refuse damaged or inconsistent MXFP8 files; returns what is suspicious in them, in words.
 
     Args:
         order: what the user says of the order of scales; nothing is suspicious about it then.
@@ -55,17 +51,19 @@ def check(node: type[io.ComfyNode], *paths: Path, order: str = format.AUTO) -> N
         FormatError: from `stock_loading.check_file`.
     """
     found = [warning for path in paths for warning in stock_loading.check_file(path, order)]
-    if found:
-        for warning in found:
-            logger.warning("MXFP8: %s", warning)
-        show(node, "\n".join(found))
+    for warning in found:
+        logger.warning("MXFP8: %s", warning)
+    return found
 
 
-def check_loaded(node: type[io.ComfyNode], patcher) -> None:
+def check_loaded(patcher) -> list[str]:
     """Check a model from another loader: the files it came from, and what it made of them.
 
     ComfyUI's loaders take most damaged MXFP8 files without a word. They leave the paths on the
     model, for its deep clones.
+
+    Returns:
+        as `check`.
 
     Raises:
         ValueError: a file is damaged or inconsistent, or the scales of a layer are.
@@ -75,8 +73,16 @@ def check_loaded(node: type[io.ComfyNode], patcher) -> None:
     names = first if isinstance(first, (list, tuple)) else [first]
     paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
     order = arguments[1] if load is stock_loading.load_diffusion_model else format.AUTO
-    check(node, *paths, order=order)
+    found = check(*paths, order=order)
     check_scales(patcher.model)
+    return found
+
+
+def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
+    """Say on the node what runs the MXFP8 layers of these models, and what was suspicious."""
+    described = [describe(patcher, ROWS, folds=False) for patcher in patchers]
+    lines = [d.line() if len(described) == 1 else f"{d.model}: {d.line()}" for d in described]
+    show(node, "\n".join([*lines, *warnings]))
 
 
 class MXFP8LoadDiffusionModel(io.ComfyNode):
@@ -118,9 +124,10 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
         path = files.model_path("diffusion_models", model_name)
-        check(cls, path, order=scales)
-        model = stock_loading.load_diffusion_model(str(path), scales)
-        return io.NodeOutput(accelerate(model, precision))
+        warnings = check(path, order=scales)
+        model = accelerate(stock_loading.load_diffusion_model(str(path), scales), precision)
+        show_loaded(cls, warnings, model)
+        return io.NodeOutput(model)
 
 
 class MXFP8LoadCheckpoint(io.ComfyNode):
@@ -154,7 +161,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
         path = files.model_path("checkpoints", checkpoint_name)
-        check(cls, path)
+        warnings = check(path)
         model, clip, vae = stock_loading.load_checkpoint(
             str(path), folder_paths.get_folder_paths("embeddings")
         )
@@ -162,6 +169,8 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
             model = accelerate(model, precision)
         if clip is not None:
             clip = accelerate_clip(clip)
+        found = [model, clip and clip.patcher]
+        show_loaded(cls, warnings, *(patcher for patcher in found if patcher is not None))
         return io.NodeOutput(model, clip, vae)
 
 
@@ -169,7 +178,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         names = folder_paths.get_filename_list("text_encoders")
-        more = [_NO_FILE, *names]
+        more = [NO_FILE, *names]
         return io.Schema(
             node_id="MXFP8LoadTextEncoder",
             display_name="Load Text Encoder (MXFP8)",
@@ -192,15 +201,15 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
                     "type", options=text_encoder_types(), tooltip="The model it encodes for."
                 ),
                 io.Combo.Input(
-                    "name2", options=more, default=_NO_FILE, optional=True,
+                    "name2", options=more, default=NO_FILE, optional=True,
                     tooltip="A second file, for models that pair two text encoders.",
                 ),
                 io.Combo.Input(
-                    "name3", options=more, default=_NO_FILE, optional=True, advanced=True,
+                    "name3", options=more, default=NO_FILE, optional=True, advanced=True,
                     tooltip="A third file (sd3, hidream).",
                 ),
                 io.Combo.Input(
-                    "name4", options=more, default=_NO_FILE, optional=True, advanced=True,
+                    "name4", options=more, default=NO_FILE, optional=True, advanced=True,
                     tooltip="A fourth file (hidream).",
                 ),
                 io.Combo.Input(
@@ -214,11 +223,11 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, name, type, name2=_NO_FILE, name3=_NO_FILE, name4=_NO_FILE, device="default"
+        cls, name, type, name2=NO_FILE, name3=NO_FILE, name4=NO_FILE, device="default"
     ) -> io.NodeOutput:
-        chosen = [n for n in (name, name2, name3, name4) if n != _NO_FILE]
+        chosen = [n for n in (name, name2, name3, name4) if n != NO_FILE]
         paths = [files.model_path("text_encoders", n) for n in chosen]
-        check(cls, *paths)
+        warnings = check(*paths)
         options = {}
         if device == "cpu":
             options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -228,7 +237,9 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
             options,
         )
-        return io.NodeOutput(accelerate_clip(clip))
+        clip = accelerate_clip(clip)
+        show_loaded(cls, warnings, clip.patcher)
+        return io.NodeOutput(clip)
 
 
 def _recipes(loader) -> str:
@@ -277,8 +288,10 @@ class MXFP8Accelerate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
-        check_loaded(cls, model)
-        return io.NodeOutput(accelerate(model, precision))
+        warnings = check_loaded(model)
+        model = accelerate(model, precision)
+        show_loaded(cls, warnings, model)
+        return io.NodeOutput(model)
 
 
 class MXFP8AccelerateTextEncoder(io.ComfyNode):
@@ -300,5 +313,7 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip) -> io.NodeOutput:
-        check_loaded(cls, clip.patcher)
-        return io.NodeOutput(accelerate_clip(clip))
+        warnings = check_loaded(clip.patcher)
+        clip = accelerate_clip(clip)
+        show_loaded(cls, warnings, clip.patcher)
+        return io.NodeOutput(clip)

@@ -35,11 +35,11 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .. import kernels
 from ..kernels import layout
-from ..kernels.dispatch import choose, steps
+from ..kernels.dispatch import choose
 from ..kernels.ops import FLOATS
 from ..quant.container import quoted
-from ..quant.format import MARKER
-from . import reuse
+from ..quant.format import AGAIN, MARKER
+from . import forward, reuse
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,14 @@ def check_scales(model: torch.nn.Module) -> None:
             rows, cols = layout.true_shape(stored)
             layout.check_scale(stored, scale.shape)
         except ValueError as error:
-            raise ValueError(f"MXFP8 layer {name!r} of this model: {error}") from error
+            raise ValueError(
+                f"MXFP8 layer {name!r} of this model: {error}; for its file: {AGAIN}"
+            ) from error
         used = layout.untile(scale.view(torch.uint8), rows, cols // layout.BLOCK)
         if (used == layout.E8M0_NAN).any():
             raise ValueError(
-                f"MXFP8 layer {name!r} of this model has scale bytes 255 (NaN): its file is damaged"
+                f"MXFP8 layer {name!r} of this model has scale bytes 255 (NaN): its file is "
+                f"damaged; {AGAIN}"
             )
 
 
@@ -91,19 +94,22 @@ def accelerate(patcher, precision: str):
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
     foreign = clone.object_patches.keys() - our_patches(clone)
-    unfit = _unfit_to_fold(linears, clone, precision)
+    changes = fold_changes(clone, linears, precision)
+    unfit = {name for name, change in changes.items() if change > MOST_FOLDED}
+    if unfit:
+        _warn_unfit(unfit, changes)
     for name, module in linears:
         if f"{name}.forward" in foreign:
             logger.warning("MXFP8: %s is patched by another node already; it stays so.", name)
         else:
-            forward = _FORWARDS["exact" if name in unfit else precision]
-            clone.add_object_patch(f"{name}.forward", MethodType(forward, module))
+            ours = forward.UNFIT if name in unfit else forward.FORWARDS[precision]
+            clone.add_object_patch(f"{name}.forward", MethodType(ours, module))
     if linears:
         clone.__class__ = _patcher_class(type(clone))
         if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
             clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
         reuse.find_families(clone.model, [module for _, module in linears])
-        sample = torch.empty(0, dtype=_compute_dtype(clone), device=clone.load_device)
+        sample = torch.empty(0, dtype=compute_dtype(clone), device=clone.load_device)
         backend, _ = choose("linear", sample, precision)
         logger.info(
             "MXFP8: %d layers of %s run on %s (%s).",
@@ -120,32 +126,27 @@ def accelerate(patcher, precision: str):
     return clone
 
 
-def _unfit_to_fold(linears, patcher, precision: str) -> set[str]:
-    """Names of the layers that folding would change too much, where layers are folded."""
-    if precision == "exact" or not _folds(patcher, precision):
-        return set()
-    unfit = {}
-    for name, module in linears:
-        change = kernels.fold_bound(module.weight._qdata.shape, module.weight._params.scale)
-        if change > MOST_FOLDED:
-            unfit[name] = change
-    if unfit:
-        worst = max(unfit, key=unfit.get)
-        logger.warning(
-            "MXFP8: %d of %d layers run exact: one scale per row, which FP8 tensor cores need, "
-            "could change them by more than %g (%s by %.2g).",
-            len(unfit), len(linears), MOST_FOLDED, quoted(worst), unfit[worst],
-        )  # fmt: skip
-    return set(unfit)
+def fold_changes(patcher, linears, precision: str) -> dict[str, float]:
+    """How much folding changes each layer at most; empty where no layer is folded."""
+    found = kernels.explain(patcher.load_device, compute_dtype(patcher), precision)
+    if found.steps != "rows":
+        return {}
+    return {
+        name: kernels.fold_bound(module.weight._qdata.shape, module.weight._params.scale)
+        for name, module in linears
+    }
 
 
-def _folds(patcher, precision: str) -> bool:
-    """Whether the linears of a model have their weights folded."""
-    found = steps(patcher.load_device, _compute_dtype(patcher), precision)
-    return found is not None and found[0] == "rows"
+def _warn_unfit(unfit: set[str], changes: dict[str, float]) -> None:
+    worst = max(unfit, key=changes.get)
+    logger.warning(
+        "MXFP8: %d of %d layers run exact: one scale per row, which FP8 tensor cores need, "
+        "could change them by more than %g (%s by %.2g).",
+        len(unfit), len(changes), MOST_FOLDED, quoted(worst), changes[worst],
+    )  # fmt: skip
 
 
-def _compute_dtype(patcher) -> torch.dtype:
+def compute_dtype(patcher) -> torch.dtype:
     """The dtype of a model's activations, as far as the model says."""
     found = getattr(patcher.model, "get_dtype_inference", lambda: None)()
     return found if found in FLOATS else torch.bfloat16
@@ -153,8 +154,16 @@ def _compute_dtype(patcher) -> torch.dtype:
 
 def our_patches(patcher) -> list[str]:
     """Names of the object patches on a patcher that are ours."""
-    ours = set(_FORWARDS.values())
-    return [n for n, p in patcher.object_patches.items() if getattr(p, "__func__", None) in ours]
+    patches = patcher.object_patches.items()
+    return [n for n, p in patches if getattr(p, "__func__", None) in forward.PRECISION_OF]
+
+
+def allow_folds(patcher) -> None:
+    """Before a run: let fast layers keep their folded weights (`reuse`)."""
+    fast = forward.FORWARDS["auto"], forward.FORWARDS["fast"]
+    patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
+    folds = kernels.explain(patcher.load_device, compute_dtype(patcher), "auto").steps == "rows"
+    reuse.allow(patcher, [patch.__self__ for patch in patches] if folds else ())
 
 
 class _QuantizedWeights:
@@ -180,11 +189,7 @@ class _QuantizedWeights:
 
     def pre_run(self):
         super().pre_run()
-        fast = [
-            p.__self__ for n, p in self.object_patches.items()
-            if getattr(p, "__func__", None) in (_forward_auto, _forward_fast)
-        ]  # fmt: skip
-        reuse.allow(self, fast if _folds(self, "auto") else ())
+        allow_folds(self)
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **options):
         freed = reuse.drop(self.model)
@@ -342,73 +347,3 @@ def give_model(patcher, fresh):
             "MXFP8: torch.compile on the input does not carry over; compile the quantised model."
         )
     return clone
-
-
-def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
-    """The forward of stock's quantised Linear, with `kernels.linear` as its matmul.
-
-    What stock does apart from that is left to stock: training, weights that it patches on the fly
-    (a LoRA on an offloaded layer), smoothed inputs. Under dynamic VRAM that patch is applied while
-    the weight is cast, which then comes back plain.
-    """
-    stock = (
-        x.requires_grad
-        or module.weight_function
-        or module.bias_function
-        or isinstance(x, QuantizedTensor)
-        or x.dtype not in FLOATS
-        or getattr(module, "pre_quant_scale", None) is not None
-    )
-    if stock:
-        return type(module).forward(module, x)
-
-    comfy.ops.run_every_op()
-    if module._full_precision_mm_config or getattr(module, "comfy_force_cast_weights", False):
-        precision = "exact"
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        module,
-        input=None,
-        dtype=module.weight.dtype,  # another dtype would hand back a dequantised weight
-        device=x.device,
-        bias_dtype=x.dtype,
-        offloadable=True,
-        compute_dtype=x.dtype,
-        want_requant=False,  # requantising a patched weight would lose 3% on every forward
-    )
-    if isinstance(weight, QuantizedTensor):
-        fold = tokens = None
-        kind = None if torch.compiler.is_compiling() else kernels.steps_here(x, precision)
-        if kind is not None:
-            tokens = reuse.tokens(module, x, kind)
-        if kind == "rows":
-            fold = reuse.folded(module, weight)
-        out = kernels.linear(
-            x,
-            weight._qdata,
-            weight._params.scale,
-            bias,
-            shape=tuple(weight.shape),
-            precision=precision,
-            folded=fold,
-            tokens=tokens,
-        )
-    else:  # a LoRA was merged into it on the way
-        out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-    return out
-
-
-def _forward_auto(module, x, *_, **__):
-    return _forward(module, x, "auto")
-
-
-def _forward_exact(module, x, *_, **__):
-    return _forward(module, x, "exact")
-
-
-def _forward_fast(module, x, *_, **__):
-    return _forward(module, x, "fast")
-
-
-# Three functions, not one with an argument: a bound method is what torch.compile inlines.
-_FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import comfy.utils
 from comfy_api.latest import io
 
 from ..kernels import layout
@@ -19,9 +18,11 @@ from ..quant.convert import convert, convert_file, plan_source
 from ..quant.report import Report
 from . import files
 from .calibrating import CalibrationType
-from .loading import CATEGORY, precision_input, show
+from .describing import describe
+from .loading import CATEGORY, ROWS, precision_input
 from .model_patch import accelerate, check_movable, give_model
 from .model_source import ModelSource
+from .progress import Progress, show
 from .selection import selection_inputs
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ class MXFP8QuantizeModel(io.ComfyNode):
     def execute(
         cls, model, preset, precision, include="", exclude="", calibration=None
     ) -> io.NodeOutput:
-        quantized, report = quantize_model(model, preset, include, exclude, calibration)
-        return output(cls, report, accelerate(quantized, precision))
+        quantized, report = quantize_model(cls, model, preset, include, exclude, calibration)
+        quantized = accelerate(quantized, precision)
+        return output(cls, report, describe(quantized, ROWS, folds=False).line(), quantized)
 
 
 class MXFP8ConvertFile(io.ComfyNode):
@@ -128,16 +130,20 @@ class MXFP8ConvertFile(io.ComfyNode):
                 include=include,
                 exclude=exclude,
                 overwrite=overwrite,
-                progress=Progress(),
+                progress=Progress(cls),
                 device=device(),
                 calibration=calibration,
             )
-        return output(cls, report)
+        return output(cls, report, "")
 
 
-def output(node: type[io.ComfyNode], report: Report, *values) -> io.NodeOutput:
-    """A node's result with its report: as text on the node, as JSON for whoever reads it."""
-    summary, text = report.summary(), report.to_json()
+def output(node: type[io.ComfyNode], report: Report, runs: str, *values) -> io.NodeOutput:
+    """A node's result with its report: as text on the node, as JSON for whoever reads it.
+
+    Args:
+        runs: how the result runs here, if it is a model.
+    """
+    summary, text = "\n".join(filter(None, (report.summary(), runs))), report.to_json()
     logger.info("MXFP8: %s", summary)
     show(node, summary)
     return io.NodeOutput(*values, text, ui={"text": [summary], "mxfp8_report": [text]})
@@ -149,19 +155,10 @@ def device() -> str:
     return "cpu" if chosen.type == "mps" else str(chosen)
 
 
-class Progress:
-    """Passes a conversion's progress to the node and stops it when the user interrupts."""
-
-    def __init__(self) -> None:
-        self._bar = comfy.utils.ProgressBar(1)
-
-    def __call__(self, done: int, total: int, key: str) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self._bar.update_absolute(done, total)
-
-
-def quantize_model(patcher, preset: str, include: str, exclude: str, calibration=None):
-    """A MODEL's MXFP8 twin and the report on it.
+def quantize_model(
+    node: type[io.ComfyNode], patcher, preset: str, include: str, exclude: str, calibration=None
+):
+    """A MODEL's MXFP8 twin and the report on it; `node` shows the progress.
 
     The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
     that file: so reloads, deep clones and other devices have a file behind them, and memory holds
@@ -183,7 +180,7 @@ def quantize_model(patcher, preset: str, include: str, exclude: str, calibration
     )
     file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
     report = convert(
-        source, file.path, plan, progress=Progress(), device=device(), calibration=calibration
+        source, file.path, plan, progress=Progress(node), device=device(), calibration=calibration
     )
     del source
 

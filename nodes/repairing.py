@@ -7,8 +7,8 @@ from comfy_api.latest import io
 from ..quant import format
 from ..quant.repair import repair_file
 from . import files, stock_loading
-from .loading import CATEGORY, show
-from .quantizing import Progress
+from .loading import CATEGORY
+from .progress import Progress, show
 
 
 class MXFP8RepairFile(io.ComfyNode):
@@ -70,7 +70,7 @@ class MXFP8RepairFile(io.ComfyNode):
                 scales=scales,
                 formats=stock_loading.formats(),
                 overwrite=overwrite,
-                progress=Progress(),
+                progress=Progress(cls),
             )
         text = "\n".join([result.summary(), *stock_loading.check_file(found)])
         show(cls, text)

@@ -4,7 +4,7 @@ A folded weight (`kernels.fold_rows`) is as large as the weight, and is no part 
 accounting. So one is kept only out of what is free before a run, less what is still to be loaded
 and a reserve for activations and other models: a quarter of the card, 4 GiB at least. All of a
 model's go when ComfyUI unloads it or a part of it, or when the last fast patcher of it goes.
-Otherwise weights are folded on every forward.
+Otherwise, and if the user turned that off (`settings`), weights are folded on every forward.
 
 A fold belongs to a module's weight as an object, and to what is merged into the model: stock
 replaces the object when it merges a LoRA, except under dynamic VRAM, where it merges into a copy.
@@ -27,6 +27,7 @@ import comfy.model_management
 import torch
 
 from .. import kernels
+from . import settings
 
 GIB = 1 << 30
 RESERVE = 4 * GIB  # at least
@@ -80,13 +81,14 @@ def allow(patcher, linears: Iterable[torch.nn.Module]) -> None:
     linears = list(linears)
     # Under dynamic VRAM a LoRA is merged into what a layer is given, behind the weight's back.
     merged_unseen = patcher.is_dynamic() and patcher.patches
-    if folds.patches != patcher.patches_uuid or merged_unseen or not linears:
+    never = merged_unseen or not linears or not settings.keep_folds()
+    if folds.patches != patcher.patches_uuid or never:
         folds.drop()
     folds.patches = patcher.patches_uuid
     for module in linears:
         _folds[module] = folds
     device = patcher.load_device
-    if merged_unseen or not linears:
+    if never:
         for module in linears:
             del _folds[module]
         return
@@ -108,6 +110,12 @@ def _leave(folds: _Folds, user: int) -> None:
 def drop(model: torch.nn.Module) -> int:
     """Free the folded weights of a model; returns their bytes."""
     return _models[model].drop() if model in _models else 0
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the folded weights that a model keeps now."""
+    kept = _models[model].kept if model in _models else {}
+    return sum(_nbytes(fold) for *_, fold in kept.values())
 
 
 def folded(module: torch.nn.Module, weight) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -11,12 +11,13 @@ duplicate keys pass. Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,15 @@ quoted = _QUOTE.repr  # of what a file says: a hostile name may be 100 MB long
 
 class FormatError(ValueError):
     """A file that is not what it says it is; the message names the file, tensor and rule."""
+
+
+@contextlib.contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Add to a FormatError raised within what its reader can do about it."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{error}; {advice}") from error
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,16 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
         OSError: it cannot be read.
     """
     path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for ever
+        raise FormatError(
+            f"{path.name}: no safetensors file: it is a folder, pipe or device; give the name of a "
+            ".safetensors file (convert and --source take a model's folder, too)"
+        )
+    with advising("the file is damaged or incomplete: get it again"):
+        return _read(path, kind)
+
+
+def _read(path: Path, kind: type[Container]):
     text, size = _read_text(path)
     header = parse_object(f"{path.name}: the header", text)
     metadata = header.pop("__metadata__", None)
@@ -100,8 +120,6 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
 
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The header's JSON and the file's size."""
-    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for ever
-        raise FormatError(f"{path.name}: no safetensors file: it is a folder, pipe or device")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)

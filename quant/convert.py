@@ -261,7 +261,10 @@ def _refuse_not_finite(where: str, values: torch.Tensor, first: int) -> None:
     bad = ~values.isfinite().all(-1)
     if bad.any():
         row = first + int(bad.nonzero()[0, 0])
-        raise ValueError(f"{where} holds NaN or Inf in row {row}; MXFP8 has no way to store it")
+        raise ValueError(
+            f"{where} holds NaN or Inf in row {row}; MXFP8 has no way to store it: get the file "
+            "again, or exclude this layer"
+        )
 
 
 def _refuse_overflow(where: str, qdata, scale, first: int) -> None:

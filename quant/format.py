@@ -30,6 +30,7 @@ from .container import (
     Container,
     FormatError,
     TensorInfo,
+    advising,
     is_shape,
     numel,
     parse_object,
@@ -53,6 +54,9 @@ FORMATS = (MXFP8, "float8_e4m3fn", "float8_e5m2", "nvfp4", "int8_tensorwise", "c
 SCALES = ("U8", "F8_E8M0")  # dtypes of scales
 AUTO = "auto"
 ORDERS = (AUTO, "tiled", "row-major")  # of scales, as a user may give it
+AGAIN = "get the file again, or convert its original"  # what to do about a damaged layer
+# The command and the node that mend lost markers and the order of scales.
+REPAIR = "`mxfp8 repair FILE NEW` or the node Repair File (MXFP8)"
 FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
@@ -114,7 +118,8 @@ class Header(Container):
             if conf["format"] not in formats:
                 raise FormatError(
                     f"{self.path.name}: layer {quoted(name)} is marked as "
-                    f"{quoted(conf['format'])}; formats that can be read: {', '.join(formats)}"
+                    f"{quoted(conf['format'])}; formats that can be read: {', '.join(formats)}; "
+                    "update ComfyUI, or convert the file's original"
                 )
 
     @cached_property
@@ -128,11 +133,10 @@ class Header(Container):
         return self._found(_bank, lambda conf: "num_experts" in conf)
 
     def _found(self, read, wanted) -> dict[str, Layer]:
-        found = (
-            read(self, name, conf)
-            for name, conf in self.markers.items()
-            if conf["format"] == MXFP8 and wanted(conf)
-        )
+        markers = self.markers.items()
+        ours = [(n, conf) for n, conf in markers if conf["format"] == MXFP8 and wanted(conf)]
+        with advising(AGAIN):
+            found = [read(self, name, conf) for name, conf in ours]
         return {layer.name: layer for layer in sorted(found, key=lambda x: x.weight.begin)}
 
 
@@ -150,22 +154,24 @@ def header_markers(file: str, metadata: Mapping[str, str]) -> dict[str, dict]:
     text = metadata.get(QUANTIZATION_METADATA)
     if text is None:
         return {}
-    layers = parse_object(f"{file}: {QUANTIZATION_METADATA}", text).get("layers")
-    if not isinstance(layers, dict):
-        raise FormatError(f"{file}: {QUANTIZATION_METADATA} has no object 'layers'")
-    return {
-        name: _check_marker(f"{file}: header marker of {quoted(name)}", conf)
-        for name, conf in layers.items()
-    }
+    with advising(AGAIN):
+        layers = parse_object(f"{file}: {QUANTIZATION_METADATA}", text).get("layers")
+        if not isinstance(layers, dict):
+            raise FormatError(f"{file}: {QUANTIZATION_METADATA} has no object 'layers'")
+        return {
+            name: _check_marker(f"{file}: header marker of {quoted(name)}", conf)
+            for name, conf in layers.items()
+        }
 
 
 def _read_markers(header: Header) -> dict[str, dict]:
     path = header.path
     markers: dict[str, dict] = {}
-    for name, conf in header_markers(path.name, header.metadata).items():
-        _add_marker(markers, full_name(header, name), conf, f"{path.name}: header marker of")
+    inside = header_markers(path.name, header.metadata)
     tensors = [t for t in header.tensors.values() if t.name.endswith(MARKER)]
-    with path.open("rb") as file:
+    with path.open("rb") as file, advising(AGAIN):
+        for name, conf in inside.items():
+            _add_marker(markers, full_name(header, name), conf, f"{path.name}: header marker of")
         for tensor in tensors:
             where = f"{path.name}: {quoted(tensor.name)}"
             if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.nbytes > MAX_MARKER:
@@ -186,7 +192,7 @@ def _add_marker(markers: dict[str, dict], name: str, conf: dict, where: str) -> 
         if conf[key] != before[key]:
             raise FormatError(
                 f"{where} {quoted(name)} says {key} {quoted(conf[key])}, another marker of it "
-                f"says {quoted(before[key])}; get the file again, or convert its original"
+                f"says {quoted(before[key])}"
             )
     markers[name] = {**before, **conf}
 
@@ -215,7 +221,9 @@ def _layer(header: Header, name: str, conf: Mapping) -> Layer:
     try:
         layout.check_scale(weight.shape, scale.shape)
     except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        plain = scale.shape == (weight.shape[0], weight.shape[1] // layout.BLOCK)
+        hint = f"; they look row-major, which {REPAIR} mends" if plain else ""
+        raise FormatError(f"{where}: {error}{hint}") from error
     return Layer(name, shape, weight, scale, conf)
 
 

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import foreign, format, policy
+from . import certificate, foreign, format, policy, provenance
+from .certificate import Certificate
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header
 from .progress import Meter, Progress
-from .report import gigabytes
+from .report import KEPT, MXFP8, Report, gigabytes
 
 VERSION = 1
 
 
 @dataclass
 class LayerInspection:
-    """One MXFP8 linear.
+    """One 2-D weight.
 
     Attributes:
         shape: unpadded (N, K); bytes: of codes and scales; scale_dtype: "U8" or "F8_E8M0".
+        decision: "mxfp8", the name of another format, or "kept"; reason: why, in words.
+        dtype: of the weight in the file. What follows is of MXFP8 layers alone.
         nan_codes, nan_scales: counts within the shape; padding: bytes of padding that are not
             zero; scale_order: "tiled" or "row-major" by the evidence, None where nothing tells.
             All None if only the header was read.
@@ -33,8 +37,11 @@ class LayerInspection:
     name: str
     shape: tuple[int, ...]
     bytes: int
-    scale_dtype: str
-    full_precision_matrix_mult: bool
+    scale_dtype: str | None = None
+    full_precision_matrix_mult: bool = False
+    decision: str = MXFP8
+    reason: str = "marked as MXFP8"
+    dtype: str = "F8_E4M3"
     nan_codes: int | None = None
     nan_scales: int | None = None
     padding: int | None = None
@@ -47,6 +54,8 @@ class Inspection:
 
     Attributes:
         formats: format of a marker -> number of layers.
+        report, certificate: what the header says of its conversion and of a comparison, as those
+            modules have it; None where it says nothing that can be read.
         every_byte: whether the layers were read, or only the header.
         problems, warnings: sentences; a file with problems should not be used.
     """
@@ -63,6 +72,12 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerInspection] = field(default_factory=list, repr=False)
+    report: Report | None = None
+    certificate: Certificate | None = None
+
+    @property
+    def mxfp8(self) -> list[LayerInspection]:
+        return [layer for layer in self.layers if layer.decision == MXFP8]
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
@@ -78,6 +93,7 @@ class Inspection:
             f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
             f"metadata: {', '.join(self.metadata) or 'none'}",
             f"read: {'every byte of its MXFP8 layers' if self.every_byte else 'the header'}",
+            *provenance.lines(self.report, self.certificate),
         ])  # fmt: skip
 
 
@@ -106,21 +122,12 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
     for conf in header.markers.values():
         formats[conf["format"]] = formats.get(conf["format"], 0) + 1
     found = policy.detect_architecture(header.tensors)
+    said = provenance.read(header.metadata)
     ours = (*header.layers, *header.experts)
     parts = {name + part for name in ours for part in (WEIGHT, SCALE, MARKER)}
     sizes = {True: 0, False: 0}
     for tensor in header.tensors.values():
         sizes[tensor.name in parts] += tensor.nbytes
-    layers = [
-        LayerInspection(
-            name=layer.name,
-            shape=layer.shape,
-            bytes=layer.weight.nbytes + layer.scale.nbytes,
-            scale_dtype=layer.scale.dtype,
-            full_precision_matrix_mult=layer.full_precision,
-        )
-        for layer in header.layers.values()
-    ]
     return Inspection(
         file=header.path.name,
         bytes=header.file_size,
@@ -131,15 +138,45 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
         other_bytes=sizes[False],
         metadata=sorted(header.metadata),
         every_byte=every_byte,
-        layers=layers,
+        layers=[*_layers(header)],
+        warnings=list(said.warnings),
+        report=said.report,
+        certificate=said.certificate,
     )
+
+
+def _layers(header: Header) -> Iterator[LayerInspection]:
+    """Every 2-D weight, in the order of the file."""
+    for tensor in header.tensors.values():
+        name = tensor.name.removesuffix(WEIGHT)
+        if name == tensor.name:
+            continue
+        layer = header.layers.get(name)
+        if layer is not None:
+            yield LayerInspection(
+                name=name,
+                shape=layer.shape,
+                bytes=layer.weight.nbytes + layer.scale.nbytes,
+                scale_dtype=layer.scale.dtype,
+                full_precision_matrix_mult=layer.full_precision,
+                dtype=tensor.dtype,
+            )
+        elif len(tensor.shape) == 2:
+            other = header.markers.get(name, {}).get("format")
+            decision, reason = KEPT, f"{tensor.dtype} in the file"
+            if other is not None:
+                decision, reason = other, f"marked as {other}"
+            yield LayerInspection(
+                name, tensor.shape, tensor.nbytes, decision=decision, reason=reason,
+                dtype=tensor.dtype,
+            )  # fmt: skip
 
 
 def _scan(path, result: Inspection, progress: Progress | None) -> None:
     from . import scan
     from .source import FileSource
 
-    total = sum(layer.bytes for layer in result.layers)
+    total = sum(layer.bytes for layer in result.mxfp8)
     advance = Meter(total, progress)
 
     with FileSource(path) as source:
@@ -153,10 +190,24 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
                 check(source)
             except FormatError as error:
                 result.problems.append(str(error))
-        for layer in result.layers:
+        for layer in result.mxfp8:
             tick = functools.partial(advance, key=layer.name)
             found = scan.scan_layer(source, source.header.layers[layer.name], tick)
             layer.nan_codes, layer.nan_scales = found.nan_codes, found.nan_scales
             layer.padding, layer.scale_order = found.padding, found.order.order
             result.problems += [f"{quoted(layer.name)}: {p}" for p in found.problems]
             result.warnings += [f"{quoted(layer.name)}: {w}" for w in found.warnings]
+        if result.certificate is not None:
+            _check_certificate(source, result)
+
+
+def _check_certificate(source, result: Inspection) -> None:
+    """Warn of a certificate that was measured on other weights."""
+    from .source import as_bytes
+
+    rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
+    found = certificate.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
+    if result.certificate.model.fingerprint != found:
+        result.warnings.append(
+            "the certificate in the header was measured on other weights than the file's"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, key)
@@ -22,3 +23,48 @@ class Meter:
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total, key)
+
+
+class Pace:
+    """Words on work under way: what it is at, how far it is, how fast, and how long it takes yet.
+
+    Args:
+        every: seconds between two answers; in between there is None.
+        rate: whether a speed in bytes means something.
+    """
+
+    def __init__(
+        self,
+        every: float = 0.25,
+        rate: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._every = every
+        self._rate = rate
+        self._clock = clock
+        self._start = clock()
+        self._said: float | None = None
+
+    def __call__(self, done: int, total: int, key: str) -> str | None:
+        """Two lines, or None if the last ones are recent; arguments as of `Progress`."""
+        now = self._clock()
+        if self._said is not None and now - self._said < self._every:
+            return None
+        self._said = now
+        parts = [f"{100 * min(done, total) // max(total, 1)}%"]
+        speed = done / max(now - self._start, 1e-3)
+        if self._rate and done:
+            parts.append(f"{speed / 1e6:.0f} MB/s" if speed >= 1e7 else f"{speed / 1e6:.1f} MB/s")
+        if 0 < done < total:
+            parts.append(f"{duration((total - done) / speed)} left")
+        return f"{key}\n{', '.join(parts)}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "9 s", "4 min 05 s", "2 h 10 min"."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -31,7 +31,9 @@ from ..kernels.layout import BLOCK, E8M0_NAN, TILE_ROWS
 from . import diffusers, format
 from .container import quoted
 from .format import (
+    AGAIN,
     FORMATS,
+    REPAIR,
     SCALE,
     SCALES,
     WEIGHT,
@@ -54,8 +56,6 @@ _SIGMAS = 6.0
 _ENERGIES = 1 << 15  # blocks whose energy is computed at once
 
 _SMALLEST_VOCABULARY = 16_384  # rows
-
-REPAIR = "`mxfp8 repair FILE NEW` or the node Repair File (MXFP8)"
 
 
 @dataclass
@@ -81,9 +81,11 @@ class LayerScan:
         """Sentences on what is wrong, without the layer's name."""
         found = []
         if self.nan_scales:
-            found.append(f"{self.nan_scales} scale bytes are 255 (NaN): damaged")
+            found.append(f"{self.nan_scales} scale bytes are 255 (NaN): damaged; {AGAIN}")
         if self.nan_codes:
-            found.append(f"{self.nan_codes} codes are NaN: damaged, or its source held NaN")
+            found.append(
+                f"{self.nan_codes} codes are NaN: damaged, or its source held NaN; {AGAIN}"
+            )
         return found
 
     @property
@@ -159,7 +161,7 @@ def refuse_nan_scales(file: str, layer: Layer, first: int, scale: torch.Tensor) 
         raise FormatError(
             f"{file}: scales of MXFP8 layer {quoted(layer.name)} {list(layer.shape)}: the one of "
             f"row {first + row}, block {block} is byte 255 (NaN); the file is damaged, or its "
-            "source held NaN"
+            f"source held NaN: {AGAIN}"
         )
 
 
@@ -170,7 +172,7 @@ def refuse_nan_experts(source: FileSource) -> None:
             if (torch.frombuffer(piece, dtype=torch.uint8) == E8M0_NAN).any():
                 raise FormatError(
                     f"{source.name}: scales of the MXFP8 experts {quoted(layer.name)} hold byte "
-                    "255 (NaN); the file is damaged, or its source held NaN"
+                    f"255 (NaN); the file is damaged, or its source held NaN: {AGAIN}"
                 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .. import kernels
 from ..kernels import layout
-from .container import quoted
+from .container import advising, quoted
 from .format import DTYPES, MARKER, SCALE, WEIGHT, bare, numel
 from .opening import open_source
 from .progress import Meter
@@ -53,7 +53,7 @@ def verify_file(path, source, progress=None) -> Verification:
         FormatError: one of the files is damaged.
     """
     result = Verification()
-    with FileSource(path) as stored, open_source(source) as original:
+    with FileSource(path) as stored, _open_original(source, stored) as original:
         if not stored.header.layers:
             result.problems.append("there is no MXFP8 layer in it")
         names = _match(stored, original, result)
@@ -76,6 +76,14 @@ def verify_file(path, source, progress=None) -> Verification:
                 result.problems.append(f"{quoted(key)} differs from the source")
             advance(_nbytes(original, original_key), key)
     return result
+
+
+def _open_original(source, stored: FileSource):
+    """`open_source`, with a hint for whoever gave the two the other way round."""
+    if stored.header.layers:
+        return open_source(source)
+    with advising(f"{stored.name} is not: the MXFP8 file comes first, its original is the source"):
+        return open_source(source)
 
 
 def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:

@@ -12,6 +12,10 @@ from graphs import Graph
 
 pytestmark = pytest.mark.comfy
 
+ADVICE = re.compile(  # what every message must have: what to do
+    "get (it|the file) again|mxfp8 repair|take the model as|[Cc]onvert (the|its|the file's) "
+    "(BF16, F16 or F32 )?original|update ComfyUI"
+)
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 
 
@@ -67,6 +71,7 @@ def test_every_loader_refuses_it_in_words(comfy, bad, defect):
         assert error["exception_type"].rpartition(".")[2] == "FormatError"
         message = error["exception_message"]
         assert re.search(re.escape(name) + ": .*" + BAD_FILES[defect].rule, message), message
+        assert ADVICE.search(message), message
         assert len(message) < 1000
 
 
@@ -85,6 +90,7 @@ def test_no_conversion_takes_it_for_an_original(comfy, bad, defect):
     if bad_file.quantized:
         said += "|already quantised|quantised already"
     assert re.search(said, message), message
+    assert ADVICE.search(message), message
     assert not list((comfy.base / "models").rglob("from bad*"))
 
 
@@ -110,3 +116,4 @@ def test_accelerating_what_stock_loaded_checks_its_file(comfy, bad, defect):
     assert error["node_type"] == "MXFP8Accelerate"
     found = error["exception_message"]
     assert re.search(BAD_FILES[defect].rule, found), found
+    assert ADVICE.search(found), found

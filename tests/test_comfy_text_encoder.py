@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import make_models
@@ -57,6 +59,15 @@ def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
         graph.add("TestSaveTensor", tensor=words, name=f"text {name}")
     comfy.run(graph)
     return {name: saved_tensor(comfy.base, f"text {name}") for name in clips}
+
+
+def test_a_text_encoder_has_a_passport(comfy, encoder):
+    graph = Graph()
+    node = graph.add("MXFP8Passport", clip=load(graph), measure=False, rows=77)
+    found = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
+    ours = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
+    assert len(ours) == 28 * 7
+    assert {(layer["backend"], layer["precision"]) for layer in ours} == {("eager", "exact")}
 
 
 def test_text_encoders_merge(comfy, encoder):

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+from . import recording
 
 
 class _Node:
@@ -262,6 +265,64 @@ class TestFail(_Node):
         return (clone,)
 
 
+class TestForward(_Node):
+    """A clone whose linears misbehave: run out of memory on a call, take their time, give NaN from
+    the first block on; or whose single blocks are skipped."""
+
+    INPUTS = {
+        "model": "MODEL", "how": (["memory", "slow", "nan", "skip"],),
+        "call": ("INT", {"default": 0}),  # the one that fails, over all layers
+    }  # fmt: skip
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, model, how, call):
+        clone, calls = model.clone(), []
+        if how == "skip":
+            for name, _ in clone.model.diffusion_model.single_blocks.named_children():
+                key = f"diffusion_model.single_blocks.{name}.forward"
+                clone.add_object_patch(key, lambda x, *_, **__: x)
+            return (clone,)
+
+        def patched(forward):
+            def run(x, *args, **options):
+                calls.append(x.shape)
+                if how == "memory" and len(calls) == call:
+                    torch.empty(1 << 60, dtype=torch.uint8)
+                if how == "slow":
+                    time.sleep(0.3)
+                out = forward(x, *args, **options)
+                return out * float("nan") if how == "nan" else out
+
+            return run
+
+        for name, module in clone.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "blocks" in name:
+                method = types.MethodType(type(module).forward, module)
+                clone.add_object_patch(f"{name}.forward", patched(method))
+        return (clone,)
+
+
+class TestSums(_Node):
+    """How many layers' moments are in memory once `samples` are there."""
+
+    INPUTS = {"samples": "LATENT"}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, samples):
+        gc.collect()
+        kind = _pack("quant.calibration").Sum
+        held = [o for o in gc.get_objects() if isinstance(o, kind) and o._second is not None]
+        return {"ui": {"result": [len(held)]}}
+
+
 class TestRights(_Node):
     """Takes from the thread that runs nodes the right to write where modes forbid it, as users
     have it; or gives it back. Tests may run as root, for whom modes count for nothing."""
@@ -392,6 +453,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestRights, TestFast, TestReuse, TestKeeping,
+        TestMemory, TestFail, TestForward, TestSums, TestRights, TestFast, TestReuse, TestKeeping,
     )
 }  # fmt: skip
+NODE_CLASS_MAPPINGS |= recording.NODES

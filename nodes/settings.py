@@ -1,0 +1,44 @@
+"""What a user chose in ComfyUI's settings, as far as it concerns the server.
+
+ComfyUI keeps the browser's settings in `user/default/comfy.settings.json`, and has no way to read
+them but for a web request. A run belongs to none, so the file is read: before each run, in 0.1 ms.
+Where ComfyUI serves several users (`--multi-user`), whose run it is cannot be seen, and settings
+are as they come. Whoever runs without a browser sets environment variables, which win.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+
+KEEP_FOLDS = "MXFP8.KeepFolds"
+_VARIABLES = {KEEP_FOLDS: "MXFP8_KEEP_FOLDS"}
+
+
+def keep_folds() -> bool:
+    """Whether folded weights may be kept between runs (`reuse`): MXFP8_KEEP_FOLDS=0 says no."""
+    return _boolean(KEEP_FOLDS, default=True)
+
+
+def _boolean(key: str, default: bool) -> bool:
+    variable = os.environ.get(_VARIABLES[key], "").strip().lower()
+    if variable:
+        return variable not in ("0", "false", "no", "off")
+    value = _stored().get(key)
+    return value if isinstance(value, bool) else default
+
+
+def _stored() -> dict:
+    """The settings of ComfyUI's only user; none where the file is missing, damaged or several's."""
+    if args.multi_user:
+        return {}
+    path = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,303 @@
+"""Passport and Inspect in the real ComfyUI: what is said of a layer is what really ran."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from bad_files import LAYER, draft
+from comfyui import PromptError
+from graphs import Graph
+
+pytestmark = pytest.mark.comfy
+
+MANY = 4096
+
+
+def ours(graph: Graph, name: str = "flux-mxfp8", precision: str = "auto") -> list:
+    return graph.add(
+        "MXFP8LoadDiffusionModel", model_name=f"{name}.safetensors", precision=precision
+    )
+
+
+def fast(graph: Graph, most_folded: float = 1.0, keep: bool = False) -> list:
+    """The model on a CPU that passes for a card with FP8 tensor cores, one row being few."""
+    model = graph.add(
+        "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=keep,
+        most_folded=most_folded,
+    )  # fmt: skip
+    return graph.add("MXFP8Accelerate", model=model, precision="auto")
+
+
+@pytest.fixture
+def card(comfy):
+    """Afterwards the CPU is a CPU again."""
+    yield
+    graph = Graph()
+    graph.add(
+        "TestFast", model=graph.loader("flux.safetensors"), on=False, keep=False, most_folded=0.01
+    )
+    comfy.run(graph)
+
+
+def passport(graph: Graph, model: list, rows: int = MANY, **options) -> list:
+    return graph.add("MXFP8Passport", model=model, rows=rows, **{"measure": False, **options})
+
+
+def document(outputs: dict, node: list) -> dict:
+    return json.loads(outputs[node[0]]["mxfp8_report"][0])
+
+
+def by_name(found: dict) -> dict:
+    return {layer["name"]: layer for layer in found["layers"]}
+
+
+def told_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict]:
+    """({layer: what the passport says} for many rows, the same for one, {layer: what ran})."""
+    graph = Graph()
+    model = make(graph)
+    few = passport(graph, model, rows=1)
+    many = passport(graph, model)
+    recording = graph.add("TestRecord", model=model, name="recorded")
+    samples = graph.sample(recording, kind, steps=1)
+    recorded = graph.add("TestRecorded", samples=samples, name="recorded")
+    outputs = comfy.run(graph)
+    ran = json.loads(outputs[recorded[0]]["result"][0])
+    told = [by_name(document(outputs, node)) for node in (many, few)]
+    assert len(ran) > 15
+    assert ran.keys() <= told[0].keys()
+    return *told, ran
+
+
+def really(entry: dict) -> str:
+    """The backend and precision of a layer by what was recorded."""
+    ours = [op for op in entry["ops"] if op.startswith("mxfp8.")]
+    if not ours:
+        assert not entry["backends"]
+        return "stock"
+    if "mxfp8.scaled_matmul" in ours:
+        assert not entry["backends"]
+        return "fp8, fast"
+    (ran,) = entry["backends"]
+    return ran
+
+
+def said(layer: dict) -> str:
+    return ", ".join(filter(None, (layer["backend"], layer["precision"])))
+
+
+def check_all(many: dict, few: dict, ran: dict) -> None:
+    for name, entry in ran.items():
+        told = few if entry["rows"] == [1] else many
+        assert said(told[name]) == really(entry), name
+
+
+@pytest.mark.parametrize("precision", ["auto", "exact", "fast"])
+def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
+    many, few, ran = told_and_recorded(comfy, lambda graph: ours(graph, precision=precision))
+    check_all(many, few, ran)
+    layer = many[LAYER]
+    assert said(layer) == really(ran[LAYER]) == "eager, exact"
+    assert layer["reason"] == "eager: needs an NVIDIA or AMD GPU; this is cpu"
+    assert (layer["shape"], layer["decision"]) == ([128, 128], "mxfp8")
+    assert layer["bytes"] == 128 * 128 + 128 * 4
+
+
+def test_what_is_kept_runs_as_stock_runs_it(comfy):
+    many, few, ran = told_and_recorded(comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2")
+    check_all(many, few, ran)
+    kept = many["img_in"]
+    assert (kept["decision"], kept["backend"]) == ("kept", "stock")
+    assert kept["reason"] == "not MXFP8: F32"
+    assert really(ran["img_in"]) == "stock"
+
+
+def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
+    found = told_and_recorded(comfy, lambda graph: graph.loader("flux-mxfp8.safetensors"))
+    check_all(*found)
+    many, _, ran = found
+    assert really(ran[LAYER]) == "stock"
+    assert "Accelerate Model (MXFP8) is not on it" in many[LAYER]["reason"]
+
+
+def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
+    many, few, ran = told_and_recorded(comfy, fast)
+    check_all(many, few, ran)
+    assert really(ran[LAYER]) == "fp8, fast"
+    assert many[LAYER]["reason"].startswith("row fold, changes weights by at most ")
+    assert float(many[LAYER]["reason"].rpartition(" ")[2]) < 1e-4
+    assert few[LAYER]["reason"] == "exact: 1 rows or fewer"
+    single = [n for n, e in ran.items() if e["rows"] == [1] and many[n]["decision"] == "mxfp8"]
+    assert single  # the modulations
+    assert {really(ran[n]) for n in single} == {"eager, exact"}
+
+
+def test_layers_that_folding_would_change_too_much_are_exact(comfy, card):
+    many, few, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_folded=-1.0))
+    check_all(many, few, ran)
+    assert said(many[LAYER]) == really(ran[LAYER]) == "eager, exact"
+    assert many[LAYER]["reason"].startswith("exact: folding could change it by ")
+
+
+def test_a_layer_marked_full_precision_is_exact(comfy, card):
+    folder = comfy.base / "models" / "diffusion_models"
+    whole = draft(folder / "flux-mxfp8.safetensors")
+    whole.mark(LAYER, full_precision_matrix_mult=True)
+    path = folder / "passport-full.safetensors"
+    path.write_bytes(whole.encode())
+
+    def marked(graph):
+        fast(graph)
+        return graph.add("MXFP8Accelerate", model=graph.loader(path.name), precision="auto")
+
+    many, few, ran = told_and_recorded(comfy, marked)
+    path.unlink()
+    check_all(many, few, ran)
+    assert many[LAYER]["reason"] == "exact: marked full precision in the file"
+    assert really(ran[LAYER]) == "eager, exact"
+
+
+def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
+    def patched(graph):
+        model = graph.add(
+            "TestPatchLinear", model=graph.loader("flux-mxfp8.safetensors"), layer=LAYER
+        )
+        return graph.add("MXFP8Accelerate", model=model, precision="auto")
+
+    many, few, ran = told_and_recorded(comfy, patched)
+    check_all(many, few, ran)
+    assert many[LAYER]["reason"] == "patched by another node"
+    assert really(ran[LAYER]) == "stock"
+
+
+def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
+    graph = Graph()
+    model = graph.add(
+        "LoraLoaderModelOnly", model=ours(graph), lora_name="lora.safetensors", strength_model=1.0
+    )
+    model = graph.add("TestLowVRAM", model=model)
+    recording = graph.add("TestRecord", model=model, name="offloaded")
+    samples = graph.sample(recording, "flux", steps=1)
+    recorded = graph.add("TestRecorded", samples=samples, name="offloaded")
+    ran = json.loads(comfy.run(graph)[recorded[0]]["result"][0])
+    node = passport(graph, model, rows=MANY - 1)  # now that it is loaded
+    found = document(comfy.run(graph), node)
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    told = by_name(found)
+    left = [n for n, layer in told.items() if "applies a LoRA on the fly" in layer["reason"]]
+    assert left
+    for name, entry in ran.items():
+        assert said(told[name]) == really(entry), name
+    assert found["memory"]["LoRA patches"]["device"] > 0
+
+
+def test_measured_times_memory_and_what_is_not_used(comfy):
+    graph = Graph()
+    node = passport(graph, ours(graph), rows=32, measure=True)
+    outputs = comfy.run(graph)
+    found = document(outputs, node)
+    layers = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
+    sizes = {tuple(layer["shape"]) for layer in layers}
+    assert {tuple(timing["shape"]) for timing in found["timings"]} == sizes
+    assert sum(timing["layers"] for timing in found["timings"]) == len(layers) == 19
+    assert all(layer["microseconds"] > 0 for layer in layers)
+    for timing in found["timings"]:
+        ratio = timing["stock_microseconds"] / timing["microseconds"]
+        assert timing["faster_than_stock"] == pytest.approx(ratio)
+        assert timing["dense_microseconds"] > 0
+    assert sum(map(sum_bytes, layers)) == sum(
+        found["memory"][kind]["device"] for kind in ("codes", "scales")
+    )
+    assert found["rows"] == 32
+    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in found["refused"])
+    assert any(line.startswith("triton: needs an NVIDIA") for line in found["refused"])
+    text = outputs[node[0]]["text"][0]
+    assert text.splitlines()[0].startswith("Flux on cpu: 19 MXFP8 layers, ")
+    assert text.count("times as fast as stock") == len(sizes)
+
+
+def sum_bytes(layer: dict) -> int:
+    return layer["bytes"]
+
+
+def test_a_passport_wants_one_model(comfy):
+    graph = Graph()
+    graph.add("MXFP8Passport", measure=False, rows=1)
+    with pytest.raises(PromptError, match="connect a model or a text encoder"):
+        comfy.run(graph)
+
+
+# ---- inspecting ------------------------------------------------------------------------------
+
+
+def inspected(comfy, file: str, model=None, every_byte: bool = True) -> tuple[dict, str]:
+    graph = Graph()
+    options = {} if model is None else {"model": model(graph)}
+    node = graph.add("MXFP8Inspect", file=file, every_byte=every_byte, **options)
+    outputs = comfy.run(graph)
+    return document(outputs, node), outputs[node[0]]["text"][0]
+
+
+@pytest.mark.parametrize("every_byte", [True, False])
+def test_a_file_is_inspected(comfy, every_byte):
+    found, text = inspected(
+        comfy, "diffusion_models/flux2-mxfp8.safetensors", every_byte=every_byte
+    )
+    layers = by_name(found)
+    count = sum(layer["decision"] == "mxfp8" for layer in layers.values())
+    assert found["formats"] == {"mxfp8": count}
+    assert layers[LAYER]["scale_order"] == ("tiled" if every_byte else None)
+    kept = [layer for layer in layers.values() if layer["decision"] == "kept"]
+    assert {layer["reason"] for layer in kept} == {"BF16 in the file"}
+    assert layers["img_in"]["bytes"] == 128 * 128 * 2
+    assert f"kept: {len(kept)} matrices, BF16 in the file" in text
+
+
+def test_what_is_wrong_in_a_file_is_shown_and_is_no_error(comfy):
+    folder = comfy.base / "models" / "diffusion_models"
+    whole = draft(folder / "flux-mxfp8.safetensors")
+    codes = whole.tensors[f"{LAYER}.weight"]
+    codes[2] = b"\x7f" + codes[2][1:]
+    path = folder / "inspect-nan.safetensors"
+    path.write_bytes(whole.encode())
+    found, text = inspected(comfy, f"diffusion_models/{path.name}")
+    path.unlink()
+    assert len(found["problems"]) == 1
+    assert f"PROBLEM: '{LAYER}': 1 codes are NaN" in text
+
+
+def test_a_model_is_inspected(comfy):
+    found, text = inspected(comfy, "none", lambda graph: ours(graph, "flux2-mxfp8"))
+    layers = by_name(found)
+    count = sum(layer["decision"] == "mxfp8" for layer in layers.values())
+    assert found["formats"] == {"mxfp8": count}
+    assert layers[LAYER]["decision"] == "mxfp8"
+    assert layers["img_in"]["reason"] == "F32 in the model"
+    assert found["mxfp8_bytes"] == sum(
+        layer["bytes"] for layer in layers.values() if layer["decision"] == "mxfp8"
+    )
+    assert f"mxfp8: {count} layers" in text
+
+
+def test_nothing_to_inspect(comfy):
+    graph = Graph()
+    graph.add("MXFP8Inspect", file="none", every_byte=True)
+    with pytest.raises(PromptError, match="choose a file, or connect a model"):
+        comfy.run(graph)
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def test_folds_are_kept_unless_the_user_turned_that_off(comfy, card):
+    """The setting as the browser stores it, and the server's next run."""
+    kept = []
+    for index, value in enumerate((True, False, None)):
+        comfy.post("/api/settings", {"MXFP8.KeepFolds": value})
+        graph = Graph()
+        model = fast(graph, keep=True)
+        samples = graph.sample(model, "flux", steps=1)
+        node = graph.add("TestReuse", model=model, samples=samples)
+        graph[samples[0]]["inputs"]["seed"] = index
+        kept.append(comfy.run(graph)[node[0]]["result"][0])
+    assert kept == [13, 0, 13]

@@ -1,0 +1,198 @@
+"""Progress on nodes as the browser gets it, and that an interrupt is heeded within a second."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import struct
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from bad_files import draft
+from graphs import Graph
+
+pytestmark = pytest.mark.comfy
+
+TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
+DONE = ("execution_success", "execution_error", "execution_interrupted")
+LAYERS, SHAPE = 16, (8192, 4096)  # 1.07 GB in BF16
+
+
+@dataclass
+class Seen:
+    """What came over the websocket.
+
+    Attributes:
+        texts: (seconds, node, text); end: kind of the last event, and seconds from an interrupt
+            that was posted to it.
+    """
+
+    texts: list[tuple[float, str, str]] = field(default_factory=list)
+    end: str = ""
+    heeded: float | None = None
+
+    def of(self, node: list) -> list[str]:
+        return [text for _, name, text in self.texts if name == node[0]]
+
+
+def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
+    """Run a workflow as the browser does; interrupt it when a node says so many percent."""
+
+    async def listen() -> Seen:
+        seen, asked = Seen(), None
+        url = f"{comfy.url}/ws?clientId={comfy.client}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(url) as socket,
+        ):
+            prompt = comfy.submit(graph)
+            async for message in socket:
+                now = time.monotonic()
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    kind, length = struct.unpack(">II", message.data[:8])
+                    if kind != TEXT:
+                        continue
+                    node = message.data[8 : 8 + length].decode()
+                    text = message.data[8 + length :].decode()
+                    seen.texts.append((now, node, text))
+                    enough = percent(text) is not None and percent(text) >= (interrupt_at or 0)
+                    if interrupt_at is not None and asked is None and enough:
+                        asked = time.monotonic()
+                        await session.post(f"{comfy.url}/interrupt")
+                    continue
+                event = json.loads(message.data)
+                ours = event.get("data", {}).get("prompt_id") == prompt
+                if event.get("type") in DONE and ours:
+                    seen.end = event["type"]
+                    seen.heeded = None if asked is None else now - asked
+                    return seen
+        raise AssertionError("the socket was closed")
+
+    return asyncio.run(asyncio.wait_for(listen(), 120))
+
+
+def percent(text: str) -> int | None:
+    found = re.search(r"(?m)^(\d+)%", text)
+    return found and int(found[1])
+
+
+@pytest.fixture(scope="module")
+def large(comfy):
+    """A model of a GB that takes no room: a sparse file, all zeros."""
+    path = comfy.base / "models" / "diffusion_models" / "progress-large.safetensors"
+    size = 2 * SHAPE[0] * SHAPE[1]
+    header = {
+        f"blocks.{i}.weight": {
+            "dtype": "BF16", "shape": SHAPE, "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(LAYERS)
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + LAYERS * size)
+    yield f"diffusion_models/{path.name}"
+    path.unlink()
+
+
+def convert(graph: Graph, source: str, target: str) -> list:
+    return graph.add(
+        "MXFP8ConvertFile", source=source, target=target, preset="none", overwrite=False
+    )
+
+
+def test_layer_percent_speed_and_time_left_arrive(comfy, large):
+    graph = Graph()
+    node = convert(graph, large, "progress-done")
+    seen = watch(comfy, graph)
+    (comfy.base / "models" / "diffusion_models" / "progress-done.safetensors").unlink()
+    assert seen.end == "execution_success"
+    *texts, last = seen.of(node)
+    assert "layers MXFP8" in last  # the summary
+    percents = [percent(text) for text in texts]
+    assert len(texts) > 3
+    assert percents == sorted(percents)
+    under_way = [text for text in texts if 0 < percent(text) < 100]
+    assert under_way
+    for text in under_way:
+        assert re.fullmatch(r"blocks\.\d+\.weight\n\d+%, [\d.]+ MB/s, [\w ]+ left", text), text
+    times = [now for now, _, text in seen.texts if percent(text) is not None]
+    assert len(times) <= 4 * (times[-1] - times[0]) + 2
+
+
+def test_an_interrupt_is_heeded_within_a_second_and_leaves_nothing(comfy, large):
+    folder = comfy.base / "models" / "diffusion_models"
+    before = set(folder.rglob("*"))
+    graph = Graph()
+    convert(graph, large, "new/folder/progress-interrupted")
+    seen = watch(comfy, graph, interrupt_at=10)
+    assert seen.end == "execution_interrupted"
+    assert seen.heeded < 1
+    assert set(folder.rglob("*")) == before
+
+
+def test_every_long_node_shows_its_progress(comfy):
+    models = comfy.base / "models" / "diffusion_models"
+    lost = draft(models / "flux-mxfp8.safetensors")
+    lost.unmark()
+    path = models / "progress-lost.safetensors"
+    path.write_bytes(lost.encode())
+    graph = Graph()
+    quantized = graph.add(
+        "MXFP8QuantizeModel", model=graph.loader("flux2.safetensors"), preset="auto",
+        precision="exact",
+    )  # fmt: skip
+    nodes = [
+        quantized,
+        graph.add("MXFP8SaveModel", model=quantized, filename_prefix="progress/saved"),
+        graph.add("MXFP8RepairFile", source=f"diffusion_models/{path.name}", target="",
+                  scales="auto", overwrite=True),
+        graph.add("MXFP8Inspect", file="diffusion_models/flux-mxfp8.safetensors",
+                  every_byte=True),
+        graph.add("MXFP8Passport", model=quantized, measure=True, rows=2),
+    ]  # fmt: skip
+    seen = watch(comfy, graph)
+    path.unlink()
+    path.with_name("progress-lost-repaired.safetensors").unlink()
+    assert seen.end == "execution_success"
+    for node in nodes:
+        said = [percent(text) for text in seen.of(node)]
+        assert any(p is not None for p in said), graph[node[0]]["class_type"]
+        assert said[-1] is None  # what came of it
+
+
+def test_loaders_say_what_runs(comfy):
+    graph = Graph()
+    ours = graph.add(
+        "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="fast"
+    )
+    other = graph.add("MXFP8LoadDiffusionModel", model_name="flux.safetensors", precision="exact")
+    checkpoint = graph.add(
+        "MXFP8LoadCheckpoint", checkpoint_name="checkpoint-mxfp8.safetensors", precision="exact"
+    )
+    for node in (ours, other, checkpoint):
+        graph.add("PreviewAny", source=node)
+    seen = watch(comfy, graph)
+    (line,) = seen.of(ours)
+    assert re.fullmatch(r"19 MXFP8 layers, \d\.\d\d MB: eager, exact \(no GPU\)", line)
+    assert seen.of(other) == ["no MXFP8 layers; it runs as ComfyUI loaded it"]
+    assert re.search(r"MXFP8 layers, .*eager, exact", seen.of(checkpoint)[-1])
+
+
+def test_a_save_that_fails_leaves_no_new_folder(comfy):
+    output = comfy.base / "output"
+    (output / "mine").mkdir(parents=True, exist_ok=True)
+    before = set(output.rglob("*"))
+    graph = Graph()
+    model = graph.add(
+        "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="exact"
+    )
+    model = graph.add("TestFail", model=model, how="nan")
+    graph.add("MXFP8SaveModel", model=model, filename_prefix="mine/%year%/a/failing")
+    seen = watch(comfy, graph)
+    assert seen.end == "execution_error"
+    assert set(output.rglob("*")) == before
+    (output / "mine").rmdir()
