@@ -1,9 +1,22 @@
-"""Nodes that watch a model at work, so that its weights can be rounded for that (`quant.gptq`)."""
+"""Nodes that watch a model at work, so that its weights can be rounded for that (`quant.gptq`).
+
+The moments of all layers together are larger than the model. Layers are watched in groups that fit
+the memory given, each in runs of its own; where that takes more than one group, each goes into a
+file in ComfyUI's temp folder before the next, so what a calibration needs does not grow with the
+model. Rejected: all of them in memory (22 GB for Z-Image), and adding up in a file, which every
+layer of every step would have to read and write.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+import time
+import uuid
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import MethodType
 
 import comfy.model_management
@@ -11,16 +24,21 @@ import comfy.samplers
 import comfy.utils
 import nodes as comfy_nodes
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..quant import calibration
-from ..quant.calibration import Calibration, Moments, Sum
+from ..quant.calibration import Calibration, Moments, StoredMoments, Sum
+from ..quant.container import quoted
 from ..quant.convert import plan_source
 from ..quant.format import WEIGHT
+from ..quant.memory import is_out_of_memory
+from ..quant.progress import duration
 from ..quant.report import gigabytes
 from . import files, names
-from .loading import CATEGORY, show
+from .loading import CATEGORY
 from .model_source import ModelSource
+from .progress import show
 from .selection import selection_inputs
 
 logger = logging.getLogger(__name__)
@@ -28,6 +46,8 @@ logger = logging.getLogger(__name__)
 CalibrationType = io.Custom("MXFP8_CALIBRATION")
 _PREFIX = "diffusion_model."
 _GB = 10**9
+_MOST_NAMED = 8  # layers in a result's text
+_INTERVAL = 0.5  # seconds between two texts on the node
 
 
 class MXFP8Calibrate(io.ComfyNode):
@@ -49,8 +69,8 @@ class MXFP8Calibrate(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="A prompt as you use them."),
                 io.Conditioning.Input("negative", tooltip="What KSampler would be given."),
                 io.Latent.Input("latent_image", tooltip="Of the size that you use."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
-                             tooltip="The first seed; the others follow it."),
+                io.Int.Input("first_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                             tooltip="The others follow it."),
                 io.Int.Input("seeds", default=2, min=1, max=64,
                              tooltip="How many seeds are sampled. More is better, and slower."),
                 io.Int.Input("steps", default=8, min=1, max=1000, tooltip="As in KSampler."),
@@ -64,11 +84,12 @@ class MXFP8Calibrate(io.ComfyNode):
                                tooltip="As in KSampler."),
                 *selection_inputs(),
                 io.Float.Input(
-                    "memory_gb", default=4.0, min=0.1, max=256.0, step=0.1, optional=True,
+                    "memory_gb", default=4.0, min=0.001, max=256.0, step=0.1, optional=True,
                     advanced=True,
                     tooltip=(
                         "Memory on the model's device for what is noted. If all layers do not fit, "
-                        "they are watched in groups, and each group takes a run of its own."
+                        "they are watched in groups; each takes runs of its own, and goes into a "
+                        "file in ComfyUI's temp folder."
                     ),
                 ),
             ],
@@ -82,7 +103,7 @@ class MXFP8Calibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, seeds, steps, cfg, sampler_name,
+        cls, model, positive, negative, latent_image, first_seed, seeds, steps, cfg, sampler_name,
         scheduler, denoise, preset, include="", exclude="", memory_gb=4.0,
     ) -> io.NodeOutput:  # fmt: skip
         source = ModelSource(model)
@@ -94,36 +115,35 @@ class MXFP8Calibrate(io.ComfyNode):
         plan = plan_source(
             source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
         )
-        sizes = {d.layer: 4 * d.shape[1] ** 2 for d in plan.quantized}
+        sizes = {d.layer: calibration.nbytes(d.shape[1]) for d in plan.quantized}
         groups = list(_groups(sizes, int(memory_gb * _GB)))
-        show(cls, _announce(groups, sizes, seeds, steps))
+        _check_disk(source.name, groups, sizes)
+        progress = _Progress(
+            cls, _announce(groups, sizes, seeds, steps), len(groups) * seeds, steps
+        )
+
+        def sample(watched) -> None:
+            for number in range(seeds):
+                seed = (first_seed + number) % 2**64
+                comfy_nodes.common_ksampler(
+                    watched, seed, steps, cfg, sampler_name, scheduler, positive, negative,
+                    latent_image, denoise=denoise,
+                )  # fmt: skip
+                progress.finish_run()
+
         comfy.model_management.free_memory(
             min(int(memory_gb * _GB), sum(sizes.values())), model.load_device
         )
-
-        layers: dict[str, Moments] = {}
-        for group in groups:
-            watched, sums = _watch(model, group)
-            for number in range(seeds):
-                comfy_nodes.common_ksampler(
-                    watched, seed + number, steps, cfg, sampler_name, scheduler, positive, negative,
-                    latent_image, denoise=denoise,
-                )  # fmt: skip
-            for name, found in sums.items():
-                if found.rows:
-                    layers[name] = Moments((found.second / found.rows).cpu(), found.rows)
-        silent = [name for name in sizes if name not in layers]
-        if silent:
-            logger.warning(
-                "MXFP8: %d layers were given nothing (%r the first); they are rounded to nearest.",
-                len(silent), silent[0],
-            )  # fmt: skip
+        layers = _gather_all(model, groups, sample, progress)
         if not layers:
-            raise ValueError(f"calibration is empty: no layer of this {source.name} was run")
+            raise ValueError(
+                f"calibration is empty: no layer of this {source.name} was run"
+                + " on finite values" * bool(groups)
+            )
         mark = calibration.fingerprint(
             (n, source.tensors[n + WEIGHT][1], source.rows(n + WEIGHT, 0, 1)[0]) for n in layers
         )
-        text = f"{len(layers)} layers, {min(m.rows for m in layers.values())} rows at least"
+        text = _result(layers, sizes, progress)
         show(cls, text)
         return io.NodeOutput(Calibration(layers, mark), ui={"text": [text]})
 
@@ -142,31 +162,170 @@ def _groups(sizes: dict[str, int], budget: int) -> Iterator[list[str]]:
         yield group
 
 
+def _check_disk(model: str, groups, sizes: dict[str, int]) -> None:
+    """Raise ValueError where the temp folder has no room for the groups' files."""
+    needed = sum(sizes.values())
+    free = shutil.disk_usage(files.temporary_path("mxfp8").parent).free
+    if len(groups) > 1 and needed > free:
+        raise ValueError(
+            f"calibrating this {model} in {len(groups)} groups takes {gigabytes(needed)} in "
+            f"ComfyUI's temp folder, which has {gigabytes(free)} free; make room there, raise "
+            "memory_gb, or exclude layers"
+        )
+
+
 def _announce(groups, sizes, seeds: int, steps: int) -> str:
     total = gigabytes(sum(sizes.values()))
     runs = len(groups) * seeds
     return f"{len(sizes)} layers, {total} in {len(groups)} groups: {runs} runs of {steps} steps"
 
 
-def _watch(patcher, layers: list[str]):
-    """A clone of a ModelPatcher whose layers note what they are given; (clone, notes by layer)."""
+class _Progress:
+    """Steps of all runs, on the node's bar and in its text, with the time that is left.
+
+    The first step is timed from its first layer on: what came before was loading the model. Later
+    ones count whole, with what lies between two runs.
+    """
+
+    def __init__(self, node: type[io.ComfyNode], plan: str, runs: int, steps: int):
+        self.plan, self._node, self._steps = plan, node, steps
+        self._total = runs * steps
+        self._bar = comfy.utils.ProgressBar(self._total)
+        self._runs = self._step = 0
+        self._begin = self._first = self._shown = 0.0
+        show(node, f"{plan}. Its first step tells how long that takes.")
+        logger.info("MXFP8: calibration of %s.", plan)
+
+    @property
+    def seconds(self) -> float:
+        """Since the first layer was run."""
+        return time.perf_counter() - self._begin
+
+    def layer(self) -> None:
+        """Before each layer, where stock looks for interrupts itself."""
+        self._begin = self._begin or time.perf_counter()
+
+    def step(self, index: int, *_) -> None:
+        """After each step of a run, as samplers call it."""
+        self._step = min(index + 1, self._steps)
+        now = time.perf_counter()
+        done = self._runs * self._steps + self._step
+        self._bar.update_absolute(done, self._total)
+        first = not self._first
+        self._first = self._first or now
+        each = (now - self._first) / (done - 1) if done > 1 else now - self._begin
+        left = duration(each * (self._total - done))
+        if first:
+            logger.info("MXFP8: the first step took %.2f s; about %s to go.", each, left)
+        if first or now - self._shown > _INTERVAL:
+            self._shown = now
+            show(self._node, f"{self.plan}\nstep {done} of {self._total}, about {left} to go")
+
+    def finish_run(self) -> None:
+        self._runs, self._step = self._runs + 1, 0
+
+
+def _gather_all(
+    patcher, groups: list[list[str]], sample, progress: _Progress
+) -> dict[str, Moments | StoredMoments]:
+    """Moments of all groups, by layer.
+
+    Raises:
+        MemoryError: it did not suffice; what was gathered is free again, and so is the model.
+    """
+    layers: dict[str, Moments | StoredMoments] = {}
+    try:
+        for group in groups:
+            found = _gather(patcher, group, sample, progress)
+            layers |= _in_file(found) if len(groups) > 1 else found
+        return layers
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("MXFP8: out of memory: %s", error)
+    # Not inside the handler: the error keeps the frames in which it rose, with all their tensors.
+    layers.clear()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    raise MemoryError(
+        f"out of memory while this {type(patcher.model).__name__} was calibrated; it is as it was "
+        "before. Lower memory_gb, or take a smaller latent"
+    )
+
+
+def _gather(patcher, layers: list[str], sample, progress: _Progress) -> dict[str, Moments]:
+    """Moments of these layers while `sample` runs a clone of the model.
+
+    Whatever happens, their memory is free afterwards: stock leaves a clone's patches on the model
+    until it loads another one.
+    """
+    sums = {name: Sum() for name in layers}
+    try:
+        sample(_watched(patcher, sums, progress))
+        found = {name: one.take() for name, one in sums.items()}
+    finally:
+        for one in sums.values():
+            one.drop()
+    return {name: moments for name, moments in found.items() if moments}
+
+
+def _watched(patcher, sums: dict[str, Sum], progress: _Progress):
+    """A clone of a ModelPatcher whose layers note what they are given."""
     clone = patcher.clone()
-    sums: dict[str, Sum] = {}
-    for name in layers:
+    for name, one in sums.items():
         key = f"{_PREFIX}{name}.forward"
         module = comfy.utils.get_attr(clone.model, _PREFIX + name)
         forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
-        sums[name] = Sum()
-        clone.add_object_patch(key, _noting(forward, sums[name]))
-    return clone, sums
+        clone.add_object_patch(key, _noting(forward, one, progress))
+
+    def report(executor, noise, latent, sampler, sigmas, mask, callback, *args, **options):
+        # In place of KSampler's own callback, whose bar begins anew with every run.
+        return executor(noise, latent, sampler, sigmas, mask, progress.step, *args, **options)
+
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "mxfp8_calibrate", report)
+    return clone
 
 
-def _noting(forward, found: Sum):
+def _noting(forward, found: Sum, progress: _Progress):
     def note(x: torch.Tensor, *args, **options):
-        found.add(x)
+        if not found.closed:
+            progress.layer()
+            found.add(x)
         return forward(x, *args, **options)
 
     return note
+
+
+def _in_file(found: dict[str, Moments]) -> dict[str, StoredMoments]:
+    """Moments in a file of ComfyUI's temp folder, which goes when the last of them goes."""
+    if not found:
+        return {}
+    path = files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors")
+    Calibration(found, "").save(path)
+    layers = dict(calibration.load(path).layers)
+    weakref.finalize(next(iter(layers.values())).source, _delete, path)  # one source for all
+    return layers
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):  # ComfyUI empties the folder when it stops
+        path.unlink()
+
+
+def _result(layers, sizes: dict[str, int], progress: _Progress) -> str:
+    rows = min(moments.rows for moments in layers.values())
+    took = duration(progress.seconds)
+    lines = [progress.plan, f"{len(layers)} layers, {rows} rows at least, in {took}"]
+    silent = [name for name in sizes if name not in layers]
+    if silent:
+        named = ", ".join(quoted(name) for name in silent[:_MOST_NAMED])
+        more = f" and {len(silent) - _MOST_NAMED} more" if len(silent) > _MOST_NAMED else ""
+        lines.append(
+            f"{len(silent)} layers were given nothing finite and will be rounded to nearest: "
+            f"{named}{more}"
+        )
+        logger.warning("MXFP8: %s", lines[-1])
+    return "\n".join(lines)
 
 
 class MXFP8SaveCalibration(io.ComfyNode):

@@ -1,9 +1,13 @@
 """What the layers of a model are given, as far as calibrated rounding needs it (`gptq`).
 
-For inputs X [n, K] of a linear layer that is X.T X / n, the second moments, [K, K]. They are
-gathered while the model runs on whatever its user thinks typical, and kept in a safetensors file
-that belongs to one model: its first rows are hashed with the layers' names and shapes, and another
-model's calibration is refused.
+For inputs X [n, K] of a linear layer that is X.T X / n, the second moments, [K, K]; each channel's
+mean and largest magnitude are noted beside them. They are gathered while the model runs on whatever
+its user thinks typical, and kept in a safetensors file that belongs to one model: its first rows
+are hashed with the layers' names and shapes, and another model's calibration is refused.
+
+A model's moments are larger than its weights (Z-Image: 22 GB), so a file's are read layer by layer,
+each time they are asked for. Files of version 1, without means and magnitudes, are read too: what
+took hours to gather stays good, and rounding needs the second moments alone.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from .format import WEIGHT, FormatError, bare, read_header
 from .source import FileSource, as_bytes
 from .writer import Writer
 
-SECOND = ".second"
+SECOND, MEAN, AMAX = ".second", ".mean", ".amax"
 _METADATA = "mxfp8_calibration"
-_VERSION = 1
+_VERSION = 2
+_SECOND_ONLY = 1  # the version before
+_ROWS = 1 << 12  # of inputs, made float32 at once
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,50 @@ class Moments:
 
     Attributes:
         second: X.T X / n, float32 [K, K]; rows: n.
+        mean, amax: of each channel, float32 [K]; None in a calibration of version 1.
     """
 
     second: torch.Tensor
     rows: int
+    mean: torch.Tensor | None = None
+    amax: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.second.shape[0]
+
+
+@dataclass(frozen=True)
+class StoredMoments:
+    """`Moments` in a calibration file, which is open only while they are read."""
+
+    source: FileSource
+    name: str
+    rows: int
+
+    @property
+    def width(self) -> int:
+        return self.source.tensors[self.name + SECOND][1][0]
+
+    @property
+    def second(self) -> torch.Tensor:
+        return self._read(SECOND)
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        return self._read(MEAN)
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        return self._read(AMAX)
+
+    def _read(self, part: str) -> torch.Tensor | None:
+        key = self.name + part
+        if key not in self.source.tensors:
+            return None
+        with self.source as source:
+            return source.rows(key, 0, self.width)
 
 
 @dataclass(frozen=True)
@@ -48,35 +94,43 @@ class Calibration:
         model: fingerprint of the model that was run.
     """
 
-    layers: Mapping[str, Moments]
+    layers: Mapping[str, Moments | StoredMoments]
     model: str
 
-    def of(self, layer: str) -> Moments | None:
+    def of(self, layer: str) -> Moments | StoredMoments | None:
         """The moments of a layer, whatever prefix its name has here."""
         return self.layers.get(bare(layer))
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, whole or not at all, layer by layer.
 
         Raises:
             OSError: as `writer.Writer`.
         """
-        tensors = [(n + SECOND, "F32", tuple(m.second.shape)) for n, m in self.layers.items()]
+        old = any(m.mean is None for m in self.layers.values())  # read from a file of version 1
+        parts = (SECOND,) if old else (SECOND, MEAN, AMAX)
+        tensors = [
+            (name + part, "F32", (moments.width,) * (2 if part == SECOND else 1))
+            for name, moments in self.layers.items()
+            for part in parts
+        ]
         about = {
-            "version": _VERSION,
+            "version": _SECOND_ONLY if old else _VERSION,
             "model": self.model,
             "rows": {name: moments.rows for name, moments in self.layers.items()},
         }
         with Writer(path, tensors, {_METADATA: json.dumps(about)}, overwrite) as writer:
             for name, moments in self.layers.items():
-                writer.write(name + SECOND, as_bytes(moments.second.contiguous().cpu()))
+                for part in parts:
+                    values = getattr(moments, part.removeprefix("."))
+                    writer.write(name + part, as_bytes(values.contiguous().cpu()))
 
 
 def load(path: str | os.PathLike) -> Calibration:
-    """Read what `Calibration.save` wrote.
+    """Check what `Calibration.save` wrote, every byte; it is read again layer by layer.
 
     Raises:
-        FormatError: the file is damaged, or no calibration of this version.
+        FormatError: the file is damaged, or no calibration of a version known here.
         OSError: it cannot be read.
     """
     header = read_header(path)
@@ -85,25 +139,40 @@ def load(path: str | os.PathLike) -> Calibration:
         rows, model, version = dict(about["rows"]), str(about["model"]), about["version"]
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{header.path.name} is no calibration file") from error
-    if version != _VERSION:
-        raise FormatError(f"{header.path.name} is a calibration of version {version!r}, not 1")
-    layers = {}
+    if version not in (_SECOND_ONLY, _VERSION):
+        raise FormatError(
+            f"{header.path.name} is a calibration of version {quoted(version)}; this pack reads "
+            f"{_SECOND_ONLY} and {_VERSION}, so update it, or calibrate again"
+        )
+    parts = (SECOND,) if version == _SECOND_ONLY else (SECOND, MEAN, AMAX)
     with FileSource(path) as source:
         for name, count in rows.items():
-            dtype, shape = source.tensors.get(name + SECOND, (None, ()))
-            if dtype != "F32" or len(shape) != 2 or shape[0] != shape[1]:
-                raise FormatError(
-                    f"{source.name}: second moments of {quoted(name)} are {dtype} {list(shape)}; "
-                    "they must be a square F32 matrix"
-                )
-            second = source.rows(name + SECOND, 0, shape[0])
-            if not isinstance(count, int) or count < 1 or not second.isfinite().all():
-                raise FormatError(
-                    f"{source.name}: second moments of {quoted(name)} {list(shape)} hold NaN or "
-                    f"Inf, or are of {quoted(count)} rows; calibrate again"
-                )
-            layers[name] = Moments(second, count)
-    return Calibration(layers, model)
+            _check_layer(source, name, count, parts)
+    return Calibration({name: StoredMoments(source, name, n) for name, n in rows.items()}, model)
+
+
+def _check_layer(source: FileSource, name: str, count, parts: Iterable[str]) -> None:
+    """Raise FormatError where a layer's moments are not what `save` writes."""
+    dtype, shape = source.tensors.get(name + SECOND, (None, ()))
+    if dtype != "F32" or len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        raise FormatError(
+            f"{source.name}: second moments of {quoted(name)} are {dtype} {list(shape)}; "
+            "they must be a square F32 matrix"
+        )
+    finite = True
+    for part in parts:
+        found = source.tensors.get(name + part, (None, ()))
+        if part != SECOND and found != ("F32", shape[:1]):
+            raise FormatError(
+                f"{source.name}: {quoted(name + part)} is {found[0]} {list(found[1])}; it must be "
+                f"F32 {[shape[0]]}, one value for each column of the second moments"
+            )
+        finite = finite and bool(source.rows(name + part, 0, shape[0]).isfinite().all())
+    if not isinstance(count, int) or count < 1 or not finite:
+        raise FormatError(
+            f"{source.name}: second moments of {quoted(name)} {list(shape)} hold NaN or "
+            f"Inf, or are of {quoted(count)} rows; calibrate again"
+        )
 
 
 def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
@@ -134,10 +203,10 @@ def check_model(calibration: Calibration, source) -> None:
         )
     for name, moments in calibration.layers.items():
         shape = list(source.tensors[names[name]][1])
-        if list(moments.second.shape) != shape[-1:] * 2:
+        if [moments.width] != shape[-1:]:
             raise ValueError(
                 f"{source.name}: the calibration has second moments "
-                f"{list(moments.second.shape)} for {quoted(names[name])} {shape}; they must be "
+                f"{[moments.width] * 2} for {quoted(names[name])} {shape}; they must be "
                 f"{shape[-1:] * 2}, so it belongs to another model"
             )
     keys = [names[name] for name in calibration.layers]
@@ -149,20 +218,65 @@ def check_model(calibration: Calibration, source) -> None:
         )
 
 
+def nbytes(width: int) -> int:
+    """Memory in which the moments of a layer with `width` inputs are added up."""
+    return 4 * width * (width + 3)
+
+
 class Sum:
-    """Adds up second moments of one layer's inputs."""
+    """Adds up the moments of one layer's inputs, until they are taken.
+
+    Attributes:
+        rows: so far; those that hold NaN or Inf are left out.
+        closed: whether they were taken, and nothing is added any more.
+    """
 
     def __init__(self) -> None:
-        self.second: torch.Tensor | None = None
         self.rows = 0
+        self.closed = False
+        self._second: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None  # float64: of millions of rows
+        self._amax: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        flat = flat[flat.isfinite().all(-1)]
-        if self.second is None:
-            self.second = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        self.second.addmm_(flat.t(), flat)
-        self.rows += len(flat)
+        """Account for inputs [..., K]."""
+        if self.closed:
+            return
+        K = x.shape[-1]
+        if self._second is None:
+            self._second = torch.zeros(K, K, device=x.device)
+            self._sum = torch.zeros(K, device=x.device, dtype=_sum_dtype(x.device))
+            self._amax = torch.zeros(K, device=x.device)
+        for part in x.detach().reshape(-1, K).split(_ROWS):
+            flat = part.float()
+            finite = flat.isfinite().all(-1)
+            if not finite.all():
+                flat = flat[finite]
+            self.rows += len(flat)
+            if len(flat):
+                self._second.addmm_(flat.t(), flat)
+                self._sum += flat.sum(0)
+                torch.maximum(self._amax, flat.abs().amax(0), out=self._amax)
+
+    def take(self) -> Moments | None:
+        """The moments, on the CPU, and close; None without rows, or where squares overflowed."""
+        found = None
+        if self.rows and not self.closed and self._second.isfinite().all():
+            mean = (self._sum / self.rows).float()
+            found = Moments(
+                self._second.div_(self.rows).cpu(), self.rows, mean.cpu(), self._amax.cpu()
+            )
+        self.drop()
+        return found
+
+    def drop(self) -> None:
+        """Free the memory and close."""
+        self._second = self._sum = self._amax = None
+        self.closed = True
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 @contextlib.contextmanager
@@ -206,11 +320,8 @@ def calibrate(
     with watch(module, select) as sums:
         for batch in batches:
             run(module, batch)
-    layers = {
-        name: Moments(found.second / found.rows, found.rows)
-        for name, found in sums.items()
-        if found.rows
-    }
+    found = {name: sum.take() for name, sum in sums.items()}
+    layers = {name: moments for name, moments in found.items() if moments}
     if not layers:
         raise ValueError("calibration is empty: no linear layer was given a finite input")
     weights = dict(module.named_modules())

@@ -1,9 +1,10 @@
-"""The `mxfp8` command: convert, inspect, verify, repair, backends.
+"""The `mxfp8` command: convert, inspect, verify, repair, probe, backends.
 
     mxfp8 convert model.safetensors model-mxfp8.safetensors
     mxfp8 inspect model-mxfp8.safetensors
     mxfp8 verify model-mxfp8.safetensors --source model.safetensors
     mxfp8 repair lost-markers.safetensors repaired.safetensors
+    mxfp8 probe model.safetensors
     mxfp8 backends
 
 Exit status: 0 done, 1 the file is bad or the work failed, 2 wrong usage.
@@ -167,6 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify)
 
+    probe = commands.add_parser(
+        "probe", help="quant_probe's scores of an original's layers, beside their measured error"
+    )
+    probe.add_argument(
+        "source", metavar="FILE", type=Path, help="a model to convert, as for `convert`"
+    )
+    probe.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="what the layers are given (safetensors): measures what they put out, too",
+    )
+    probe.add_argument("--json", metavar="FILE.json", type=Path, help="write it as JSON")
+    probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write it as a table")
+    probe.set_defaults(run=_probe)
+
     backends = commands.add_parser("backends", help="what would run on this machine, and why")
     backends.set_defaults(run=_backends)
     return parser
@@ -217,7 +234,7 @@ def _convert(arguments) -> int:
     from .pipeline import keep_freed_memory
 
     if arguments.report:
-        _check_report(arguments)
+        _check_output(arguments, "report")
     calibration = None
     if arguments.calibration:
         from .calibration import load
@@ -248,19 +265,21 @@ def _any_of(expressions: list[str] | None) -> str | None:
     return "|".join(f"(?:{e})" for e in expressions)
 
 
-def _check_report(arguments) -> None:
-    """Refuse a report path that cannot be written or would replace a model."""
+def _check_output(arguments, option: str, kind: str = "json") -> None:
+    """Refuse an output path that cannot be written or would replace a file that is read."""
     from .opening import open_source
 
-    path = arguments.report
+    path = getattr(arguments, option)
     if path.is_dir():
-        raise ValueError(f"--report: {str(path)!r} is a folder; give a .json name")
+        raise ValueError(f"--{option}: {str(path)!r} is a folder; give a .{kind} name")
     if not path.parent.is_dir():
-        raise ValueError(f"--report: there is no folder {str(path.parent)!r}")
+        raise ValueError(f"--{option}: there is no folder {str(path.parent)!r}")
     with open_source(arguments.source) as source:
-        models = {file.resolve() for file in source.files} | {arguments.target.resolve()}
-    if path.resolve() in models:
-        raise ValueError(f"--report {path} would replace the model; give a .json name")
+        taken = {file.resolve() for file in source.files}
+    others = (getattr(arguments, "target", None), arguments.calibration)
+    taken |= {other.resolve() for other in others if other}
+    if path.resolve() in taken:
+        raise ValueError(f"--{option} {path} would replace the model; give a .{kind} name")
 
 
 def _dry_run(source: Path, options: dict) -> int:
@@ -334,6 +353,31 @@ def _verify(arguments) -> int:
         )
     _print_all("PROBLEM", result.problems)
     return 1 if result.problems else 0
+
+
+def _probe(arguments) -> int:
+    from .probe import probe_file
+
+    outputs = [kind for kind in ("json", "csv") if getattr(arguments, kind)]
+    for kind in outputs:
+        _check_output(arguments, kind, kind)
+    calibration = None
+    if arguments.calibration:
+        from .calibration import load
+
+        calibration = load(arguments.calibration)
+    with _progress("probe") as progress:
+        found = probe_file(arguments.source, calibration=calibration, progress=progress)
+    for layer in sorted(found.layers, key=lambda layer: -layer.score):
+        sqnr = "exact   " if layer.sqnr_db is None else f"{layer.sqnr_db:5.2f} dB"
+        error = "" if layer.output_error is None else f"  {layer.output_error:.2e}"
+        print(f"{layer.score:.4f}  {layer.recommendation:6}  {sqnr}{error}  {layer.key}")
+    print(f"\n{found.summary()}")
+    for kind in outputs:
+        path, text = getattr(arguments, kind), getattr(found, f"to_{kind}")()
+        path.write_bytes(text.encode())  # as it is: a table's lines end as its format has them
+        print(f"{kind}: {path}")
+    return 0
 
 
 def _backends(arguments) -> int:

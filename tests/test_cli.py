@@ -13,7 +13,7 @@ from checkpoints import GOLDEN, flip, load, matrix
 from safetensors.torch import save_file
 
 from mxfp8.quant.cli import main
-from mxfp8.quant.format import read_header
+from mxfp8.quant.format import AGAIN, read_header
 from mxfp8.quant.report import Report
 from mxfp8.quant.verify import verify_file
 
@@ -129,9 +129,12 @@ def test_inspect_json_has_the_same_and_every_layer(target, run):
         "nan_scales": 0,
         "padding": 0,
         "scale_order": "tiled",
+        "decision": "mxfp8",
+        "reason": "marked as MXFP8",
+        "dtype": "F8_E4M3",
     }
     assert (data["problems"], data["warnings"]) == ([], [])
-    layers = sum(layer["bytes"] for layer in found.values())
+    layers = sum(layer["bytes"] for layer in found.values() if layer["decision"] == "mxfp8")
     markers = sum(t.numel() for k, t in load(target)[0].items() if k.endswith(".comfy_quant"))
     assert data["mxfp8_bytes"] == layers + markers
 
@@ -350,8 +353,8 @@ def test_include_and_exclude_may_be_repeated(source, run):
 @pytest.mark.parametrize(
     ("part", "value", "sentence"),
     [
-        ("weight", 0x7F, "1 codes are NaN: damaged, or its source held NaN"),
-        ("weight_scale", 0xFF, "1 scale bytes are 255 (NaN): damaged"),
+        ("weight", 0x7F, f"1 codes are NaN: damaged, or its source held NaN; {AGAIN}"),
+        ("weight_scale", 0xFF, f"1 scale bytes are 255 (NaN): damaged; {AGAIN}"),
         ("weight_scale", 0xFE, None),
     ],
 )
@@ -361,6 +364,14 @@ def test_verify_finds_what_decodes_to_nan_or_infinity(source, target, part, valu
 
     sentence = f": {sentence}" if sentence else " decodes to infinity"
     assert problems(rewrite(target, spoil), source) == [f"'b'{sentence}"]
+
+
+def test_verify_of_two_files_the_other_way_round_says_so(source, target, run):
+    status, _, said = run("verify", source, "--source", target)
+    assert status == 1
+    assert said.strip().endswith(
+        "source is not: the MXFP8 file comes first, its original is the source"
+    )
 
 
 @pytest.mark.parametrize(("part", "index"), [("weight", (319, 63)), ("weight_scale", (383, 3))])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import struct
+import time
+
+import aiohttp
 import pytest
 from comfyui import PromptError
 from graphs import LATENTS, Graph, latents
@@ -20,7 +26,7 @@ def calibrated(graph: Graph, model: list, kind: str, **options) -> list:
     if kind == "wan":
         conditioning = graph.add("TestWideConditioning", conditioning=conditioning)
     inputs = {
-        "seed": 100, "seeds": 2, "steps": 4, "cfg": 1.0, "sampler_name": "euler",
+        "first_seed": 100, "seeds": 2, "steps": 4, "cfg": 1.0, "sampler_name": "euler",
         "scheduler": "simple", "denoise": 1.0, "preset": "auto",
     }  # fmt: skip
     return graph.add(
@@ -91,17 +97,25 @@ def test_a_saved_calibration_makes_the_same_model_in_the_graph_and_from_a_file(c
 def test_groups_that_fit_the_memory_see_what_all_see_together(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    files = {}
-    for name, memory in (("together", 4.0), ("groups", 0.1)):
+    files, notes = {}, {}
+    for name, memory in (("together", 4.0), ("groups", 0.002)):
         found = calibrated(graph, original, "flux", seeds=1, steps=2, memory_gb=memory)
         graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix=f"calibrations/{name}")
         files[name] = comfy.base / "output" / "calibrations" / f"{name}_00001_.safetensors"
-    comfy.run(graph)
+        notes[name] = found[0]
+    outputs = comfy.run(graph)
+    assert "in 1 groups: 1 runs" in outputs[notes["together"]]["text"][0]
+    assert "in 1 groups" not in outputs[notes["groups"]]["text"][0]
     one, other = (calibration.load(path) for path in files.values())
     assert one.model == other.model and one.layers.keys() == other.layers.keys()
     for name, moments in one.layers.items():
         assert moments.rows == other.layers[name].rows
-        assert difference(other.layers[name].second, moments.second) < 1e-5, name
+        for part in ("second", "mean", "amax"):
+            apart = difference(getattr(other.layers[name], part), getattr(moments, part))
+            assert apart < 1e-5, (name, part)
+        # What they are of each other: no mean is beyond the largest, nor its square the second's.
+        assert (moments.mean.abs() <= moments.amax * 1.001).all()
+        assert (moments.mean**2 <= moments.second.diagonal() * 1.001).all()
 
 
 def test_the_model_is_left_as_it_was_and_a_lora_is_part_of_it(comfy):
@@ -147,3 +161,124 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     with pytest.raises(PromptError, match="calibration is empty: no layer of this Flux was run"):
         comfy.run(graph)
     assert not list((comfy.base / "output").rglob("never*"))
+
+
+@pytest.mark.parametrize(("kind", "memory", "fewest"), [("flux", 0.002, 2), ("wan", 4.0, 1)])
+def test_the_plan_the_time_and_one_bar_for_all_runs_are_on_the_node(comfy, kind, memory, fewest):
+    """As the browser does: listen on the websocket while the workflow runs."""
+
+    async def listen(graph, node):
+        bar, texts = [], []
+        url = f"{comfy.url}/ws?clientId={comfy.client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            await asyncio.to_thread(comfy.submit, graph)
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    event, length = struct.unpack(">II", message.data[:8])
+                    if (event, message.data[8 : 8 + length].decode()) == (3, node):  # a text
+                        texts.append(message.data[8 + length :].decode())
+                    continue
+                event = message.json()
+                if event.get("type") == "progress" and event["data"]["node"] == node:
+                    bar.append((event["data"]["value"], event["data"]["max"]))
+                if event.get("type") in ("execution_success", "execution_error"):
+                    return bar, texts
+
+    graph = Graph()
+    original = graph.loader(f"{kind}.safetensors")
+    found = calibrated(graph, original, kind, steps=3, memory_gb=memory)
+    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/told")
+    bar, texts = asyncio.run(asyncio.wait_for(listen(graph, found[0]), 120))
+    plan = re.fullmatch(
+        r"(\d+ layers, [\d.]+ [kM]B in (\d+) groups: (\d+) runs of 3 steps). Its first step "
+        "tells how long that takes.",
+        texts[0],
+    )
+    assert plan, texts[0]
+    groups, runs = int(plan[2]), int(plan[3])
+    assert groups >= fewest and runs == 2 * groups
+    steps = 3 * runs
+    assert re.fullmatch(rf"{plan[1]}\nstep 1 of {steps}, about (\d+ min )?\d+ s to go", texts[1]), (
+        texts[1]
+    )
+    assert texts[-1].startswith(plan[1]) and " rows at least" in texts[-1]
+    assert bar == sorted(bar) and {most for _, most in bar} == {steps}
+    assert bar[0][0] == 1 and bar[-1][0] == steps
+
+
+def test_layers_that_never_run_are_named_and_rounded_to_nearest(comfy):
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    skipped = graph.add("TestForward", model=original, how="skip", call=0)
+    found = calibrated(graph, skipped, "flux", seeds=1, steps=2)
+    made = quantized(graph, original, calibration=found)
+    graph.save_latent(graph.sample(made, "flux"))
+    outputs = comfy.run(graph)
+    said = outputs[found[0]]["text"][0].splitlines()[-1]
+    assert "layers were given nothing finite and will be rounded to nearest: 'single_blocks" in said
+    report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
+    silent = [layer.name for layer in report.quantized if layer.output_error is None]
+    assert silent and all(name.startswith("single_blocks.") for name in silent)
+    assert said.startswith(f"{len(silent)} layers") and all(f"'{name}'" in said for name in silent)
+
+
+def test_the_model_stays_usable_when_memory_ends_or_values_are_no_numbers(comfy):
+    """Half-way through the second of two seeds; nothing that was noted stays in memory."""
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    before = graph.save_latent(graph.sample(original, "flux"))
+    latent = run(comfy, graph, {"before": before})
+
+    for how, message in (
+        ("memory", "out of memory while this Flux was calibrated; it is as it was before. Lower"),
+        ("nan", "calibration is empty: no layer of this Flux was run on finite values"),
+    ):
+        failing = Graph(graph)
+        model = failing.add("TestForward", model=original, how=how, call=60)
+        found = calibrated(failing, model, "flux", preset="none", exclude="^(?!.*blocks)")
+        if how == "nan":  # the first layer is given numbers; what follows is not
+            failing[found[0]]["inputs"]["exclude"] += r"|img_mod|txt_mod|modulation"
+        failing.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
+        with pytest.raises(PromptError, match=message):
+            comfy.run(failing)
+
+        again = Graph(graph)
+        sampled = again.sample(original, "flux", steps=2)
+        held = again.add("TestSums", samples=sampled)
+        saved = again.save_latent(sampled, prefix=f"after-{how}")
+        outputs = comfy.run(again)
+        assert outputs[held[0]]["result"] == [0], how
+        after = latents(outputs, saved, comfy.base)
+        assert difference(after, latent["before"]) < SAME, how
+
+
+def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    slow = graph.add("TestForward", model=original, how="slow", call=0)  # 5 s and more a step
+    found = calibrated(graph, slow, "flux")
+    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/stopped")
+    prompt = comfy.submit(graph)
+    deadline = time.monotonic() + 60
+    seen = comfy.log.read_text(errors="replace").count("calibration of")
+    while comfy.log.read_text(errors="replace").count("calibration of") == seen:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)  # some layers on
+    start = time.monotonic()
+    comfy.post("/interrupt", {})
+    with pytest.raises(PromptError, match="interrupted"):
+        comfy.wait(prompt, 60)
+    assert time.monotonic() - start < 2.5  # a layer takes 0.3 s here, a step over 5 s
+    assert not list((comfy.base / "output").rglob("stopped*"))
+    graph = Graph()  # before another model is loaded, which would take our patches off this one
+    held = graph.add("TestSums", samples=graph.add("EmptySD3LatentImage", **LATENTS["flux"][1],
+                                                   batch_size=1))  # fmt: skip
+    assert comfy.run(graph)[held[0]]["result"] == [0]
+
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    found = calibrated(graph, original, "flux", seeds=1, steps=2)
+    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/second")
+    outputs = comfy.run(graph)
+    assert " rows at least" in outputs[found[0]]["text"][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from checkpoints import load, same
@@ -168,6 +170,85 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
         assert again.of(name).rows == moments.rows
     with pytest.raises(FileExistsError):
         found.save(tmp_path / "c.safetensors")
+
+
+def test_means_and_largest_magnitudes_are_kept_beside_the_moments(tmp_path):
+    given = batches(0)
+    given[2][0, 5, 3] = torch.nan
+    calibrate(network(), given, run).save(tmp_path / "c.safetensors")
+    x = torch.cat([b[0] for b in given])
+    x = x[x.isfinite().all(-1)]
+    found = calibration.load(tmp_path / "c.safetensors").of("0")
+    assert same(found.amax, x.abs().amax(0))
+    assert torch.allclose(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_that_was_taken_holds_nothing_and_takes_nothing():
+    one = calibration.Sum()
+    one.add(torch.ones(2, 3, 4))
+    found = one.take()
+    one.add(torch.ones(2, 3, 4))
+    assert (found.rows, one.rows, one.take()) == (6, 6, None)
+    assert torch.equal(found.second, torch.ones(4, 4))
+
+
+def test_inputs_whose_squares_are_infinite_count_as_nothing():
+    one = calibration.Sum()
+    one.add(torch.full((2, 4), 1e30))
+    assert one.take() is None
+
+
+def test_a_stored_calibration_is_read_when_it_is_asked_for(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibrate(network(), batches(0), run).save(path)
+    found = calibration.load(path)
+    before = found.of("2").second
+    assert same(found.of("2").second, before)
+    calibrate(network(), batches(9), run).save(path, overwrite=True)
+    with pytest.raises(OSError, match="changed or replaced"):
+        _ = found.of("2").second
+
+
+def version_1(found: Calibration) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata, as the first version wrote them."""
+    tensors = {f"{name}.second": moments.second for name, moments in found.layers.items()}
+    rows = {name: moments.rows for name, moments in found.layers.items()}
+    about = {"version": 1, "model": found.model, "rows": rows}
+    return tensors, {"mxfp8_calibration": json.dumps(about)}
+
+
+def test_a_calibration_of_version_1_rounds_as_it_did(model):
+    found = calibration.load(model / "calibration.safetensors")
+    tensors, metadata = version_1(found)
+    save_file(tensors, model / "old.safetensors", metadata)
+    old = calibration.load(model / "old.safetensors")
+    assert all(old.of(name).mean is None and old.of(name).amax is None for name in found.layers)
+    convert_file(model / "net.safetensors", model / "new-way", calibration=found)
+    convert_file(model / "net.safetensors", model / "old-way", calibration=old)
+    assert (model / "new-way").read_bytes() == (model / "old-way").read_bytes()
+    old.save(model / "again.safetensors")
+    again = calibration.load(model / "again.safetensors")
+    assert same(again.of("2").second, found.of("2").second) and again.of("2").mean is None
+
+
+def test_a_calibration_of_a_later_version_is_refused(model):
+    tensors, metadata = version_1(calibration.load(model / "calibration.safetensors"))
+    metadata["mxfp8_calibration"] = metadata["mxfp8_calibration"].replace(
+        '"version": 1', '"version": 3'
+    )
+    save_file(tensors, model / "later.safetensors", metadata)
+    with pytest.raises(FormatError, match="version 3; this pack reads 1 and 2, so update it"):
+        calibration.load(model / "later.safetensors")
+
+
+def test_a_calibration_without_its_means_is_refused_by_layer(model):
+    tensors, metadata = version_1(calibration.load(model / "calibration.safetensors"))
+    metadata["mxfp8_calibration"] = metadata["mxfp8_calibration"].replace(
+        '"version": 1', '"version": 2'
+    )
+    save_file(tensors, model / "half.safetensors", metadata)
+    with pytest.raises(FormatError, match=r"'0.mean' is None \[\]; it must be F32 \[96\]"):
+        calibration.load(model / "half.safetensors")
 
 
 def test_an_empty_calibration_is_refused():
