@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrating import MXFP8Calibrate, MXFP8LoadCalibration, MXFP8SaveCalibration
+from .comparing import MXFP8Compare
+from .inspecting import MXFP8Inspect
 from .loading import (
     MXFP8Accelerate,
     MXFP8AccelerateTextEncoder,
@@ -12,6 +14,7 @@ from .loading import (
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
+from .passport import MXFP8Passport
 from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel
 from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveModel
@@ -26,9 +29,12 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8SaveCalibration,
     MXFP8LoadCalibration,
     MXFP8QuantizeModel,
+    MXFP8Compare,
     MXFP8SaveModel,
     MXFP8ConvertFile,
     MXFP8RepairFile,
+    MXFP8Inspect,
+    MXFP8Passport,
 ]
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
 from .. import kernels
 from ..kernels import layout
-from ..quant import format
+from ..quant import format, provenance
 from ..quant.format import MARKER, SCALE, WEIGHT
-from ..quant.report import gigabytes
+from ..quant.progress import Meter
+from ..quant.report import Report, gigabytes
 from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
 from . import files, names
-from .loading import CATEGORY, show
+from .comparing import CertificateType, check_certificate
+from .loading import CATEGORY
 from .model_patch import check_movable
 from .model_source import ModelSource
+from .pairing import fingerprint_of
+from .progress import Progress, show
+
+_PIECE = 1 << 22  # bytes written at a time
 
 
 class MXFP8SaveModel(io.ComfyNode):
@@ -46,6 +50,20 @@ class MXFP8SaveModel(io.ComfyNode):
                         "up in the model loaders."
                     ),
                 ),
+                CertificateType.Input(
+                    "certificate",
+                    optional=True,
+                    tooltip=(
+                        "From Compare Models (MXFP8), of this model: kept in the file's header, "
+                        "where `mxfp8 inspect` shows it."
+                    ),
+                ),
+                io.String.Input(
+                    "report",
+                    optional=True,
+                    force_input=True,
+                    tooltip="From Quantize Model (MXFP8): kept in the header, as the certificate.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -53,9 +71,13 @@ class MXFP8SaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix) -> io.NodeOutput:
-        path = files.save_path(names.check_name("filename_prefix", filename_prefix))
-        size = save_model(model, path, prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo))
+    def execute(cls, model, filename_prefix, certificate=None, report=None) -> io.NodeOutput:
+        metadata = {
+            **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
+            **_provenance(model, certificate, report),
+        }
+        with files.saving(names.check_name("filename_prefix", filename_prefix)) as path:
+            size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {gigabytes(size)}"
         show(cls, text)
         return io.NodeOutput(ui={"text": [text]})
@@ -69,7 +91,26 @@ def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
     return {**metadata, **{k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}}
 
 
-def save_model(patcher, path, metadata: dict[str, str]) -> int:
+def _provenance(patcher, certificate, report: str | None) -> dict[str, str]:
+    """What the file says of how it was made, and of how near it is to the original.
+
+    Raises:
+        ValueError: the certificate was measured on other weights, the report is none, or one of
+            them is too long for a header.
+    """
+    metadata = {}
+    if certificate is not None:
+        check_certificate(certificate, fingerprint_of(patcher))
+        metadata[provenance.CERTIFICATE] = certificate.to_json(indent=None)
+    if report:
+        data = json.loads(Report.from_json(report).to_json())
+        metadata[provenance.REPORT] = json.dumps(data, separators=(",", ":"))
+    for key, text in metadata.items():
+        provenance.check_size(key, text)
+    return metadata
+
+
+def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> int:
     """Write a MODEL's diffusion model to `path`; returns the file's size in bytes.
 
     Raises:
@@ -98,23 +139,27 @@ def save_model(patcher, path, metadata: dict[str, str]) -> int:
     metadata = {**metadata, **source.detection_metadata({key: shape for key, _, shape in tensors})}
     if markers:
         metadata = format.with_markers(metadata, markers)
-    progress = comfy.utils.ProgressBar(len(source.tensors) + len(source.quantized))
-    interrupted = comfy.model_management.throw_exception_if_processing_interrupted
-    with Writer(path, tensors, metadata, tick=interrupted) as writer:
+    advance = Meter(sum(_nbytes(dtype, shape) for _, dtype, shape in tensors), progress)
+    with Writer(path, tensors, metadata, tick=lambda: advance(0, "verify")) as writer:
         for key in source.tensors:
             for piece in source.pieces(key):
-                writer.write(key, piece)
-            _step(progress)
+                _write(writer, key, piece, advance)
         for name, module in source.quantized.items():
             for key, tensor in _stored(source, name, module, markers[name]).items():
-                writer.write(key, as_bytes(tensor.to("cpu").contiguous()))
-            _step(progress)
+                _write(writer, key, as_bytes(tensor.to("cpu").contiguous()), advance)
     return writer.nbytes
 
 
-def _step(progress) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    progress.update(1)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return format.numel(shape) * format.DTYPES[dtype] // 8
+
+
+def _write(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:
+    """Write a tensor's next bytes, some at a time: a disk may be slow, and the user impatient."""
+    for start in range(0, len(data), _PIECE):
+        piece = data[start : start + _PIECE]
+        writer.write(key, piece)
+        advance(len(piece), key)
 
 
 def _marker(module) -> dict:
@@ -144,6 +189,9 @@ def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, t
     else:
         qdata, scale = kernels.quantize(weight)
         if (scale == layout.E8M0_NAN).any():
-            raise ValueError(f"{name!r} holds NaN or Inf after its LoRAs; it was not saved")
+            raise ValueError(
+                f"{name!r} holds NaN or Inf after its LoRAs; nothing was saved. Leave out the LoRA "
+                "that does this, or lower its strength"
+            )
     encoded = torch.frombuffer(bytearray(format.marker_bytes(marker)), dtype=torch.uint8)
     return {name + WEIGHT: qdata, name + SCALE: scale, name + MARKER: encoded}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from graphs import output_files
-from workflows import EXAMPLES, drop_text_encoder, load_example, set_inputs
+from workflows import EXAMPLES, drop_text_encoder, find, load_example, set_inputs
+
+from mxfp8.quant.format import read_header
 
 pytestmark = pytest.mark.comfy
 
@@ -17,9 +19,16 @@ def test_an_example_runs(comfy, name):
     set_inputs(graph, "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors")
     set_inputs(graph, "VAELoader", vae_name="vae.safetensors")
     set_inputs(graph, "EmptySD3LatentImage", width=64, height=64)
+    set_inputs(graph, "MXFP8Compare", steps=1)  # it samples nine times
     outputs = comfy.run(graph)
     saved = [key for key, node in graph.items() if node["class_type"] == "SaveImage"]
     assert saved
     for key in saved:
         (image,) = output_files(outputs, [key], comfy.base, "images")
         assert image.stat().st_size > 0
+    for key in find(graph, "MXFP8Compare"):
+        assert "latent SNR" in outputs[key]["text"][0]
+    for key in find(graph, "MXFP8SaveModel"):
+        named = outputs[key]["text"][0].partition(":")[0]
+        metadata = read_header(comfy.base / "output" / "diffusion_models" / named).metadata
+        assert ("mxfp8_certificate" in metadata) == bool(find(graph, "MXFP8Compare"))
