@@ -59,8 +59,8 @@ export class ReportView {
         <div class="tools">
           <select name="measure" aria-label="What the bars show"></select>
           <select name="order" aria-label="Order of the bars"></select>
-          <input name="filter" type="search" placeholder="filter layers"
-            aria-label="Show only layers with these words">
+          <input name="filter" type="search" placeholder="filter"
+            aria-label="Show only bars with these words">
           <button name="copy" title="Copy the report as JSON">copy JSON</button>
           <button name="save" title="Save the chart as a picture">save PNG</button>
         </div>
