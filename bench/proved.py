@@ -30,7 +30,7 @@ COMPILED = RESULTS / "compiled.json"
 TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, whose interpreter is whole
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx950")
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]  # which have a versions.py each
 
 
 def label(arch: str) -> str:
