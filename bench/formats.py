@@ -16,6 +16,7 @@ the error that a file has. --check exits with 1 when the results file says other
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -123,7 +124,8 @@ def main() -> int:
         earlier = json.loads(RESULTS.read_text(encoding="utf-8"))["formats"]
         pairs = [(found[n]["output_error"], earlier[n]["output_error"]) for n in FORMATS]
         return int(any(abs(a / b - 1) > 0.02 for a, b in pairs))
-    result = {"machine": machine(torch.get_num_threads()), "layers": len(layers), "formats": found}
+    about = machine(torch.get_num_threads()) | {"gguf": importlib.metadata.version("gguf")}
+    result = {"machine": about, "layers": len(layers), "formats": found}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -105,12 +105,12 @@ def test_layers_are_sorted_and_filtered(quantized):
     lossy = [layer for layer in layers if layer["sqnr_db"] is not None]
     expected = [x["name"] for x in sorted(lossy, key=lambda layer: layer["sqnr_db"])]
     assert labels(quantized)[: len(expected)] == expected
-    choose(quantized, "order", "model order")
+    choose(quantized, "order", "in order")
     quantized.view.locator("[name=filter]").fill("kept")
     assert labels(quantized) == ["img_in", "txt_in"]
     quantized.view.locator("[name=filter]").fill("no such layer")
     assert labels(quantized) == []
-    assert "No layer" in quantized.view.locator(".details").inner_text()
+    assert "Nothing" in quantized.view.locator(".details").inner_text()
     quantized.view.locator("[name=filter]").fill("")
     assert labels(quantized) == [layer["name"] for layer in layers]
 
@@ -238,5 +238,76 @@ def test_the_default_precision_is_for_new_nodes_only(comfy, browser):
         shown.page.evaluate(
             "() => app.extensionManager.setting.set('MXFP8.DefaultPrecision', 'auto')"
         )
+    assert not shown.complaints
+    shown.close()
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_every_kind_of_document_is_shown(comfy, browser, renderer):
+    shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
+    shown.clear()
+    load = shown.add("MXFP8LoadDiffusionModel", (60, 100), model_name="flux2-mxfp8.safetensors")
+    kinds = {
+        "MXFP8ConvertFile": {
+            "source": "diffusion_models/flux2.safetensors", "target": "seen", "overwrite": True,
+        },
+        "MXFP8Inspect": {"file": "diffusion_models/flux2-mxfp8.safetensors"},
+        "MXFP8Passport": {"rows": 128 + len(renderer)},
+    }  # fmt: skip
+    nodes = {name: shown.add(name, (500, 100), **widgets) for name, widgets in kinds.items()}
+    shown.link(load, nodes["MXFP8Passport"], "model")
+    shown.queue()
+    for name, node in nodes.items():
+        counted, layers = shown.page.evaluate(
+            """(id) => {
+                const { view } = app.graph.getNodeById(id).widgets.find(
+                    (w) => w.name === "mxfp8_report");
+                return [view.root.querySelectorAll(".bar").length,
+                    JSON.parse(view.json).layers.length];
+            }""",
+            node,
+        )
+        assert counted == layers > 10, name
+    assert not shown.complaints
+    shown.close()
+
+
+def test_a_node_inside_a_subgraph_shows_its_report(comfy, browser):
+    shown = ComfyPage(browser, comfy, nodes2=False)
+    shown.clear()
+    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    shown.page.evaluate(
+        "(id) => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", node
+    )
+    shown.queue()
+    inside = """() => {
+        const outer = app.graph._nodes[0];
+        const inner = outer.subgraph._nodes[0];
+        return [outer.type !== inner.type, inner.type,
+            inner.widgets.find((w) => w.name === "mxfp8_report")?.view.rows.length ?? 0];
+    }"""
+    wrapped, kind, bars = shown.page.evaluate(inside)
+    assert wrapped and kind == "MXFP8Inspect" and bars > 10
+    # What an open of the workflow's tab does: the graph anew, and what its nodes had put out.
+    assert shown.page.evaluate(REOPEN.replace("NODE", "outer.subgraph._nodes[0]")) == bars
+    assert not shown.complaints
+    shown.close()
+
+
+REOPEN = """async () => {
+    const outputs = app.nodeOutputs;
+    await app.loadGraphData(app.graph.serialize());
+    app.nodeOutputs = outputs;
+    const outer = app.graph._nodes[0];
+    return NODE.widgets.find((w) => w.name === "mxfp8_report")?.view.rows.length ?? 0;
+}"""
+
+
+def test_a_report_is_there_again_when_its_tab_is(comfy, browser):
+    shown = ComfyPage(browser, comfy, nodes2=False)
+    shown.clear()
+    shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
+    shown.queue()
+    assert shown.page.evaluate(REOPEN.replace("NODE", "outer")) > 10
     assert not shown.complaints
     shown.close()

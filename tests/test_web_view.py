@@ -55,13 +55,13 @@ def test_what_is_no_document_is_refused(view, text):
 @pytest.mark.parametrize(
     ("order", "words", "names"),
     [
-        ("model order", "", ["a.1", "a.2", "a.10", "b"]),
+        ("in order", "", ["a.1", "a.2", "a.10", "b"]),
         ("worst first", "", ["a.10", "a.1", "a.2", "b"]),  # without a value: last
         ("largest first", "", ["a.10", "a.2", "a.1", "b"]),
         ("by name", "", ["a.1", "a.2", "a.10", "b"]),  # numbers as numbers
-        ("model order", "A. mxfp8", ["a.1", "a.10"]),
-        ("model order", "preset", ["a.2"]),
-        ("model order", "nothing has this", []),
+        ("in order", "A. mxfp8", ["a.1", "a.10"]),
+        ("in order", "preset", ["a.2"]),
+        ("in order", "nothing has this", []),
     ],
 )
 def test_rows_are_sorted_and_filtered(view, order, words, names):
@@ -123,6 +123,7 @@ def test_decibels_have_a_threshold_and_no_zero(view):
     assert kept["height"] == lossless["height"] == 5
     assert kept["fill"] != good["fill"] == bad["fill"]
     assert good["label"] == "a.1, mxfp8, SQNR 31.00 dB, 64 by 32"
+    assert "SQNR 22.50 dB, below the threshold of 24.60 dB" in bad["label"]
     assert kept["label"] == "a.2, kept, 64 by 32, excluded by preset"
 
 
@@ -169,20 +170,127 @@ def test_a_certificate_is_drawn_by_step_and_by_seed(view):
     assert second["height"] == pytest.approx(2 * first["height"])
 
 
-def test_hostile_names_are_text(view):
-    layer = {**asdict(LAYERS[0]), "name": "<img src=x onerror=alert(1)>"}
-    text = json.dumps({"mxfp8_report": 1, "layers": [layer]})
-    html = view(
-        """async (text) => {
+def test_a_large_seed_keeps_its_digits(view):
+    text = '{"mxfp8_certificate": 1, "seeds": [{"seed": 18446744073709551615, "psnr_db": 1.0}]}'
+    assert view("(t) => read(t).rows.seeds[0].name", text) == "seed 18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "axis"),
+    [
+        ("bytes", [500, 250], ["0 B", "250 B", "500 B"]),
+        ("divergence", [1.25, 0.5], ["0", "6.25e-1", "1.25e+0"]),
+        ("divergence", [1e-10, 2e-10], ["0", "1e-10", "2e-10"]),
+        ("latent_snr_db", [30.2, 31.0], ["28 dB", "29.5 dB", "31 dB"]),
+    ],
+)
+def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
+    kind, rows = {
+        "bytes": ("mxfp8_inspection", "layers"),
+        "divergence": ("mxfp8_certificate", "steps"),
+        "latent_snr_db": ("mxfp8_certificate", "seeds"),
+    }[measure]
+    text = json.dumps({kind: 1, rows: [{"name": "x", measure: v} for v in values]})
+    found = view(
+        """([text, key]) => {
+            const { rows, measures, data } = read(text);
+            const m = measures.find((m) => m.key === key);
+            const svg = charts.axis(m, charts.scale(rows[m.rows], m, data, 150));
+            return [...svg.querySelectorAll("text")].map((e) => e.textContent);
+        }""",
+        [text, measure],
+    )
+    assert found == axis
+
+
+def test_a_picture_has_its_text_whole_and_its_colours_named(view):
+    found = view(
+        """(text) => {
+            const { rows, measures, data } = read(text);
+            const at = charts.scale(rows.layers, measures[0], data, 150);
+            const palette = charts.colours(rows.layers);
+            const parts = { palette, axis: charts.axis(measures[0], at),
+                bars: charts.bars(rows.layers, measures[0], at, palette, 300) };
+            const title = "word ".repeat(60).trim() + "\\nlast line";
+            const theme = { "--mx-back": "#000000", "--mx-text": "#ffffff" };
+            const made = charts.picture(title, parts, theme);
+            const page = new DOMParser().parseFromString(made.text, "image/svg+xml");
+            document.body.innerHTML = made.text;
+            const texts = [...document.querySelectorAll("body > svg > text")];
+            const widths = texts.map((t) => t.getBBox().x + t.getBBox().width);
+            return [texts.map((t) => t.textContent), Math.max(...widths), made.width,
+                page.querySelector("parsererror") === null];
+        }""",
+        REPORT.to_json(),
+    )
+    texts, right, width, parsed = found
+    assert parsed
+    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "kept"]
+    assert right <= width
+
+
+def showing(view, *documents: tuple[str, str]) -> dict:
+    """What a view has on it after it was shown these documents, one after the other."""
+    return view(
+        """async (documents) => {
             const { ReportView } = await import("/extensions/ComfyUI-MXFP8/report.mjs");
             const view = new ReportView();
             document.body.append(view.element);
-            view.show(text, "<b>summary</b>");
-            view._choose(0);
-            const made = view.root.querySelectorAll("img, .summary b").length;
+            for (const [text, summary] of documents) {
+                view.show(text, summary);
+                view._choose(0);
+            }
+            const shown = (selector) => view.part(selector).getClientRects().length > 0;
+            const found = {
+                chart: shown(".chart"), save: shown("[name=save]"), copy: shown("[name=copy]"),
+                legend: shown(".legend"), details: shown(".details"), bars: view._drawn.length,
+                summary: view.part(".summary").textContent, more: shown(".more"),
+                name: view.part(".details b")?.textContent ?? null,
+                made: view.root.querySelectorAll("img, .summary b").length,
+                orders: [...view.part("[name=order]").options].map((o) => o.textContent),
+                measure: view.part("[name=measure]").value,
+            };
+            view.part(".more").click();
+            found.expanded = view.part(".summary").textContent;
             view.element.remove();
-            return [made, view.root.querySelector(".details b").textContent];
+            return found;
         }""",
-        text,
+        list(map(list, documents)),
     )
-    assert html == [0, layer["name"]]
+
+
+def test_nothing_of_an_earlier_document_stays(view):
+    empty = json.dumps({"mxfp8_inspection": 1, "layers": []})
+    found = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
+    assert found["summary"] == "second" and found["bars"] == 0
+    assert not any(found[part] for part in ("chart", "save", "legend", "details"))
+    assert found["copy"]
+    again = showing(view, (empty, "first"), (REPORT.to_json(), "second"))
+    assert all(again[part] for part in ("chart", "save", "legend", "details", "copy"))
+
+
+def test_what_cannot_be_read_is_said(view):
+    found = showing(view, (json.dumps({"mxfp8_report": 9}), "summary"))
+    assert "summary" in found["summary"] and "reload the page" in found["summary"]
+    assert not found["chart"]
+
+
+def test_a_long_summary_opens(view):
+    text = "\n".join(f"line {i}" for i in range(9))
+    found = showing(view, (REPORT.to_json(), text))
+    assert found["more"] and found["summary"] == text[: text.index("\nline 6")]
+    assert found["expanded"] == text
+    assert not showing(view, (REPORT.to_json(), "line\n" * 3))["more"]
+
+
+def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
+    text = json.dumps({"mxfp8_certificate": 1, "steps": [{"step": 1, "divergence": 1e-3}]})
+    assert showing(view, (text, ""))["orders"] == ["in order", "worst first"]
+
+
+def test_hostile_names_are_text(view):
+    layer = {**asdict(LAYERS[0]), "name": "<img src=x onerror=alert(1)>"}
+    text = json.dumps({"mxfp8_report": 1, "layers": [layer]})
+    found = showing(view, (text, "<b>summary</b>"))
+    assert found["made"] == 0
+    assert found["name"] == layer["name"] and found["summary"] == "<b>summary</b>"

@@ -21,8 +21,8 @@ export const STYLE = `
   .line { stroke: var(--mx-line); stroke-width: 1; }
   .threshold { stroke: var(--mx-bad); stroke-width: 1.5; stroke-dasharray: 5 3; }
   .threshold-label { font-weight: bold; }
-  .before { fill: none; stroke: var(--mx-line); }
-  .below { stroke: var(--mx-bad); stroke-width: 1.5; }
+  .before { fill: none; stroke: var(--mx-soft); }
+  .below { stroke: var(--mx-text); stroke-width: 1.5; }
   .chosen { fill: var(--mx-text); fill-opacity: 0.15; }
 `;
 
@@ -49,13 +49,18 @@ export function scale(rows, measure, data, height) {
   return { low, high, threshold, height, y };
 }
 
+/** A number without the zeros that end its decimals: "32.00 dB" as "32 dB". */
+function short(text) {
+  return text.replace(/\.(\d*?)0+(?=\D|$)/, (_, digits) => (digits ? `.${digits}` : ""));
+}
+
 /** The axis: its ends, its middle and the threshold. */
 export function axis(measure, { low, high, threshold, height, y }) {
   const svg = element("svg", { width: AXIS, height, "aria-hidden": "true" });
   const label = (v, extra = "") => element(
     "text",
     { x: AXIS - 6, y: y(v) + 4, "text-anchor": "end", class: extra },
-    document.createTextNode(measure.format(v).replace(/\.?0+(?= |e|$)/, "")),
+    document.createTextNode(short(measure.format(v))),
   );
   const far = (v) => threshold === undefined || Math.abs(y(v) - y(threshold)) > 13;
   svg.append(...[low, (low + high) / 2, high].filter(far).map((v) => label(v)));
@@ -106,30 +111,50 @@ function bar(row, measure, at, palette, x, thick, index) {
   const below = at.threshold !== undefined && v < at.threshold;
   return element("rect", {
     id: `bar-${index}`, role: "option", "aria-selected": "false",
-    "aria-label": sentence(row, measure),
+    "aria-label": sentence(row, measure, at.threshold),
     class: below ? "bar below" : "bar",
     x, width: thick, y: at.y(at.low) - height, height,
     fill: isNaN(v) ? GREY : palette.get(group(row)) ?? PALETTE[0],
   });
 }
 
-/** Title, axis and bars in one SVG text, its theme's colours written out. */
-export function picture(title, parts, theme) {
-  const lines = title.split("\n");
-  const head = 18 * lines.length + 8;
-  const width = AXIS + Number(parts.bars.getAttribute("width")) + 8;
-  const height = head + Number(parts.bars.getAttribute("height"));
+/** Words in lines of at most so many characters; a line break stays one. */
+export function wrap(text, most) {
+  return text.split("\n").flatMap((line) => {
+    const lines = [""];
+    for (const word of line.split(" ")) {
+      const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
+      if (longer.length > most && lines.at(-1)) lines.push(word);
+      else lines[lines.length - 1] = longer;
+    }
+    return lines;
+  });
+}
+
+/** Title, colours, axis and bars in one SVG text, its theme's colours written out. */
+export function picture(title, { axis, bars, palette }, theme) {
+  const width = Math.max(AXIS + Number(bars.getAttribute("width")) + 8, 480);
+  const lines = wrap(title, Math.floor((width - 16) / 6.5)); // px of a character, roughly
+  const head = 18 * (lines.length + 1) + 8;
+  const height = head + Number(bars.getAttribute("height"));
   const svg = element("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
   const variables = Object.entries(theme).map(([name, v]) => `${name}: ${v};`).join(" ");
+  const text = (content, x, y) => element("text", { x, y }, document.createTextNode(content));
   svg.append(
     element("style", {}, document.createTextNode(`svg { ${variables} } ${STYLE}`)),
     element("rect", { width, height, fill: theme["--mx-back"] }),
-    ...lines.map((line, i) =>
-      element("text", { x: 8, y: 18 * (i + 1) }, document.createTextNode(line))),
+    ...lines.map((line, i) => text(line, 8, 18 * (i + 1))),
   );
-  for (const [part, x] of [[parts.axis, 0], [parts.bars, AXIS]]) {
+  let x = 8;
+  for (const [name, colour] of palette) {
+    const y = 18 * (lines.length + 1);
+    svg.append(element("rect", { x, y: y - 9, width: 9, height: 9, fill: colour }));
+    svg.append(text(name, x + 13, y));
+    x += 28 + 6.5 * name.length;
+  }
+  for (const [part, left] of [[axis, 0], [bars, AXIS]]) {
     const copy = part.cloneNode(true);
-    copy.setAttribute("x", x);
+    copy.setAttribute("x", left);
     copy.setAttribute("y", head);
     svg.append(copy);
   }

@@ -52,7 +52,7 @@ const MEASURES = [
  * @throws {Error} it is none of the kinds, or of another version
  */
 export function read(text) {
-  const data = JSON.parse(text);
+  const data = JSON.parse(text, exact);
   const key = Object.keys(KINDS).find((kind) => kind in data);
   if (key === undefined || data[key] !== VERSION) {
     throw new Error(`not a document that this view can draw (${key ?? "unknown"} ${data[key]})`);
@@ -66,20 +66,29 @@ export function read(text) {
   return { kind: KINDS[key], measures, rows, data };
 }
 
+/** A seed may be larger than what a number of JavaScript holds; it stays text then. */
+function exact(key, v, context) {
+  return key === "seed" && !Number.isSafeInteger(v) ? context?.source ?? v : v;
+}
+
 /** The value of a measure on a row; NaN where it has none. */
 export function value(row, measure) {
   const found = row[measure.key];
   return typeof found === "number" ? found : NaN;
 }
 
-export const ORDERS = ["model order", "worst first", "largest first", "by name"];
+/** Orders of the rows of a measure: steps and seeds have no size, and their names are numbers. */
+export function orders(measure) {
+  const all = ["in order", "worst first", "largest first", "by name"];
+  return measure?.rows === "layers" ? all : all.slice(0, 2);
+}
 
 /**
  * The rows to draw: those that a filter leaves, in an order.
  *
  * @param {object[]} rows
  * @param {Measure} measure
- * @param {string} order one of ORDERS
+ * @param {string} order one of `orders`
  * @param {string} filter words that all have to occur in a row's name, decision, backend or reason
  */
 export function arrange(rows, measure, order, filter = "") {
@@ -164,13 +173,19 @@ export function describe(row) {
   return text;
 }
 
-/** One sentence on a row, for a screen reader. */
-export function sentence(row, measure) {
+/** One sentence on a row, for a screen reader: all that the chart shows of it. */
+export function sentence(row, measure, threshold) {
   const v = value(row, measure);
-  const measured = isNaN(v) ? "" : `${measure.label} ${measure.format(v)}`;
-  const shape = row.shape ? row.shape.join(" by ") : "";
-  return [row.name, group(row), measured, shape, isNaN(v) ? row.reason : ""]
-    .filter(Boolean).join(", ");
+  const before = row[measure.before];
+  return [
+    row.name,
+    group(row),
+    isNaN(v) ? "" : `${measure.label} ${measure.format(v)}`,
+    v < threshold ? `below the threshold of ${measure.format(threshold)}` : "",
+    typeof before === "number" ? `before ${measure.format(before)}` : "",
+    row.shape ? row.shape.join(" by ") : "",
+    isNaN(v) || row.decision === "kept" ? row.reason : "",
+  ].filter(Boolean).join(", ");
 }
 
 export function decibels(v) {

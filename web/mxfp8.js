@@ -14,7 +14,7 @@ const NAME = "mxfp8_report"; // the key of a document in a node's output, and th
 const TYPE = "MXFP8_REPORT_VIEW";
 const PREFIX = "MXFP8";
 const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for texts while a node runs
-const WIDTH = 480; // px, so that the tools are on one line
+const WIDTH = 480; // px: the tools are on one line
 const PRECISION = "MXFP8.DefaultPrecision";
 
 /** Show what a node's output holds, if it holds a document. */
@@ -36,6 +36,10 @@ function addView(node) {
   });
   widget.serialize = false;
   widget.view = view;
+  view.element.addEventListener("wheel", (event) => {
+    // Nodes 2.0 hands the wheel to the canvas itself.
+    if (!LiteGraph.vueNodesMode && !view.scrolls()) app.canvas.processMouseWheel(event);
+  });
   const removed = widget.onRemove;
   widget.onRemove = function () {
     view.dispose();
@@ -72,7 +76,8 @@ app.registerExtension({
       name: "Keep folded weights",
       tooltip:
         "On Hopper and Ada, weights are rewritten for FP8 tensor cores. Kept, they take free GPU " +
-        "memory, and are given up when it is needed; else they are made again on every step.",
+        "memory, and are given up when it is needed; else they are made again on every step. " +
+        "A server for several users (--multi-user) goes by MXFP8_KEEP_FOLDS=0 instead.",
       type: "boolean",
       defaultValue: true,
     },
