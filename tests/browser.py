@@ -109,8 +109,8 @@ class ComfyPage:
             [source, slot, target, name],
         )
 
-    def queue(self, seconds: float = 120) -> None:
-        """Run the workflow on the canvas and wait until the queue is empty."""
+    def queue(self, seconds: float = 120, ends: str = "execution_success") -> None:
+        """Run the workflow on the canvas and wait until it has ended, in this way."""
         self.page.evaluate(
             """() => {
                 window.ended = new Promise((done) => {
@@ -124,7 +124,7 @@ class ComfyPage:
         )
         self.page.set_default_timeout(seconds * 1000)
         ended = self.page.evaluate("() => window.ended")
-        assert ended == "execution_success", ended
+        assert ended == ends, ended
 
     def close(self) -> None:
         self.page.close()

@@ -46,9 +46,10 @@ def pytest_ignore_collect(collection_path) -> bool | None:
     return None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium."""
+    """A headless Chromium. For no longer: while it runs, Playwright's event loop is the thread's,
+    and tests that have one of their own fail."""
     from browser import chromium
 
     with chromium() as started:

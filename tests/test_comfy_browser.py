@@ -311,3 +311,19 @@ def test_a_report_is_there_again_when_its_tab_is(comfy, browser):
     assert shown.page.evaluate(REOPEN.replace("NODE", "outer")) > 10
     assert not shown.complaints
     shown.close()
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
+    shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
+    shown.clear()
+    load = shown.add("UNETLoader", (60, 100), unet_name="flux-mxfp8.safetensors")
+    node = shown.add("MXFP8QuantizeModel", (420, 100))
+    shown.link(load, node, "model")
+    shown.link(node, shown.add("PreviewAny", (900, 100)), "source", slot=1)
+    shown.queue(ends="execution_error")
+    shown.page.get_by_role("button", name="View details").click()
+    said = shown.page.get_by_text("quantise the BF16, FP16 or FP32 original").first
+    said.wait_for(state="visible", timeout=10_000)
+    assert "is quantised already ('" in said.inner_text()
+    shown.close()
