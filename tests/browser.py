@@ -70,7 +70,7 @@ class ComfyPage:
         self.page.goto(server.url)
         self.page.wait_for_function(
             "window.app?.extensions?.some(e => e.name === 'mxfp8.report')"
-            " && window.app.graph && window.LiteGraph",
+            " && window.LiteGraph && app.extensionManager?.workflow?.activeWorkflow",
             timeout=60_000,
         )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 import pytest
 from browser import ComfyPage
+from comfyui import Server, fetch_package
+from versions import ends
 
 pytestmark = pytest.mark.comfy
 
@@ -326,4 +329,29 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     said = shown.page.get_by_text("quantise the BF16, FP16 or FP32 original").first
     said.wait_for(state="visible", timeout=10_000)
     assert "is quantised already ('" in said.inner_text()
+    shown.close()
+
+
+@pytest.fixture(scope="module")
+def oldest(comfy, tmp_path_factory):
+    """A server with the page of the oldest ComfyUI that is supported."""
+    text = (ends()[1].release.path / "requirements.txt").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^comfyui-frontend-package==(\S+)", text, re.MULTILINE)
+    page = fetch_package("comfyui-frontend-package", version) / "comfyui_frontend_package"
+    base = tmp_path_factory.mktemp("oldest")
+    (base / "models").symlink_to(comfy.base / "models")
+    with Server(base, arguments=("--front-end-root", str(page / "static"))) as server:
+        yield server
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_oldest_page_shows_it_too(oldest, browser, renderer):
+    shown = ComfyPage(browser, oldest, nodes2=RENDERERS[renderer])
+    shown.clear()
+    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
+    shown.queue()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    layers = json.loads(shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]"))["layers"]
+    assert shown.page.locator(".mxfp8-report .bar").count() == len(layers)
+    assert not shown.complaints
     shown.close()
