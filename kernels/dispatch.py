@@ -316,8 +316,9 @@ def explain(
     refused: dict[str, str] = {}
     for backend, runs_as, reason in _tried(problem, _forced):
         if reason is None:
-            refused.pop(backend.name, None)  # at another precision
-            return Choice(backend.name, runs_as, backend.steps, tuple(refused.items()))
+            # It may have refused at another precision, and so may have those that come after it.
+            before = tuple(refused.items())[: [*refused, backend.name].index(backend.name)]
+            return Choice(backend.name, runs_as, backend.steps, before)
         if not backend.steps or backend.name not in refused:  # for what it is there for
             refused[backend.name] = reason
     raise ValueError(f"no MXFP8 backend takes linears of {dtype} on {device}: {refused}")

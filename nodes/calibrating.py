@@ -9,14 +9,10 @@ layer of every step would have to read and write.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import time
-import uuid
-import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from types import MethodType
 
 import comfy.model_management
@@ -37,14 +33,13 @@ from ..quant.progress import duration
 from ..quant.report import gigabytes
 from . import files, names
 from .loading import CATEGORY
-from .model_source import ModelSource
+from .model_source import PREFIX, ModelSource
 from .progress import show
 from .selection import selection_inputs
 
 logger = logging.getLogger(__name__)
 
 CalibrationType = io.Custom("MXFP8_CALIBRATION")
-_PREFIX = "diffusion_model."
 _GB = 10**9
 _MOST_NAMED = 8  # layers in a result's text
 _INTERVAL = 0.5  # seconds between two texts on the node
@@ -165,7 +160,7 @@ def _groups(sizes: dict[str, int], budget: int) -> Iterator[list[str]]:
 def _check_disk(model: str, groups, sizes: dict[str, int]) -> None:
     """Raise ValueError where the temp folder has no room for the groups' files."""
     needed = sum(sizes.values())
-    free = shutil.disk_usage(files.temporary_path("mxfp8").parent).free
+    free = shutil.disk_usage(files.temporary_path().parent).free
     if len(groups) > 1 and needed > free:
         raise ValueError(
             f"calibrating this {model} in {len(groups)} groups takes {gigabytes(needed)} in "
@@ -183,6 +178,7 @@ def _announce(groups, sizes, seeds: int, steps: int) -> str:
 class _Progress:
     """Steps of all runs, on the node's bar and in its text, with the time that is left.
 
+    Not `quant.progress.Pace`, which times its work from when it is made.
     The first step is timed from its first layer on: what came before was loading the model. Later
     ones count whole, with what lies between two runs.
     """
@@ -273,8 +269,8 @@ def _watched(patcher, sums: dict[str, Sum], progress: _Progress):
     """A clone of a ModelPatcher whose layers note what they are given."""
     clone = patcher.clone()
     for name, one in sums.items():
-        key = f"{_PREFIX}{name}.forward"
-        module = comfy.utils.get_attr(clone.model, _PREFIX + name)
+        key = f"{PREFIX}{name}.forward"
+        module = comfy.utils.get_attr(clone.model, PREFIX + name)
         forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
         clone.add_object_patch(key, _noting(forward, one, progress))
 
@@ -300,16 +296,11 @@ def _in_file(found: dict[str, Moments]) -> dict[str, StoredMoments]:
     """Moments in a file of ComfyUI's temp folder, which goes when the last of them goes."""
     if not found:
         return {}
-    path = files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors")
+    path = files.temporary_path()
     Calibration(found, "").save(path)
     layers = dict(calibration.load(path).layers)
-    weakref.finalize(next(iter(layers.values())).source, _delete, path)  # one source for all
+    files.delete_with(next(iter(layers.values())).source, path)  # one source for all
     return layers
-
-
-def _delete(path: Path) -> None:
-    with contextlib.suppress(OSError):  # ComfyUI empties the folder when it stops
-        path.unlink()
 
 
 def _result(layers, sizes: dict[str, int], progress: _Progress) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
+from comfy.model_base import BaseModel
 from comfy.quant_ops import QuantizedTensor
 
 from .. import kernels
@@ -22,9 +23,12 @@ from ..quant.report import MXFP8
 from ..quant.source import HEADER_DTYPES
 from . import forward, model_patch, reuse
 from .model_patch import allow_folds, compute_dtype, fold_changes, mxfp8_linears
+from .model_source import PREFIX
 from .progress import Progress
 
-_PREFIX = "diffusion_model."
+# Most rows that a layer is timed for on a CPU: a call takes a part of a second even of the largest
+# layers, and an interrupt is heeded between two calls.
+_CPU_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,17 @@ def describe(patcher, rows: int, folds: bool = True) -> Passport:
     asked = _asked(patcher)
     many = kernels.explain(device, dtype, asked)
     few = kernels.explain(device, dtype, asked, 1)
+    because = passport.because(device.type, many, asked, _is_encoder(patcher))
+    ours = any(x.backend != STOCK for x in layers)
     return Passport(
         model=type(patcher.model).__name__,
         machine=kernels.machine(),
         device=str(device),
         dtype=dtype_name(dtype),
         rows=rows,
-        few=f"{few.backend}, {few.precision} (up to {fast_linear.FEW_ROWS})",
+        few=f"{few.backend}, {few.precision} (up to {fast_linear.FEW_ROWS})" if ours else STOCK,
         refused=tuple(f"{name}: {reason}" for name, reason in many.refused),
-        because=passport.because(device.type, many, asked),
+        because=because if ours else None,
         memory=_memory(patcher),
         layers=tuple(layers),
     )
@@ -83,6 +89,11 @@ def _asked(patcher) -> str:
     patches = [getattr(p, "__func__", None) for p in patcher.object_patches.values()]
     asked = [forward.PRECISION_OF[f] for f in patches if f in forward.FORWARDS.values()]
     return max(set(asked), key=asked.count) if asked else "auto"
+
+
+def _is_encoder(patcher) -> bool:
+    """Whether a model is a text encoder, which `loading.accelerate_clip` always runs exact."""
+    return not isinstance(patcher.model, BaseModel)
 
 
 def _layer(patcher, name: str, module, rows: int, change: float | None) -> LayerPassport:
@@ -97,7 +108,7 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
     else:
         way = _Way(STOCK, None, reason)
     return LayerPassport(
-        name=name.removeprefix(_PREFIX),
+        name=name.removeprefix(PREFIX),
         shape=tuple(weight.shape),
         decision=decision,
         reason=way.reason,
@@ -123,7 +134,9 @@ def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
     if left is not None:
         return _Way(STOCK, None, left)
     asked = forward.PRECISION_OF[function]
-    held = forward.held_exact(module)
+    encoder = _is_encoder(patcher)
+    # Of an encoder that is reason enough; ComfyUI's flag to cast its weights comes with loading.
+    held = None if encoder else forward.held_exact(module)
     if held is None and function is forward.UNFIT:
         by = "" if change is None else f" by {change:.1g}"
         held = f"folding could change it{by}, more than {model_patch.MOST_FOLDED:g}"
@@ -133,7 +146,7 @@ def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
     choice = kernels.explain(device, dtype, asked, rows)
     if held is None:
         many = kernels.explain(device, dtype, asked)
-        reason = passport.reason(choice, many, asked, change)
+        reason = passport.reason(choice, many, asked, change, encoder)
     else:
         reason = f"exact: {held}"
     return _Way(choice.backend, choice.precision, reason)
@@ -179,14 +192,19 @@ def _tensors(patches) -> Iterator[torch.Tensor]:
         yield from _tensors(patches.weights)
 
 
+def load(patcher) -> None:
+    """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
+    comfy.model_management.load_models_gpu([patcher])
+    allow_folds(patcher)
+
+
 def measure(patcher, found: Passport, progress: Progress) -> Passport:
     """The passport with times: of one MXFP8 layer of each size, as the patch on it runs it.
 
-    The model is loaded first, as for a run; a layer that stays offloaded is timed with its way to
-    the device.
+    Args:
+        found: of the model after `load`. A layer that stays offloaded is timed with its way to the
+            device.
     """
-    comfy.model_management.load_models_gpu([patcher])
-    allow_folds(patcher)
     groups: dict[tuple, list[LayerPassport]] = {}
     for layer in found.mxfp8:
         if layer.backend != STOCK:
@@ -207,11 +225,13 @@ def measure(patcher, found: Passport, progress: Progress) -> Passport:
 
 def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing:
     """One layer, a dense one of its size, and stock's forward on it."""
-    full = name if f"{name}.forward" in patcher.object_patches else _PREFIX + name
+    full = name if f"{name}.forward" in patcher.object_patches else PREFIX + name
     patch = patcher.object_patches[f"{full}.forward"]
     module = patch.__self__
     device, dtype = patcher.load_device, compute_dtype(patcher)
     shape, backend, precision = key
+    if device.type == "cpu":
+        rows = min(rows, _CPU_ROWS)
     x = torch.randn(rows, shape[1], device=device).to(dtype)
     dense = module.weight.dequantize().to(device, dtype)
     calls = (
@@ -219,14 +239,15 @@ def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing
         lambda: torch.nn.functional.linear(x, dense),
         lambda: type(module).forward(module, x),
     )
-    synchronize = functools.partial(_synchronize, device)
+    wait = functools.partial(synchronize, device)
     times = [
-        passport.median_microseconds(call, synchronize, functools.partial(step, part))
+        passport.median_microseconds(call, wait, functools.partial(step, part))
         for part, call in enumerate(calls)
     ]
-    return Timing(shape, backend, precision, count, *times)
+    return Timing(shape, backend, precision, count, rows, *times)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,8 +188,18 @@ def calibration_path(name: str) -> Path:
     return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
 
 
-def temporary_path(name: str) -> Path:
-    """A path in ComfyUI's temp folder, which ComfyUI empties when it starts and stops."""
+def temporary_path() -> Path:
+    """A name for a new file in ComfyUI's temp folder, which it empties when it starts and stops."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return folder / f"mxfp8-{uuid.uuid4().hex}.safetensors"
+
+
+def delete_with(owner, path: Path) -> None:
+    """Delete a file when nothing refers to `owner` any more."""
+    weakref.finalize(owner, _delete, path)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+        path.unlink()

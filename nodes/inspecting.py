@@ -55,8 +55,14 @@ class MXFP8Inspect(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file, every_byte, model=None):
-        """ComfyUI asks before a run: a file that was replaced is looked into again."""
+    def fingerprint_inputs(cls, file, every_byte, **connected):
+        """ComfyUI asks before a run: a file that was replaced is looked into again.
+
+        So is a model, always: what is merged into it or loaded, no input shows. It comes as None
+        here, and not at all if none is connected.
+        """
+        if "model" in connected:
+            return float("nan")
         if file == NO_FILE:
             return ""
         status = files.source_path(file).stat()

@@ -22,7 +22,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..quant.format import WEIGHT
 from ..quant.source import HEADER_DTYPES, as_bytes
 
-_PREFIX = "diffusion_model."
+PREFIX = "diffusion_model."  # of its names in the MODEL
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ModelSource:
 
     def is_linear(self, layer: str) -> bool:
         """Whether a layer is one of ComfyUI's linears (an Embedding's weight is 2-D too)."""
-        module = comfy.utils.get_attr(self._patcher.model, _PREFIX + layer)
+        module = comfy.utils.get_attr(self._patcher.model, PREFIX + layer)
         return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
 
     def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -87,7 +87,7 @@ class ModelSource:
             ValueError: with those shapes it would be taken for another model.
         """
         entries = [entry for entry in self._entries.values() if entry.tensor is None]
-        state = {e.full.removeprefix(_PREFIX): self.original(e.full) for e in entries}
+        state = {e.full.removeprefix(PREFIX): self.original(e.full) for e in entries}
         state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
         found = detect_unet_config(state, "")
         for key, shape in stored.items():
@@ -118,7 +118,7 @@ class ModelSource:
 
     def weight(self, layer: str) -> torch.Tensor | None:
         """A quantised layer's weight in float32 if patches change it, else None."""
-        full = f"{_PREFIX}{layer}{WEIGHT}"
+        full = f"{PREFIX}{layer}{WEIGHT}"
         if full not in self._patcher.patches:
             return None
         return self._patched(full)
@@ -137,7 +137,7 @@ class ModelSource:
         return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
 
     def _add(self, key: str) -> None:
-        full = _PREFIX + key
+        full = PREFIX + key
         value = self.original(full)
         dtype = value.dtype
         patches = self._patcher.patches.get(full, [])

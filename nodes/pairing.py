@@ -28,14 +28,14 @@ from ..kernels import layout
 from ..quant import comparison
 from ..quant.certificate import Floor, Seed, Side, Step, fingerprint, mean_of
 from ..quant.container import quoted
-from .describing import describe, linears
+from .describing import describe, linears, synchronize
 from .loading import ROWS
 from .model_patch import mxfp8_linears
+from .model_source import PREFIX
 from .progress import Progress
 
 _KEY = "mxfp8_compare"
 _KEPT = 1 << 30  # bytes of noted steps
-_PREFIX = "diffusion_model."
 _COMPILED = "_orig_mod."  # torch.compile puts it into names
 
 
@@ -122,10 +122,10 @@ class Sampler:
 
             if sampler_seed is not None:
                 extra = {**extra, "seed": sampler_seed}
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             result = executor(guider, sigmas, extra, note, *args, **options)
-            _synchronize(device)
+            synchronize(device)
             found.update(seconds=time.perf_counter() - start, sigmas=sigmas.tolist())
             return result
 
@@ -146,9 +146,11 @@ class Sampler:
             self._peak = max(self._peak or 0, torch.cuda.max_memory_allocated(device))
         return Run(result["samples"], predictions, found["sigmas"], found["seconds"])
 
-    def side(self) -> Side:
+    def side(self, note: Callable[[str], None]) -> Side:
         """What ran, and what it took; while the model is loaded."""
         described = describe(self.patcher, ROWS, folds=False)
+        if any(layer.precision == "fast" for layer in described.mxfp8):
+            note(f"fast holds for inputs of many rows; of few rows they run {described.few}")
         warm = [s for loading in self._seconds for s in loading[1:]]
         return Side(
             model=described.model,
@@ -158,11 +160,6 @@ class Sampler:
             seconds=statistics.median(warm or [s for loading in self._seconds for s in loading]),
             peak_bytes=self._peak,
         )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def fingerprint_of(patcher) -> str | None:
@@ -175,7 +172,7 @@ def fingerprint_of(patcher) -> str | None:
         backup = patcher.backup.get(key)  # another clone's LoRA is merged at the moment
         weight = module.weight if backup is None else backup.weight
         codes = weight._qdata[0].cpu().view(torch.uint8).numpy().tobytes()
-        rows.append((name.replace(_COMPILED, "").removeprefix(_PREFIX), codes))
+        rows.append((name.replace(_COMPILED, "").removeprefix(PREFIX), codes))
     return fingerprint(rows)
 
 
@@ -257,7 +254,7 @@ class Paired:
                 seed = left.pop(0)
                 run = self._count(self.reference.run(seed))
                 group.append((seed, run, self._find_floor(seed, run, 1 + len(left))))
-            sides[0] = self.reference.side()
+            sides[0] = self.reference.side(self._note)
             self.model.load_alone()
             pairs = []
             for seed, run, floor in group:
@@ -266,7 +263,7 @@ class Paired:
                 pairs.append((self._compare(seed, run, other, floor), run, other))
                 for noted in (run, other):
                     noted.predictions.clear()
-            sides[1] = self.model.side()
+            sides[1] = self.model.side(self._note)
             self.seeds += [self._see(*pair) for pair in pairs]
         self.sides = tuple(sides)
 

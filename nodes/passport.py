@@ -1,4 +1,7 @@
-"""A node that says how a model runs on this machine, and where its memory is."""
+"""A node that says how a model runs on this machine, and where its memory is.
+
+It runs anew with every workflow, so it hands no model on: samplers behind it would run anew too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 
 from comfy_api.latest import io
 
-from .describing import describe, measure
+from .describing import describe, load, measure
 from .loading import CATEGORY, ROWS
 from .progress import Progress, show
 
@@ -34,8 +37,8 @@ class MXFP8Passport(io.ComfyNode):
                     "measure",
                     default=False,
                     tooltip=(
-                        "Load the model and time one layer of each size. Seconds on a GPU, "
-                        "minutes on a CPU."
+                        "Load the model and time one layer of each size. Seconds on a GPU; on a "
+                        "CPU longer, and for 256 rows at most."
                     ),
                 ),
                 io.Int.Input(
@@ -50,14 +53,17 @@ class MXFP8Passport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model as it came in."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder as it came in."),
                 io.String.Output(display_name="summary", tooltip="The passport in words."),
                 io.String.Output(display_name="passport", tooltip="Every layer: JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        """Never what it was: a passport tells what is loaded, which no input shows."""
+        return float("nan")
 
     @classmethod
     def execute(cls, measure, rows, model=None, clip=None) -> io.NodeOutput:
@@ -68,10 +74,12 @@ class MXFP8Passport(io.ComfyNode):
         logger.info("MXFP8: %s", summary)
         show(cls, found.line())
         shown = {"text": [summary], "mxfp8_report": [text]}
-        return io.NodeOutput(model, clip, summary, text, ui=shown)
+        return io.NodeOutput(summary, text, ui=shown)
 
 
 def passport(node: type[io.ComfyNode], patcher, rows: int, timed: bool):
     """The passport of a ModelPatcher, measured if asked."""
-    found = describe(patcher, rows)
-    return measure(patcher, found, Progress(node, rate=False)) if timed else found
+    if not timed:
+        return describe(patcher, rows)
+    load(patcher)
+    return measure(patcher, describe(patcher, rows), Progress(node, rate=False))

@@ -2,9 +2,17 @@
 
 ComfyUI's bar throttles itself; its text does not, so `quant.progress.Pace` does. Every call also
 asks whether the user interrupted: the work calls after each slab, many times a second.
+
+ComfyUI's page makes HTML of the text: as it comes until ComfyUI 0.20, sanitised since, and always
+with `[[label|url]]` and bare addresses as links. Names of tensors and metadata come from strangers,
+so nothing of that is left to the page: what it would read is sent as character references, which
+every page shows as the characters they stand for.
 """
 
 from __future__ import annotations
+
+import html
+import re
 
 import comfy.model_management
 import comfy.utils
@@ -13,11 +21,19 @@ from server import PromptServer
 
 from ..quant.progress import Pace
 
+# One character of all that the page makes links of, its own placeholder __LNK0__ included.
+_LINKS = re.compile(r"(?i)(?<=\[)\[|:(?=//)|(?<=www)\.|(?<=__)L(?=NK)")
+
 
 def show(node: type[io.ComfyNode], text: str) -> None:
-    """Show a line or more on the node itself, in the browser."""
+    """Show a line or more on the node itself, in the browser, as text and nothing else."""
     if node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
+
+
+def as_html(text: str) -> str:
+    """HTML that shows this text, and that the page finds no link in."""
+    return _LINKS.sub(lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
 
 
 class Progress:

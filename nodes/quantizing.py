@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import uuid
-import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -178,7 +174,7 @@ def quantize_model(
     source.metadata = source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
-    file = TemporaryFile(files.temporary_path(f"mxfp8-{uuid.uuid4().hex}.safetensors"))
+    file = TemporaryFile()
     report = convert(
         source, file.path, plan, progress=Progress(node), device=device(), calibration=calibration
     )
@@ -191,15 +187,9 @@ def quantize_model(
 class TemporaryFile:
     """A file that is deleted when nothing refers to this object any more."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        weakref.finalize(self, _delete, path)
-
-
-def _delete(path: Path) -> None:
-    # Windows keeps a file that is mapped; ComfyUI empties its temp folder when it stops.
-    with contextlib.suppress(OSError):
-        path.unlink()
+    def __init__(self):
+        self.path = files.temporary_path()
+        files.delete_with(self, self.path)
 
 
 def load_temporary(file: TemporaryFile, disable_dynamic: bool = False):

@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels import layout
 from ..quant import format, provenance
 from ..quant.format import MARKER, SCALE, WEIGHT
-from ..quant.progress import Meter
+from ..quant.progress import VERIFY, Meter
 from ..quant.report import Report, gigabytes
 from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
@@ -20,7 +20,7 @@ from . import files, names
 from .comparing import CertificateType, check_certificate
 from .loading import CATEGORY
 from .model_patch import check_movable
-from .model_source import ModelSource
+from .model_source import PREFIX, ModelSource
 from .pairing import fingerprint_of
 from .progress import Progress, show
 
@@ -140,7 +140,7 @@ def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> i
     if markers:
         metadata = format.with_markers(metadata, markers)
     advance = Meter(sum(_nbytes(dtype, shape) for _, dtype, shape in tensors), progress)
-    with Writer(path, tensors, metadata, tick=lambda: advance(0, "verify")) as writer:
+    with Writer(path, tensors, metadata, tick=lambda: advance(0, VERIFY)) as writer:
         for key in source.tensors:
             for piece in source.pieces(key):
                 _write(writer, key, piece, advance)
@@ -177,7 +177,7 @@ def _marker(module) -> dict:
 def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, torch.Tensor]:
     """The tensors of one quantised layer, LoRAs baked in."""
     weight = source.weight(name)  # float32 if patches change it
-    original = source.original(f"diffusion_model.{name}{WEIGHT}")
+    original = source.original(f"{PREFIX}{name}{WEIGHT}")
     if module.quant_format != "mxfp8":
         if weight is not None:
             original = original.requantize_from_float(weight, scale="recalculate")

@@ -3,17 +3,22 @@
 ComfyUI keeps the browser's settings in `user/default/comfy.settings.json`, and has no way to read
 them but for a web request. A run belongs to none, so the file is read: before each run, in 0.1 ms.
 Where ComfyUI serves several users (`--multi-user`), whose run it is cannot be seen, and settings
-are as they come. Whoever runs without a browser sets environment variables, which win.
+are as they come, which is logged. Whoever runs without a browser sets environment variables, which
+win.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import folder_paths
 from comfy.cli_args import args
+
+logger = logging.getLogger(__name__)
 
 KEEP_FOLDS = "MXFP8.KeepFolds"
 _VARIABLES = {KEEP_FOLDS: "MXFP8_KEEP_FOLDS"}
@@ -28,14 +33,25 @@ def _boolean(key: str, default: bool) -> bool:
     variable = os.environ.get(_VARIABLES[key], "").strip().lower()
     if variable:
         return variable not in ("0", "false", "no", "off")
+    if args.multi_user:
+        _notice_ignored(key)
+        return default
     value = _stored().get(key)
     return value if isinstance(value, bool) else default
 
 
+@cache
+def _notice_ignored(key: str) -> None:
+    """Say once that what users chose is not heeded."""
+    logger.warning(
+        "MXFP8: ComfyUI serves several users, so the setting %s is ignored; set %s=0 or 1 for all.",
+        key,
+        _VARIABLES[key],
+    )
+
+
 def _stored() -> dict:
-    """The settings of ComfyUI's only user; none where the file is missing, damaged or several's."""
-    if args.multi_user:
-        return {}
+    """The settings of ComfyUI's only user; none where the file is missing or damaged."""
     path = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -88,7 +88,7 @@ class Side:
     """One of the two models.
 
     Attributes:
-        ways: "backend, precision" of MXFP8 layers -> how many run so.
+        ways: "backend, precision" of MXFP8 layers, given many rows -> how many run so.
         fingerprint: of its MXFP8 layers (see `fingerprint`); None where it has none, or where
             LoRAs change them.
         dtype: that it computes in.

@@ -21,6 +21,7 @@ from .report import KEPT, MXFP8, gigabytes
 
 VERSION = 1
 _SLOWEST = "eager"  # the backend that runs where no other does
+_LACKING = ("triton", "fp8")  # the backends to say why not of, the first that was refused
 STOCK = "stock"  # the backend of what ComfyUI itself runs
 _SAMPLE = 0.005  # seconds of calls between two readings of the clock
 _SAMPLES = 5
@@ -38,7 +39,7 @@ class LayerPassport:
         bytes: of the weight with its scales; device: where they are now.
         backend: a name from `kernels.backends`, or "stock"; precision: "exact" or "fast", None
             where that is for stock to say.
-        microseconds: for as many rows as the passport is for, where measured.
+        microseconds: where measured; for how many rows, the timing of its size says.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Timing:
     """Layers of one size that run alike: a median for each way to compute one.
 
     Attributes:
+        layers: how many there are; rows: of the input that one was timed on.
         dense_microseconds: of a weight that is not quantised, in the model's dtype.
         stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight.
     """
@@ -66,6 +68,7 @@ class Timing:
     backend: str
     precision: str | None
     layers: int
+    rows: int
     microseconds: float
     dense_microseconds: float
     stock_microseconds: float
@@ -96,7 +99,8 @@ class Passport:
             for.
         few: what layers run with few rows, in words.
         refused: "backend: why not" of what would have come before the backends that run.
-        because: why nothing faster runs, in a few words; None where nothing would be.
+        because: why nothing faster runs, in a few words; None where nothing would be, or where
+            ComfyUI runs everything.
         memory: kind ("codes", "scales", "other weights", "kept folds", "LoRA patches") -> bytes.
     """
 
@@ -145,7 +149,7 @@ class Passport:
         if away:
             lines.append(f"offloaded: {gigabytes(away)}")
         lines += [
-            f"{t.layers} of {list(t.shape)} ({t.backend}), {self.rows} rows: "
+            f"{t.layers} of {list(t.shape)} ({t.backend}), {t.rows} rows: "
             f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f} times as fast as dense "
             f"{self.dtype}, {t.faster_than_stock:.2f} times as fast as stock"
             for t in self.timings
@@ -166,21 +170,24 @@ def kept(dtype: str) -> tuple[str, str]:
     return KEPT, f"not MXFP8: {dtype}"
 
 
-def because(device: str, choice: Choice, asked: str) -> str | None:
-    """Why nothing faster runs, in a few words; `device` is its type, `asked` the precision."""
+def because(device: str, choice: Choice, asked: str, encoder: bool = False) -> str | None:
+    """Why nothing faster runs, in a few words; `device` is its type, the rest as of `reason`."""
     if device == "cpu":
         return "no GPU"
     if asked == "exact" and choice.backend != _SLOWEST:
-        return "exact was chosen"
-    return choice.refused[-1][1] if choice.precision == "exact" and choice.refused else None
+        return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
+    return _lacking(choice) if choice.precision == "exact" else None
 
 
-def reason(choice: Choice, many: Choice, asked: str, change: float | None) -> str:
+def reason(
+    choice: Choice, many: Choice, asked: str, change: float | None, encoder: bool = False
+) -> str:
     """Why an MXFP8 linear that nothing holds back runs as it does.
 
     Args:
         choice: what runs it; many: what would with many rows; asked: the precision it was given.
         change: how much folding changes its weights at most, where that is known.
+        encoder: whether it is a text encoder's, whose precision nobody chooses.
     """
     if choice.precision == "fast":
         if choice.steps == "rows":
@@ -190,10 +197,15 @@ def reason(choice: Choice, many: Choice, asked: str, change: float | None) -> st
     if many.precision == "fast":
         return f"exact: {fast_linear.FEW_ROWS} rows or fewer"
     if asked == "exact" and choice.backend != _SLOWEST:
-        return "exact, as was chosen"
-    why = dict(many.refused)  # with few rows, FP8 backends refuse for that
-    first = next((why[name] for name in ("triton", "fp8") if name in why), "nothing faster is here")
-    return f"{choice.backend}: {first}"
+        return "exact, as text encoders run in ComfyUI" if encoder else "exact, as was chosen"
+    # Of many: with few rows, FP8 backends refuse for that.
+    return f"{choice.backend}: {_lacking(many) or 'nothing faster is here'}"
+
+
+def _lacking(choice: Choice) -> str | None:
+    """Why what would be faster was refused."""
+    why = dict(choice.refused)
+    return next((why[name] for name in _LACKING if name in why), None)
 
 
 def median_microseconds(

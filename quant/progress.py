@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, key)
+VERIFY = "verify"  # the key while what was written is read back: all is done, and it is not over
 
 
 class Meter:
@@ -46,11 +47,13 @@ class Pace:
         self._said: float | None = None
 
     def __call__(self, done: int, total: int, key: str) -> str | None:
-        """Two lines, or None if the last ones are recent; arguments as of `Progress`."""
+        """A line or two, or None if the last ones are recent; arguments as of `Progress`."""
         now = self._clock()
         if self._said is not None and now - self._said < self._every:
             return None
         self._said = now
+        if key == VERIFY and done >= total:  # how far that is, nobody counts
+            return "verifying"
         parts = [f"{100 * min(done, total) // max(total, 1)}%"]
         speed = done / max(now - self._start, 1e-3)
         if self._rate and done:

@@ -22,7 +22,7 @@ from ..kernels.layout import BLOCK
 from . import diffusers, format, scan
 from .container import quoted
 from .format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
-from .progress import Meter, Progress
+from .progress import VERIFY, Meter, Progress
 from .source import FileSource, as_bytes
 from .writer import Writer
 
@@ -205,7 +205,7 @@ def _write(source: FileSource, target, layers, row_major, overwrite, progress) -
     advance = Meter(total, progress)
 
     metadata = format.with_markers(source.metadata, _all_markers(source.header, layers))
-    with Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer:
+    with Writer(target, tensors, metadata, overwrite, lambda: advance(0, VERIFY)) as writer:
         for key, info in source.header.tensors.items():
             if key in by_scale:
                 layer = by_scale[key]

@@ -204,6 +204,29 @@ def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
     assert "no noise floor was measured" in text
 
 
+def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
+    def took_for_a_card(graph: Graph, on: bool) -> list:
+        return graph.add(
+            "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=on, keep=False,
+            most_folded=1.0,
+        )  # fmt: skip
+
+    graph = Graph()
+    model = graph.add("MXFP8Accelerate", model=took_for_a_card(graph, True), precision="auto")
+    exact = graph.add("MXFP8Accelerate", model=model, precision="exact")
+    nodes = [compare(graph, exact, m, steps=1) for m in (model, exact)]
+    try:
+        outputs = comfy.run(graph)
+    finally:
+        graph = Graph()
+        took_for_a_card(graph, False)
+        comfy.run(graph)
+    fast, plain = (certificate(outputs, node) for node in nodes)
+    note = "fast holds for inputs of many rows; of few rows they run eager, exact (up to 1)"
+    assert fast.model.ways == {"fp8, fast": 19} and note in fast.notes
+    assert plain.model.ways == {"eager, exact": 19} and note not in plain.notes
+
+
 def refused(comfy, graph: Graph, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         comfy.run(graph)

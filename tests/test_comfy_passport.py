@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from bad_files import LAYER, draft
-from comfyui import PromptError
+from comfyui import PromptError, comfyui_path
 from graphs import Graph
 
 pytestmark = pytest.mark.comfy
@@ -118,6 +121,10 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
     many, _, ran = found
     assert really(ran[LAYER]) == "stock"
     assert "Accelerate Model (MXFP8) is not on it" in many[LAYER]["reason"]
+    graph = Graph()
+    node = passport(graph, graph.loader("flux-mxfp8.safetensors"))
+    whole = document(comfy.run(graph), node)
+    assert (whole["because"], whole["few"]) == (None, "stock")  # nothing of ours runs
 
 
 def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
@@ -170,17 +177,21 @@ def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
     assert really(ran[LAYER]) == "stock"
 
 
-def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
-    graph = Graph()
+def lora_on_offloaded(graph: Graph) -> list:
     model = graph.add(
         "LoraLoaderModelOnly", model=ours(graph), lora_name="lora.safetensors", strength_model=1.0
     )
-    model = graph.add("TestLowVRAM", model=model)
+    return graph.add("TestLowVRAM", model=model)
+
+
+def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
+    graph = Graph()
+    model = lora_on_offloaded(graph)
     recording = graph.add("TestRecord", model=model, name="offloaded")
     samples = graph.sample(recording, "flux", steps=1)
     recorded = graph.add("TestRecorded", samples=samples, name="offloaded")
     ran = json.loads(comfy.run(graph)[recorded[0]]["result"][0])
-    node = passport(graph, model, rows=MANY - 1)  # now that it is loaded
+    node = passport(graph, model)  # now that it is loaded
     found = document(comfy.run(graph), node)
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     told = by_name(found)
@@ -189,6 +200,46 @@ def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
     for name, entry in ran.items():
         assert said(told[name]) == really(entry), name
     assert found["memory"]["LoRA patches"]["device"] > 0
+
+
+def left_to_stock(found: dict) -> bool:
+    return any("applies a LoRA on the fly" in layer["reason"] for layer in found["layers"])
+
+
+def test_what_is_said_is_asked_anew_in_every_run(comfy):
+    graph = Graph()
+    model = lora_on_offloaded(graph)
+    nodes = [
+        passport(graph, model),
+        graph.add("MXFP8Inspect", file="none", every_byte=True, model=model),
+    ]
+    saved = graph.save_latent(graph.sample(model, "flux", steps=1))
+    told = []
+    for asked in (nodes, [saved], nodes):
+        outputs = comfy.run(graph, only=[node[0] for node in asked])
+        if asked is nodes:
+            told.append([left_to_stock(document(outputs, node)) for node in nodes])
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    assert told == [[False, False], [True, True]]
+
+
+def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
+    graph = Graph()
+    node = passport(graph, lora_on_offloaded(graph), measure=True, rows=1)
+    found = document(comfy.run(graph), node)
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    assert left_to_stock(found)
+    assert all((x["microseconds"] is None) == (x["backend"] == "stock") for x in found["layers"])
+
+
+def test_on_a_cpu_few_rows_are_timed_and_it_is_said_how_many(comfy):
+    graph = Graph()
+    node = passport(graph, ours(graph), measure=True)
+    outputs = comfy.run(graph)
+    found = document(outputs, node)
+    assert found["rows"] == MANY
+    assert {timing["rows"] for timing in found["timings"]} == {256}
+    assert outputs[node[0]]["text"][0].count(" (eager), 256 rows: ") == len(found["timings"])
 
 
 def test_measured_times_memory_and_what_is_not_used(comfy):
@@ -209,6 +260,7 @@ def test_measured_times_memory_and_what_is_not_used(comfy):
         found["memory"][kind]["device"] for kind in ("codes", "scales")
     )
     assert found["rows"] == 32
+    assert {timing["rows"] for timing in found["timings"]} == {32}
     assert any(line.startswith("fp8: needs FP8 tensor cores") for line in found["refused"])
     assert any(line.startswith("triton: needs an NVIDIA") for line in found["refused"])
     text = outputs[node[0]]["text"][0]
@@ -301,3 +353,30 @@ def test_folds_are_kept_unless_the_user_turned_that_off(comfy, card):
         graph[samples[0]]["inputs"]["seed"] = index
         kept.append(comfy.run(graph)[node[0]]["result"][0])
     assert kept == [13, 0, 13]
+
+
+SEVERAL_USERS = """
+import logging, sys
+sys.path.insert(0, sys.argv.pop(1))
+import comfy.options
+comfy.options.enable_args_parsing()
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+from mxfp8.nodes import settings
+settings._stored = None
+for _ in range(3):
+    print(settings.keep_folds())
+"""
+
+
+@pytest.mark.parametrize(("variable", "kept"), [("", "True"), ("0", "False")])
+def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, kept):
+    said = subprocess.check_output(
+        [sys.executable, "-c", SEVERAL_USERS, comfyui_path(), "--multi-user"],
+        text=True,
+        env={**os.environ, "MXFP8_KEEP_FOLDS": variable},
+    ).splitlines()
+    notice = (
+        "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepFolds is ignored; "
+        "set MXFP8_KEEP_FOLDS=0 or 1 for all."
+    )
+    assert said == [notice] * (not variable) + [kept] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 import struct
@@ -11,8 +12,10 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
+import torch
 from bad_files import draft
 from graphs import Graph
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
 
@@ -112,6 +115,9 @@ def test_layer_percent_speed_and_time_left_arrive(comfy, large):
     assert seen.end == "execution_success"
     *texts, last = seen.of(node)
     assert "layers MXFP8" in last  # the summary
+    checks = [text for text in texts if text == "verifying"]
+    assert checks and texts[-len(checks) :] == checks
+    texts = texts[: -len(checks)]
     percents = [percent(text) for text in texts]
     assert len(texts) > 3
     assert percents == sorted(percents)
@@ -121,6 +127,31 @@ def test_layer_percent_speed_and_time_left_arrive(comfy, large):
         assert re.fullmatch(r"blocks\.\d+\.weight\n\d+%, [\d.]+ MB/s, [\w ]+ left", text), text
     times = [now for now, _, text in seen.texts if percent(text) is not None]
     assert len(times) <= 4 * (times[-1] - times[0]) + 2
+
+
+HOSTILE = "<img src=x onerror=alert(1)> & [[a|http://b]] [[[c HTTPS://d WWW.e __LNK0__"
+
+
+def test_names_in_a_file_reach_the_page_as_text(comfy):
+    """What the page would make HTML or links of is in no text that is sent, and is shown still."""
+    folder = comfy.base / "models" / "diffusion_models"
+    path, made = folder / "progress-hostile.safetensors", folder / "progress-shown.safetensors"
+    save_file({f"{HOSTILE}.weight": torch.zeros(64, 64)}, path, {HOSTILE: "a", "format": "pt"})
+    graph = Graph()
+    nodes = [
+        convert(graph, f"diffusion_models/{path.name}", made.stem),
+        graph.add("MXFP8Inspect", file=f"diffusion_models/{path.name}", every_byte=True),
+    ]
+    seen = watch(comfy, graph)
+    path.unlink()
+    made.unlink()
+    assert seen.end == "execution_success"
+    for node in nodes:
+        said = seen.of(node)
+        assert any(HOSTILE in html.unescape(text) for text in said), graph[node[0]]["class_type"]
+        for text in said:
+            assert not re.search(r"(?i)[<>]|\[\[|://|www\.|__LNK", text), text
+            assert not re.search(r"&(?!amp;|lt;|gt;|#\d+;)", text), text
 
 
 def test_an_interrupt_is_heeded_within_a_second_and_leaves_nothing(comfy, large):

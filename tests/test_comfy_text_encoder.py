@@ -70,6 +70,27 @@ def test_a_text_encoder_has_a_passport(comfy, encoder):
     assert {(layer["backend"], layer["precision"]) for layer in ours} == {("eager", "exact")}
 
 
+def test_nobody_chose_that_it_runs_exact(comfy, encoder):
+    """Said where the backend is not the slowest, of which the reason would be what it lacks."""
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    forced, free = (graph.add("TestBackend", model=model, name=n) for n in ("reference", ""))
+    nodes = {
+        "exact, as was chosen": graph.add("MXFP8Passport", model=forced, measure=False, rows=77),
+        "exact, as text encoders run in ComfyUI": graph.add(
+            "MXFP8Passport", clip=load(graph), measure=False, rows=77
+        ),
+    }
+    comfy.run(graph, only=[forced[0]])
+    try:
+        outputs = comfy.run(graph, only=[node[0] for node in nodes.values()])
+    finally:
+        comfy.run(graph, only=[free[0]])
+    for reason, node in nodes.items():
+        layers = json.loads(outputs[node[0]]["mxfp8_report"][0])["layers"]
+        assert {x["reason"] for x in layers if x["decision"] == "mxfp8"} == {reason}
+
+
 def test_text_encoders_merge(comfy, encoder):
     """With itself, so that the sum is the stored weight. Requantising finds the same codes, but
     for ComfyUI before 0.24."""

@@ -61,7 +61,31 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):  # no
     assert (found.backend, found.precision, found.steps) == (backend.name, runs_as, backend.steps)
     assert found.backend not in dict(found.refused)
     before = [b.name for b in dispatch.BACKENDS if b.automatic]
-    assert {*before[: before.index(backend.name)]} <= {name for name, _ in found.refused}
+    assert before[: before.index(backend.name)] == [name for name, _ in found.refused]
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("triton", [None, "needs Triton: pip install triton"])
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):  # noqa: F811
+    card(CARDS[name], triton)
+    many = kernels.explain(CUDA, torch.bfloat16, precision)
+    because = passport.because("cuda", many, precision)
+    if many.precision == "fast":
+        assert because is None
+    else:
+        assert reason(precision) == f"{many.backend}: {because}"
+        assert because.startswith(triton or "needs FP8 tensor cores")
+
+
+def test_nobody_chose_that_text_encoders_run_exact(card):  # noqa: F811
+    card(CARDS["Ampere"])
+    found = kernels.explain(CUDA, torch.bfloat16, "exact")
+    assert passport.because("cuda", found, "exact") == "exact was chosen"
+    said = passport.because("cuda", found, "exact", encoder=True)
+    assert said == "text encoders run exact, as in ComfyUI"
+    said = passport.reason(found, found, "exact", None, encoder=True)
+    assert said == "exact, as text encoders run in ComfyUI"
 
 
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
@@ -116,11 +140,12 @@ def test_a_line_for_a_loader(found, line):
 
 
 def test_json_and_words_have_everything():
-    timing = Timing((64, 32), "fp8", "fast", 2, 10.0, 20.0, 50.0)
+    timing = Timing((64, 32), "fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
     found = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
     data = json.loads(found.to_json())
     assert data["mxfp8_passport"] == passport.VERSION
     assert data["layers"][0]["microseconds"] == 10.0
+    assert (data["rows"], data["timings"][0]["rows"]) == (4096, 256)
     assert data["timings"][0]["faster_than_dense"] == 2.0
     assert data["timings"][0]["faster_than_stock"] == 5.0
     assert data["memory"]["codes"] == {"device": 3_000_000, "offloaded": 1_000_000}
@@ -128,6 +153,7 @@ def test_json_and_words_have_everything():
     assert "2 layers: because" in said
     assert "not used: torch_mx: no" in said
     assert "offloaded: 1.00 MB" in said
+    assert "2 of [64, 32] (fp8), 256 rows: 10 us" in said
     assert "2.00 times as fast as dense BF16, 5.00 times as fast as stock" in said
 
 

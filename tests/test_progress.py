@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxfp8.quant.progress import Meter, Pace, duration
+from mxfp8.quant.progress import VERIFY, Meter, Pace, duration
 
 
 class Clock:
@@ -21,7 +21,17 @@ def test_percent_speed_and_time_left():
     clock.now += 2
     assert pace(500_000_000, 1_000_000_000, "b.weight") == "b.weight\n50%, 250 MB/s, 2 s left"
     clock.now += 2
-    assert pace(1_000_000_000, 1_000_000_000, "verify") == "verify\n100%, 250 MB/s"
+    assert pace(1_000_000_000, 1_000_000_000, "c") == "c\n100%, 250 MB/s"
+
+
+def test_what_is_read_back_is_no_percent_of_what_was_written():
+    clock, calls = Clock(), []
+    pace = Pace(clock=clock)
+    meter = Meter(8, lambda *call: calls.append(pace(*call)))
+    for count, key in ((4, VERIFY), (4, "b"), (0, VERIFY)):  # a tensor may have that name
+        meter(count, key)
+        clock.now += 1
+    assert calls == ["verify\n50%, 0.0 MB/s, 1 s left", "b\n100%, 0.0 MB/s", "verifying"]
 
 
 def test_slow_work_has_a_decimal_and_other_work_no_speed():

@@ -407,6 +407,19 @@ def _count(module, name: str) -> None:
     setattr(module, name, counting)
 
 
+class TestBackend(_Node):
+    """Has the pack run everything on one backend, or again on what it chooses."""
+
+    INPUTS = {"model": "MODEL", "name": ("STRING", {"default": ""})}
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_NODE = True
+
+    def run(self, model, name):
+        dispatch = _pack("kernels.dispatch")
+        dispatch._forced = dispatch.named(name) if name else None
+        return (model,)
+
+
 class TestReuse(_Node):
     """How many folded weights a model keeps once `samples` are there, how often weights were
     folded since the last TestFast, and how often activations were quantised."""
@@ -453,7 +466,8 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestForward, TestSums, TestRights, TestFast, TestReuse, TestKeeping,
+        TestMemory, TestFail, TestForward, TestSums, TestRights, TestFast, TestBackend,
+        TestReuse, TestKeeping,
     )
 }  # fmt: skip
 NODE_CLASS_MAPPINGS |= recording.NODES
