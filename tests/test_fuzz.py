@@ -39,8 +39,10 @@ from mxfp8.quant import container, format
 {fault and f"{fault}, _ = {FAULTS[fault]}, {fault}"}
 fuzz_header.main(sys.argv[1:])
 """
+    command = [sys.executable, "-c", script, folder / "corpus", f"-artifact_prefix={folder}/"]
     return subprocess.run(
-        [sys.executable, "-c", script, folder / "corpus", f"-artifact_prefix={folder}/", *options],
+        # Through a shell: a child's peak memory, which the fuzzer limits, begins with its parent's.
+        ["sh", "-c", '"$@"; exit $?', "sh", *command, *options],
         capture_output=True,
         text=True,
         cwd=folder,
