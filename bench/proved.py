@@ -2,18 +2,25 @@
 
     python bench/proved.py             write docs/proved.md
     python bench/proved.py --readme    rewrite the table between the markers in README.md
-    python bench/proved.py --check     exit with 1 if either differs from what results files say
-    python bench/proved.py --compile   measure first: bench/results/compiled.json, about 6 minutes
+    python bench/proved.py --check     exit with 1 if either differs from what results files say, or
+                                       kernels from those that were compiled
+    python bench/proved.py --compile [triton] [cute] [interpreter]
+                                       measure these first, or all: bench/results/compiled.json
 
-`--compile` has every kernel compiled for every architecture (`kernels/aot.py`), each in a process
-of its own, because a compiler that does not know an architecture may end it, and runs the kernels'
-tests in Triton's interpreter. The page also has what `bench/gpu.py` and `bench/cpu.py` left in
-bench/results, and the reasons of `kernels/dispatch.py`, asked of devices that are not there.
+`--compile` has every kernel compiled for every architecture in every configuration
+(`kernels/aot.py`), each in a process of its own, because a compiler that does not know an
+architecture may end it, and runs the kernels' tests in Triton's interpreter: a quarter of an hour
+or more on two cores. compiled.json also has a hash of the kernels' code, so that no test has to
+compile all of it. The page also has what `bench/gpu.py` and `bench/cpu.py` left in bench/results,
+and the reasons of `kernels/dispatch.py`, asked of devices that are not there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +28,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +37,13 @@ RESULTS = ROOT / "bench" / "results"
 COMPILED = RESULTS / "compiled.json"
 TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, whose interpreter is whole
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx950")
+# What compiles -> the modules of `kernels` that it compiles, which share code.
+SOURCES = {
+    "triton": ("triton_cast", "triton_w8a16", "triton_fold", "fp8_gemm", "triton_mx"),
+    "cute": ("cute_mx", "cute_mx_sm100", "cute_mx_sm120", "cute_mx_store"),
+}
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
+PARTS = (*SOURCES, "interpreter")
 sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]  # which have a versions.py each
 
 
@@ -47,13 +61,8 @@ def environment(triton: str) -> dict[str, str]:
 
 
 def compiled(triton: str, arch: str) -> dict:
-    """What a Triton makes of every kernel for an architecture, or the sentence it refuses with.
-
-    The pinned Triton compiles every configuration, the newest one of each kernel.
-    """
+    """What a Triton makes of every kernel for an architecture, or the sentence it refuses with."""
     command = [sys.executable, "-m", "mxfp8.kernels.aot", "--arch", arch, "--json"]
-    if triton != TRITONS[0]:
-        command.append("--one")
     ended = subprocess.run(
         command, env=environment(triton), cwd=ROOT, capture_output=True, text=True
     )
@@ -123,16 +132,58 @@ def cute() -> list[dict]:
     return json.loads(said.splitlines()[-1])
 
 
-def measure() -> None:
-    """bench/results/compiled.json."""
-    runs = []
-    for triton in TRITONS:
-        for arch in ARCHITECTURES:
-            runs.append(compiled(triton, arch))
-            said = runs[-1]["refused"] or f"{len(runs[-1]['kernels'])} kernels"
-            print(f"Triton {triton}, {label(arch)}: {said}", flush=True)
-    found = {"interpreter": {"triton": TRITONS[-1], "files": interpreted()}, "cute": cute()}
-    found["runs"] = runs
+def by_triton() -> list[dict]:
+    """What every Triton makes of its kernels, for every architecture."""
+    pairs, runs = itertools.product(TRITONS, ARCHITECTURES), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(lambda pair: compiled(*pair), pairs):
+            said = run["refused"] or f"{len(run['kernels'])} kernels"
+            print(f"Triton {run['triton']}, {run['arch']}: {said}", flush=True)
+            runs.append(run)
+    return runs
+
+
+def code_of(node):
+    """A syntax tree without docstrings and without what this version of Python adds, as tuples."""
+    if isinstance(node, ast.AST):
+        fields = [(n, code_of(v)) for n, v in ast.iter_fields(node) if v not in (None, [])]
+        return type(node).__name__, fields
+    if isinstance(node, list):
+        words = [n for n in node if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        return [code_of(n) for n in node if n not in words]
+    return node
+
+
+def sources(folder: Path = ROOT / "kernels") -> dict[str, str]:
+    """What compiles -> a hash of its kernels' code, which words do not change."""
+    found = {}
+    for name, modules in SOURCES.items():
+        texts = [(folder / f"{m}.py").read_text(encoding="utf-8") for m in modules]
+        code = repr([code_of(ast.parse(text)) for text in texts])
+        found[name] = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return found
+
+
+def changed() -> list[str]:
+    """What compiles kernels that are not those of compiled.json any more."""
+    then = recorded()["sources"]
+    return [name for name, code in sources().items() if then.get(name) != code]
+
+
+def recorded() -> dict:
+    return json.loads(COMPILED.read_text(encoding="utf-8"))
+
+
+def measure(parts: list[str]) -> None:
+    """bench/results/compiled.json; what is not measured anew stays."""
+    found, code = recorded(), sources()
+    if "triton" in parts:
+        found["runs"] = by_triton()
+    if "cute" in parts:
+        found["cute"] = cute()
+    if "interpreter" in parts:
+        found["interpreter"] = {"triton": TRITONS[-1], "files": interpreted()}
+    found.setdefault("sources", {}).update({p: code[p] for p in parts if p in code})
     COMPILED.write_text(text_of(found), encoding="utf-8")
 
 
@@ -144,18 +195,20 @@ def text_of(found: dict) -> str:
         kernels = ",\n   ".join(json.dumps(kernel) for kernel in run["kernels"])
         blocks.append(f"  {head}[{kernels and f'{chr(10)}   {kernels}'}]}}")
     rows = ",\n  ".join(json.dumps(kernel) for kernel in found["cute"])
-    head = json.dumps({"interpreter": found["interpreter"]}, indent=1).removesuffix("\n}")
+    first = {name: found[name] for name in ("sources", "interpreter")}
+    head = json.dumps(first, indent=1).removesuffix("\n}")
     head += f',\n "cute": [\n  {rows}\n ]'
     return head + ',\n "runs": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("compile", "readme", "check"):
+    for name in ("readme", "check"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--compile", nargs="*", choices=PARTS)
     arguments = parser.parse_args(words)
-    if arguments.compile:
-        measure()
+    if arguments.compile is not None:
+        measure(arguments.compile or list(PARTS))
     from proved_page import PAGE, README, page, with_table
 
     texts = {PAGE: page()}
@@ -165,6 +218,9 @@ def main(words: list[str] | None = None) -> int:
         stale = [p for p, text in texts.items() if p.read_text(encoding="utf-8") != text]
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what results files say: bench/proved.py")
+        for name in changed():
+            stale.append(name)
+            print(f"kernels are not those of compiled.json: bench/proved.py --compile {name}")
         return int(bool(stale))
     target = README if arguments.readme else PAGE
     target.write_text(texts[target], encoding="utf-8")

@@ -1,9 +1,10 @@
 """The page of `proved.py` and its table for the README, made of results files and refusals alone.
 
 A cell is the strongest of what there is: *run* (a results file of `bench/gpu.py` from such a card,
-or of `bench/cpu.py`), *compiled* (every kernel of the backend, by a Triton of compiled.json), or
-*refused*, with the reason that users get. *library* means that torch's or a vendor's code does it,
-and that it was not run on such a card. What was only *interpreted* has a table of its own.
+or of `bench/cpu.py`), *compiled* (the backend's kernels in every configuration of `kernels/aot.py`,
+by one version of a compiler), *one configuration of each kernel compiled*, or *refused*, with the
+reason that users get. *library* means that torch's or a vendor's code does it, and that it was not
+run on such a card. What was only *interpreted* has a table of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if "mxfp8" not in sys.modules:
 import torch
 from gpu_report import impersonal
 
-from mxfp8.kernels import cute_mx, dispatch, fast_linear, launch
+from mxfp8.kernels import aot, cute_mx, dispatch, fast_linear, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -42,14 +43,16 @@ KERNELS = {
     "fp8": ("fold_kernel", "token_kernel", "copy_kernel", "tma_kernel"),
     "triton_mx": ("mx_kernel",),
 }
-MULTIPLIES = {"fp8": ("copy_kernel", "tma_kernel")}  # one of these has to be there
+MISSING, PART = "not compiled", "one configuration of each kernel compiled"
 INTRODUCTION = """\
 # What is proved, what is run
 
 Made by `python bench/proved.py` from bench/results and the reasons of kernels/dispatch.py; do not
-edit. **run**: a results file from such a device, with no failed check. *compiled*: every kernel, to
-machine code with no card at hand, none of which spills. *library*: torch multiplies; what it is
-given is checked by its own rules (`tests/test_blocks.py`), and it was not run on such a device."""
+edit. **run**: a results file from such a device, with no failed check. *compiled*: all kernels that
+are launched there, in every configuration for bfloat16 and float16 (with a bias), to machine code
+with no card at hand, none of which spills; by CuTe DSL, for bfloat16 alone. *library*: torch
+multiplies; what it is given is checked by its own rules (`tests/test_blocks.py`), and it was not
+run on such a device."""
 TRITON = "3.9.0"  # that the devices which are not here are taken to have
 
 
@@ -91,17 +94,29 @@ def refusals(arch: str) -> dict[str, str | None]:
     return found
 
 
-def compiled(found: dict[str, dict], backend: str, arch: str) -> list[str]:
-    """The Tritons that compiled all kernels of a backend for an architecture, without a spill."""
-    names, tritons = KERNELS.get(backend, ()), []
+def wanted(backend: str, arch: str, one: bool = False) -> set[tuple[str, str]]:
+    """(kernel, configuration) of all that a backend launches on an architecture, or one of each."""
+    number = arch.removeprefix("sm_")
+    builds = aot.builds(int(number) if number.isdigit() else number)
+    ours = [build for build in builds if build.name in KERNELS.get(backend, ())]
+    return {(build.name, build.config) for build in (aot.last_of_each(ours) if one else ours)}
+
+
+def compiled(found: dict[str, dict], backend: str, arch: str, one: bool = False) -> list[str]:
+    """The Tritons that compiled all of a backend for an architecture, and nothing spilled.
+
+    Args:
+        one: whether one configuration of each kernel is enough.
+    """
+    needed, tritons = wanted(backend, arch, one), []
     for run in found["compiled.json"]["runs"]:
-        if run["arch"] == arch and run["refused"] is None and names:
-            ours = [k for k in run["kernels"] if k["kernel"] in names]
-            wanted = MULTIPLIES.get(backend, names[:2])
-            has = any(k["kernel"] in wanted for k in ours)
-            whole = backend != "triton_mx" or all(k["block_scaled"] for k in ours)
-            if has and whole and not any(k["spills"] for k in ours):
-                tritons.append(run["triton"])
+        if run["arch"] != arch or not needed:
+            continue
+        ours = [k for k in run["kernels"] if k["kernel"] in KERNELS[backend]]
+        whole = backend != "triton_mx" or all(k["block_scaled"] for k in ours)
+        made = {(k["kernel"], k["config"]) for k in ours}
+        if whole and needed <= made and not any(k["spills"] for k in ours):
+            tritons.append(run["triton"])
     return tritons
 
 
@@ -134,22 +149,25 @@ def cell(found: dict[str, dict], backend: str, arch: str, refused: str | None) -
         return "**run** (" + ", ".join(f"[{n}](../bench/results/{n})" for n in ran) + ")"
     if refused is not None:
         return "refused"
-    tritons = compiled(found, backend, arch)
-    if tritons:
-        return "compiled, Triton " + " and ".join(tritons)
+    for one, what in ((False, "compiled"), (True, PART)):
+        tritons = compiled(found, backend, arch, one)
+        if tritons:
+            return f"{what}, Triton {' and '.join(tritons)}"
     if backend == "cute_mx":
-        versions = compiled_by_cute(found, arch)
-        return "compiled, CuTe DSL " + " and ".join(versions) if versions else "not compiled"
+        versions = " and ".join(compiled_by_cute(found, arch))
+        return f"compiled for bfloat16 with a bias, CuTe DSL {versions}" if versions else MISSING
     if backend == "eager":
         return "plain torch, not run"
-    return "not compiled" if backend in KERNELS else "library, not run"
+    return MISSING if backend in KERNELS else "library, not run"
 
 
 def proof(found: dict[str, dict], backend: str, arch: str) -> str:
     """Of the backend that runs, in a word, for the README."""
     if runs(found, backend, arch):
         return "run"
-    return "compiled" if compiled(found, backend, arch) else "not run"
+    if compiled(found, backend, arch):
+        return "compiled"
+    return PART if compiled(found, backend, arch, one=True) else "not run"
 
 
 def chosen(refused: dict[str, str | None], arch: str) -> tuple[str, str]:

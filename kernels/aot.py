@@ -133,11 +133,12 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
     yield Build(triton_fold.fold_kernel, "", fold | sizes, triton_fold.FOLD | hardware)
     row = {"code_ptr": "*u8", "scale_ptr": "*fp32"}
     sizes = {"cols": "i32", "row_stride": "i32", "stored": "i32"}
-    for stored in (3840, 15360):
-        yield Build(
-            triton_fold.token_kernel, f"bf16, K = {stored}",
-            {"x_ptr": "*bf16"} | row | sizes, triton_fold.token_config(stored) | hardware,
-        )  # fmt: skip
+    for name in ("bf16", "fp16"):
+        for stored in (3840, 15360):
+            yield Build(
+                triton_fold.token_kernel, f"{name}, K = {stored}",
+                {"x_ptr": floats[name]} | row | sizes, triton_fold.token_config(stored) | hardware,
+            )  # fmt: skip
     if arch < 89:
         return
     kernel = fp8_gemm.tma_kernel if arch == 90 else fp8_gemm.copy_kernel

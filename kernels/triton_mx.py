@@ -30,7 +30,7 @@ import triton.language as tl
 from . import layout
 from .fp8_gemm import multiprocessors, tile_of
 from .launch import capability, on_device
-from .triton_cast import quantize, scale_offset
+from .triton_cast import scale_offset
 
 FEW_ROWS = 64
 # Tiles per architecture, compiled without spills, chosen by counting, not by timing: the first up
@@ -192,13 +192,6 @@ def _descriptor(scale: torch.Tensor, rows: int, columns: int):
 
     tiles = scale.view(scale.shape[0] // layout.TILE_ROWS, scale.shape[1] // 4, 2, 256)
     return TensorDescriptor.from_tensor(tiles, [rows // layout.TILE_ROWS, columns // 128, 2, 256])
-
-
-def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "fast") -> torch.Tensor:
-    """x [M, K] @ W[N, K].T + bias, activations quantised to MXFP8 as well."""
-    tokens = quantize(x)
-    weight = qdata.view(torch.float8_e4m3fn), scale
-    return matmul(tokens, weight, bias, x.dtype, x.shape[0], rows)
 
 
 assert layout.TILE_ROWS == 128

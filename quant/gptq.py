@@ -31,12 +31,13 @@ to end 1.04 of it; on plain activations 1.08 and 1.21).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .. import kernels
-from ..kernels.layout import BLOCK, round_up
+from ..kernels.layout import BLOCK
 
 DAMPING, FEW_INPUTS = 0.01, 0.3  # of the mean of H's diagonal, added to it; times K / n
 SWEEPS = 2  # of coordinate descent
@@ -51,8 +52,8 @@ class Rounded:
 
     Attributes:
         qdata, scale: as `kernels.quantize` returns them.
-        error, nearest: root of e H e.T over w H w.T, of this and of plain rounding; 0 where the
-            layer's inputs are all zero.
+        error, nearest: root of e H e.T over w H w.T, of this and of plain rounding; 0 where
+            these are all zero, or the layer's inputs.
     """
 
     qdata: torch.Tensor
@@ -62,7 +63,13 @@ class Rounded:
 
 
 def round_weight(
-    weight: torch.Tensor, second: torch.Tensor, rows: int | None = None, *, sweeps: int = SWEEPS
+    weight: torch.Tensor,
+    second: torch.Tensor,
+    rows: int | None = None,
+    *,
+    name: str = "this layer",
+    sweeps: int = SWEEPS,
+    tick: Callable[[], None] | None = None,
 ) -> Rounded:
     """Round a weight to MXFP8 for the inputs it was seen with.
 
@@ -70,37 +77,47 @@ def round_weight(
         weight: [N, K], float32, float16 or bfloat16, finite, on the device that is to compute.
         second: [K, K], X.T X / n of the inputs, any float dtype.
         rows: n; default: as many as K need.
+        name: what errors call the layer.
         sweeps: of coordinate descent.
+        tick: called before every span of columns, in the feedback, in each sweep and where errors
+            are measured: at least once a second on a layer of 3840 x 10240. But the Cholesky
+            factorisation is a single call, of seconds for 10240 columns. What `tick` raises passes
+            through.
 
     Raises:
-        ValueError: sizes that do not fit, or inputs that are not finite.
+        ValueError: sizes that do not fit, or moments that are not finite, or that no inputs have.
     """
     N, K = weight.shape
     if tuple(second.shape) != (K, K):
         raise ValueError(
-            f"second moments have shape {list(second.shape)}; a weight {list(weight.shape)} needs "
-            f"{[K, K]}"
+            f"second moments of {name} have shape {list(second.shape)}; a weight "
+            f"{list(weight.shape)} needs {[K, K]}"
         )
     if not second.isfinite().all():
-        raise ValueError("second moments hold NaN or Inf")
+        raise ValueError(f"second moments of {name} hold NaN or Inf; calibrate again")
     plain = kernels.quantize(weight)
-    if not N or not K or not second.diagonal().any():
+    if not weight.any() or not second.diagonal().any():
         return Rounded(*plain, 0.0, 0.0)
 
     wide = torch.nn.functional.pad(weight.float(), (0, -K % BLOCK))
     H = _padded(second.to(weight.device, torch.float32), wide.shape[1])
     nearest = kernels.dequantize(*plain, torch.float32)[:N]
     ridge = (DAMPING + (FEW_INPUTS * K / rows if rows else 0.0)) * H.diagonal().mean()
-    damped = H.clone()
+    order = _order(H)
+    damped = H[order][:, order]
     damped.diagonal().add_(ridge)
-    found = _feed_back(wide, damped)
+    tick = tick or (lambda: None)
+    state = _State(wide, order)
+    if not _feed_back(state, damped, tick):
+        raise ValueError(f"second moments of {name} are not positive definite; calibrate again")
     for _ in range(sweeps):
-        _descend(found, damped)
+        _descend(state, damped, tick)
 
-    size = _energy(wide, H)
-    calibrated = found.value
+    size = _energy(wide, H, tick)
+    calibrated = state.value
+    del state, damped
     changes = wide - nearest, wide - calibrated
-    before, after = (_energy(change, H) for change in changes)
+    before, after = (_energy(change, H, tick) for change in changes)
     # Those of the damped H: the ridge adds the change's own square.
     damped_before, damped_after = (
         energy + ridge * change.double().square().sum(-1)
@@ -111,7 +128,7 @@ def round_weight(
     qdata, scale = kernels.quantize(value)  # exact: each is a code of its block's scale
     total = float(size.sum())
     kept = torch.where(better[:, 0], after, before)
-    return Rounded(qdata, scale, *(float(e.sum() / total) ** 0.5 for e in (kept, before)))
+    return Rounded(qdata, scale, *(max(0.0, float(e.sum() / total)) ** 0.5 for e in (kept, before)))
 
 
 def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
@@ -123,10 +140,11 @@ def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
     return H
 
 
-def _energy(error: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+def _energy(error: torch.Tensor, H: torch.Tensor, tick: Callable[[], None]) -> torch.Tensor:
     """e H e.T of each row, from one half of H, which is symmetric. float64 [N]."""
     total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
     for begin in range(0, len(H), _HALF):
+        tick()
         span = slice(begin, begin + _HALF)
         part = error[:, span]
         found = part @ H[span, span]
@@ -136,30 +154,34 @@ def _energy(error: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
 
 
 class _State:
-    """Rounded values and their blocks' scales, in the order in which columns are taken."""
+    """Rounded values and their blocks' scales, in the order in which columns are taken.
+
+    Matrices are transposed: a column lies in one piece. Across rows of 40 KB, every value of it
+    would be a cache line of its own.
+    """
 
     def __init__(self, weight: torch.Tensor, order: torch.Tensor):
         self.order = order
-        self.weight = weight[:, order]
+        self.weight = weight.t().contiguous()[order]  # [K', N]
         self.rounded = torch.zeros_like(self.weight)
         self.error = torch.zeros_like(self.weight)
-        self.unit = torch.ones(len(weight), weight.shape[1] // BLOCK, device=weight.device)
+        self.unit = torch.ones(len(order) // BLOCK, len(weight), device=weight.device)
 
     @property
     def value(self) -> torch.Tensor:
         """[N, K'] in the weight's own order."""
         result = torch.empty_like(self.rounded)
-        result[:, self.order] = self.rounded
-        return result
+        result[self.order] = self.rounded
+        return result.t().contiguous()
 
     def round(self, column: int, target: torch.Tensor) -> torch.Tensor:
         """Round a column to the codes next to `target`; returns by how much its error grew."""
-        unit = self.unit[:, column // BLOCK]
+        unit = self.unit[column // BLOCK]
         code = (target / unit).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         rounded = code.float() * unit
-        error = self.weight[:, column] - rounded
-        growth = error - self.error[:, column]
-        self.rounded[:, column], self.error[:, column] = rounded, error
+        error = self.weight[column] - rounded
+        growth = error - self.error[column]
+        self.rounded[column], self.error[column] = rounded, error
         return growth
 
 
@@ -171,50 +193,52 @@ def _order(H: torch.Tensor) -> torch.Tensor:
     return (blocks[:, None] * BLOCK + columns[blocks]).flatten()
 
 
-def _feed_back(weight: torch.Tensor, H: torch.Tensor) -> _State:
-    """Round column after column, each with what the earlier ones got wrong."""
-    order = _order(H)
-    state = _State(weight, order)
-    R = H[order][:, order].double()
-    R = torch.linalg.cholesky(R.flip(0, 1)).flip(0, 1)  # upper triangular, H = R R.T
-    feedback = R.div_(R.diagonal().clone()).float()
-    for begin in range(0, len(order), _SPAN):
-        end = min(len(order), begin + _SPAN)
-        target = state.weight[:, begin:end] + state.error[:, :begin] @ feedback[:begin, begin:end]
+def _feed_back(state: _State, H: torch.Tensor, tick: Callable[[], None]) -> bool:
+    """Round column after column, each with what the earlier ones got wrong.
+
+    Returns:
+        Whether H is positive definite; if not, nothing was done.
+    """
+    L, failed = torch.linalg.cholesky_ex(H.flip(0, 1).double())
+    if failed:
+        return False
+    feedback = L.div_(L.diagonal().clone()).float().flip(0, 1).t()  # H = R R.T: R.T, divided
+    del L
+    for begin in range(0, len(H), _SPAN):
+        tick()
+        end = min(len(H), begin + _SPAN)
+        target = state.weight[begin:end] + feedback[begin:end, :begin] @ state.error[:begin]
         for first in range(begin, end, BLOCK):
             last = first + BLOCK
-            block = target[:, first - begin : last - begin]
-            block += state.error[:, begin:first] @ feedback[begin:first, first:last]
-            state.unit[:, first // BLOCK] = _unit(block)
+            block = target[first - begin : last - begin]
+            block += feedback[first:last, begin:first] @ state.error[begin:first]
+            state.unit[first // BLOCK] = _unit(block)
             for column in range(first, last):
-                inner = state.error[:, first:column] @ feedback[first:column, column]
-                state.round(column, block[:, column - first] + inner)
-    return state
+                inner = feedback[column, first:column] @ state.error[first:column]
+                state.round(column, block[column - first] + inner)
+    return True
 
 
 def _unit(block: torch.Tensor) -> torch.Tensor:
-    """The scales that the rule gives blocks [N, 32], as float32 powers of two."""
-    mantissa, exponent = torch.frexp(block.abs().amax(-1))
+    """The scales that the rule gives blocks [32, N], as float32 powers of two."""
+    mantissa, exponent = torch.frexp(block.abs().amax(0))
     return torch.exp2((exponent - 9 + (mantissa > 0.875).int()).clamp(-126, 120).float())
 
 
-def _descend(state: _State, H: torch.Tensor) -> None:
+def _descend(state: _State, H: torch.Tensor, tick: Callable[[], None]) -> None:
     """Round every column once more, each with all others as they are now."""
-    H = H[state.order][:, state.order]
     for begin in range(0, len(H), _SPAN):
+        tick()
         end = min(len(H), begin + _SPAN)
-        slope = state.error @ H[:, begin:end]
+        slope = H[begin:end] @ state.error
         for first in range(begin, end, BLOCK):
             last = first + BLOCK
-            inside = slice(first - begin, last - begin)
+            inside = slope[first - begin : last - begin]
             grown = []
             for column in range(first, last):
-                step = slope[:, column - begin] / H[column, column]
-                growth = state.round(column, state.rounded[:, column] + step)
-                slope[:, inside] += growth[:, None] * H[column, first:last]
+                step = slope[column - begin] / H[column, column]
+                growth = state.round(column, state.rounded[column] + step)
+                inside.addr_(H[column, first:last], growth)
                 grown.append(growth)
             if last < end:
-                slope[:, last - begin :] += torch.stack(grown, 1) @ H[first:last, last:end]
-
-
-assert round_up(1, BLOCK) == BLOCK
+                slope[last - begin :].addmm_(H[last:end, first:last], torch.stack(grown))

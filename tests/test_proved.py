@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,68 @@ def test_a_kernel_that_spills_or_does_not_scale_is_not_called_compiled(found):
             for kernel in run["kernels"]:
                 kernel.update(change)
         assert proved_page.cell(changed, "triton_mx", "sm_121", None) == "not compiled"
+
+
+def without(found, arch: str, kernel: str, config: str) -> dict[str, dict]:
+    """Results files in which no Triton compiled a kernel in configurations that begin like this."""
+    for run in found["compiled.json"]["runs"]:
+        if run["arch"] == arch:
+            run["kernels"] = [
+                k for k in run["kernels"]
+                if k["kernel"] != kernel or not k["config"].startswith(config)
+            ]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "kernel"),
+    [
+        ("triton", "sm_80", "few_rows_kernel"), ("triton", "sm_110", "one_row_kernel"),
+        ("triton", "gfx950", "quantize_kernel"), ("fp8", "sm_89", "fold_kernel"),
+        ("fp8", "sm_90", "tma_kernel"), ("fp8", "sm_103", "token_kernel"),
+        ("triton_mx", "sm_121", "mx_kernel"),
+    ],
+)  # fmt: skip
+def test_every_kernel_of_a_backend_has_to_be_compiled(found, backend, arch, kernel):
+    assert proved_page.cell(found, backend, arch, None).startswith("compiled, Triton ")
+    assert proved_page.proof(found, backend, arch) == "compiled"
+    without(found, arch, kernel, "")
+    assert proved_page.cell(found, backend, arch, None) == "not compiled"
+    assert proved_page.proof(found, backend, arch) == "not run"
+
+
+def test_one_configuration_of_each_kernel_is_told_as_that(found):
+    without(found, "sm_121", "mx_kernel", "bf16")
+    told = "one configuration of each kernel compiled"
+    assert proved_page.cell(found, "triton_mx", "sm_121", None) == f"{told}, Triton 3.9.0"
+    assert proved_page.proof(found, "triton_mx", "sm_121") == told
+
+
+def test_what_cute_compiled_is_told_with_its_type(found):
+    cell = proved_page.cell(found, "cute_mx", "sm_100", None)
+    assert cell == "compiled for bfloat16 with a bias, CuTe DSL 4.8.1"
+    assert {k["config"] for k in found["compiled.json"]["cute"]} == {"bfloat16, bias"}
+    found["compiled.json"]["cute"] = []
+    assert proved_page.cell(found, "cute_mx", "sm_100", None) == "not compiled"
+
+
+@pytest.mark.parametrize("compiler", proved.SOURCES)
+def test_kernels_that_changed_since_they_were_compiled_are_noticed(
+    compiler, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / f"{proved.SOURCES[compiler][-1]}.py"
+    code = path.read_text(encoding="utf-8")
+    path.write_text(code.replace('"""', '"""Words. ', 1) + "# more\n", encoding="utf-8")
+    assert proved.sources(folder) == proved.sources()
+    path.write_text(code.replace(" - 1", " - 2", 1), encoding="utf-8")
+    changed = proved.sources(folder)
+    assert [name for name, made in proved.sources().items() if changed[name] != made] == [compiler]
+    monkeypatch.setattr(proved, "sources", lambda: changed)
+    assert proved.main(["--check"]) == 1
+    said = f"kernels are not those of compiled.json: bench/proved.py --compile {compiler}"
+    assert said in capsys.readouterr().out
 
 
 def test_a_readme_without_markers_stays_as_it_is():

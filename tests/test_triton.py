@@ -198,7 +198,7 @@ def test_the_newest_triton_has_block_scales_on_every_card_that_has_them():
         every = pool.map(lambda arch: compile_with_newest(arch, "--one"), SCALED)
     for (arch, instruction), found in zip(SCALED.items(), list(every), strict=True):
         run = recorded[arch if arch.startswith("gfx") else f"sm_{arch}"]
-        assert [kept(aot.Binary(**b)) for b in found] == run["kernels"], arch
+        assert all(kept(aot.Binary(**b)) in run["kernels"] for b in found), arch
         for binary in found:
             assert binary["spills"] == 0 and binary["shared"] <= aot.SHARED[aot._arch(arch)]
             assert binary["block_scaled"] == (binary["kernel"] == "mx_kernel")
