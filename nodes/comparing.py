@@ -34,7 +34,7 @@ class MXFP8Compare(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples two models on the same seeds and says how near their outputs are: the "
-                "latents' signal-to-noise ratio with a 95% interval, the difference at each step, "
+                "latents' signal-to-noise ratio with an interval, the difference at each step, "
                 "PSNR and SSIM of images if a VAE is connected, time and memory of each, and what "
                 "the reference differs from itself by. Save Model (MXFP8) can keep the result in "
                 "the file."
@@ -51,7 +51,8 @@ class MXFP8Compare(io.ComfyNode):
                              "calibrated, take seeds that the calibration did not."),
                 io.Int.Input("seeds", default=_FEWEST, min=_FEWEST, max=64,
                              tooltip="How many seeds are sampled on each model, and one more on "
-                             "the reference. More make the interval narrower."),
+                             "the reference. The 95% interval is too narrow for few: with four "
+                             "it holds the true mean about four times in five."),
                 io.Int.Input("steps", default=8, min=1, max=1000, tooltip="As in KSampler."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
                                tooltip="As in KSampler."),
@@ -149,8 +150,8 @@ def check_certificate(certificate, patcher_fingerprint: str | None) -> None:
     """
     if patcher_fingerprint is None:
         raise ValueError(
-            "a certificate belongs to MXFP8 layers as they are; this model has none, or LoRAs on "
-            "them that saving bakes in. Save it, load that file, and compare that"
+            "a certificate belongs to MXFP8 layers as they are; this model has none, or LoRAs or "
+            "patches on it that saving bakes in. Save it, load that file, and compare that"
         )
     if certificate.model.fingerprint != patcher_fingerprint:
         raise ValueError(

@@ -26,17 +26,16 @@ from comfy.patcher_extension import WrappersMP
 
 from ..kernels import layout
 from ..quant import comparison
-from ..quant.certificate import Floor, Seed, Side, Step, fingerprint, mean_of
+from ..quant.certificate import Floor, Seed, Side, Step, mean_of
 from ..quant.container import quoted
+from . import fingerprints
 from .describing import describe, linears, synchronize
+from .fingerprints import plain
 from .loading import ROWS
-from .model_patch import mxfp8_linears
-from .model_source import PREFIX
 from .progress import Progress
 
 _KEY = "mxfp8_compare"
 _KEPT = 1 << 30  # bytes of noted steps
-_COMPILED = "_orig_mod."  # torch.compile puts it into names
 
 
 @dataclass(frozen=True)
@@ -149,31 +148,18 @@ class Sampler:
     def side(self, note: Callable[[str], None]) -> Side:
         """What ran, and what it took; while the model is loaded."""
         described = describe(self.patcher, ROWS, folds=False)
+        fingerprint = fingerprints.of_mxfp8 if described.mxfp8 else fingerprints.of_linears
         if any(layer.precision == "fast" for layer in described.mxfp8):
             note(f"fast holds for inputs of many rows; of few rows they run {described.few}")
         warm = [s for loading in self._seconds for s in loading[1:]]
         return Side(
             model=described.model,
             ways=dict(described.ways()),
-            fingerprint=fingerprint_of(self.patcher),
+            fingerprint=fingerprint(self.patcher),
             dtype=described.dtype,
             seconds=statistics.median(warm or [s for loading in self._seconds for s in loading]),
             peak_bytes=self._peak,
         )
-
-
-def fingerprint_of(patcher) -> str | None:
-    """`certificate.fingerprint` of a ModelPatcher; None where LoRAs change its MXFP8 layers."""
-    rows = []
-    for name, module in mxfp8_linears(patcher.model):
-        key = f"{name}.weight"
-        if key in patcher.patches:
-            return None
-        backup = patcher.backup.get(key)  # another clone's LoRA is merged at the moment
-        weight = module.weight if backup is None else backup.weight
-        codes = weight._qdata[0].cpu().view(torch.uint8).numpy().tobytes()
-        rows.append((name.replace(_COMPILED, "").removeprefix(PREFIX), codes))
-    return fingerprint(rows)
 
 
 def check_pair(reference, model) -> None:
@@ -188,9 +174,9 @@ def check_pair(reference, model) -> None:
     formats = [type(p.get_model_object("latent_format")).__name__ for p in (model, reference)]
     if formats[0] != formats[1]:
         raise ValueError(f"the model's latents are {formats[0]}, the reference's {formats[1]}")
-    known = {name.replace(_COMPILED, ""): m for name, m in linears(reference.model)}
+    known = {plain(name): m for name, m in linears(reference.model)}
     for name, module in linears(model.model):
-        other = known.get(name.replace(_COMPILED, ""))
+        other = known.get(plain(name))
         if other is None:
             continue
         shapes = [tuple(m.weight.shape) for m in (module, other)]

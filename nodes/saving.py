@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import torch
 from comfy.cli_args import args
@@ -11,18 +12,20 @@ from comfy_api.latest import io
 from .. import kernels
 from ..kernels import layout
 from ..quant import format, provenance
+from ..quant.container import quoted
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
 from ..quant.report import Report, gigabytes
 from ..quant.source import HEADER_DTYPES, as_bytes
 from ..quant.writer import Writer
-from . import files, names
+from . import files, fingerprints, names
 from .comparing import CertificateType, check_certificate
 from .loading import CATEGORY
-from .model_patch import check_movable
+from .model_patch import check_movable, mxfp8_linears
 from .model_source import PREFIX, ModelSource
-from .pairing import fingerprint_of
 from .progress import Progress, show
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 22  # bytes written at a time
 
@@ -72,6 +75,7 @@ class MXFP8SaveModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix, certificate=None, report=None) -> io.NodeOutput:
+        report = Report.from_json(report) if report else None
         metadata = {
             **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
             **_provenance(model, certificate, report),
@@ -79,6 +83,9 @@ class MXFP8SaveModel(io.ComfyNode):
         with files.saving(names.check_name("filename_prefix", filename_prefix)) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {gigabytes(size)}"
+        if note := provenance.note_on_seeds(report, certificate):
+            logger.warning("MXFP8: the certificate in %s was %s", path.name, note)
+            text += f"\nWARNING: the certificate was {note}"
         show(cls, text)
         return io.NodeOutput(ui={"text": [text]})
 
@@ -91,23 +98,50 @@ def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
     return {**metadata, **{k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}}
 
 
-def _provenance(patcher, certificate, report: str | None) -> dict[str, str]:
+def _provenance(patcher, certificate, report: Report | None) -> dict[str, str]:
     """What the file says of how it was made, and of how near it is to the original.
 
     Raises:
-        ValueError: the certificate was measured on other weights, the report is none, or one of
-            them is too long for a header.
+        ValueError: the certificate was measured on other weights, the report is another model's, or
+            one of them is too long for a header.
     """
     metadata = {}
     if certificate is not None:
-        check_certificate(certificate, fingerprint_of(patcher))
+        check_certificate(certificate, fingerprints.of_mxfp8(patcher))
         metadata[provenance.CERTIFICATE] = certificate.to_json(indent=None)
-    if report:
-        data = json.loads(Report.from_json(report).to_json())
+    if report is not None:
+        _check_report(patcher, report)
+        data = json.loads(report.to_json())
         metadata[provenance.REPORT] = json.dumps(data, separators=(",", ":"))
     for key, text in metadata.items():
         provenance.check_size(key, text)
     return metadata
+
+
+def _check_report(patcher, report: Report) -> None:
+    """Check that a report is on this model's MXFP8 layers, as far as names and sizes tell.
+
+    Raises:
+        ValueError: its layers are others, or the weights are not those that it reports on.
+    """
+    if fingerprints.is_patched(patcher):
+        raise ValueError(
+            "LoRAs or patches were put on this model after the report was made; disconnect report, "
+            "or quantise the original again with the LoRAs on it"
+        )
+    found = {
+        format.bare(fingerprints.plain(name)): layout.padded_shape(*module.weight.shape)
+        for name, module in mxfp8_linears(patcher.model)
+    }
+    said = {format.bare(x.name): layout.padded_shape(*x.shape) for x in report.quantized}
+    if found != said:
+        name = min(k for k in found.keys() | said.keys() if found.get(k) != said.get(k))
+        sizes = [list(layers[name]) if name in layers else "none" for layers in (found, said)]
+        raise ValueError(
+            f"the report is another model's: MXFP8 layer {quoted(name)} is {sizes[0]} in the model "
+            f"and {sizes[1]} in the report, padded to whole blocks; connect the report of the node "
+            "that made this model, or disconnect it"
+        )
 
 
 def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> int:

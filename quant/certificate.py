@@ -2,9 +2,9 @@
 
 Both models sample the same seeds from the same noise, so each seed is a pair. The latent SNR of a
 pair is 10 log10(sum r^2 / sum (m - r)^2) in dB, r the reference's latent and m the model's; higher
-is nearer, and null means that the two are identical. Means carry a 95% interval over seeds, and
-what the reference differs from itself by (`Floor`) stands beside them: without it no number says
-whether the model or the sampler made the difference.
+is nearer, and null means that the two are identical. Means carry a bootstrap interval over seeds,
+and what the reference differs from itself by (`Floor`) stands beside them: without it no number
+says whether the model or the sampler made the difference.
 
 A certificate is plain JSON with a version, as a conversion's report is. It may come from anyone's
 file, so `from_json` checks the type of every field. There are no images in it, and nothing here
@@ -29,6 +29,7 @@ VERSION = 1
 KEY = "mxfp8_certificate"
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
+_FEW = 10  # seeds; below, `interval` says that it is narrow
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Side:
 
     Attributes:
         ways: "backend, precision" of MXFP8 layers, given many rows -> how many run so.
-        fingerprint: of its MXFP8 layers (see `fingerprint`); None where it has none, or where
-            LoRAs change them.
+        fingerprint: of its MXFP8 layers (see `fingerprint`), or, in a model that has none, of all
+            its linears (`calibration.fingerprint`); None where LoRAs or patches change weights.
         dtype: that it computes in.
         seconds: median of its runs in the sampler, loading not counted, nor the first run where
             there are others; steps are noted meanwhile.
@@ -204,7 +205,7 @@ class Certificate:
             f"{list(setting.latent_shape)}",
             *self._results(),
             *_floor_lines(self.floor),
-            *self._costs(),
+            *self._sides(),
             f"measured on {setting.device}: {versions}",
             *self.notes,
         ]
@@ -234,10 +235,12 @@ class Certificate:
             )
         return lines
 
-    def _costs(self) -> list[str]:
+    def _sides(self) -> list[str]:
         lines = []
         for name, side in (("reference", self.reference), ("model", self.model)):
-            parts = [] if side.seconds is None else [f"{side.seconds:.2f} s a run"]
+            parts = [] if side.fingerprint is None else [f"fingerprint {side.fingerprint[:12]}"]
+            if side.seconds is not None:
+                parts.append(f"{side.seconds:.2f} s a run")
             if side.peak_bytes is not None:
                 parts.append(f"peak memory {gigabytes(side.peak_bytes)}")
             if parts:
@@ -273,9 +276,9 @@ def interval(mean: Mean, unit: str) -> str:
     """A mean with its interval, for people."""
     digits = 2 if unit else 4
     low, high = f"{mean.low:.{digits}f}", f"{mean.high:.{digits}f}"
-    return f"{mean.mean:.{digits}f} {unit} (95%: {low} to {high}, n = {mean.count})".replace(
-        "  ", " "
-    )
+    shown = " ".join(filter(None, (f"{mean.mean:.{digits}f}", unit)))
+    narrow = ", too narrow" if mean.count < _FEW else ""
+    return f"{shown} (bootstrap 95%{narrow} for n = {mean.count}: {low} to {high})"
 
 
 def _floor_lines(floor: Floor | None) -> list[str]:

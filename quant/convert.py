@@ -24,7 +24,7 @@ import torch
 from .. import kernels
 from ..kernels import layout
 from . import foreign, format, gptq, policy
-from .calibration import Calibration, Moments, check_model
+from .calibration import Calibration, Moments, check_model, has_float64
 from .container import FormatError, quoted
 from .format import MARKER, SCALE, WEIGHT
 from .memory import is_out_of_memory
@@ -63,11 +63,13 @@ def convert_file(
         target: path; it appears whole or not at all.
         preset, include, exclude: see `policy.plan`.
         overwrite: whether an existing target may be replaced.
-        progress: called after every slab; an exception it raises stops the conversion cleanly.
+        progress: called after every slab, and many times within a layer that is calibrated, which
+            is not counted before it is done; an exception it raises stops the conversion cleanly.
         device: where to quantise ("cpu", "cuda:1", ...); default: the accelerator that torch has,
-            else the CPU. The bytes are the same. Not run on an accelerator so far.
-        calibration: what layers are given; those in it are rounded for that (`gptq`). Needs memory
-            for one layer in float32 three times over, and for its inputs' moments twice.
+            else the CPU. Without a calibration the bytes are the same; with one they may differ,
+            because sums round differently there. Not run on an accelerator so far.
+        calibration: what layers are given; those in it are rounded for that (`gptq`). For a layer
+            [N, K] that needs memory for about seven float32 matrices [K, K] and nine [N, K].
 
     Raises:
         FormatError: the source is damaged or already quantised.
@@ -146,8 +148,9 @@ def convert(
         for decision in plan.quantized:
             if decision.key in known:
                 errors[decision.key] = _round(
-                    source, decision, known[decision.key], writer, _device(device), energies
-                )
+                    source, decision, known[decision.key], writer, _device(device), energies,
+                    functools.partial(advance, 0, decision.key),
+                )  # fmt: skip
                 advance(_nbytes(decision), decision.key)
         _check_energies(source, energies)
         for layer, marker in markers.items():
@@ -163,7 +166,17 @@ def convert(
         seconds=time.perf_counter() - start,
         sqnr_db=total_sqnr(energies.values()),
         layers=_layer_reports(plan, writer, energies, errors),
+        include=plan.include,
+        exclude=plan.exclude,
+        calibration=None if calibration is None else _about(calibration),
     )
+
+
+def _about(calibration: Calibration) -> dict:
+    """What a report says of a calibration."""
+    rows = [moments.rows for moments in calibration.layers.values()]
+    found = {"model": calibration.model, "layers": len(rows), "least_rows": min(rows, default=0)}
+    return {**calibration.about, **found}
 
 
 def _nbytes(decision: Decision) -> int:
@@ -281,13 +294,20 @@ def _refuse_overflow(where: str, qdata, scale, first: int) -> None:
 
 
 @torch.inference_mode()
-def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies):
-    """Round a whole layer for what it is given; returns (output error, that of plain rounding)."""
+def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies, tick):
+    """Round a whole layer for what it is given; returns (output error, that of plain rounding).
+
+    On the CPU where the device has no float64, in which `gptq` factorises and energies are summed.
+    """
+    tick()
+    device = device if has_float64(device) else torch.device("cpu")
     weight = _Reader(source, decision.key).rows(0, decision.shape[0])().to(device)
     where = f"{source.name}: {quoted(decision.key)}"
     _refuse_not_finite(where, weight, 0)
     _refuse_overflow(where, *kernels.quantize(weight), 0)
-    found = gptq.round_weight(weight, moments.second, moments.rows)
+    found = gptq.round_weight(
+        weight, moments.second, moments.rows, name=quoted(decision.key), tick=tick
+    )
     stored, error, energy = (found.qdata, found.scale), found.error, Energy()
     energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))
     if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:  # `verify` would not believe it
@@ -382,8 +402,9 @@ def _memory_explained(name: str):
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
-            f"{name}: out of memory (a conversion needs about 0.5 GB besides torch); close other "
-            "programs and convert again, or, if it was a GPU's memory, convert on the CPU"
+            f"{name}: out of memory (a conversion needs about 0.5 GB besides torch; a calibrated "
+            "layer [N, K] up to 28 K K + 36 N K bytes more); close other programs and convert "
+            "again, or, if it was a GPU's memory, convert on the CPU"
         ) from error
 
 

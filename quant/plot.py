@@ -159,7 +159,7 @@ def _draw_steps(page: _Page, found: Certificate, box) -> None:
 def _draw_seeds(page: _Page, found: Certificate, box) -> None:
     """Latent SNR: one dot for each seed, the mean as a line, its interval as a band."""
     left, top, *_ = box
-    page.text((left - 72, top - 44), "Latent SNR by seed, dB", 18)
+    page.text((left - 72, top - 44), "Latent SNR by seed", 18)
     mean = found.latent_snr_db
     if mean is None:
         _say(page, box, "identical on every seed" if found.identical else "not measured")

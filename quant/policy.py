@@ -139,11 +139,14 @@ class Plan:
     Attributes:
         preset: the preset used, after "auto" was resolved; "default" where nothing was recognised.
         architecture: what the keys showed, or None.
+        include, exclude: the expressions given; None for none.
     """
 
     decisions: tuple[Decision, ...]
     preset: str
     architecture: str | None
+    include: str | None = None
+    exclude: str | None = None
 
     @property
     def quantized(self) -> list[Decision]:
@@ -228,7 +231,7 @@ def plan(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
     )
-    return Plan(decisions, name, found[0] if found else None)
+    return Plan(decisions, name, found[0] if found else None, include or None, exclude or None)
 
 
 def _impossible(key, dtype, shape, is_linear) -> str | None:

@@ -38,7 +38,28 @@ def lines(report: Report | None, certificate: Certificate | None) -> list[str]:
         if part is not None:
             said = part.summary().splitlines()[:_MOST_LINES]
             found += [f"{heading}, as the file says:", *(f"  {_plain(line)}" for line in said)]
-    return found
+    note = note_on_seeds(report, certificate)
+    return [*found, f"  NOTE: {note}"] if note else found
+
+
+def note_on_seeds(report: Report | None, certificate: Certificate | None) -> str | None:
+    """What is wrong with the seeds of a certificate: the weights were rounded for these very runs.
+
+    None also where the report does not say what its calibration sampled.
+    """
+    about = report.calibration if report and certificate else None
+    if not about or about.get("sampler") != certificate.setting.sampler:
+        return None
+    first, count = about.get("first_seed"), about.get("seeds")
+    if type(first) is not int or type(count) is not int:
+        return None
+    shared = [s.seed for s in certificate.seeds if (s.seed - first) % 2**64 < count]
+    if not shared:
+        return None
+    return (
+        f"measured on seeds that the calibration sampled ({len(shared)} of "
+        f"{len(certificate.seeds)}, first {shared[0]}): other seeds may be off by more"
+    )
 
 
 def _plain(line: str) -> str:

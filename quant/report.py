@@ -65,6 +65,10 @@ class Report:
         seconds: wall time, writing and verification included.
         sqnr_db: over all quantised weights together.
         min_sqnr_db: what a sound layer has at least; for who draws the report.
+        include, exclude: the expressions that were given beside the preset.
+        calibration: what the weights were rounded for: the "model" that was run, as its
+            fingerprint, the number of "layers", their "least_rows", and whatever the calibration
+            says of itself ("first_seed", "seeds", "steps", "sampler", ...); None without one.
     """
 
     source: str
@@ -77,6 +81,9 @@ class Report:
     sqnr_db: float | None
     layers: tuple[LayerReport, ...] = field(repr=False)
     min_sqnr_db: float = MIN_SQNR
+    include: str | None = None
+    exclude: str | None = None
+    calibration: dict | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -105,9 +112,12 @@ class Report:
             raise ValueError(f"not an MXFP8 report of version {VERSION} (found {version!r})")
         try:
             layers = tuple(_layer_from(entry) for entry in data.pop("layers"))
-            return cls(**data, layers=layers)
+            found = cls(**data, layers=layers)
         except (KeyError, TypeError) as error:
             raise ValueError(f"a field of the report is missing or unknown: {error}") from error
+        if not isinstance(found.calibration, dict | None):
+            raise ValueError("calibration of the report is no object of JSON")
+        return found
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
@@ -132,7 +142,17 @@ class Report:
                 f"{sum(ratios) / len(ratios):.2f} of what rounding to nearest leaves, on average "
                 "(their weights are off by more, as meant)"
             )
+        if self.calibration is not None:
+            lines.append(_calibrated_on(self.calibration))
         return "\n".join(lines)
+
+
+def _calibrated_on(about: dict) -> str:
+    least = f"at least {about.get('least_rows')} rows a layer"
+    seeds, steps, first = (about.get(key) for key in ("seeds", "steps", "first_seed"))
+    if not all(type(number) is int for number in (seeds, steps, first)):
+        return f"calibrated on {least}"  # from Python, or saved before calibrations said more
+    return f"calibrated on {seeds} seeds of {steps} steps from seed {first}, {least}"
 
 
 def _layer_from(entry: dict) -> LayerReport:

@@ -36,7 +36,7 @@ SETTING = Setting(
     "euler", "simple", 3, 1.0, 1.0, (1, 16, 8, 8), "cpu", {"torch": "2.11.0", "ComfyUI": "0.30.0"}
 )
 CERTIFICATE = Certificate(
-    reference=Side("Flux", {}, None, "BF16", 2.0, 14_000_000_000),
+    reference=Side("Flux", {}, "cd" * 32, "BF16", 2.0, 14_000_000_000),
     model=Side("Flux", {"triton, exact": 52}, "ab" * 32, "BF16", 1.0, 8_100_000_000),
     setting=SETTING,
     latent_snr_db=mean_of(VALUES),
@@ -72,6 +72,21 @@ def test_the_interval_is_scipys_percentile_bootstrap():
     # Quantiles of 10,000 means scatter by about 2% of their deviation, 0.3 here.
     assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.04)
     assert found.mean == pytest.approx(values.mean()) and found == mean_of(list(values))
+
+
+def test_the_interval_of_four_seeds_is_as_narrow_as_it_says():
+    """It holds the true mean of normal values about four times in five."""
+    drawn = numpy.random.default_rng(5).normal(31, 1, (100, 4))
+    found = [mean_of(list(values)) for values in drawn]
+    share = sum(mean.low <= 31 <= mean.high for mean in found) / len(found)
+    assert share == pytest.approx(0.8, abs=0.12)  # three deviations of a share of 100
+    few, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
+    assert certificate.interval(few, "dB").endswith(
+        "(bootstrap 95%, too narrow for n = 9: 30.00 to 32.00)"
+    )
+    assert certificate.interval(many, "").endswith(
+        "31.0000 (bootstrap 95% for n = 10: 30.0000 to 32.0000)"
+    )
 
 
 def test_snr_and_relative_difference_are_what_they_say():
@@ -215,18 +230,45 @@ def test_a_strangers_certificate_moves_no_cursor():
     assert lines[0] == "certificate, as the file says:"
 
 
+RUN = {"first_seed": 2**64 - 1, "seeds": 2, "sampler": "euler"}
+
+
+@pytest.mark.parametrize(
+    ("about", "shared"),
+    [
+        (RUN, "1 of 4, first 0"),  # seeds follow each other around 2**64
+        ({**RUN, "first_seed": 2, "seeds": 9}, "2 of 4, first 2"),
+        ({**RUN, "seeds": 1}, None),
+        ({**RUN, "first_seed": 4}, None),
+        ({**RUN, "sampler": "heun"}, None),
+        ({**RUN, "first_seed": "0"}, None),
+        ({**RUN, "seeds": [1]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_seeds_that_the_calibration_sampled_are_noted(about, shared):
+    report = replace(REPORT, calibration=about)
+    note = f"measured on seeds that the calibration sampled ({shared}"
+    assert (note in "\n".join(provenance.lines(report, CERTIFICATE))) == (shared is not None)
+    assert "NOTE" not in "".join(
+        provenance.lines(None, CERTIFICATE) + provenance.lines(report, None)
+    )
+
+
 def test_the_summary_says_what_matters():
     assert CERTIFICATE.summary().splitlines() == [
         "Flux (52 MXFP8 layers on triton, exact; BF16) against Flux (BF16)",
         "4 seeds, 3 steps of euler/simple, cfg 1, denoise 1, latent [1, 16, 8, 8]",
-        f"latent SNR 31.35 dB (95%: {CERTIFICATE.latent_snr_db.low:.2f} to "
-        f"{CERTIFICATE.latent_snr_db.high:.2f}, n = 4); lowest 30.50 dB, seed 3",
-        "PSNR of the images 38.00 dB (95%: 37.00 to 39.00, n = 4)",
-        "SSIM of the images 0.9800 (95%: 0.9700 to 0.9900, n = 4)",
+        "latent SNR 31.35 dB (bootstrap 95%, too narrow for n = 4: "
+        f"{CERTIFICATE.latent_snr_db.low:.2f} to {CERTIFICATE.latent_snr_db.high:.2f}); lowest "
+        "30.50 dB, seed 3",
+        "PSNR of the images 38.00 dB (bootstrap 95%, too narrow for n = 4: 37.00 to 39.00)",
+        "SSIM of the images 0.9800 (bootstrap 95%, too narrow for n = 4: 0.9700 to 0.9900)",
         "relative difference of the predictions: 0.01 at step 1, 0.03 at step 3",
         "noise floor: none; a second run of the reference gave the same bits",
-        "reference: 2.00 s a run, peak memory 14.00 GB",
-        "model: 1.00 s a run, peak memory 8.10 GB",
+        "reference: fingerprint cdcdcdcdcdcd, 2.00 s a run, peak memory 14.00 GB",
+        "model: fingerprint abababababab, 1.00 s a run, peak memory 8.10 GB",
         "measured on cpu: torch 2.11.0, ComfyUI 0.30.0",
     ]
 
@@ -237,7 +279,8 @@ def test_the_summary_of_what_is_identical_and_of_what_is_not_on_every_seed():
     some = replace(CERTIFICATE, seeds=(Seed(9, True), *CERTIFICATE.seeds[1:]))
     assert "latents: identical on 1 of 4 seeds" in some.summary()
     noisy = replace(CERTIFICATE, floor=Floor(False, True, Mean(40, 39, 41, 4), Mean(3, 2, 4, 4)))
-    assert "its second run has an SNR of 40.00 dB (95%: 39.00 to 41.00, n = 4)" in noisy.summary()
+    assert "its second run has an SNR of 40.00 dB (bootstrap 95%, too" in noisy.summary()
+    assert "narrow for n = 4: 39.00 to 41.00)" in noisy.summary()
     assert "the reference itself has an SNR of 3.00 dB" in noisy.summary()
     bad = replace(CERTIFICATE, seeds=(Seed(9, False, problems=("the model: its image is black",)),))
     assert "PROBLEM: seed 9: the model: its image is black" in bad.summary()
@@ -281,6 +324,17 @@ def test_the_picture_has_the_mean_within_its_band_and_a_line_that_rises():
 def test_the_picture_of_an_identical_model_has_no_band():
     image = plot.draw(SAME)
     assert len(pixels(image, plot._BAND, 0)) == 0 and len(pixels(image, "#f6f8fa")) > 10_000
+
+
+@pytest.mark.parametrize("value", [9.5, 31.35, 108.42])
+def test_the_interval_fits_beside_its_title(value):
+    """The title is dark and the interval pale: between the two there is paper."""
+    found = replace(CERTIFICATE, latent_snr_db=Mean(value, value - 1, value + 1, 4))
+    line = numpy.asarray(plot.draw(found).convert("L"))[112:132, 900:]
+    title, text = numpy.argwhere(line < 60)[:, 1], numpy.argwhere(line < 130)[:, 1]
+    assert (text > title.max() + 1).any()
+    gap = text[text > title.max() + 1].min() - title.max()
+    assert gap > 8
 
 
 @pytest.mark.parametrize("count", [1, 4, 64])

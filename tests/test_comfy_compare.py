@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from comfyui import PromptError
 from graphs import LATENTS, Graph, latents, saved_tensor
 from PIL import Image
+from safetensors.torch import save_file
 from test_comfy_calibration import calibrated, quantized
 from test_comfy_models import SAME, difference, load_ours
 
@@ -59,10 +61,12 @@ def snr(reference, other) -> float:
 def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(comfy, kind):
     graph = Graph()
     original = graph.loader(f"{kind}.safetensors")
-    made = quantized(graph, original, calibration=calibrated(graph, original, kind, seeds=1))
+    first = SEEDS[-1] if kind == "wan" else 100
+    notes = calibrated(graph, original, kind, seeds=1, first_seed=first)
+    made = quantized(graph, original, calibration=notes)
     vae = {"vae": graph.add("VAELoader", vae_name="vae.safetensors")} if kind == "flux" else {}
     node = compare(graph, original, made, kind, **vae)
-    graph.add(
+    save = graph.add(
         "MXFP8SaveModel", model=made, filename_prefix=f"diffusion_models/certified-{kind}",
         certificate=[node[0], 3], report=[made[0], 1],
     )  # fmt: skip
@@ -86,6 +90,8 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
     check_words(found, outputs[node[0]]["text"][0], kind)
     check_picture(found, outputs, node, comfy.base)
     check_file(comfy, found, outputs[made[0]], kind)
+    warned = "the certificate was measured on seeds that the calibration sampled (1 of 4"
+    assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
 
 
 def check_steps(found: Certificate, latent: dict) -> None:
@@ -100,10 +106,13 @@ def check_steps(found: Certificate, latent: dict) -> None:
 
 def check_words(found: Certificate, text: str, kind: str) -> None:
     assert text == found.summary() and "lossless" not in text.lower()
-    assert f"latent SNR {found.latent_snr_db.mean:.2f} dB (95%" in text
+    assert (
+        f"latent SNR {found.latent_snr_db.mean:.2f} dB (bootstrap 95%, too narrow for n = 4" in text
+    )
     assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
     assert sum(found.model.ways.values()) >= 10
-    assert found.reference.ways == {} and found.reference.fingerprint is None
+    assert found.reference.ways == {} and found.reference.fingerprint != found.model.fingerprint
+    assert f"reference: fingerprint {found.reference.fingerprint[:12]}, " in text
     assert found.setting.versions.keys() == {"torch", "ComfyUI", "MXFP8"}
     assert "unknown" not in found.setting.versions.values()
     assert found.model.seconds > 0 and found.model.peak_bytes is None
@@ -132,6 +141,8 @@ def check_file(comfy, found: Certificate, conversion: dict, kind: str) -> None:
     assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
     assert f"  latent SNR {found.latent_snr_db.mean:.2f} dB" in inspected.summary()
     assert "layers calibrated" in inspected.summary()
+    assert "calibrated on 1 seeds of 4 steps from seed" in inspected.summary()
+    assert ("NOTE: measured on seeds" in inspected.summary()) == (kind == "wan")
     assert all(isinstance(v, str) for v in read_header(path).metadata.values())
 
     graph = Graph()  # stock ComfyUI loads it
@@ -227,6 +238,28 @@ def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
     assert plain.model.ways == {"eager, exact": 19} and note not in plain.notes
 
 
+def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:
+    """A LoRA file that adds a constant to one parameter; its name."""
+    folder = comfy.base / "models" / "loras"
+    save_file({f"diffusion_model.{key}": torch.full(shape, 0.05)}, folder / name)
+    return name
+
+
+def with_lora(graph: Graph, model: list, name: str = "lora.safetensors") -> list:
+    return graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+
+
+def test_a_reference_is_known_again_by_its_weights(comfy):
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    references = (original, with_lora(graph, original))
+    nodes = [compare(graph, m, original, steps=1) for m in references]
+    outputs = comfy.run(graph)
+    plain, patched = (certificate(outputs, node) for node in nodes)
+    assert plain.reference.fingerprint == plain.model.fingerprint == patched.model.fingerprint
+    assert len(plain.reference.fingerprint) == 64 and patched.reference.fingerprint is None
+
+
 def refused(comfy, graph: Graph, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         comfy.run(graph)
@@ -254,15 +287,15 @@ def test_a_certificate_of_other_weights_is_refused_with_the_file(comfy):
     graph = Graph()
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, model, model, steps=1)
-    lora = graph.add(
-        "LoraLoaderModelOnly", model=model, lora_name="lora.safetensors", strength_model=1.0
-    )
-    words = {
-        "measured on other weights; connect the model": load_ours(graph, "flux2"),
-        "LoRAs on them that saving bakes in": lora,
-        "this model has none": original,
-    }
-    for sentence, other in words.items():
+    kept = write_lora(comfy, "kept.safetensors", "img_in.diff", (128, 64))
+    bias = write_lora(comfy, "bias.safetensors", "double_blocks.0.img_attn.proj.diff_b", (128,))
+    baked = "LoRAs or patches on it that saving bakes in"
+    words = [
+        ("measured on other weights; connect the model", load_ours(graph, "flux2")),
+        *((baked, with_lora(graph, model, lora)) for lora in ("lora.safetensors", kept, bias)),
+        ("this model has none", original),
+    ]
+    for sentence, other in words:
         save = graph.add(
             "MXFP8SaveModel", model=other, filename_prefix="diffusion_models/never",
             certificate=[node[0], 3],
@@ -274,4 +307,21 @@ def test_a_certificate_of_other_weights_is_refused_with_the_file(comfy):
         report=[node[0], 2],
     )  # fmt: skip
     refused(comfy, graph, "not an MXFP8 report of version 1")
+    assert not list((comfy.base / "output").rglob("never*"))
+
+
+def test_a_report_of_other_weights_is_refused_with_the_file(comfy):
+    graph = Graph()
+    made = quantized(graph, graph.loader("flux.safetensors"))
+    other = quantized(graph, graph.loader("flux2.safetensors"))
+    for model, sentence in (
+        (with_lora(graph, made), "put on this model after the report was made; disconnect report"),
+        (other, "the report is another model's: MXFP8 layer"),
+    ):
+        save = graph.add(
+            "MXFP8SaveModel", model=model, filename_prefix="diffusion_models/never",
+            report=[made[0], 1],
+        )  # fmt: skip
+        refused(comfy, graph, sentence)
+        del graph[save[0]]
     assert not list((comfy.base / "output").rglob("never*"))

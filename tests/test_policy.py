@@ -29,6 +29,13 @@ def test_a_float_matrix_is_a_linear_layer(dtype, shape):
     assert (decision.layer, decision.dtype, decision.shape) == ("blocks.0.attn.proj", dtype, shape)
 
 
+def test_a_plan_keeps_what_was_asked_for():
+    found = plan({"a.weight": MATRIX, "b.weight": MATRIX}, include="a", exclude="b")
+    assert (found.include, found.exclude) == ("a", "b")
+    plain = plan({"a.weight": MATRIX}, include="", exclude=None)
+    assert (plain.include, plain.exclude) == (None, None)
+
+
 IMPOSSIBLE = [
     ("a.bias", "BF16", (64, 32), "not a layer's weight"),
     ("a.in_proj_weight", "BF16", (64, 32), "not a layer's weight"),

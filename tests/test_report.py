@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mxfp8.quant.calibration import calibrate
+from mxfp8.quant.convert import convert_file
 from mxfp8.quant.report import Block, Energy, LayerReport, Report, gigabytes, sqnr_db, total_sqnr
 
 
@@ -63,6 +66,49 @@ def test_a_calibration_shows_in_the_summary():
     said = replace(REPORT, layers=layers).summary()
     assert "1 layers calibrated: what they put out is off by 0.50 of what rounding" in said
     assert "calibrated" not in REPORT.summary()
+
+
+CALIBRATION = {"model": "ab", "layers": 2, "least_rows": 64}
+RUN = {"first_seed": 100, "seeds": 2, "steps": 8, "sampler": "euler"}
+
+
+@pytest.mark.parametrize(
+    ("about", "line"),
+    [
+        (RUN, "calibrated on 2 seeds of 8 steps from seed 100, at least 64 rows a layer"),
+        ({}, "calibrated on at least 64 rows a layer"),
+        ({**RUN, "steps": "8\x1b[2J"}, "calibrated on at least 64 rows a layer"),
+    ],
+)
+def test_a_report_says_what_was_sampled_for_it_and_which_layers_were_asked_for(about, line):
+    report = replace(REPORT, include="a", exclude="b", calibration={**about, **CALIBRATION})
+    assert Report.from_json(report.to_json()) == report
+    assert report.summary().splitlines()[-1] == line
+
+
+def test_a_conversion_says_what_it_was_given(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32)).eval()
+    save_file(net.state_dict(), tmp_path / "source")
+    found = calibrate(net, [torch.ones(7, 64)], lambda module, batch: module(batch))
+    report = convert_file(
+        tmp_path / "source", tmp_path / "target", include="0", exclude="nothing",
+        calibration=replace(found, about=RUN),
+    )  # fmt: skip
+    assert (report.include, report.exclude) == ("0", "nothing")
+    expected = {**RUN, "model": found.model, "layers": 2, "least_rows": 7}
+    assert report.calibration == expected
+    assert "calibrated on 2 seeds of 8 steps from seed 100, at least 7 rows" in report.summary()
+    plain = convert_file(tmp_path / "source", tmp_path / "plain")
+    assert (plain.include, plain.exclude, plain.calibration) == (None, None, None)
+
+
+def test_a_report_from_before_there_were_these_fields_is_read():
+    data = json.loads(REPORT.to_json())
+    for name in ("include", "exclude", "calibration"):
+        del data[name]
+    assert Report.from_json(json.dumps(data)) == REPORT
+    with pytest.raises(ValueError, match="calibration of the report is no object"):
+        Report.from_json(json.dumps({**data, "calibration": ["euler"]}))
 
 
 def test_lossless_is_null():
