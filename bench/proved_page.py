@@ -167,7 +167,9 @@ def proof(found: dict[str, dict], backend: str, arch: str) -> str:
         return "run"
     if compiled(found, backend, arch):
         return "compiled"
-    return PART if compiled(found, backend, arch, one=True) else "not run"
+    if compiled(found, backend, arch, one=True):
+        return PART
+    return MISSING if backend in KERNELS else "not run"
 
 
 def chosen(refused: dict[str, str | None], arch: str) -> tuple[str, str]:

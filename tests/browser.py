@@ -80,8 +80,8 @@ class ComfyPage:
             self.complaints.append(f"{message.type}: {message.text} ({where})")
 
     def clear(self) -> None:
-        """An empty canvas."""
-        self.page.evaluate("() => { app.graph.clear(); }")
+        """An empty canvas. Ids go on: the page remembers values by a node's id and widget's name."""
+        self.page.evaluate("() => [...app.graph._nodes].forEach((n) => app.graph.remove(n))")
 
     def add(self, node: str, position=(100, 100), **widgets) -> int:
         """Create a node as the menu does; returns its id."""

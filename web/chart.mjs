@@ -76,7 +76,7 @@ export function axis(measure, { low, high, threshold, height, y }) {
  * @param {number} width in px; grows where bars would become thinner than 3 px
  */
 export function bars(rows, measure, at, palette, width) {
-  const step = Math.min(40, Math.max(3, width / Math.max(rows.length, 1)));
+  const step = Math.min(90, Math.max(3, width / Math.max(rows.length, 1)));
   const thick = step - Math.min(4, step * 0.25);
   const full = Math.max(width, Math.ceil(step * rows.length));
   const svg = element("svg", {
