@@ -92,9 +92,15 @@ class Inspection:
             *(formats or ["no layer is quantised, as far as its markers say"]),
             f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
             f"metadata: {', '.join(self.metadata) or 'none'}",
-            f"read: {'every byte of its MXFP8 layers' if self.every_byte else 'the header'}",
+            self._verdict(),
             *provenance.lines(self.report, self.certificate),
         ])  # fmt: skip
+
+    def _verdict(self) -> str:
+        """What was read, and whether that is sound."""
+        whole = self.every_byte and self.mxfp8_bytes
+        read = f"read: {'every byte of its MXFP8 layers' if whole else 'the header'}"
+        return read if self.problems else f"{read}; no problems found"
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:
