@@ -147,6 +147,12 @@ def earlier(machine: dict, methods: list[str]) -> dict:
     return result
 
 
+def needed(methods: list[str], found: dict) -> list[str]:
+    """The methods to measure: rounding to nearest too where it is missing, as ratios are to it."""
+    missing = [NEAREST] if methods and NEAREST not in found else []
+    return list(dict.fromkeys([*missing, *methods]))
+
+
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = ["| rounding | layer output error | end to end, 1 - cosine | seconds |",
@@ -180,7 +186,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for method in arguments.method:
+        for method in needed(arguments.method, found):
             target = folder / f"minilm-{method}.safetensors"
             target.unlink(missing_ok=True)
             start = time.perf_counter()

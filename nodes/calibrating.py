@@ -31,8 +31,9 @@ from ..quant.format import WEIGHT
 from ..quant.memory import is_out_of_memory
 from ..quant.progress import duration
 from ..quant.report import gigabytes
-from . import files, names
+from . import files
 from .loading import CATEGORY
+from .model_patch import check_movable
 from .model_source import PREFIX, ModelSource
 from .progress import show
 from .selection import selection_inputs
@@ -101,6 +102,7 @@ class MXFP8Calibrate(io.ComfyNode):
         cls, model, positive, negative, latent_image, first_seed, seeds, steps, cfg, sampler_name,
         scheduler, denoise, preset, include="", exclude="", memory_gb=4.0,
     ) -> io.NodeOutput:  # fmt: skip
+        check_movable(model)  # what Quantize Model (MXFP8) would refuse after hours of this
         source = ModelSource(model)
         if source.quantized:
             raise ValueError(
@@ -110,12 +112,10 @@ class MXFP8Calibrate(io.ComfyNode):
         plan = plan_source(
             source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
         )
-        sizes = {d.layer: calibration.nbytes(d.shape[1]) for d in plan.quantized}
-        groups = list(_groups(sizes, int(memory_gb * _GB)))
-        _check_disk(source.name, groups, sizes)
-        progress = _Progress(
-            cls, _announce(groups, sizes, seeds, steps), len(groups) * seeds, steps
-        )
+        widths = {d.layer: d.shape[1] for d in plan.quantized}
+        groups = list(_groups(widths, int(memory_gb * _GB)))
+        _check_disk(source.name, groups)
+        progress = _Progress(cls, _announce(groups, seeds, steps), len(groups) * seeds, steps)
 
         def sample(watched) -> None:
             for number in range(seeds):
@@ -126,40 +126,48 @@ class MXFP8Calibrate(io.ComfyNode):
                 )  # fmt: skip
                 progress.finish_run()
 
-        comfy.model_management.free_memory(
-            min(int(memory_gb * _GB), sum(sizes.values())), model.load_device
-        )
-        layers = _gather_all(model, groups, sample, progress)
+        layers, sums = _gather_all(model, groups, sample, progress)
         if not layers:
             raise ValueError(
                 f"calibration is empty: no layer of this {source.name} was run"
-                + " on finite values" * bool(groups)
+                + " on finite values with finite squares" * bool(groups)
             )
         mark = calibration.fingerprint(
             (n, source.tensors[n + WEIGHT][1], source.rows(n + WEIGHT, 0, 1)[0]) for n in layers
         )
-        text = _result(layers, sizes, progress)
+        about = {
+            "first_seed": first_seed, "seeds": seeds, "steps": steps, "cfg": cfg,
+            "sampler": sampler_name, "scheduler": scheduler, "denoise": denoise,
+            "preset": preset, "include": include, "exclude": exclude,
+        }  # fmt: skip
+        text = _result(layers, sums, progress)
         show(cls, text)
-        return io.NodeOutput(Calibration(layers, mark), ui={"text": [text]})
+        return io.NodeOutput(Calibration(layers, mark, about), ui={"text": [text]})
 
 
-def _groups(sizes: dict[str, int], budget: int) -> Iterator[list[str]]:
-    """Layers whose moments fit the budget together, in model order; one always may."""
-    group: list[str] = []
-    left = budget
-    for name, size in sizes.items():
-        if group and size > left:
+def _groups(widths: dict[str, int], budget: int) -> Iterator[dict[str, int]]:
+    """Layers whose moments fit the budget together, in model order; one always may.
+
+    Args:
+        widths: inputs of each layer, as the groups have them too.
+    """
+    group: dict[str, int] = {}
+    for name, width in widths.items():
+        if group and _nbytes(group) + calibration.nbytes(width) > budget:
             yield group
-            group, left = [], budget
-        group.append(name)
-        left -= size
+            group = {}
+        group[name] = width
     if group:
         yield group
 
 
-def _check_disk(model: str, groups, sizes: dict[str, int]) -> None:
+def _nbytes(*groups: dict[str, int]) -> int:
+    return sum(calibration.nbytes(width) for group in groups for width in group.values())
+
+
+def _check_disk(model: str, groups: list[dict[str, int]]) -> None:
     """Raise ValueError where the temp folder has no room for the groups' files."""
-    needed = sum(sizes.values())
+    needed = _nbytes(*groups)
     free = shutil.disk_usage(files.temporary_path().parent).free
     if len(groups) > 1 and needed > free:
         raise ValueError(
@@ -169,10 +177,14 @@ def _check_disk(model: str, groups, sizes: dict[str, int]) -> None:
         )
 
 
-def _announce(groups, sizes, seeds: int, steps: int) -> str:
-    total = gigabytes(sum(sizes.values()))
-    runs = len(groups) * seeds
-    return f"{len(sizes)} layers, {total} in {len(groups)} groups: {runs} runs of {steps} steps"
+def _announce(groups: list[dict[str, int]], seeds: int, steps: int) -> str:
+    layers, total = _counted(sum(map(len, groups)), "layer"), gigabytes(_nbytes(*groups))
+    runs = f"{_counted(len(groups) * seeds, 'run')} of {_counted(steps, 'step')}"
+    return f"{layers}, {total} in {_counted(len(groups), 'group')}: {runs}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 class _Progress:
@@ -222,19 +234,20 @@ class _Progress:
 
 
 def _gather_all(
-    patcher, groups: list[list[str]], sample, progress: _Progress
-) -> dict[str, Moments | StoredMoments]:
-    """Moments of all groups, by layer.
+    patcher, groups: list[dict[str, int]], sample, progress: _Progress
+) -> tuple[dict[str, Moments | StoredMoments], dict[str, Sum]]:
+    """Moments of all groups, by layer, and the sums that they were taken from.
 
     Raises:
         MemoryError: it did not suffice; what was gathered is free again, and so is the model.
     """
     layers: dict[str, Moments | StoredMoments] = {}
+    sums = {name: Sum() for group in groups for name in group}
     try:
         for group in groups:
-            found = _gather(patcher, group, sample, progress)
+            found = _gather(patcher, group, {n: sums[n] for n in group}, sample, progress)
             layers |= _in_file(found) if len(groups) > 1 else found
-        return layers
+        return layers, sums
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -249,14 +262,19 @@ def _gather_all(
     )
 
 
-def _gather(patcher, layers: list[str], sample, progress: _Progress) -> dict[str, Moments]:
+def _gather(
+    patcher, widths: dict[str, int], sums: dict[str, Sum], sample, progress: _Progress
+) -> dict[str, Moments]:
     """Moments of these layers while `sample` runs a clone of the model.
 
-    Whatever happens, their memory is free afterwards: stock leaves a clone's patches on the model
-    until it loads another one.
+    Their memory is taken before: stock then loads as much of the model as the rest has room for,
+    and would else fill it all. Whatever happens, it is free afterwards: stock leaves a clone's
+    patches on the model until it loads another one.
     """
-    sums = {name: Sum() for name in layers}
     try:
+        comfy.model_management.free_memory(_nbytes(widths), patcher.load_device)
+        for name, width in widths.items():
+            sums[name].reserve(width, patcher.load_device)
         sample(_watched(patcher, sums, progress))
         found = {name: one.take() for name, one in sums.items()}
     finally:
@@ -297,80 +315,39 @@ def _in_file(found: dict[str, Moments]) -> dict[str, StoredMoments]:
     if not found:
         return {}
     path = files.temporary_path()
-    Calibration(found, "").save(path)
-    layers = dict(calibration.load(path).layers)
+    Calibration(found, "").save(path, progress=_check_interrupt)
+    layers = dict(calibration.load(path, _check_interrupt).layers)
     files.delete_with(next(iter(layers.values())).source, path)  # one source for all
     return layers
 
 
-def _result(layers, sizes: dict[str, int], progress: _Progress) -> str:
+def _check_interrupt(*_) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _result(layers, sums: dict[str, Sum], progress: _Progress) -> str:
     rows = min(moments.rows for moments in layers.values())
     took = duration(progress.seconds)
-    lines = [progress.plan, f"{len(layers)} layers, {rows} rows at least, in {took}"]
-    silent = [name for name in sizes if name not in layers]
-    if silent:
-        named = ", ".join(quoted(name) for name in silent[:_MOST_NAMED])
-        more = f" and {len(silent) - _MOST_NAMED} more" if len(silent) > _MOST_NAMED else ""
-        lines.append(
-            f"{len(silent)} layers were given nothing finite and will be rounded to nearest: "
-            f"{named}{more}"
+    lines = [progress.plan, f"{_counted(len(layers), 'layer')}, {rows} rows at least, in {took}"]
+    lost: dict[str, list[str]] = {}  # by what they were given
+    for name, one in sums.items():
+        if name not in layers:
+            lost.setdefault(one.given, []).append(quoted(name))
+    faults = [
+        f"{_counted(len(found), 'layer')} given {given}, to be rounded to nearest: {_some(found)}"
+        for given, found in lost.items()
+    ]
+    partly = [f"{quoted(n)} ({sums[n].dropped})" for n in layers if sums[n].dropped]
+    if partly:
+        faults.append(
+            f"{_counted(len(partly), 'layer')} given rows with NaN or Inf, which do not count: "
+            f"{_some(partly)}"
         )
-        logger.warning("MXFP8: %s", lines[-1])
-    return "\n".join(lines)
+    for fault in faults:
+        logger.warning("MXFP8: %s", fault)
+    return "\n".join(lines + faults)
 
 
-class MXFP8SaveCalibration(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MXFP8SaveCalibration",
-            display_name="Save Calibration (MXFP8)",
-            category=CATEGORY,
-            description="Saves a calibration to output/, for later and for `mxfp8 convert`.",
-            search_aliases=["mxfp8", "calibration", "save"],
-            inputs=[
-                CalibrationType.Input("calibration", tooltip="From Calibrate (MXFP8)."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{files.CALIBRATIONS}/mxfp8",
-                    tooltip="Folder and name inside output/; the loader lists that folder.",
-                ),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
-        path = files.save_path(names.check_name("filename_prefix", filename_prefix))
-        calibration.save(path)
-        text = f"{path.name}: {gigabytes(path.stat().st_size)}"
-        show(cls, text)
-        return io.NodeOutput(ui={"text": [text]})
-
-
-class MXFP8LoadCalibration(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MXFP8LoadCalibration",
-            display_name="Load Calibration (MXFP8)",
-            category=CATEGORY,
-            description="Loads a calibration that Save Calibration (MXFP8) wrote.",
-            search_aliases=["mxfp8", "calibration", "load"],
-            inputs=[
-                io.Combo.Input(
-                    "calibration_name",
-                    options=files.list_calibrations(),
-                    tooltip=f"A file in output/{files.CALIBRATIONS}.",
-                )
-            ],
-            outputs=[
-                CalibrationType.Output(display_name="calibration", tooltip="As it was saved.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, calibration_name) -> io.NodeOutput:
-        return io.NodeOutput(calibration.load(files.calibration_path(calibration_name)))
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -17,13 +17,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .container import quoted
-from .format import WEIGHT, FormatError, bare, read_header
+from .format import WEIGHT, FormatError, TensorInfo, bare, read_header
+from .progress import VERIFY, Meter, Progress
 from .source import FileSource, as_bytes
 from .writer import Writer
 
@@ -92,17 +93,28 @@ class Calibration:
 
     Attributes:
         model: fingerprint of the model that was run.
+        about: how it was run, in what JSON has; empty where nobody said, as in older files.
     """
 
     layers: Mapping[str, Moments | StoredMoments]
     model: str
+    about: Mapping[str, object] = field(default_factory=dict)
 
     def of(self, layer: str) -> Moments | StoredMoments | None:
         """The moments of a layer, whatever prefix its name has here."""
         return self.layers.get(bare(layer))
 
-    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         """Write a safetensors file, whole or not at all, layer by layer.
+
+        Args:
+            progress: called after every layer, and while what was written is read back; an
+                exception it raises leaves no file.
 
         Raises:
             OSError: as `writer.Writer`.
@@ -114,20 +126,32 @@ class Calibration:
             for name, moments in self.layers.items()
             for part in parts
         ]
-        about = {
+        metadata = {
             "version": _SECOND_ONLY if old else _VERSION,
             "model": self.model,
             "rows": {name: moments.rows for name, moments in self.layers.items()},
+            "about": dict(self.about),
         }
-        with Writer(path, tensors, {_METADATA: json.dumps(about)}, overwrite) as writer:
+        with Writer(
+            path, tensors, {_METADATA: json.dumps(metadata)}, overwrite, lambda: advance(0, VERIFY)
+        ) as writer:
+            advance = Meter(_size(writer.tensors.values()), progress)
             for name, moments in self.layers.items():
                 for part in parts:
                     values = getattr(moments, part.removeprefix("."))
                     writer.write(name + part, as_bytes(values.contiguous().cpu()))
+                advance(_size(writer.tensors[name + part] for part in parts), name)
 
 
-def load(path: str | os.PathLike) -> Calibration:
+def _size(tensors: Iterable[TensorInfo]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibration:
     """Check what `Calibration.save` wrote, every byte; it is read again layer by layer.
+
+    Args:
+        progress: called after every layer; what it raises passes through.
 
     Raises:
         FormatError: the file is damaged, or no calibration of a version known here.
@@ -135,8 +159,9 @@ def load(path: str | os.PathLike) -> Calibration:
     """
     header = read_header(path)
     try:
-        about = json.loads(header.metadata[_METADATA])
-        rows, model, version = dict(about["rows"]), str(about["model"]), about["version"]
+        metadata = json.loads(header.metadata[_METADATA])
+        rows, about = dict(metadata["rows"]), dict(metadata.get("about", {}))
+        model, version = str(metadata["model"]), metadata["version"]
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{header.path.name} is no calibration file") from error
     if version not in (_SECOND_ONLY, _VERSION):
@@ -145,10 +170,13 @@ def load(path: str | os.PathLike) -> Calibration:
             f"{_SECOND_ONLY} and {_VERSION}, so update it, or calibrate again"
         )
     parts = (SECOND,) if version == _SECOND_ONLY else (SECOND, MEAN, AMAX)
+    advance = Meter(_size(header.tensors.values()), progress)
     with FileSource(path) as source:
         for name, count in rows.items():
             _check_layer(source, name, count, parts)
-    return Calibration({name: StoredMoments(source, name, n) for name, n in rows.items()}, model)
+            advance(_size(header.tensors[name + part] for part in parts), name)
+    layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
+    return Calibration(layers, model, about)
 
 
 def _check_layer(source: FileSource, name: str, count, parts: Iterable[str]) -> None:
@@ -159,7 +187,7 @@ def _check_layer(source: FileSource, name: str, count, parts: Iterable[str]) -> 
             f"{source.name}: second moments of {quoted(name)} are {dtype} {list(shape)}; "
             "they must be a square F32 matrix"
         )
-    finite = True
+    finite = positive = True
     for part in parts:
         found = source.tensors.get(name + part, (None, ()))
         if part != SECOND and found != ("F32", shape[:1]):
@@ -167,11 +195,19 @@ def _check_layer(source: FileSource, name: str, count, parts: Iterable[str]) -> 
                 f"{source.name}: {quoted(name + part)} is {found[0]} {list(found[1])}; it must be "
                 f"F32 {[shape[0]]}, one value for each column of the second moments"
             )
-        finite = finite and bool(source.rows(name + part, 0, shape[0]).isfinite().all())
+        values = source.rows(name + part, 0, shape[0])
+        finite = finite and bool(values.isfinite().all())
+        if part == SECOND:
+            positive = not (values.diagonal() < 0).any()
     if not isinstance(count, int) or count < 1 or not finite:
         raise FormatError(
             f"{source.name}: second moments of {quoted(name)} {list(shape)} hold NaN or "
             f"Inf, or are of {quoted(count)} rows; calibrate again"
+        )
+    if not positive:
+        raise FormatError(
+            f"{source.name}: second moments of {quoted(name)} {list(shape)} have negative values "
+            "on their diagonal, where squares are; calibrate again"
         )
 
 
@@ -227,16 +263,30 @@ class Sum:
     """Adds up the moments of one layer's inputs, until they are taken.
 
     Attributes:
-        rows: so far; those that hold NaN or Inf are left out.
+        rows: so far; dropped: those that held NaN or Inf, and are not among them.
         closed: whether they were taken, and nothing is added any more.
     """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.dropped = 0
         self.closed = False
         self._second: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None  # float64: of millions of rows
         self._amax: torch.Tensor | None = None
+
+    @property
+    def given(self) -> str:
+        """What the layer was given, where `take` has nothing to return."""
+        if self.rows:
+            return "values whose squares float32 cannot hold"
+        return "nothing finite" if self.dropped else "nothing"
+
+    def reserve(self, width: int, device: torch.device) -> None:
+        """Take the memory now, not with the first input, when others may have taken it."""
+        self._second = torch.zeros(width, width, device=device)
+        precise = torch.float64 if has_float64(device) else torch.float32
+        self._sum = torch.zeros(width, device=device, dtype=precise)
+        self._amax = torch.zeros(width, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """Account for inputs [..., K]."""
@@ -244,15 +294,14 @@ class Sum:
             return
         K = x.shape[-1]
         if self._second is None:
-            self._second = torch.zeros(K, K, device=x.device)
-            self._sum = torch.zeros(K, device=x.device, dtype=_sum_dtype(x.device))
-            self._amax = torch.zeros(K, device=x.device)
+            self.reserve(K, x.device)
         for part in x.detach().reshape(-1, K).split(_ROWS):
-            flat = part.float()
+            flat = part.to(self._second.device, torch.float32)
             finite = flat.isfinite().all(-1)
             if not finite.all():
                 flat = flat[finite]
             self.rows += len(flat)
+            self.dropped += len(part) - len(flat)
             if len(flat):
                 self._second.addmm_(flat.t(), flat)
                 self._sum += flat.sum(0)
@@ -275,8 +324,11 @@ class Sum:
         self.closed = True
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+def has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none, nor have some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 @contextlib.contextmanager
@@ -291,14 +343,19 @@ def watch(module: nn.Module, select: Callable[[str, nn.Module], bool]) -> Iterat
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and select(name, layer):
             found = sums[name] = Sum()
-            hooks.append(
-                layer.register_forward_pre_hook(lambda _, args, found=found: found.add(args[0]))
-            )
+            hooks.append(layer.register_forward_pre_hook(_noting(found), with_kwargs=True))
     try:
         yield sums
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _noting(found: Sum) -> Callable:
+    def note(layer: nn.Module, args: tuple, options: dict) -> None:
+        found.add(args[0] if args else options["input"])
+
+    return note
 
 
 @torch.no_grad()
@@ -310,20 +367,32 @@ def calibrate(
 ) -> Calibration:
     """Run a torch module on batches and gather what its linear layers are given.
 
+    All layers' sums are in memory at once, on the module's device: 4 K (K + 3) bytes for a layer of
+    K inputs. Where that is too much, `select` fewer: a conversion rounds the others to nearest.
+
     Args:
+        module: in eval mode, as it will be used.
         run: (module, batch), what a batch is run by; default: as keyword arguments.
         select: (name, layer) -> whether to gather for it.
 
     Raises:
-        ValueError: no layer was given anything, or only what is not finite.
+        ValueError: the module is in training mode, or no layer was given anything, or only what is
+            not finite, or has no finite squares.
     """
+    if module.training:
+        raise ValueError(
+            f"this {type(module).__name__} is in training mode, in which layers may be given what "
+            "they never are in use (dropout); call its eval() first"
+        )
     with watch(module, select) as sums:
         for batch in batches:
             run(module, batch)
     found = {name: sum.take() for name, sum in sums.items()}
     layers = {name: moments for name, moments in found.items() if moments}
     if not layers:
-        raise ValueError("calibration is empty: no linear layer was given a finite input")
+        raise ValueError(
+            "calibration is empty: no linear layer was given a finite input with finite squares"
+        )
     weights = dict(module.named_modules())
     return Calibration(
         layers, fingerprint((n, weights[n].weight.shape, weights[n].weight[0]) for n in layers)

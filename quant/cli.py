@@ -228,34 +228,35 @@ def _convert(arguments) -> int:
         "exclude": _any_of(arguments.exclude),
     }
     if arguments.dry_run:
-        return _dry_run(arguments.source, options)
+        return _dry_run(arguments, options)
 
     from .convert import convert_file
     from .pipeline import keep_freed_memory
 
     if arguments.report:
         _check_output(arguments, "report")
-    calibration = None
-    if arguments.calibration:
-        from .calibration import load
-
-        calibration = load(arguments.calibration)
+    calibration = _calibration(arguments)
     keep_freed_memory()
     with _progress("convert") as progress:
         report = convert_file(
-            arguments.source,
-            arguments.target,
-            **options,
-            overwrite=arguments.overwrite,
-            progress=progress,
-            device=arguments.device,
-            calibration=calibration,
-        )
+            arguments.source, arguments.target, **options, overwrite=arguments.overwrite,
+            progress=progress, device=arguments.device, calibration=calibration,
+        )  # fmt: skip
     print(report.summary())
     if arguments.report:
         arguments.report.write_text(report.to_json(), encoding="utf-8")
         print(f"report: {arguments.report}")
     return 0
+
+
+def _calibration(arguments):
+    """What --calibration names, or None."""
+    if not arguments.calibration:
+        return None
+    from .calibration import load
+
+    with _progress("calibration") as progress:
+        return load(arguments.calibration, progress)
 
 
 def _any_of(expressions: list[str] | None) -> str | None:
@@ -282,12 +283,16 @@ def _check_output(arguments, option: str, kind: str = "json") -> None:
         raise ValueError(f"--{option} {path} would replace the model; give a .{kind} name")
 
 
-def _dry_run(source: Path, options: dict) -> int:
+def _dry_run(arguments, options: dict) -> int:
+    from .calibration import check_model
     from .convert import plan_source
     from .opening import open_source
 
-    with open_source(source) as opened:
+    calibration = _calibration(arguments)
+    with open_source(arguments.source) as opened:
         plan = plan_source(opened, **options)
+        if calibration is not None:
+            check_model(calibration, opened)
     for decision in plan.decisions:
         verdict = "mxfp8" if decision.quantize else "keep "
         shape = "x".join(map(str, decision.shape)) or "scalar"
@@ -361,11 +366,7 @@ def _probe(arguments) -> int:
     outputs = [kind for kind in ("json", "csv") if getattr(arguments, kind)]
     for kind in outputs:
         _check_output(arguments, kind, kind)
-    calibration = None
-    if arguments.calibration:
-        from .calibration import load
-
-        calibration = load(arguments.calibration)
+    calibration = _calibration(arguments)
     with _progress("probe") as progress:
         found = probe_file(arguments.source, calibration=calibration, progress=progress)
     for layer in sorted(found.layers, key=lambda layer: -layer.score):

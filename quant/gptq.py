@@ -120,7 +120,7 @@ def round_weight(
     before, after = (_energy(change, H, tick) for change in changes)
     # Those of the damped H: the ridge adds the change's own square.
     damped_before, damped_after = (
-        energy + ridge * change.double().square().sum(-1)
+        energy + ridge * change.double().square_().sum(-1)
         for energy, change in zip((before, after), changes, strict=True)
     )
     better = ((after < before) & (damped_after < damped_before))[:, None]

@@ -78,18 +78,6 @@ def take(shown, node: int, path: Path) -> None:
         assert len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64)) > 8, path.name
 
 
-def test_every_node_alone(comfy, shown, pictures):
-    names = [
-        name
-        for name, info in comfy.get("/object_info").items()
-        if info["python_module"] == "custom_nodes.ComfyUI-MXFP8"
-    ]
-    assert len(names) >= 15
-    for name in names:
-        shown.clear()
-        take(shown, shown.add(name), pictures / "web" / "docs" / f"{name}.png")
-
-
 @pytest.fixture(scope="module")
 def trained(comfy) -> str:
     """Real weights in a model folder, MiniLM's, and a calibration of them; the file's name."""
@@ -179,6 +167,18 @@ def examples(comfy, browser):
     page.close()
     for file in made:
         file.unlink()
+
+
+def test_every_node_alone(comfy, examples, pictures):
+    names = [
+        name
+        for name, info in comfy.get("/object_info").items()
+        if info["python_module"] == "custom_nodes.ComfyUI-MXFP8"
+    ]
+    assert len(names) >= 15
+    for name in names:
+        examples.clear()
+        take(examples, examples.add(name), pictures / "web" / "docs" / f"{name}.png")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.json")))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mxfp8 import kernels
-from mxfp8.quant import calibration, scan
+from mxfp8.quant import calibration, gptq, scan
 from mxfp8.quant.calibration import Calibration, Moments, calibrate
 from mxfp8.quant.cli import main
 from mxfp8.quant.convert import convert_file
@@ -20,6 +23,10 @@ from mxfp8.quant.gptq import round_weight
 from mxfp8.quant.inspection import inspect_file
 from mxfp8.quant.report import Report
 from mxfp8.quant.verify import verify_file
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import quality
 
 
 def normal(*shape, seed=0):
@@ -105,6 +112,8 @@ def test_columns_that_saw_nothing_and_layers_that_never_fire():
     assert ((value - weight).norm() / weight.norm()) < 0.1
     silent = round_weight(weight, torch.zeros(96, 96))
     assert (silent.error, silent.nearest) == (0, 0)
+    zero = round_weight(torch.zeros(40, 96), second(x))
+    assert (zero.error, zero.nearest) == (0, 0)
     assert same(silent.scale, kernels.quantize(weight)[1])
 
 
@@ -168,8 +177,41 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
     for name, moments in found.layers.items():
         assert same(again.of(name).second, moments.second)
         assert again.of(name).rows == moments.rows
+    assert again.about == {}
     with pytest.raises(FileExistsError):
         found.save(tmp_path / "c.safetensors")
+
+
+def test_how_a_model_was_run_is_kept_in_the_file(tmp_path):
+    found = calibrate(network(), batches(0), run)
+    about = {"first_seed": 2**64 - 1, "cfg": 3.5, "sampler": "euler", "exclude": "\u00e4"}
+    Calibration(found.layers, found.model, about).save(tmp_path / "c.safetensors")
+    again = calibration.load(tmp_path / "c.safetensors")
+    assert again.about == about
+    again.save(tmp_path / "again.safetensors")
+    assert calibration.load(tmp_path / "again.safetensors").about == about
+
+
+def test_saving_and_loading_tell_each_layer_and_stop_where_that_raises(tmp_path):
+    found, path = calibrate(network(), batches(0), run), tmp_path / "c.safetensors"
+    total = sum(4 * K * (K + 2) for K in (96, 128))
+    done = [4 * 96 * 98, total]
+
+    def stop(at, _total, key):
+        if key == "2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        found.save(path, progress=stop)
+    assert not list(tmp_path.iterdir())
+    saved, loaded = [], []
+    found.save(path, progress=lambda *call: saved.append(call))
+    assert saved[:2] == [(done[0], total, "0"), (total, total, "2")]
+    assert set(saved[2:]) == {(total, total, "verify")}
+    calibration.load(path, lambda *call: loaded.append(call))
+    assert loaded == saved[:2]
+    with pytest.raises(KeyboardInterrupt):
+        calibration.load(path, stop)
 
 
 def test_means_and_largest_magnitudes_are_kept_beside_the_moments(tmp_path):
@@ -196,6 +238,52 @@ def test_inputs_whose_squares_are_infinite_count_as_nothing():
     one = calibration.Sum()
     one.add(torch.full((2, 4), 1e30))
     assert one.take() is None
+    assert (one.rows, one.given) == (2, "values whose squares float32 cannot hold")
+
+
+def test_rows_that_are_not_finite_are_counted():
+    one = calibration.Sum()
+    assert one.given == "nothing"
+    one.add(torch.full((2, 4), torch.nan))
+    assert (one.rows, one.dropped, one.given) == (0, 2, "nothing finite")
+    one.add(torch.tensor([[1.0, torch.inf, 1, 1], [1, 1, 1, 1], [0, 0, 0, torch.nan]]))
+    assert (one.take().rows, one.dropped) == (1, 4)
+
+
+def test_memory_that_was_reserved_is_what_inputs_are_added_to():
+    one = calibration.Sum()
+    one.reserve(4, torch.device("cpu"))
+    place = one._second.data_ptr()
+    one.add(torch.ones(2, 3, 4, dtype=torch.float16))
+    assert one._second.data_ptr() == place
+    assert torch.equal(one.take().second, torch.ones(4, 4))
+
+
+def test_float64_is_not_asked_of_devices_that_lack_it(monkeypatch):
+    assert calibration.has_float64(torch.device("cpu"))
+    assert not calibration.has_float64(torch.device("mps"))
+    for there in (True, False):
+        properties = types.SimpleNamespace(has_fp64=there)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, p=properties: p)
+        assert calibration.has_float64(torch.device("xpu")) == there
+
+
+def test_layers_that_are_called_by_keyword_are_seen():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()[0]
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    found = calibrate(Keyword().eval(), batches(0), run)
+    assert same(found.of("inner").second, calibrate(network(), batches(0), run).of("0").second)
+
+
+def test_a_module_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="this Sequential is in training mode"):
+        calibrate(network().train(), batches(0), run)
 
 
 def test_a_stored_calibration_is_read_when_it_is_asked_for(tmp_path):
@@ -267,6 +355,54 @@ def model(tmp_path):
     return tmp_path
 
 
+def test_a_tick_comes_many_times_within_a_layer_and_changes_nothing():
+    weight, moments = normal(40, 512), second(inputs(900, 512))
+    ticks = []
+    found = round_weight(weight, moments, tick=lambda: ticks.append(0))
+    assert len(ticks) >= 512 // 128 * (1 + gptq.SWEEPS)
+    plain = round_weight(weight, moments)
+    assert same(found.qdata.view(torch.uint8), plain.qdata.view(torch.uint8))
+    assert same(found.scale, plain.scale) and found.error == plain.error
+
+
+def test_progress_names_a_calibrated_layer_before_it_is_done(model):
+    found, calls = calibration.load(model / "calibration.safetensors"), []
+    convert_file(model / "net.safetensors", model / "out", calibration=found,
+                 progress=lambda *call: calls.append(call))  # fmt: skip
+    layers = [call for call in calls if call[2] in ("0.weight", "2.weight")]
+    at, total = layers[0][0], layers[0][1]
+    for key, size in (("0.weight", 128 * 96 * 4), ("2.weight", 64 * 128 * 4)):
+        amounts = [done for done, _, name in layers if name == key]
+        assert len(amounts) > 3 and set(amounts[:-1]) == {at} and amounts[-1] == at + size
+        at += size
+    assert at == total
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_within_a_calibrated_layer_stops_there_and_leaves_no_file(
+    model, monkeypatch, error
+):
+    seen, done = [], []
+
+    def noted(*arguments, **options):
+        found = round_weight(*arguments, **options)
+        done.append(found)
+        return found
+
+    def stop(_done, _total, key):
+        seen.append(key)
+        if seen.count("2.weight") == 3:
+            raise error
+
+    monkeypatch.setattr("mxfp8.quant.gptq.round_weight", noted)
+    before = sorted(model.iterdir())
+    with pytest.raises(error):
+        convert_file(model / "net.safetensors", model / "out", progress=stop,
+                     calibration=calibration.load(model / "calibration.safetensors"))  # fmt: skip
+    assert len(done) == 1 and seen[-3:] == ["2.weight"] * 3
+    assert sorted(model.iterdir()) == before
+
+
 def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(model):
     source, net = model / "net.safetensors", network()
     found = calibration.load(model / "calibration.safetensors")
@@ -297,7 +433,12 @@ def test_a_layer_that_a_calibration_lacks_is_rounded_to_nearest(model):
     report = convert_file(model / "net.safetensors", model / "out", calibration=only)
     by_name = {layer.name: layer for layer in report.layers}
     assert by_name["0"].output_error is None and by_name["2"].output_error is not None
-    assert whole.of("0") is not None
+    convert_file(model / "net.safetensors", model / "whole", calibration=whole)
+    convert_file(model / "net.safetensors", model / "plain")
+    out, all_of_it, plain = (load(model / name)[0] for name in ("out", "whole", "plain"))
+    assert same(out["0.weight"].view(torch.uint8), plain["0.weight"].view(torch.uint8))
+    assert same(out["2.weight"].view(torch.uint8), all_of_it["2.weight"].view(torch.uint8))
+    assert not same(out["2.weight"].view(torch.uint8), plain["2.weight"].view(torch.uint8))
 
 
 def test_a_layer_that_would_be_far_from_its_weight_is_rounded_to_nearest(model, monkeypatch):
@@ -345,6 +486,32 @@ def test_a_value_that_reads_back_as_infinity_is_refused_by_row(model):
     assert not (model / "out").exists()
 
 
+def test_moments_that_no_inputs_have_are_refused_by_layer(model):
+    """Finite, but no X.T X: a square below zero, or a factorisation that fails half-way."""
+    found = calibration.load(model / "calibration.safetensors")
+    second, rows = found.of("2").second, found.of("2").rows
+    negative, indefinite = second.clone(), second.clone()
+    negative[3, 3] = -1
+    indefinite[3, 4] = indefinite[4, 3] = 100 * second.diagonal().max()
+    for name, wrong in (("negative", negative), ("indefinite", indefinite)):
+        Calibration({**found.layers, "2": Moments(wrong, rows)}, found.model).save(model / name)
+    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] have negative values on their"):
+        calibration.load(model / "negative")
+    found = calibration.load(model / "indefinite")
+    with pytest.raises(ValueError, match=r"'2\.weight' are not positive definite; calibrate again"):
+        convert_file(model / "net.safetensors", model / "out", calibration=found)
+    assert not (model / "out").exists()
+
+
+def test_devices_without_float64_leave_calibrated_layers_to_the_cpu(model, monkeypatch):
+    """Another device's weights would fail in the writer: the meta device stands for it."""
+    found = calibration.load(model / "calibration.safetensors")
+    convert_file(model / "net.safetensors", model / "cpu", device="cpu", calibration=found)
+    monkeypatch.setattr("mxfp8.quant.convert.has_float64", lambda device: device.type != "meta")
+    convert_file(model / "net.safetensors", model / "meta", device="meta", calibration=found)
+    assert (model / "cpu").read_bytes() == (model / "meta").read_bytes()
+
+
 @pytest.mark.parametrize("wrong", ["NaN", "no rows"])
 def test_a_damaged_calibration_is_refused_by_layer(model, wrong):
     found = calibration.load(model / "calibration.safetensors")
@@ -371,8 +538,32 @@ def test_what_is_no_calibration_is_refused(model):
         calibration.load(model / "net.safetensors")
 
 
+def test_a_dry_run_checks_the_calibration(model, capsys):
+    words = ["convert", model / "net.safetensors", model / "out.safetensors", "--dry-run"]
+    words += ["--calibration", model / "calibration.safetensors"]
+    assert main(list(map(str, words))) == 0
+    save_file({k: v + 1 for k, v in network().state_dict().items()}, model / "net.safetensors")
+    assert main(list(map(str, words))) == 1
+    assert "made with other weights; calibrate this model" in capsys.readouterr().err
+    assert not (model / "out.safetensors").exists()
+
+
 def test_the_command_takes_a_calibration(model, capsys):
     words = ["convert", model / "net.safetensors", model / "out.safetensors"]
     words += ["--calibration", model / "calibration.safetensors"]
     assert main(list(map(str, words))) == 0
     assert "2 layers calibrated" in capsys.readouterr().out
+
+
+# ---- bench/quality.py ------------------------------------------------------------------------
+
+
+def test_rounding_to_nearest_is_measured_where_ratios_to_it_would_be_missing():
+    row = {"layer_output_error": 0.02, "end_to_end": 1e-4, "seconds": 1.0}
+    assert quality.needed(["gptq"], {}) == ["nearest", "gptq"]
+    assert quality.needed(["gptq", "nearest"], {}) == ["nearest", "gptq"]
+    assert quality.needed(["gptq"], {"nearest": row}) == ["gptq"]
+    assert quality.needed([], {}) == []
+    assert "| gptq | 2.00e-02 (1.00)" in quality.table(
+        dict.fromkeys(quality.needed(["gptq"], {}), row)
+    )

@@ -270,7 +270,7 @@ export class ReportView {
     // `clipboard` is missing on pages that come neither from localhost nor over https.
     const copied = navigator.clipboard
       ? await navigator.clipboard.writeText(this.json).then(() => true, () => false)
-      : copySelected(this.json);
+      : copySelected(this.json, this.root);
     button.textContent = copied ? "copied" : "not allowed by the browser";
     this._say(button.textContent);
     setTimeout(() => { button.textContent = "copy JSON"; }, 2000);
@@ -321,10 +321,10 @@ function choices(select, labels) {
 }
 
 /** Copy by way of a selection: the old way, which needs no permission. */
-function copySelected(text) {
+function copySelected(text, root) {
   const area = document.createElement("textarea");
   area.value = text;
-  document.body.append(area);
+  root.append(area);
   area.select();
   const copied = document.execCommand("copy");
   area.remove();

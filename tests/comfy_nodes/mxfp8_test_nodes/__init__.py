@@ -267,10 +267,11 @@ class TestFail(_Node):
 
 class TestForward(_Node):
     """A clone whose linears misbehave: run out of memory on a call, take their time, give NaN from
-    the first block on; or whose single blocks are skipped."""
+    the first block on or from a call on, or huge values inside an MLP; say how many layers' moments
+    have memory on a call; or whose single blocks are skipped."""
 
     INPUTS = {
-        "model": "MODEL", "how": (["memory", "slow", "nan", "skip"],),
+        "model": "MODEL", "how": (["memory", "slow", "nan", "late", "huge", "sums", "skip"],),
         "call": ("INT", {"default": 0}),  # the one that fails, over all layers
     }  # fmt: skip
     RETURN_TYPES = ("MODEL",)
@@ -287,22 +288,26 @@ class TestForward(_Node):
                 clone.add_object_patch(key, lambda x, *_, **__: x)
             return (clone,)
 
-        def patched(forward):
+        def patched(name, forward):
             def run(x, *args, **options):
                 calls.append(x.shape)
                 if how == "memory" and len(calls) == call:
                     torch.empty(1 << 60, dtype=torch.uint8)
+                if how == "sums" and len(calls) == call:
+                    raise RuntimeError(f"{_held_sums()} layers have memory")
                 if how == "slow":
                     time.sleep(0.3)
                 out = forward(x, *args, **options)
-                return out * float("nan") if how == "nan" else out
+                if how == "nan" or (how == "late" and len(calls) >= call):
+                    return out * float("nan")
+                return out * 1e30 if how == "huge" and name.endswith("_mlp.0") else out
 
             return run
 
         for name, module in clone.model.named_modules():
             if isinstance(module, torch.nn.Linear) and "blocks" in name:
                 method = types.MethodType(type(module).forward, module)
-                clone.add_object_patch(f"{name}.forward", patched(method))
+                clone.add_object_patch(f"{name}.forward", patched(name, method))
         return (clone,)
 
 
@@ -317,10 +322,13 @@ class TestSums(_Node):
         return float("nan")
 
     def run(self, samples):
-        gc.collect()
-        kind = _pack("quant.calibration").Sum
-        held = [o for o in gc.get_objects() if isinstance(o, kind) and o._second is not None]
-        return {"ui": {"result": [len(held)]}}
+        return {"ui": {"result": [_held_sums()]}}
+
+
+def _held_sums() -> int:
+    gc.collect()
+    kind = _pack("quant.calibration").Sum
+    return sum(isinstance(o, kind) and o._second is not None for o in gc.get_objects())
 
 
 class TestRights(_Node):
