@@ -369,11 +369,15 @@ def _probe(arguments) -> int:
     calibration = _calibration(arguments)
     with _progress("probe") as progress:
         found = probe_file(arguments.source, calibration=calibration, progress=progress)
+    print("score   advice  SQNR      " + "error     " * (calibration is not None) + "layer")
     for layer in sorted(found.layers, key=lambda layer: -layer.score):
         sqnr = "exact   " if layer.sqnr_db is None else f"{layer.sqnr_db:5.2f} dB"
         error = "" if layer.output_error is None else f"  {layer.output_error:.2e}"
         print(f"{layer.score:.4f}  {layer.recommendation:6}  {sqnr}{error}  {layer.key}")
-    print(f"\n{found.summary()}")
+    print(
+        "\nscore and advice: quant_probe's, by statistics of the weights; SQNR: measured. "
+        f"`convert` does not follow the advice.\n{found.summary()}"
+    )
     for kind in outputs:
         path, text = getattr(arguments, kind), getattr(found, f"to_{kind}")()
         path.write_bytes(text.encode())  # as it is: a table's lines end as its format has them

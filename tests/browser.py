@@ -80,7 +80,7 @@ class ComfyPage:
             self.complaints.append(f"{message.type}: {message.text} ({where})")
 
     def clear(self) -> None:
-        """An empty canvas. Ids go on: the page remembers values by a node's id and widget's name."""
+        """An empty canvas. Ids go on: the page remembers values by node id and widget name."""
         self.page.evaluate("() => [...app.graph._nodes].forEach((n) => app.graph.remove(n))")
 
     def add(self, node: str, position=(100, 100), **widgets) -> int:
