@@ -59,19 +59,10 @@ class Compiled:
 @cache
 def refusal() -> str | None:
     """Why there is no CuTe DSL here, or None."""
-    try:
-        import cutlass
-        import cutlass.cute  # another package is called cutlass too
-
-        version = tuple(int(part) for part in cutlass.__version__.split(".")[:2])
-    except ModuleNotFoundError:
-        return "needs CuTe DSL: pip install nvidia-cutlass-dsl"
-    except Exception as error:  # a broken installation raises whatever it likes
-        return f"CuTe DSL does not import here ({type(error).__name__}: {error})"
-    if version < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        return f"CuTe DSL {cutlass.__version__} is too old; {wanted} or later works"
-    return None
+    # Another package is called cutlass too; it has no cute.
+    return launch.import_refusal(
+        "CuTe DSL", "nvidia-cutlass-dsl", OLDEST, "cutlass", "cutlass.cute"
+    )
 
 
 def refuse(problem) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -21,18 +22,26 @@ BLOCK_SCALED = {(10, 0): (3, 6), (10, 3): (3, 6), (11, 0): (3, 9), (12, 0): (3, 
 @cache
 def refusal() -> str | None:
     """Why there is no Triton here, or None."""
-    try:
-        import triton
+    package = "triton-windows" if os.name == "nt" else "triton"
+    return import_refusal("Triton", package, OLDEST, "triton")
 
-        version = _version(triton)
+
+def import_refusal(label: str, package: str, oldest: tuple[int, int], *modules: str) -> str | None:
+    """Why an optional package cannot be used here, or None.
+
+    Args:
+        modules: what is imported of it; the first has the version.
+    """
+    try:
+        first, *_ = [import_module(name) for name in modules]
+        version = _version(first)
     except ModuleNotFoundError:
-        package = "triton-windows" if os.name == "nt" else "triton"
-        return f"needs Triton: pip install {package}"
+        return f"needs {label}: pip install {package}"
     except Exception as error:  # a broken installation raises whatever it likes
-        return f"Triton does not import here ({type(error).__name__}: {error})"
-    if version < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        return f"Triton {triton.__version__} is too old; {wanted} or later works"
+        return f"{label} does not import here ({type(error).__name__}: {error})"
+    if version < oldest:
+        wanted = ".".join(map(str, oldest))
+        return f"{label} {first.__version__} is too old; {wanted} or later works"
     return None
 
 
@@ -56,8 +65,8 @@ def block_scaled_refusal(device: torch.device) -> str | None:
     return None
 
 
-def _version(triton) -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+def _version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
 def machine() -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from comfy_api.latest import io
 
 from ..quant.inspection import Inspection, LayerInspection, inspect_file
-from ..quant.report import KEPT, gigabytes
+from ..quant.report import KEPT, gigabytes, listed
 from . import files
 from .describing import describe
 from .loading import CATEGORY, NO_FILE, ROWS
@@ -119,17 +119,14 @@ def inspect_model(patcher) -> Inspection:
 def _summary_of_file(found: Inspection) -> str:
     lines = [found.summary()]
     for label, sentences in (("WARNING", found.warnings), ("PROBLEM", found.problems)):
-        lines += [f"{label}: {sentence}" for sentence in sentences[:_MOST_SENTENCES]]
-        if len(sentences) > _MOST_SENTENCES:
-            lines.append(f"and {len(sentences) - _MOST_SENTENCES} more of these")
+        lines += listed(label, sentences, _MOST_SENTENCES)
     return "\n".join([*lines, *_kept(found)])
 
 
 def _summary_of_model(found: Inspection) -> str:
-    formats = [f"{name}: {count} layers" for name, count in sorted(found.formats.items())]
     return "\n".join([
         f"{found.file}: {gigabytes(found.bytes)} in memory",
-        *(formats or ["no layer is quantised"]),
+        *(found.counted() or ["no layer is quantised"]),
         f"MXFP8 {gigabytes(found.mxfp8_bytes)}, everything else {gigabytes(found.other_bytes)}",
         *_kept(found),
     ])  # fmt: skip

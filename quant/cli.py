@@ -319,10 +319,10 @@ def _inspect(arguments) -> int:
 
 
 def _print_all(label: str, sentences: list[str]) -> None:
-    for sentence in sentences[:_MOST_PROBLEMS]:
-        print(f"{label}: {sentence}")
-    if len(sentences) > _MOST_PROBLEMS:
-        print(f"and {len(sentences) - _MOST_PROBLEMS} more of these")
+    from .report import listed
+
+    for line in listed(label, sentences, _MOST_PROBLEMS):
+        print(line)
 
 
 def _repair(arguments) -> int:

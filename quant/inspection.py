@@ -85,16 +85,19 @@ class Inspection:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
-        formats = [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
         return "\n".join([
             f"{self.file}: {gigabytes(self.bytes)}, {self.tensors} tensors",
             f"architecture: {self.architecture or 'not recognised'}",
-            *(formats or ["no layer is quantised, as far as its markers say"]),
+            *(self.counted() or ["no layer is quantised, as far as its markers say"]),
             f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
             f"metadata: {', '.join(self.metadata) or 'none'}",
             self._verdict(),
             *provenance.lines(self.report, self.certificate),
         ])  # fmt: skip
+
+    def counted(self) -> list[str]:
+        """How many layers are in which format."""
+        return [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
 
     def _verdict(self) -> str:
         """What was read, and whether that is sound."""

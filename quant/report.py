@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 VERSION = 1
@@ -159,6 +159,13 @@ def _layer_from(entry: dict) -> LayerReport:
     block = entry.pop("worst_block")
     shape = tuple(entry.pop("shape"))
     return LayerReport(**entry, shape=shape, worst_block=None if block is None else Block(**block))
+
+
+def listed(label: str, sentences: Sequence[str], most: int) -> list[str]:
+    """Lines with the first of some sentences, and how many there are more."""
+    lines = [f"{label}: {sentence}" for sentence in sentences[:most]]
+    more = len(sentences) - most
+    return [*lines, f"and {more} more of these"] if more > 0 else lines
 
 
 def gigabytes(count: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from comfyui import Server, comfyui_path
 
-from mxfp8.kernels import launch
+from mxfp8.kernels import dispatch, launch
 from mxfp8.quant.convert import convert_file
 
 TESTS = Path(__file__).parent
@@ -35,6 +35,39 @@ def comfy(tmp_path_factory):
     convert_file(checkpoint, checkpoint.with_name("checkpoint-mxfp8.safetensors"))
     with Server(base, (TESTS / "comfy_nodes" / "mxfp8_test_nodes",)) as server:
         yield server
+
+
+@pytest.fixture
+def forget():
+    """Forgets which backends were chosen, before a test that changes what there is to choose and
+    after it; can be called in between."""
+
+    def clear() -> None:
+        for cache in (
+            dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._say_exact,
+        ):  # fmt: skip
+            getattr(cache, "cache_clear", lambda: None)()  # a test may have put another there
+
+    clear()
+    yield clear
+    clear()
+
+
+@pytest.fixture
+def prefer(monkeypatch, forget):
+    """prefer(name, **changes): the backend that takes fast linears of many rows on the CPU."""
+
+    def insert(name: str, **changes) -> None:
+        def refuse(problem):
+            fits = problem.op == "linear" and problem.precision == "fast" and not problem.few
+            return None if fits else "no"
+
+        record = dispatch.replace(dispatch.named(name), refuse=refuse, test=None, **changes)
+        others = tuple(b for b in dispatch.BACKENDS if b.name != name)
+        monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
+        forget()
+
+    return insert
 
 
 def pytest_ignore_collect(collection_path) -> bool | None:

@@ -13,7 +13,7 @@ import torch
 from arithmetic import all_magnitudes, magnitude
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch, layout, reference, torch_mx
+from mxfp8.kernels import layout, reference, torch_mx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -227,22 +227,9 @@ def test_torch_is_given_no_empty_matrix(M, N, torch_here):
 
 
 @pytest.fixture
-def blackwell(monkeypatch):
+def blackwell(prefer):
     """`torch_mx` chosen for the CPU, with nothing else changed about it."""
-    caches = (dispatch._choose, dispatch._test, dispatch._notice_exact)
-
-    def refuse(problem):
-        fits = problem.op == "linear" and problem.precision == "fast" and not problem.few
-        return None if fits else "no"
-
-    record = dispatch.replace(dispatch.named("torch_mx"), refuse=refuse, test=None)
-    others = tuple(b for b in dispatch.BACKENDS if b.name != "torch_mx")
-    monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    prefer("torch_mx")
 
 
 @pytest.mark.parametrize("shape", [(70, 100), (5, 13, 100), (2, 3, 12, 100)], ids=str)

@@ -33,7 +33,7 @@ NO_TRITON = "needs Triton: pip install triton"
 
 
 @pytest.fixture
-def standing_on(monkeypatch):
+def standing_on(monkeypatch, forget):
     """standing_on(name, triton=reason or version): a device of `DEVICES`; returns it."""
 
     def stand(name, triton="3.9.0"):
@@ -45,11 +45,10 @@ def standing_on(monkeypatch):
         monkeypatch.setattr("triton.__version__", triton)
         monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
         monkeypatch.setattr(fast_linear, "_torch_runs", lambda device: True)
-        dispatch._choose.cache_clear()
+        forget()
         return torch.device(kind, 0) if kind != "cpu" else torch.device(kind)
 
-    yield stand
-    dispatch._choose.cache_clear()
+    return stand
 
 
 @pytest.mark.parametrize("has_triton", [True, False])

@@ -14,13 +14,8 @@ from mxfp8.kernels.dispatch import Backend, BackendStatus, Problem
 
 
 @pytest.fixture(autouse=True)
-def no_earlier_choice():
-    caches = (dispatch._choose, dispatch._notice_exact, dispatch._say_exact)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+def no_earlier_choice(forget):
+    """Each test chooses anew."""
 
 
 def numbers(*shape):

@@ -146,11 +146,8 @@ def test_the_matmul_is_that_of_torch():
 
 
 @pytest.fixture
-def here(monkeypatch):
+def here(monkeypatch, forget):
     """Fast on the CPU, by plain torch."""
-    caches = (
-        dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._say_exact,
-    )  # fmt: skip
     record = next(b for b in dispatch.BACKENDS if b.steps == "rows")
     others = tuple(b for b in dispatch.BACKENDS if b.steps != "rows")
 
@@ -161,11 +158,7 @@ def here(monkeypatch):
         return "few" if problem.few else None
 
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.replace(record, refuse=refuse), *others))
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 X = normal(2, 50, 96, seed=3)
@@ -264,9 +257,8 @@ CHOSEN = {
 
 
 @pytest.fixture
-def card(monkeypatch):
+def card(monkeypatch, forget):
     """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
-    caches = (dispatch._choose, dispatch._notice_exact, dispatch._say_exact)
 
     def insert(capability, triton=None, platform="linux", torch_runs=True):
         monkeypatch.setattr(launch, "capability", lambda device: capability)
@@ -274,12 +266,9 @@ def card(monkeypatch):
         monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
         monkeypatch.setattr("sys.platform", platform)
         monkeypatch.setattr(fast_linear, "_torch_runs", lambda device: torch_runs)
-        for cache in caches:
-            cache.cache_clear()
+        forget()
 
-    yield insert
-    for cache in caches:
-        cache.cache_clear()
+    return insert
 
 
 def chosen(op="linear", precision="exact", few=False, dtype=torch.bfloat16) -> str:
@@ -372,9 +361,8 @@ def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypat
 
 
 @pytest.fixture
-def blocks_here(monkeypatch):
+def blocks_here(prefer):
     """A block-scaled matmul on the CPU, in float64."""
-    caches = (dispatch._choose, dispatch._test, dispatch._notice_exact)
 
     def matmul(tokens, weight, bias, dtype, M, N):
         assert tokens[0].dtype == torch.float8_e4m3fn
@@ -383,18 +371,7 @@ def blocks_here(monkeypatch):
         out = (x @ w.t())[:M, :N]
         return (out if bias is None else out + bias.double()).to(dtype)
 
-    def refuse(problem):
-        fits = problem.op == "linear" and problem.precision == "fast" and not problem.few
-        return None if fits else "no"
-
-    record = dispatch.replace(dispatch.named(BLOCKS), refuse=refuse, matmul=matmul, test=None)
-    others = tuple(b for b in dispatch.BACKENDS if b.name != BLOCKS)
-    monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    prefer(BLOCKS, matmul=matmul)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
