@@ -14,12 +14,12 @@ setup: $(STAMP)
 
 $(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python tests/comfyui.py setup
-	$(BIN)/python tests/versions.py fetch
+	$(BIN)/python tests/support/comfyui.py setup
+	$(BIN)/python tests/support/versions.py fetch
 	@touch $@
 
 demo: setup
-	$(BIN)/python tests/demo.py
+	$(BIN)/python tests/support/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -m "not long" --durations=15
@@ -41,7 +41,7 @@ bench: setup
 	$(BIN)/python bench/quality.py --layer
 
 gallery: setup
-	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/test_gallery.py
+	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -27,7 +27,7 @@ from cpu import machine, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "convert.json"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from comfyui import cache, comfyui_path  # noqa: E402
 
@@ -77,7 +77,7 @@ def make_sources(folder: Path) -> list[Path]:
     Made by processes of their own: a process that is started counts its parent's memory as its
     own peak.
     """
-    script = ROOT / "tests" / "tiny_models.py"
+    script = ROOT / "tests" / "support" / "tiny_models.py"
     subprocess.run([sys.executable, script, comfyui_path(), folder, "zimage"], check=True)
     model = folder / "models" / "diffusion_models" / "zimage.safetensors"
     sources = [model.with_name(f"zimage-{blocks}.safetensors") for blocks in BLOCKS]

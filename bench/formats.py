@@ -29,13 +29,13 @@ from cpu import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "formats.json"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import minilm  # noqa: E402
 
 from mxfp8 import kernels  # noqa: E402
-from mxfp8.quant.calibration import calibrate  # noqa: E402
-from mxfp8.quant.gptq import round_weight  # noqa: E402
+from mxfp8.quant.conversion.calibration import calibrate  # noqa: E402
+from mxfp8.quant.conversion.gptq import round_weight  # noqa: E402
 
 TEXTS = 160  # paragraphs to calibrate on, and as many others to test on
 

@@ -11,7 +11,7 @@
 (`kernels/aot.py`), each in a process of its own, because a compiler that does not know an
 architecture may end it, and runs the kernels' tests in Triton's interpreter: a quarter of an hour
 or more on two cores. compiled.json also has a hash of the kernels' code, so that no test has to
-compile all of it. The page also has what `bench/gpu.py` and `bench/cpu.py` left in bench/results,
+compile all of it. The page also has what `bench/gpu` and `bench/cpu.py` left in bench/results,
 and the reasons of `kernels/dispatch.py`, asked of devices that are not there.
 """
 
@@ -39,12 +39,12 @@ TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, whose 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx950")
 # What compiles -> the modules of `kernels` that it compiles, which share code.
 SOURCES = {
-    "triton": ("triton_cast", "triton_w8a16", "triton_fold", "fp8_gemm", "triton_mx"),
-    "cute": ("cute_mx", "cute_mx_sm100", "cute_mx_sm120", "cute_mx_store"),
+    "triton": ("cast", "w8a16", "rowwise", "fp8_gemm", "mx"),
+    "cute": ("mx", "sm100", "sm120", "store"),
 }
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
 PARTS = (*SOURCES, "interpreter")
-sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]  # which have a versions.py each
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "bench")]  # which have a versions.py each
 
 
 def label(arch: str) -> str:
@@ -94,7 +94,7 @@ def interpreted() -> dict[str, dict[str, int]]:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         subprocess.run(
-            [*command, f"--junitxml={report}", "tests/triton_kernels"],
+            [*command, f"--junitxml={report}", "tests/kernels/triton"],
             env=environment(TRITONS[-1]) | {"TRITON_INTERPRET": "1"},
             cwd=ROOT, capture_output=True,
         )  # fmt: skip
@@ -109,11 +109,12 @@ def interpreted() -> dict[str, dict[str, int]]:
 
 def by_cute() -> list[dict]:
     """What CuTe DSL makes of its kernels (`kernels/cute_mx.py`), for every card it has one for."""
-    from mxfp8.kernels import aot, cute_mx
+    from mxfp8.kernels import aot
+    from mxfp8.kernels.backends.cute import mx
 
     found = []
-    for name in dict(cute_mx.ARCHITECTURES.values()):
-        made = cute_mx.compile_for(name)
+    for name in dict(mx.ARCHITECTURES.values()):
+        made = mx.compile_for(name)
         binary = aot.disassemble(made.cubin, made.ptx, made.kernel, made.config, made.shared)
         kept = {"version": version("nvidia-cutlass-dsl"), "arch": name.rstrip("a")}
         found.append(kept | summary(vars(binary)))
@@ -158,7 +159,8 @@ def sources(folder: Path = ROOT / "kernels") -> dict[str, str]:
     """What compiles -> a hash of its kernels' code, which words do not change."""
     found = {}
     for name, modules in SOURCES.items():
-        texts = [(folder / f"{m}.py").read_text(encoding="utf-8") for m in modules]
+        room = folder / "backends" / name
+        texts = [(room / f"{m}.py").read_text(encoding="utf-8") for m in modules]
         code = repr([code_of(ast.parse(text)) for text in texts])
         found[name] = hashlib.sha256(code.encode()).hexdigest()[:16]
     return found

@@ -1,6 +1,6 @@
 """The page of `proved.py` and its table for the README, made of results files and refusals alone.
 
-A cell is the strongest of what there is: *run* (a results file of `bench/gpu.py` from such a card,
+A cell is the strongest of what there is: *run* (a results file of `bench/gpu` from such a card,
 or of `bench/cpu.py`), *compiled* (the backend's kernels in every configuration of `kernels/aot.py`,
 by one version of a compiler), *one configuration of each kernel compiled*, or *refused*, with the
 reason that users get. *library* means that torch's or a vendor's code does it, and that it was not
@@ -14,15 +14,17 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import gpu_package
+import working_copy
 
 if "mxfp8" not in sys.modules:
-    gpu_package.load()
+    working_copy.load()
 
 import torch
-from gpu_report import impersonal
+from gpu.report import impersonal
 
-from mxfp8.kernels import aot, cute_mx, dispatch, fast_linear, launch
+from mxfp8.kernels import aot, device_facts, dispatch
+from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.kernels.backends.cute import mx
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -81,10 +83,10 @@ def refusals(arch: str) -> dict[str, str | None]:
     }  # fmt: skip
     found = {}
     with (
-        mock.patch.multiple(launch, **facts),
+        mock.patch.multiple(device_facts, **facts),
         mock.patch("triton.__version__", TRITON),
-        mock.patch.object(fast_linear, "_torch_runs", lambda device: True),
-        mock.patch.object(cute_mx, "refusal", lambda: None),
+        mock.patch.object(fp8_rowwise, "_torch_runs", lambda device: True),
+        mock.patch.object(mx, "refusal", lambda: None),
     ):
         for backend in dispatch.BACKENDS:
             if backend.name != "reference":
@@ -231,7 +233,7 @@ def _interpreted(found: dict[str, dict]) -> list[str]:
     ]
     lines += ["against the oracle:", "", "| file | tests | passed |", "|---|---|---|"]
     for name, count in had["files"].items():
-        path = f"tests/triton_kernels/{name}.py"
+        path = f"tests/kernels/triton/{name}.py"
         lines.append(f"| [{name}.py](../{path}) | {count['tests']} | {count['passed']} |")
     return [*lines, ""]
 

@@ -35,14 +35,14 @@ from cpu import WEIGHT, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import minilm  # noqa: E402
 from torch import nn  # noqa: E402
 
-from mxfp8.quant.calibration import calibrate  # noqa: E402
-from mxfp8.quant.convert import convert_file  # noqa: E402
-from mxfp8.quant.gptq import round_weight  # noqa: E402
+from mxfp8.quant.conversion.calibration import calibrate  # noqa: E402
+from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
+from mxfp8.quant.conversion.gptq import round_weight  # noqa: E402
 from mxfp8.quant.linear import MXFP8Linear, load_quantized  # noqa: E402
 
 TEXTS = 160  # paragraphs in either half

@@ -2,7 +2,7 @@
 
     qdata, scale = kernels.quantize(weight)            # E4M3 codes, E8M0 scales in tiled order
     y = kernels.linear(x, qdata, scale, bias)          # any rank of x, any device
-    for status in kernels.backends(): print(status)    # what would run here, and why not the rest
+    for status in kernels.list_backends(): print(status)    # what would run here, and why not the rest
 
 This room stands alone: it imports torch and nothing else of this package. Names resolve on first
 use, so that reading a file's header costs no torch import.
@@ -18,19 +18,18 @@ _HOME = {
     "fold_rows": "ops",
     "steps_here": "ops",
     "quantize_activations": "ops",
-    "block_energy": "measure",
-    "fold_bound": "measure",
-    "quantize_measured": "measure",
-    "backends": "dispatch",
+    "block_energy": "sqnr",
+    "fold_bound": "sqnr",
+    "quantize_measured": "sqnr",
+    "list_backends": "dispatch",
     "choices": "dispatch",
     "explain": "dispatch",
-    "machine": "launch",
+    "machine": "device_facts",
     "use_backend": "dispatch",
 }
 
 __all__ = [
     "Choice",
-    "backends",
     "block_energy",
     "choices",
     "dequantize",
@@ -38,6 +37,7 @@ __all__ = [
     "fold_bound",
     "fold_rows",
     "linear",
+    "list_backends",
     "machine",
     "quantize",
     "quantize_activations",

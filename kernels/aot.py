@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import fp8_gemm, triton_cast, triton_fold, triton_mx, triton_w8a16
+from .backends.triton import cast, fp8_gemm, mx, rowwise, w8a16
 
 # Shared memory that a program can have, in bytes, per architecture.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
@@ -95,29 +95,29 @@ def builds(arch: Arch) -> Iterator[Build]:
     amd = isinstance(arch, str)
     hardware = {"HARDWARE": not amd and arch >= 89}
     floats = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-    tile = {"R": triton_cast.ROWS, "C": triton_cast.COLUMNS, "num_warps": triton_cast.WARPS}
+    tile = {"R": cast.ROWS, "C": cast.COLUMNS, "num_warps": cast.WARPS}
     sizes = dict.fromkeys(("rows", "cols", "stored", "tiles"), "i32")
     matrix = {"code_ptr": _CODE, "scale_ptr": _SCALE}
     for name, pointer in floats.items():
         yield Build(
-            triton_cast.dequantize_kernel, name,
+            cast.dequantize_kernel, name,
             matrix | {"out_ptr": pointer} | sizes, tile | hardware,
         )  # fmt: skip
         strides = {"row_stride": "i32", "padded_rows": "i32"}
         yield Build(
-            triton_cast.quantize_kernel, name,
+            cast.quantize_kernel, name,
             {"x_ptr": pointer} | matrix | sizes | strides, tile | hardware | {"column_stride": 1},
         )  # fmt: skip
         if name == "fp32":
             continue
         linear = {"x_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer} | matrix | sizes
-        one_row = triton_w8a16.ONE_ROW | hardware | {"HAS_BIAS": True}
-        yield Build(triton_w8a16.one_row_kernel, name, linear, one_row)
+        one_row = w8a16.ONE_ROW | hardware | {"HAS_BIAS": True}
+        yield Build(w8a16.one_row_kernel, name, linear, one_row)
         if not amd and arch < 80:  # Triton has no matrix instructions of Turing's
             continue
-        for most, config in triton_w8a16.FEW_ROWS:
+        for most, config in w8a16.FEW_ROWS:
             yield Build(
-                triton_w8a16.few_rows_kernel, f"{name}, M <= {most}",
+                w8a16.few_rows_kernel, f"{name}, M <= {most}",
                 linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
             )  # fmt: skip
     if not amd:
@@ -130,14 +130,14 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
     """What activations in FP8 need."""
     sizes = {"rows": "i32", "stored": "i32", "tiles": "i32"}
     fold = {"code_ptr": "*u8", "scale_ptr": "*u8", "folded_ptr": "*u8", "row_scale_ptr": "*fp32"}
-    yield Build(triton_fold.fold_kernel, "", fold | sizes, triton_fold.FOLD | hardware)
+    yield Build(rowwise.fold_kernel, "", fold | sizes, rowwise.FOLD | hardware)
     row = {"code_ptr": "*u8", "scale_ptr": "*fp32"}
     sizes = {"cols": "i32", "row_stride": "i32", "stored": "i32"}
     for name in ("bf16", "fp16"):
         for stored in (3840, 15360):
             yield Build(
-                triton_fold.token_kernel, f"{name}, K = {stored}",
-                {"x_ptr": floats[name]} | row | sizes, triton_fold.token_config(stored) | hardware,
+                rowwise.token_kernel, f"{name}, K = {stored}",
+                {"x_ptr": floats[name]} | row | sizes, rowwise.token_config(stored) | hardware,
             )  # fmt: skip
     if arch < 89:
         return
@@ -163,8 +163,8 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
 def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
     """What Blackwell and gfx950 multiply: activations and weights in MXFP8."""
     names = "rows columns K tiles row_stride column_stride out_rows out_columns"
-    tma = isinstance(arch, int) and triton_mx.uses_tma(arch)
-    for few, config in zip((True, False), triton_mx.CONFIGS[100 if tma else 120], strict=True):
+    tma = isinstance(arch, int) and mx.uses_tma(arch)
+    for few, config in zip((True, False), mx.CONFIGS[100 if tma else 120], strict=True):
         tiles = {"a": (config["BA"], config["BK"]), "b": (config["BB"], config["BK"])}
         for name, pointer in (("bf16", "*bf16"), ("fp16", "*fp16")):
             operands = {
@@ -182,8 +182,8 @@ def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
             constants = config | {"HAS_BIAS": True, "TRANSPOSED": few, "TMA": tma}
             unit = "row_stride" if few else "column_stride"
             del types[unit]
-            rows = f"M <= {triton_mx.FEW_ROWS}" if few else "any M"
-            yield Build(triton_mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
+            rows = f"M <= {mx.FEW_ROWS}" if few else "any M"
+            yield Build(mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
 
 
 def last_of_each(found: Iterable[Build]) -> list[Build]:

@@ -21,7 +21,9 @@ from importlib import import_module
 
 import torch
 
-from . import cute_mx, eager, fast_linear, launch, reference, self_test, torch_mx
+from . import device_facts, self_test
+from .backends import eager, fp8_rowwise, reference, torch_mx
+from .backends.cute import mx
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of `backends()`: `reason` says why not, or is empty."""
+    """One line of `list_backends()`: `reason` says why not, or is empty."""
 
     name: str
     summary: str
@@ -98,9 +100,9 @@ def _eager_refuses(problem: Problem) -> str | None:
 def _triton_refuses(problem: Problem) -> str | None:
     if problem.precision == "fast":
         return "unpacks weights and multiplies in 16 bits"
-    if problem.device.type != "cuda" and not launch.interpreted():
+    if problem.device.type != "cuda" and not device_facts.interpreted():
         return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
-    return launch.refusal()
+    return device_facts.refusal()
 
 
 def _from(module: str, name: str) -> Callable:
@@ -113,8 +115,8 @@ def _from(module: str, name: str) -> Callable:
 
 
 def _triton_mx_refuses(problem: Problem) -> str | None:
-    reason = fast_linear.refuse_activations(replace(problem, few=False))
-    return reason or launch.block_scaled_refusal(problem.device)
+    reason = fp8_rowwise.refuse_activations(replace(problem, few=False))
+    return reason or device_facts.block_scaled_refusal(problem.device)
 
 
 def _blocks(matmul: Callable) -> Callable:
@@ -144,17 +146,17 @@ BACKENDS: tuple[Backend, ...] = (
         summary="FP8 tensor cores (Hopper, Ada), activations quantised row by row",
         quantize=None,
         dequantize=None,
-        linear=fast_linear.linear,
-        refuse=fast_linear.refuse,
+        linear=fp8_rowwise.linear,
+        refuse=fp8_rowwise.refuse,
         steps="rows",
         test=self_test.fast,
     ),
     Backend(
         name="triton",
         summary="Triton kernels and cuBLAS, exact weights",
-        quantize=_from("triton_cast", "quantize"),
-        dequantize=_from("triton_cast", "dequantize"),
-        linear=_from("exact_linear", "linear"),
+        quantize=_from("backends.triton.cast", "quantize"),
+        dequantize=_from("backends.triton.cast", "dequantize"),
+        linear=_from("backends.triton.exact", "linear"),
         refuse=_triton_refuses,
         test=self_test.exact,
     ),
@@ -163,24 +165,24 @@ BACKENDS: tuple[Backend, ...] = (
         summary="block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
         quantize=None,
         dequantize=None,
-        linear=_blocks(_from("triton_mx", "matmul")),
+        linear=_blocks(_from("backends.triton.mx", "matmul")),
         refuse=_triton_mx_refuses,
         automatic=False,
         steps="blocks",
-        matmul=_from("triton_mx", "matmul"),
-        test=self_test.blocks(_from("triton_mx", "matmul")),
+        matmul=_from("backends.triton.mx", "matmul"),
+        test=self_test.blocks(_from("backends.triton.mx", "matmul")),
     ),
     Backend(
         name="cute_mx",
         summary="block-scaled tensor cores (Blackwell) by CuTe DSL, not yet run on a GPU",
         quantize=None,
         dequantize=None,
-        linear=_blocks(cute_mx.matmul),
-        refuse=cute_mx.refuse,
+        linear=_blocks(mx.matmul),
+        refuse=mx.refuse,
         automatic=False,
         steps="blocks",
-        matmul=cute_mx.matmul,
-        test=self_test.blocks(cute_mx.matmul),
+        matmul=mx.matmul,
+        test=self_test.blocks(mx.matmul),
     ),
     Backend(
         name="eager",
@@ -212,7 +214,7 @@ _forced: Backend | None = None
 
 def _automatic(device: torch.device) -> list[Backend]:
     """The backends that are chosen without being named, in order of preference."""
-    preferred = MEASURED.get(launch.capability(device), {}) if MEASURED else {}
+    preferred = MEASURED.get(device_facts.capability(device), {}) if MEASURED else {}
     first = [b for b in BACKENDS if b.name in preferred]
     return first + [b for b in BACKENDS if b.automatic and b not in first]
 
@@ -262,7 +264,7 @@ def _tried(problem: Problem, forced: Backend | None) -> Iterator[tuple[Backend, 
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     """Why a backend does not take a problem, or None; its self-test on the device included."""
     reason = backend.refuse(problem)
-    if reason is None and backend.test is not None and not launch.capturing():
+    if reason is None and backend.test is not None and not device_facts.capturing():
         reason = _test(backend, problem.device)
     return reason
 
@@ -283,7 +285,7 @@ def choose(
     Args:
         rows: of x, for a linear; default: many.
     """
-    few = rows is not None and rows <= fast_linear.FEW_ROWS
+    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
     problem = Problem(op, tensor.device, tensor.dtype, precision, few)
     backend, runs_as = _choose(problem, _forced)
     if precision == "fast" and runs_as == "exact":
@@ -311,7 +313,7 @@ def explain(
     device: torch.device, dtype: torch.dtype, precision: str, rows: int | None = None
 ) -> Choice:
     """What `choose` says of a linear, with its reasons; arguments as for `steps` and `choose`."""
-    few = rows is not None and rows <= fast_linear.FEW_ROWS
+    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
     problem = Problem("linear", device, dtype, precision, few)
     refused: dict[str, str] = {}
     for backend, runs_as, reason in _tried(problem, _forced):
@@ -342,7 +344,7 @@ def named(name: str) -> Backend:
 def choices(device: torch.device | str | None = None) -> list[str]:
     """Sentences on what runs linears in bfloat16 on a device, by precision and rows of x."""
     device = _default(device)
-    few = f"up to {fast_linear.FEW_ROWS} rows"
+    few = f"up to {fp8_rowwise.FEW_ROWS} rows"
     result = []
     for precision in PRECISIONS:
         names = {}
@@ -362,7 +364,7 @@ def _default(device: torch.device | str | None) -> torch.device:
     return torch.device(device)
 
 
-def backends(device: torch.device | str | None = None) -> list[BackendStatus]:
+def list_backends(device: torch.device | str | None = None) -> list[BackendStatus]:
     """Every backend in order of preference, for `linear` on `device`.
 
     Args:

@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from . import fast_linear, layout
+from . import layout
+from .backends import fp8_rowwise
 from .dispatch import PRECISIONS, choose, named, steps
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -191,7 +192,7 @@ def steps_here(x: torch.Tensor, precision: str) -> str | None:
 
 def _steps(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
     found = None if precision == "exact" else steps(x.device, x.dtype, precision)
-    if found is None or math.prod(x.shape[:-1]) <= fast_linear.FEW_ROWS:
+    if found is None or math.prod(x.shape[:-1]) <= fp8_rowwise.FEW_ROWS:
         return None
     return found
 
@@ -292,9 +293,9 @@ for _name, _kernel, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("linear", _linear, _linear_fake),
-    ("fold_rows", fast_linear.fold_rows, _fold_rows_fake),
-    ("quantize_tokens", fast_linear.quantize_tokens, _quantize_tokens_fake),
-    ("scaled_matmul", fast_linear.scaled_matmul, _scaled_matmul_fake),
+    ("fold_rows", fp8_rowwise.fold_rows, _fold_rows_fake),
+    ("quantize_tokens", fp8_rowwise.quantize_tokens, _quantize_tokens_fake),
+    ("scaled_matmul", fp8_rowwise.scaled_matmul, _scaled_matmul_fake),
     ("block_matmul", _block_matmul, _block_matmul_fake),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")

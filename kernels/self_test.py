@@ -12,7 +12,7 @@ from importlib import import_module
 
 import torch
 
-from . import fast_linear, reference
+from .backends import fp8_rowwise, reference
 
 ROWS, COLUMNS = 96, 192
 _EXACT = 1e-2  # relative error of a linear in bfloat16, whose rounding is 2**-9
@@ -62,7 +62,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @_tested
 def exact(device: torch.device) -> str | None:
     """Of Triton's quantise, dequantise and linear."""
-    triton_cast = import_module(".triton_cast", __package__)
+    triton_cast = import_module(".backends.triton.cast", __package__)
     weight = _numbers(ROWS, COLUMNS, 0)
     qdata, scale = reference.quantize(weight)
     got = triton_cast.quantize(weight.to(device))
@@ -73,7 +73,7 @@ def exact(device: torch.device) -> str | None:
     got = triton_cast.dequantize(*stored, torch.float32, ROWS, COLUMNS)
     if not torch.equal(got.cpu(), reference.dequantize(qdata, scale, torch.float32, ROWS, COLUMNS)):
         return "it dequantises wrongly"
-    linear = import_module(".exact_linear", __package__).linear
+    linear = import_module(".backends.triton.exact", __package__).linear
     plain = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     qdata, scale = reference.quantize(plain)
     stored = qdata.to(device), scale.to(device)
@@ -114,14 +114,14 @@ def fast(device: torch.device) -> str | None:
     x, weight, bias = _normal()
     qdata, scale = reference.quantize(weight)
     stored = qdata.to(device), scale.to(device)
-    folded = fast_linear.fold_rows(*stored)
+    folded = fp8_rowwise.fold_rows(*stored)
     for got, wanted in zip(folded, reference.fold_rows(qdata, scale), strict=True):
         if not torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)):
             return "it folds rows wrongly"
     for dtype in _DTYPES:
         given, added = x.to(dtype), bias.to(dtype)
         wanted = reference.linear(given, qdata, scale, added, ROWS, COLUMNS)
-        out = fast_linear.linear(given.to(device), *stored, added.to(device), ROWS, COLUMNS)
+        out = fp8_rowwise.linear(given.to(device), *stored, added.to(device), ROWS, COLUMNS)
         error = _error(out, wanted)
         if not error <= _FAST:
             return f"its linear in {_name(dtype)} is {error:.1e} off"

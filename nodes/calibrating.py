@@ -23,20 +23,20 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..quant import calibration
-from ..quant.calibration import Calibration, Moments, StoredMoments, Sum
-from ..quant.container import quoted
-from ..quant.convert import plan_source
+from ..quant.container.header import quoted
+from ..quant.conversion import calibration
+from ..quant.conversion.calibration import Calibration, Moments, StoredMoments, Sum
+from ..quant.conversion.convert import plan_source
 from ..quant.format import WEIGHT
 from ..quant.memory import is_out_of_memory
 from ..quant.progress import duration
-from ..quant.report import gigabytes
-from . import files
+from ..quant.reports.conversion import gigabytes
+from .host import paths
+from .host.progress import show
 from .loading import CATEGORY
-from .model_patch import check_movable
-from .model_source import PREFIX, ModelSource
-from .progress import show
-from .selection import selection_inputs
+from .models.source import PREFIX, ModelSource
+from .runtime.patch import check_movable
+from .widgets import selection_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _nbytes(*groups: dict[str, int]) -> int:
 def _check_disk(model: str, groups: list[dict[str, int]]) -> None:
     """Raise ValueError where the temp folder has no room for the groups' files."""
     needed = _nbytes(*groups)
-    free = shutil.disk_usage(files.temporary_path().parent).free
+    free = shutil.disk_usage(paths.temporary_path().parent).free
     if len(groups) > 1 and needed > free:
         raise ValueError(
             f"calibrating this {model} in {len(groups)} groups takes {gigabytes(needed)} in "
@@ -314,10 +314,10 @@ def _in_file(found: dict[str, Moments]) -> dict[str, StoredMoments]:
     """Moments in a file of ComfyUI's temp folder, which goes when the last of them goes."""
     if not found:
         return {}
-    path = files.temporary_path()
+    path = paths.temporary_path()
     Calibration(found, "").save(path, progress=_check_interrupt)
     layers = dict(calibration.load(path, _check_interrupt).layers)
-    files.delete_with(next(iter(layers.values())).source, path)  # one source for all
+    paths.delete_with(next(iter(layers.values())).source, path)  # one source for all
     return layers
 
 

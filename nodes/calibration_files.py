@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..quant import calibration
-from ..quant.report import gigabytes
-from . import files, names
+from ..quant.conversion import calibration
+from ..quant.reports.conversion import gigabytes
 from .calibrating import CalibrationType
+from .host import filenames, paths
+from .host.progress import Progress, show
 from .loading import CATEGORY
-from .progress import Progress, show
 
 
 class MXFP8SaveCalibration(io.ComfyNode):
@@ -25,7 +25,7 @@ class MXFP8SaveCalibration(io.ComfyNode):
                 CalibrationType.Input("calibration", tooltip="From Calibrate (MXFP8)."),
                 io.String.Input(
                     "filename_prefix",
-                    default=f"{files.CALIBRATIONS}/mxfp8",
+                    default=f"{paths.CALIBRATIONS}/mxfp8",
                     tooltip="Folder and name inside output/; the loader lists that folder.",
                 ),
             ],
@@ -36,7 +36,7 @@ class MXFP8SaveCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
-        with files.saving(names.check_name("filename_prefix", filename_prefix)) as path:
+        with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
             calibration.save(path, progress=Progress(cls))
         text = f"{path.name}: {gigabytes(path.stat().st_size)}"
         show(cls, text)
@@ -55,8 +55,8 @@ class MXFP8LoadCalibration(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "calibration_name",
-                    options=files.list_calibrations(),
-                    tooltip=f"A file in output/{files.CALIBRATIONS}.",
+                    options=paths.list_calibrations(),
+                    tooltip=f"A file in output/{paths.CALIBRATIONS}.",
                 )
             ],
             outputs=[
@@ -67,5 +67,5 @@ class MXFP8LoadCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, calibration_name) -> io.NodeOutput:
-        path = files.calibration_path(calibration_name)
+        path = paths.calibration_path(calibration_name)
         return io.NodeOutput(calibration.load(path, Progress(cls)))

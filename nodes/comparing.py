@@ -12,12 +12,12 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..quant import plot
-from ..quant.certificate import KEY, VERSION, Certificate, Setting, mean_of
+from ..quant.reports import plot
+from ..quant.reports.comparison import KEY, VERSION, Certificate, Setting, mean_of
 from ..quant.version import version
+from .host.progress import Progress, show
 from .loading import CATEGORY
-from .pairing import Paired, Settings, check_pair
-from .progress import Progress, show
+from .models.paired_sampling import Paired, Settings, check_pair
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .backend_report import MXFP8Passport
 from .calibrating import MXFP8Calibrate
 from .calibration_files import MXFP8LoadCalibration, MXFP8SaveCalibration
 from .comparing import MXFP8Compare
@@ -15,7 +16,6 @@ from .loading import (
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
-from .passport import MXFP8Passport
 from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel
 from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveModel

@@ -6,12 +6,12 @@ from collections import Counter
 
 from comfy_api.latest import io
 
-from ..quant.inspection import Inspection, LayerInspection, inspect_file
-from ..quant.report import KEPT, gigabytes, listed
-from . import files
-from .describing import describe
+from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
+from ..quant.reports.conversion import KEPT, gigabytes, listed
+from .host import paths
+from .host.progress import Progress, show
 from .loading import CATEGORY, NO_FILE, ROWS
-from .progress import Progress, show
+from .runtime.describe import describe
 
 _MOST_SENTENCES = 20  # shown; the JSON has all
 
@@ -31,7 +31,7 @@ class MXFP8Inspect(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[*files.list_files(), NO_FILE],
+                    options=[*paths.list_files(), NO_FILE],
                     tooltip="A safetensors file in a model folder. Nothing of it is loaded.",
                 ),
                 io.Boolean.Input(
@@ -65,7 +65,7 @@ class MXFP8Inspect(io.ComfyNode):
             return float("nan")
         if file == NO_FILE:
             return ""
-        status = files.source_path(file).stat()
+        status = paths.source_path(file).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
@@ -77,7 +77,7 @@ class MXFP8Inspect(io.ComfyNode):
             raise ValueError("choose a file, or connect a model to this node")
         else:
             found = inspect_file(
-                files.source_path(file), every_byte=every_byte, progress=Progress(cls)
+                paths.source_path(file), every_byte=every_byte, progress=Progress(cls)
             )
             summary = _summary_of_file(found)
         show(cls, summary)

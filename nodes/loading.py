@@ -14,10 +14,11 @@ from comfy_api.latest import io
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant import format
-from . import files, stock_loading
-from .describing import describe
-from .model_patch import accelerate, check_scales
-from .progress import show
+from .host.paths import model_path
+from .host.progress import show
+from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
+from .runtime.describe import describe
+from .runtime.patch import accelerate, check_scales
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def check(*paths: Path, order: str = format.AUTO) -> list[str]:
         order: what the user says of the order of scales; nothing is suspicious about it then.
 
     Raises:
-        FormatError: from `stock_loading.check_file`.
+        FormatError: from `check_file`.
     """
-    found = [warning for path in paths for warning in stock_loading.check_file(path, order)]
+    found = [warning for path in paths for warning in check_file(path, order)]
     for warning in found:
         logger.warning("MXFP8: %s", warning)
     return found
@@ -72,7 +73,7 @@ def check_loaded(patcher) -> list[str]:
     first = arguments[0] if arguments else None
     names = first if isinstance(first, (list, tuple)) else [first]
     paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
-    order = arguments[1] if load is stock_loading.load_diffusion_model else format.AUTO
+    order = arguments[1] if load is load_diffusion_model else format.AUTO
     found = check(*paths, order=order)
     check_scales(patcher.model)
     return found
@@ -123,9 +124,9 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
-        path = files.model_path("diffusion_models", model_name)
+        path = model_path("diffusion_models", model_name)
         warnings = check(path, order=scales)
-        model = accelerate(stock_loading.load_diffusion_model(str(path), scales), precision)
+        model = accelerate(load_diffusion_model(str(path), scales), precision)
         show_loaded(cls, warnings, model)
         return io.NodeOutput(model)
 
@@ -160,11 +161,9 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
-        path = files.model_path("checkpoints", checkpoint_name)
+        path = model_path("checkpoints", checkpoint_name)
         warnings = check(path)
-        model, clip, vae = stock_loading.load_checkpoint(
-            str(path), folder_paths.get_folder_paths("embeddings")
-        )
+        model, clip, vae = load_checkpoint(str(path), folder_paths.get_folder_paths("embeddings"))
         if model is not None:
             model = accelerate(model, precision)
         if clip is not None:
@@ -226,12 +225,12 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
         cls, name, type, name2=NO_FILE, name3=NO_FILE, name4=NO_FILE, device="default"
     ) -> io.NodeOutput:
         chosen = [n for n in (name, name2, name3, name4) if n != NO_FILE]
-        paths = [files.model_path("text_encoders", n) for n in chosen]
+        paths = [model_path("text_encoders", n) for n in chosen]
         warnings = check(*paths)
         options = {}
         if device == "cpu":
             options["load_device"] = options["offload_device"] = torch.device("cpu")
-        clip = stock_loading.load_text_encoder(
+        clip = load_text_encoder(
             [str(path) for path in paths],
             folder_paths.get_folder_paths("embeddings"),
             getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),

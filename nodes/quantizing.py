@@ -10,16 +10,16 @@ import comfy.sd
 from comfy_api.latest import io
 
 from ..kernels import layout
-from ..quant.convert import convert, convert_file, plan_source
-from ..quant.report import Report
-from . import files
+from ..quant.conversion.convert import convert, convert_file, plan_source
+from ..quant.reports.conversion import Report
 from .calibrating import CalibrationType
-from .describing import describe
+from .host import paths
+from .host.progress import Progress, show
 from .loading import CATEGORY, ROWS, precision_input
-from .model_patch import accelerate, check_movable, give_model
-from .model_source import ModelSource
-from .progress import Progress, show
-from .selection import selection_inputs
+from .models.source import ModelSource
+from .runtime.describe import describe
+from .runtime.patch import accelerate, check_movable, give_model
+from .widgets import selection_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class MXFP8ConvertFile(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=files.list_sources(),
+                    options=paths.list_sources(),
                     tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
                 ),
                 io.String.Input(
@@ -116,9 +116,9 @@ class MXFP8ConvertFile(io.ComfyNode):
     def execute(
         cls, source, target, preset, overwrite, include="", exclude="", calibration=None
     ) -> io.NodeOutput:
-        path = files.source_path(source)
-        found = files.target_beside(path, source, target, "mxfp8")
-        with files.folder_of(found):
+        path = paths.source_path(source)
+        found = paths.target_beside(path, source, target, "mxfp8")
+        with paths.folder_of(found):
             report = convert_file(
                 path,
                 found,
@@ -188,8 +188,8 @@ class TemporaryFile:
     """A file that is deleted when nothing refers to this object any more."""
 
     def __init__(self):
-        self.path = files.temporary_path()
-        files.delete_with(self, self.path)
+        self.path = paths.temporary_path()
+        paths.delete_with(self, self.path)
 
 
 def load_temporary(file: TemporaryFile, disable_dynamic: bool = False):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quant import format
-from ..quant.repair import repair_file
-from . import files, stock_loading
+from ..quant.checks.repair import repair_file
+from .host import paths
+from .host.progress import Progress, show
 from .loading import CATEGORY
-from .progress import Progress, show
+from .models import load
 
 
 class MXFP8RepairFile(io.ComfyNode):
@@ -27,7 +28,7 @@ class MXFP8RepairFile(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=files.list_files(),
+                    options=paths.list_files(),
                     tooltip="An MXFP8 safetensors file in a model folder.",
                 ),
                 io.String.Input(
@@ -61,17 +62,17 @@ class MXFP8RepairFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, target, scales, overwrite) -> io.NodeOutput:
-        path = files.source_path(source)
-        found = files.target_beside(path, source, target, "repaired")
-        with files.folder_of(found):
+        path = paths.source_path(source)
+        found = paths.target_beside(path, source, target, "repaired")
+        with paths.folder_of(found):
             result = repair_file(
                 path,
                 found,
                 scales=scales,
-                formats=stock_loading.formats(),
+                formats=load.formats(),
                 overwrite=overwrite,
                 progress=Progress(cls),
             )
-        text = "\n".join([result.summary(), *stock_loading.check_file(found)])
+        text = "\n".join([result.summary(), *load.check_file(found)])
         show(cls, text)
         return io.NodeOutput(text, ui={"text": [text]})

@@ -11,19 +11,21 @@ from comfy_api.latest import io
 
 from .. import kernels
 from ..kernels import layout
-from ..quant import format, provenance
-from ..quant.container import quoted
+from ..quant import format
+from ..quant.container.header import quoted
+from ..quant.container.writer import Writer
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
-from ..quant.report import Report, gigabytes
-from ..quant.source import HEADER_DTYPES, as_bytes
-from ..quant.writer import Writer
-from . import files, fingerprints, names
+from ..quant.reports.conversion import Report, gigabytes
+from ..quant.reports.metadata import CERTIFICATE, REPORT, check_size, note_on_seeds
+from ..quant.sources.file import HEADER_DTYPES, as_bytes
 from .comparing import CertificateType, check_certificate
+from .host import filenames, paths
+from .host.progress import Progress, show
 from .loading import CATEGORY
-from .model_patch import check_movable, mxfp8_linears
-from .model_source import PREFIX, ModelSource
-from .progress import Progress, show
+from .models import fingerprints
+from .models.source import PREFIX, ModelSource
+from .runtime.patch import check_movable, mxfp8_linears
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +82,10 @@ class MXFP8SaveModel(io.ComfyNode):
             **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
             **_provenance(model, certificate, report),
         }
-        with files.saving(names.check_name("filename_prefix", filename_prefix)) as path:
+        with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {gigabytes(size)}"
-        if note := provenance.note_on_seeds(report, certificate):
+        if note := note_on_seeds(report, certificate):
             logger.warning("MXFP8: the certificate in %s was %s", path.name, note)
             text += f"\nWARNING: the certificate was {note}"
         show(cls, text)
@@ -108,13 +110,13 @@ def _provenance(patcher, certificate, report: Report | None) -> dict[str, str]:
     metadata = {}
     if certificate is not None:
         check_certificate(certificate, fingerprints.of_mxfp8(patcher))
-        metadata[provenance.CERTIFICATE] = certificate.to_json(indent=None)
+        metadata[CERTIFICATE] = certificate.to_json(indent=None)
     if report is not None:
         _check_report(patcher, report)
         data = json.loads(report.to_json())
-        metadata[provenance.REPORT] = json.dumps(data, separators=(",", ":"))
+        metadata[REPORT] = json.dumps(data, separators=(",", ":"))
     for key, text in metadata.items():
-        provenance.check_size(key, text)
+        check_size(key, text)
     return metadata
 
 

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from . import format, policy
+from . import format
+from .conversion import policy
 from .memory import is_out_of_memory
 
 _MOST_PROBLEMS = 20  # printed
@@ -230,8 +231,8 @@ def _convert(arguments) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, options)
 
-    from .convert import convert_file
-    from .pipeline import keep_freed_memory
+    from .container.pipeline import keep_freed_memory
+    from .conversion.convert import convert_file
 
     if arguments.report:
         _check_output(arguments, "report")
@@ -253,7 +254,7 @@ def _calibration(arguments):
     """What --calibration names, or None."""
     if not arguments.calibration:
         return None
-    from .calibration import load
+    from .conversion.calibration import load
 
     with _progress("calibration") as progress:
         return load(arguments.calibration, progress)
@@ -268,7 +269,7 @@ def _any_of(expressions: list[str] | None) -> str | None:
 
 def _check_output(arguments, option: str, kind: str = "json") -> None:
     """Refuse an output path that cannot be written or would replace a file that is read."""
-    from .opening import open_source
+    from .sources.open import open_source
 
     path = getattr(arguments, option)
     if path.is_dir():
@@ -284,9 +285,9 @@ def _check_output(arguments, option: str, kind: str = "json") -> None:
 
 
 def _dry_run(arguments, options: dict) -> int:
-    from .calibration import check_model
-    from .convert import plan_source
-    from .opening import open_source
+    from .conversion.calibration import check_model
+    from .conversion.convert import plan_source
+    from .sources.open import open_source
 
     calibration = _calibration(arguments)
     with open_source(arguments.source) as opened:
@@ -305,7 +306,7 @@ def _dry_run(arguments, options: dict) -> int:
 
 
 def _inspect(arguments) -> int:
-    from .inspection import inspect_file
+    from .checks.inspect import inspect_file
 
     with _progress("inspect") if not arguments.header else contextlib.nullcontext() as progress:
         found = inspect_file(arguments.file, every_byte=not arguments.header, progress=progress)
@@ -319,15 +320,15 @@ def _inspect(arguments) -> int:
 
 
 def _print_all(label: str, sentences: list[str]) -> None:
-    from .report import listed
+    from .reports.conversion import listed
 
     for line in listed(label, sentences, _MOST_PROBLEMS):
         print(line)
 
 
 def _repair(arguments) -> int:
-    from .repair import repair_file
-    from .scan import check_file
+    from .checks.repair import repair_file
+    from .checks.scan import check_file
 
     with _progress("repair") as progress:
         result = repair_file(
@@ -343,7 +344,7 @@ def _repair(arguments) -> int:
 
 
 def _verify(arguments) -> int:
-    from .verify import verify_file
+    from .checks.verify import verify_file
 
     with _progress("verify") as progress:
         result = verify_file(arguments.file, arguments.source, progress)
@@ -361,7 +362,7 @@ def _verify(arguments) -> int:
 
 
 def _probe(arguments) -> int:
-    from .probe import probe_file
+    from .checks.probe import probe_file
 
     outputs = [kind for kind in ("json", "csv") if getattr(arguments, kind)]
     for kind in outputs:
@@ -386,11 +387,11 @@ def _probe(arguments) -> int:
 
 
 def _backends(arguments) -> int:
-    from ..kernels import backends, choices, machine
+    from ..kernels import choices, list_backends, machine
 
     print(machine())
     print("\nBackends, in order of preference:")
-    for status in backends():
+    for status in list_backends():
         print(f"  {status}")
     print("\nA linear runs, at precision")
     for choice in choices():

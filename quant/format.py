@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..kernels import layout
-from .container import (
+from .container.header import (
     DTYPES,
     Container,
     FormatError,

@@ -24,8 +24,9 @@ from torch import nn
 
 from .. import kernels
 from ..kernels import layout
-from . import format, scan
-from .source import HEADER_DTYPES
+from . import format
+from .checks import scan
+from .sources.file import HEADER_DTYPES
 
 logger = logging.getLogger(__name__)
 

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from comfyui import Server, comfyui_path
+from comfyui import KINDS, TESTS, Server, make_models
 
-from mxfp8.kernels import dispatch, launch
-from mxfp8.quant.convert import convert_file
-
-TESTS = Path(__file__).parent
-KINDS = ("flux", "flux2", "wan")
-
-
-def make_models(base: Path, *names: str) -> None:
-    """Write small random models into a server's model folders."""
-    command = [sys.executable, TESTS / "tiny_models.py", comfyui_path(), base, *names]
-    subprocess.run(list(map(str, command)), check=True)
+from mxfp8.kernels import device_facts, dispatch
+from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.quant.conversion.convert import convert_file
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +58,27 @@ def prefer(monkeypatch, forget):
     return insert
 
 
+@pytest.fixture
+def card(monkeypatch, forget):
+    """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
+
+    def insert(capability, triton=None, platform="linux", torch_runs=True):
+        monkeypatch.setattr(device_facts, "capability", lambda device: capability)
+        monkeypatch.setattr(device_facts, "refusal", lambda: triton)
+        monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
+        monkeypatch.setattr("sys.platform", platform)
+        monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: torch_runs)
+        forget()
+
+    return insert
+
+
 def pytest_ignore_collect(collection_path) -> bool | None:
     """Kernels run on a GPU, or in the interpreter that `test_triton.py` starts."""
-    if collection_path.name == "triton_kernels":
+    if collection_path.match("tests/kernels/triton"):
         import torch
 
-        return not (torch.cuda.is_available() or launch.interpreted()) or None
+        return not (torch.cuda.is_available() or device_facts.interpreted()) or None
     return None
 
 

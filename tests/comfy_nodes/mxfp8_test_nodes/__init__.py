@@ -327,7 +327,7 @@ class TestSums(_Node):
 
 def _held_sums() -> int:
     gc.collect()
-    kind = _pack("quant.calibration").Sum
+    kind = _pack("quant.conversion.calibration").Sum
     return sum(isinstance(o, kind) and o._second is not None for o in gc.get_objects())
 
 
@@ -377,13 +377,13 @@ class TestFast(_Node):
         return float("nan")
 
     def run(self, model, on, keep, most_folded):
-        dispatch, reuse = _pack("kernels.dispatch"), _pack("nodes.reuse")
+        dispatch, reuse = _pack("kernels.dispatch"), _pack("nodes.runtime.cache")
 
         def refuse(problem):
             linear = problem.op == "linear" and problem.precision == "fast"
             return None if linear and not problem.few else "not here"
 
-        fast_linear = dispatch.fast_linear
+        fast_linear = dispatch.fp8_rowwise
         dispatch.BACKENDS = tuple(
             dataclasses.replace(b, refuse=refuse if on else fast_linear.refuse)
             if (b.steps == "rows")
@@ -393,12 +393,12 @@ class TestFast(_Node):
         fast_linear.FEW_ROWS = 1 if on else 64
         reuse.RESERVE = -(1 << 60) if keep else 1 << 60
         reuse.SHARE = 1 << 62
-        _pack("nodes.model_patch").MOST_FOLDED = most_folded
+        _pack("nodes.runtime.patch").MOST_FOLDED = most_folded
         for cache in (dispatch._choose, dispatch._test):
             cache.cache_clear()
         dispatch.steps(torch.device("cpu"), torch.float32, "auto")  # its self-test is not counted
         for name in ("fold_rows", "quantize_tokens"):
-            _count(_pack("kernels.row_fold"), name)
+            _count(_pack("kernels.backends.row_fold"), name)
         return (model,)
 
 
@@ -440,9 +440,9 @@ class TestReuse(_Node):
         return float("nan")
 
     def run(self, model, samples):
-        folds = _pack("nodes.reuse")._models.get(model.model)
+        folds = _pack("nodes.runtime.cache")._models.get(model.model)
         kept = 0 if folds is None else len(folds.kept)
-        row_fold = _pack("kernels.row_fold")
+        row_fold = _pack("kernels.backends.row_fold")
         return {"ui": {"result": [kept, row_fold.fold_rows.calls, row_fold.quantize_tokens.calls]}}
 
 
@@ -454,7 +454,7 @@ class TestKeeping(_Node):
     OUTPUT_NODE = True
 
     def run(self, model):
-        reuse = _pack("nodes.reuse")
+        reuse = _pack("nodes.runtime.cache")
         linears = [m for m in model.model.modules() if getattr(m, "quant_format", None)]
         found = {}
         for name, members in (("static", {}), ("dynamic", {"is_dynamic": lambda self: True})):

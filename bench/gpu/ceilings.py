@@ -1,0 +1,100 @@
+"""What the device can do at most, measured, and how long operations would then take.
+
+Bandwidth is that of a large copy, bytes read plus bytes written; rates are those of torch's matmul
+on 8192 x 8192 random values (zeros run faster: they take less power).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from gpu.clock import Clock
+from gpu.shapes import numbers
+
+_FP8_BYTES = 1 + 1 / 32  # per MXFP8 weight, its scale included
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates per second; `fp8_by_row_flops` is torch's FP8 matmul with a scale per row."""
+
+    copy_bytes: float
+    bf16_flops: float
+    fp8_flops: float | None
+    fp8_by_row_flops: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        return asdict(self)
+
+    def moved(self, nbytes: float) -> float:
+        """Microseconds to read or write that many bytes."""
+        return nbytes / self.copy_bytes * 1e6
+
+    def unpack(self, N: int, K: int) -> float:
+        """Dequantise, or quantise: read one, write the other."""
+        return self.moved(N * K * (2 + _FP8_BYTES))
+
+    def fold(self, N: int, K: int) -> float:
+        return self.moved(N * K * (1 + _FP8_BYTES) + 4 * N)
+
+    def tokens(self, M: int, K: int) -> float:
+        return self.moved(M * K * 3 + 4 * M)
+
+    def matmul(self, M: int, N: int, K: int, element: float, fp8: bool = False) -> float:
+        """A product of matrices, `element` bytes per value of x and weight, BF16 out.
+
+        Read once or multiplied, whichever takes longer.
+        """
+        rate = self.fp8_flops if fp8 else self.bf16_flops
+        moved = self.moved(element * (M * K + N * K) + 2 * M * N)
+        return max(moved, 2 * M * N * K / rate * 1e6)
+
+    def exact(self, M: int, N: int, K: int, few: bool) -> float:
+        """Few rows: the packed weight is read once. Many: it is unpacked, then multiplied."""
+        if few:
+            moved = self.moved(N * K * _FP8_BYTES + 2 * M * (K + N))
+            return max(moved, 2 * M * N * K / self.bf16_flops * 1e6)
+        return self.unpack(N, K) + self.matmul(M, N, K, 2)
+
+    def fast(self, M: int, N: int, K: int, cached: bool) -> float:
+        spent = self.tokens(M, K) + self.matmul(M, N, K, 1, fp8=True)
+        return spent if cached else spent + self.fold(N, K)
+
+
+def measure(clock: Clock, quick: bool) -> Ceilings:
+    device = clock.device
+    side = 128 if quick else 8192
+    nbytes = 1 << (16 if quick else 30)
+    source = numbers(device, 2, nbytes // 2)
+    target = torch.empty_like(source)
+    a, b = numbers(device, 2, side, side).unbind(0)
+    runs = {
+        "copy": lambda i: target[i].copy_(source[i]),
+        "bf16": lambda i: torch.nn.functional.linear(a, b),
+    }
+    if device.type == "cuda":
+        x, w = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
+        by_row = torch.ones(side, 1, device=device)
+        runs["fp8"] = lambda i: _scaled_mm(x, w, one, one)
+        runs["fp8 by row"] = lambda i: _scaled_mm(x, w, by_row, by_row.t())
+        for _ in range(50):  # out of the clocks of an idle device
+            torch.nn.functional.linear(a, b)
+    spent = clock.time(runs, sets=2)
+    if clock.failures:
+        print(f"ceilings not measured: {clock.failures}")
+    flops = 2 * side**3
+    rates = {name: flops / us * 1e6 for name, us in spent.items()}
+    return Ceilings(
+        copy_bytes=2 * nbytes / spent["copy"] * 1e6,
+        bf16_flops=rates["bf16"],
+        fp8_flops=rates.get("fp8", None if device.type == "cuda" else rates["bf16"]),
+        fp8_by_row_flops=rates.get("fp8 by row"),
+    )
+
+
+def _scaled_mm(x, w, x_scale, w_scale):
+    return torch._scaled_mm(
+        x, w.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )

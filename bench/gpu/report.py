@@ -1,0 +1,207 @@
+"""The goals that the rows are held to, and the results as a file and as tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu.shapes import LARGE, MODELS, ONE_ROW, SHAPES
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A geometric mean over `rows` of a ratio that must be at least `least`.
+
+    Attributes:
+        ratio: over us: the column it is of; or "us" itself, then at most `least`.
+        wanted: how many rows it takes; with fewer it was not measured.
+    """
+
+    name: str
+    least: float
+    ratio: str
+    wanted: int
+    rows: Callable[[dict], bool]
+
+    def result(self, rows: Iterable[dict]) -> dict:
+        found = [r for r in rows if self.rows(r) and r["us"] and (r[self.ratio] or 0) > 0]
+        state, value = "not measured", None
+        if len(found) >= self.wanted:
+            if self.ratio == "us":
+                value = max(r["us"] for r in found)
+                holds = value <= self.least
+            else:
+                logs = [math.log(r[self.ratio] / r["us"]) for r in found]
+                value = math.exp(sum(logs) / len(logs))
+                holds = value >= self.least
+            value, state = round(value, 3), "holds" if holds else "FAILS"
+        return {"goal": self.name, "bound": self.least, "found": value, "state": state}
+
+
+def _cast(op: str, backend: str) -> Callable[[dict], bool]:
+    return lambda r: r["op"] == op and (r["N"], r["K"]) in LARGE and r["backend"] == backend
+
+
+def _linear(precision: str, cached, *counts: int, shapes=SHAPES) -> Callable[[dict], bool]:
+    def has(r: dict) -> bool:
+        ours = r["op"] == "linear" and r["backend"] != "dequantize + torch"
+        how = r["precision"] == precision and r["cached"] is cached
+        return ours and how and r["M"] in counts and (r["N"], r["K"]) in shapes
+
+    return has
+
+
+_COUNT = len(SHAPES)
+GOALS = (
+    Goal("dequantize, of copy bandwidth", 0.85, "roofline_us", 2, _cast("dequantize", "triton")),
+    Goal("quantize, of copy bandwidth", 0.80, "roofline_us", 2, _cast("quantize", "triton")),
+    Goal("exact, M = 1, 5120 x 5120, over dense BF16", 1.6, "bf16_us", 1,
+         _linear("exact", None, 1, shapes=(ONE_ROW,))),
+    Goal("exact, M = 4096, of its roofline", 0.95, "roofline_us", _COUNT,
+         _linear("exact", None, 4096)),
+    Goal("fast cached, M = 4096, of its roofline", 0.90, "roofline_us", _COUNT,
+         _linear("fast", True, 4096)),
+    Goal("fast cached, M = 4096, over dense BF16", 1.5, "bf16_us", _COUNT,
+         _linear("fast", True, 4096)),
+    Goal("fast cached, M = 1024, 2048, 4096, over stock", 3.0, "stock_us", 3 * _COUNT,
+         _linear("fast", True, 1024, 2048, 4096)),
+    Goal("the host's microseconds per linear", 25, "us", 1, lambda r: r["op"] == "host_us"),
+)  # fmt: skip
+
+
+def goals(rows: list[dict]) -> list[dict]:
+    return [goal.result(rows) for goal in GOALS]
+
+
+def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | None:
+    """Why a run does not show a backend to be right and faster than torch_mx on a card, or None.
+
+    It takes a run on such a card, no check that failed, one of this backend, and less time than
+    torch_mx's over all problems of block-scaled matmuls that both were timed on, two at least.
+    """
+    card = "{}.{}".format(*capability)
+    if result["machine"].get("capability") != card:
+        return f"is of compute capability {result['machine'].get('capability')}, not {card}"
+    failed = sum(bool(c["wrong"]) for c in result["checks"])
+    if failed:
+        return f"{failed} checks failed"
+    if not any(c["check"] == f"block matmul, {backend}" for c in result["checks"]):
+        return f"no check of {backend}'s matmul"
+    spent: dict[str, dict[tuple, float]] = {}
+    for r in result["rows"]:
+        if r["op"] == "block_matmul" and r["us"]:
+            spent.setdefault(r["backend"], {})[r["M"], r["N"], r["K"]] = r["us"]
+    ours, rival = spent.get(backend, {}), spent.get("torch_mx", {})
+    both = ours.keys() & rival.keys()
+    if len(both) < 2:
+        return f"was timed beside torch_mx in {len(both)} problems"
+    ratio = math.exp(sum(math.log(ours[p] / rival[p]) for p in both) / len(both))
+    return None if ratio < 1 else f"takes {ratio:.2f} of torch_mx's time over {len(both)} problems"
+
+
+def write(result: dict, path: Path) -> None:
+    """The results as JSON, and the tables beside it; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in result["rows"]]
+    rest = {key: value for key, value in result.items() if key != "rows"}
+    text = json.dumps(rest, indent=1).removesuffix("\n}")
+    text += ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    for target, content in ((path, text), (path.with_suffix(".md"), markdown(result))):
+        content = impersonal(content)
+        part = target.with_suffix(target.suffix + ".part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(target)
+
+
+def impersonal(text: str) -> str:
+    """Without the folders of whoever ran it, which messages of errors may hold."""
+    folders = {str(Path(__file__).resolve().parents[2]), sys.prefix, str(Path.home())}
+    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
+        if len(folder) > 1:
+            text = text.replace(folder, "...")
+    return text
+
+
+def markdown(result: dict) -> str:
+    """Goals, ceilings and rows as tables."""
+    machine = result["machine"]
+    lines = [f"# {machine['gpu'] or 'CPU'}, {result['date']}", ""]
+    said = (f"{k} {v}" for k, v in machine.items() if v and k not in ("gpu", "backends"))
+    lines += [", ".join(said), "", *(f"- {status}" for status in machine["backends"]), ""]
+    failed = [c for c in result["checks"] if c["wrong"]]
+    lines += [f"{len(result['checks'])} checks of kernels, {len(failed)} failed."]
+    lines += [f"- {c['check']} {c['shape']}: {c['wrong']}" for c in failed]
+    lines += ["", *_goals(result["goals"]), *_ceilings(result["ceilings"])]
+    lines += ["## Casts", "", *_table(result["rows"], _is_cast, _CAST)]
+    for model, shapes in MODELS.items():
+        lines += [f"## Linears of {model}", ""]
+        lines += _table(result["rows"], lambda r, s=shapes: _is_of(r, s), _LINEAR)
+    others = [r for r in result["rows"] if not _is_cast(r) and not _is_of(r, SHAPES)]
+    lines += ["## Blocks and launches", "", *_table(others, lambda r: True, _LINEAR)]
+    lines += _peaks(result["peak_memory"])
+    if result["left_out"]:
+        lines += ["## Not measured", "", *(f"- {what}" for what in result["left_out"]), ""]
+    return "\n".join(lines)
+
+
+def _goals(found: list[dict]) -> list[str]:
+    lines = ["| goal | bound | found | |", "|---|---|---|---|"]
+    return [
+        *lines,
+        *(f"| {g['goal']} | {g['bound']} | {g['found'] or ''} | {g['state']} |" for g in found),
+        "",
+    ]
+
+
+def _ceilings(found: dict) -> list[str]:
+    lines = ["| ceiling | before | after |", "|---|---|---|"]
+    after = found.get("after") or {}
+    for name, value in found.items():
+        if name != "after" and value:
+            unit, scale = ("GB/s", 1e9) if name == "copy_bytes" else ("TFLOP/s", 1e12)
+            then = f"{after[name] / scale:.0f} {unit}" if after.get(name) else ""
+            lines.append(f"| {name} | {value / scale:.0f} {unit} | {then} |")
+    return [*lines, ""]
+
+
+_CAST = ("op", "backend", "M", "N", "K", "us", "stock_us", "roofline_us")
+_LINEAR = ("op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
+           "roofline_us", "error")  # fmt: skip
+_RATIOS = {"stock_us": "/ stock", "roofline_us": "of roofline", "bf16_us": "/ bf16"}
+
+
+def _is_cast(r: dict) -> bool:
+    return r["precision"] is None and r["op"] != "host_us" and r["K"] is not None
+
+
+def _is_of(r: dict, shapes) -> bool:
+    return r["op"] in ("linear", "scaled_matmul", "block_matmul") and (r["N"], r["K"]) in shapes
+
+
+def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, ...]) -> list[str]:
+    """Rows with, beside each time, what ours is faster by, or its share of the roofline."""
+    heads = [h for c in columns for h in ([c, _RATIOS[c]] if c in _RATIOS else [c])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for r in filter(keep, rows):
+        cells = []
+        for column in columns:
+            value = r[column]
+            cells.append("" if value is None else str(value))
+            if column in _RATIOS:
+                cells.append("" if not value else f"{value / r['us']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _peaks(found: list[dict]) -> list[str]:
+    if not found:
+        return []
+    lines = ["| block | way | M | peak memory |", "|---|---|---|---|"]
+    for peak in found:
+        size = f"{peak['peak_bytes'] / 1e6:.0f} MB" if peak["peak_bytes"] else ""
+        lines.append(f"| {peak['op']} | {peak['way']} | {peak['M']} | {size} |")
+    return [*lines, ""]

@@ -1,0 +1,212 @@
+"""Times of every operation: dense BF16, stock ComfyUI's way, ours, and the roofline.
+
+A row's `error` is the relative error of the output against float64, with the stored weights and
+unquantised activations: of casts it is null, because their bits are checked instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from gpu.ceilings import Ceilings
+from gpu.clock import Clock
+from gpu.paths import (
+    Way,
+    backend,
+    block_backends,
+    exact_weight,
+    relative,
+    stock_dequantize,
+    stock_quantize,
+    ways,
+)
+from gpu.shapes import numbers, sets_beyond, weight
+from working_copy import l2_bytes
+
+from mxfp8 import kernels
+from mxfp8.kernels import device_facts, dispatch
+from mxfp8.kernels.backends import fp8_rowwise
+
+_SAMPLE = 128  # rows at either end of an output whose error is measured
+
+
+def row(op: str, precision, backend, cached, M, N, K, us, **rest) -> dict:
+    """A row of the results; what does not apply is None."""
+    names = ("bf16_us", "stock_us", "roofline_us", "error")
+    assert rest.keys() <= set(names), rest
+    found = {"op": op, "precision": precision, "backend": backend, "cached": cached}
+    found |= {"M": M, "N": N, "K": K, "us": us} | {name: rest.get(name) for name in names}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
+
+
+@dataclass
+class Bench:
+    """What sections work with.
+
+    Attributes:
+        left_out: sentences on what was not measured, and why.
+    """
+
+    device: torch.device
+    clock: Clock
+    ceilings: Ceilings
+    ways: dict[str, Way]
+    left_out: list[str]
+
+    @classmethod
+    def start(cls, clock: Clock, ceilings: Ceilings, left_out: list[str]) -> Bench:
+        return cls(clock.device, clock, ceilings, ways(clock.device), left_out)
+
+    def sets(self, nbytes: int) -> int:
+        return sets_beyond(l2_bytes(self.device), nbytes)
+
+    def time(self, what: str, runs: dict[str, Callable], sets: int = 1, graph=True):
+        spent = self.clock.time(runs, sets, graph)
+        self.left_out += [f"{what}, {n}: {why}" for n, why in self.clock.failures.items()]
+        return spent
+
+
+def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
+    """Dequantise, quantise and fold a weight [N, K], and quantise as many tokens."""
+    count = bench.sets(N * K)
+    plain = [weight(bench.device, N, K, seed) for seed in range(count)]
+    packed = [kernels.quantize(w) for w in plain]
+    bf16 = torch.bfloat16
+    runs = {
+        "dequantize": lambda i: kernels.dequantize(*packed[i], bf16),
+        "stock dequantize": lambda i: stock_dequantize(*packed[i]),
+        "quantize": lambda i: kernels.quantize(plain[i]),
+        "stock quantize": lambda i: stock_quantize(plain[i]),
+        "fold_rows": lambda i: kernels.fold_rows(*packed[i]),
+        "quantize_tokens": lambda i: kernels.quantize_activations(plain[i], "rows"),
+    }
+    spent = bench.time(f"casts of {N} x {K}", runs, count)
+    limits = {
+        "dequantize": bench.ceilings.unpack(N, K),
+        "quantize": bench.ceilings.unpack(N, K),
+        "fold_rows": bench.ceilings.fold(N, K),
+        "quantize_tokens": bench.ceilings.tokens(N, K),
+    }
+    for op, limit in limits.items():
+        if op in spent:
+            name = "triton" if fp8_rowwise._triton(plain[0]) else "eager"
+            if op in ("dequantize", "quantize"):
+                name = dispatch.choose(op, packed[0][0] if op == "dequantize" else plain[0])[0].name
+            stock = spent.get(f"stock {op}")
+            # Tokens are rows of x [M, K]: as many as the weight has.
+            M, rows = (N, None) if op == "quantize_tokens" else (None, N)
+            yield row(op, None, name, None, M, rows, K, spent[op], stock_us=stock,
+                      roofline_us=limit)  # fmt: skip
+
+
+def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
+    """All ways of one linear, and its FP8 matmul alone, by torch and by Triton."""
+    count = bench.sets(N * K + 2 * M * K)
+    xs = [numbers(bench.device, M, K, seed=seed) for seed in range(count)]
+    plain = [weight(bench.device, N, K, seed) for seed in range(count)]
+    few = fp8_rowwise.FEW_ROWS >= M
+    chosen = {
+        name: way
+        for name, way in bench.ways.items()
+        if not way.shares and not (few and way.precision == "fast")
+    }
+    stored = {name: [way.store(w) for w in plain] for name, way in chosen.items()}
+    runs = {
+        name: lambda i, n=name, w=way: w.run(xs[i], stored[n][i], None)
+        for name, way in chosen.items()
+    }
+    products = _products(bench, xs, plain, M, N) if M >= 16 else {}
+    products |= _block_products(bench, xs, plain, M, N) if M >= 16 else {}
+    if few and M >= 16:
+        runs["unpacked"] = lambda i: torch.nn.functional.linear(
+            xs[i], kernels.dequantize(*stored["exact"][i], torch.bfloat16)
+        )
+    spent = bench.time(f"linear {M} x {N} x {K}", runs | products, count)
+
+    rivals = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
+    sample = torch.arange(M, device=bench.device)
+    sample = torch.cat([sample[:_SAMPLE], sample[_SAMPLE:][-_SAMPLE:]])
+    wanted = xs[0][sample].double() @ exact_weight(*stored["exact"][0]).t()
+
+    def measured(op, way, name, of, limit):
+        error = relative((runs | products)[of](0)[sample], wanted)
+        cached = None if way is None else way.cached
+        precision = "fast" if way is None else way.precision
+        return row(op, precision, name, cached, M, N, K, spent[of], **rivals, roofline_us=limit,
+                   error=error)  # fmt: skip
+
+    for name, way in chosen.items():
+        if name in spent and name not in ("bf16", "stock"):
+            if way.precision == "exact":
+                limit = bench.ceilings.exact(M, N, K, few)
+            else:
+                limit = bench.ceilings.fast(M, N, K, way.cached is not False)
+            yield measured("linear", way, backend(bench.device, way, M), name, limit)
+    if "unpacked" in spent:
+        limit = bench.ceilings.exact(M, N, K, few)
+        yield measured("linear", chosen["exact"], "dequantize + torch", "unpacked", limit)
+    for name in products:
+        if name in spent:
+            op, _, ran = name.rpartition(": ")
+            limit = bench.ceilings.matmul(M, N, K, 1 + 1 / 32 * bool(op), fp8=True)
+            yield measured(op or "scaled_matmul", None, ran, name, limit)
+
+
+def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
+    """The FP8 matmul alone, on tokens and weights that are quantised already."""
+    device = bench.device
+    runs: dict[str, Callable] = {}
+    torch_has_it = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
+    if device.type == "cuda" and (device_facts.capability(device) or (0, 0)) < (8, 9):
+        return runs
+    if not torch_has_it and not fp8_rowwise._triton(xs[0]):
+        return runs
+    tokens = [kernels.quantize_activations(x, "rows") for x in xs]
+    folded = [kernels.fold_rows(*kernels.quantize(w)) for w in plain]
+    if torch_has_it:
+        runs["torch._scaled_mm"] = lambda i: torch._scaled_mm(
+            tokens[i][0], folded[i][0].t(), scale_a=tokens[i][1][:, None],
+            scale_b=folded[i][1][None, :], out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    if fp8_rowwise._triton(xs[0]):
+        from mxfp8.kernels.backends.triton import fp8_gemm
+
+        runs["triton"] = lambda i: fp8_gemm.matmul(*tokens[i], *folded[i], None, torch.bfloat16, N)
+    return runs
+
+
+def _block_products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
+    """The block-scaled matmuls alone, by every backend that has one here."""
+    matmuls, refused = block_backends(bench.device)
+    said = [f"block_matmul by {name}: {reason}" for name, reason in refused.items()]
+    bench.left_out += [line for line in said if line not in bench.left_out]
+    if not matmuls:
+        return {}
+    tokens, weights = ([kernels.quantize(t) for t in given] for given in (xs, plain))
+    return {
+        f"block_matmul: {name}": lambda i, run=run: run(
+            tokens[i], weights[i], None, torch.bfloat16, M, N
+        )
+        for name, run in matmuls.items()
+    }
+
+
+def host(bench: Bench) -> Iterator[dict]:
+    """The host's time to launch one linear, in eager mode: microseconds in `us`."""
+    N, K = 256, 256
+    plain = weight(bench.device, N, K)
+    for M in (1, 128):
+        x = numbers(bench.device, M, K)
+        spent = {}
+        for name, way in bench.ways.items():
+            if way.shares or (way.precision == "fast" and fp8_rowwise.FEW_ROWS >= M):
+                continue
+            stored = way.store(plain)
+            spent[name] = bench.clock.host(lambda w=way, s=stored, x=x: w.run(x, s, None))
+        rivals = {"bf16_us": spent.pop("bf16"), "stock_us": spent.pop("stock")}
+        for name, us in spent.items():
+            way = bench.ways[name]
+            yield row("host_us", way.precision, backend(bench.device, way, M), way.cached,
+                      M, N, K, us, **rivals)  # fmt: skip

@@ -1,0 +1,91 @@
+"""This repository as the package `mxfp8`, installed or not, and what a benchmark ran on.
+
+Benchmarks measure the working copy they are in, whatever else is installed under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def load() -> None:
+    """Make `import mxfp8` find this repository, whose root is the package."""
+    spec = importlib.util.spec_from_file_location(
+        "mxfp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mxfp8"] = module
+    spec.loader.exec_module(module)
+
+
+def kernels_sha256() -> str:
+    """Of the contents of every file of kernels/, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def machine(device) -> dict[str, object]:
+    """What ran: the device, and the versions that decide about its speed."""
+    import torch
+
+    found: dict[str, object] = {"gpu": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": l2_bytes(device),
+            "driver": _driver(),
+        }
+    packages = ("torch", "triton", "comfy-kitchen", "comfy-aimdo")
+    return found | {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in packages},
+    }
+
+
+def l2_bytes(device) -> int:
+    """Size of the device's last cache; on a CPU a guess that keeps tests small."""
+    import torch
+
+    if device.type != "cuda":
+        return 1 << 16
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+
+
+def slug(device) -> str:
+    """The device's name as part of a file name."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.check_output(command, text=True, timeout=20)
+        return said.splitlines()[0].strip()
+    return None

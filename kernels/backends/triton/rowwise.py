@@ -1,0 +1,115 @@
+"""Row fold and per-token quantiser (`row_fold`) in Triton, each in one pass over its matrix.
+
+A program of the fold has a few rows: it reads all their scales, which are 1/32 of the bytes, then
+their codes. A program of the quantiser holds a whole row in registers, so that nothing is read
+twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import layout
+from ...device_facts import hardware_e4m3, on_device
+from ...layout import BLOCK
+from .cast import decode_e4m3, decode_e8m0, encode_e4m3, scale_offset
+
+WIDEST = 32_768  # values of a row that registers hold
+FOLD = {"R": 8, "C": 1024, "num_warps": 8}
+
+
+@triton.jit
+def fold_kernel(
+    code_ptr, scale_ptr, folded_ptr, row_scale_ptr, rows, stored, tiles,
+    R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """codes [rows, stored] and tiled scales -> codes and a float32 scale per row, R a program."""
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    inside = (row < rows)[:, None]
+    largest = tl.full((R,), 1, tl.int32)
+    for first in range(0, stored // 32, C // 32):
+        block = first + tl.arange(0, C // 32)
+        byte = tl.load(
+            scale_ptr + scale_offset(row[:, None], block[None, :], tiles),
+            mask=inside & (block < stored // 32)[None, :],  # not the padding, whatever is there
+            other=0,
+        ).to(tl.int32)
+        largest = tl.maximum(largest, tl.max(tl.where(byte == 255, 0, byte), axis=1))
+    tl.store(row_scale_ptr + row, decode_e8m0(largest), mask=row < rows)
+    for first in range(0, stored, C):
+        column = first + tl.arange(0, C)
+        block = first // 32 + tl.arange(0, C // 32)
+        mask = inside & (column < stored)[None, :]
+        code = tl.load(code_ptr + row[:, None] * stored + column[None, :], mask=mask, other=0)
+        byte = tl.load(
+            scale_ptr + scale_offset(row[:, None], block[None, :], tiles),
+            mask=inside & (block < stored // 32)[None, :],
+            other=0,
+        ).to(tl.int32)
+        # At most 1; below 2**-126 every code becomes zero anyway.
+        shifted = tl.maximum(byte - largest[:, None] + 127, 1)
+        factor = decode_e8m0(tl.where(byte == 255, 255, shifted))
+        value = decode_e4m3(code, HARDWARE).reshape(R, C // 32, 32) * factor[:, :, None]
+        folded = encode_e4m3(value, HARDWARE).to(tl.int32)
+        folded = tl.where(value == value, folded, 0x7F).to(tl.uint8).reshape(R, C)
+        tl.store(folded_ptr + row[:, None] * stored + column[None, :], folded, mask=mask)
+
+
+@triton.jit
+def token_kernel(
+    x_ptr, code_ptr, scale_ptr, cols, row_stride, stored,
+    C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """A row of x [cols] -> its codes [stored] and its scale; C is at least `stored`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, C)
+    x = tl.load(x_ptr + row * row_stride + column, mask=column < cols, other=0.0).to(tl.float32)
+    # Non-negative floats compare as their bits do, and a NaN's bits are above infinity's.
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    finite = bits < 0x7F800000
+    amax = tl.maximum(bits, 27 << 23).to(tl.float32, bitcast=True)  # at least 2**-100
+    inverse = tl.where(finite, tl.div_rn(448.0, amax), 0.0)
+    code = encode_e4m3(x * inverse, HARDWARE)
+    code = tl.where(finite, code.to(tl.int32), 0).to(tl.uint8)
+    tl.store(code_ptr + row * stored + column, code, mask=column < stored)
+    tl.store(scale_ptr + row, tl.where(finite, tl.div_rn(amax, 448.0), float("nan")))
+
+
+def token_config(stored: int) -> dict[str, int]:
+    """Constants and options of `token_kernel` for rows of `stored` values."""
+    width = triton.next_power_of_2(stored)
+    return {"C": width, "num_warps": max(1, min(16, width // 512))}
+
+
+def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `row_fold.fold_rows`."""
+    rows, stored = qdata.shape
+    code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
+    if code.numel():
+        with on_device(qdata):
+            fold_kernel[(-(-rows // FOLD["R"]),)](
+                qdata.view(torch.uint8), scale.view(torch.uint8), code, row_scale,
+                rows, stored, scale.shape[1] // 4,
+                HARDWARE=hardware_e4m3(qdata.device), **FOLD,
+            )  # fmt: skip
+    return code.view(torch.float8_e4m3fn), row_scale
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `row_fold.quantize_tokens`; K at most `WIDEST`."""
+    rows, cols = x.shape
+    stored = layout.round_up(cols, BLOCK)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    code = torch.empty(rows, stored, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        with on_device(x):
+            token_kernel[(rows,)](
+                x, code, scale, cols, x.stride(0), stored,
+                HARDWARE=hardware_e4m3(x.device), **token_config(max(stored, BLOCK)),
+            )  # fmt: skip
+    return code.view(torch.float8_e4m3fn), scale

@@ -1,0 +1,89 @@
+"""How much a weight changed: signal and noise energy per block of 32.
+
+SQNR in dB is 10 log10(signal / noise), over whatever set of blocks. Energies are float64 sums of
+squares in the units of the weight, so they add up over slabs and layers without loss.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import layout, ops
+from .backends import eager
+from .dispatch import choose
+from .layout import BLOCK
+
+_SLAB = 1 << 22  # values compared at a time: 32 MB of float64
+
+
+def quantize_measured(x: torch.Tensor):
+    """Quantise and measure in one go, in one pass where plain torch is the backend that runs.
+
+    Args:
+        x: [M, K], as for `quantize`.
+
+    Returns:
+        (qdata, scale, signal, noise): as `quantize` returns them, and float64 [M, K'/32] sums of
+        x**2 and of (dequantised - x)**2 on the CPU; not finite in blocks with NaN or Inf.
+    """
+    ops.check_quantizable(x)
+    if choose("quantize", x)[0].quantize is not eager.quantize:
+        qdata, scale = ops.quantize(x)
+        return qdata, scale, *(energy.cpu() for energy in block_energy(x, qdata, scale))
+    rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
+    energy = [torch.empty(rows, blocks, device=x.device) for _ in range(2)]
+    qdata, scale = eager.quantize(x, energy)
+    # On the CPU, because not every device has float64.
+    unit = eager.decode_e8m0(layout.untile(scale.cpu(), rows, blocks)).double().square_()
+    return qdata, scale, *(part.cpu().double().mul_(unit) for part in energy)
+
+
+def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise of stored data against the matrix it came from.
+
+    Args:
+        x: [N, K], the original.
+        qdata, scale: the stored matrix, tiled scales, padded from [N, K].
+
+    Returns:
+        (signal, noise): float64 [N, K'/32].
+    """
+    rows, cols = layout.true_shape(qdata.shape, x.shape)
+    blocks = qdata.shape[1] // BLOCK
+    signal = torch.zeros(rows, blocks, dtype=torch.float64, device=x.device)
+    noise = torch.zeros_like(signal)
+    for r0, r1 in layout.slabs(rows, cols, _SLAB):
+        stored = qdata[r0 : layout.round_up(r1, layout.ROW_PAD)]
+        tiles = scale[r0 : layout.round_up(r1, layout.TILE_ROWS)]
+        value = ops.dequantize(stored, tiles, torch.float32)[: r1 - r0]  # [m, K']
+        wide = torch.zeros_like(value)
+        wide[:, :cols] = x[r0:r1]
+        for total, part in ((noise, value.sub_(wide)), (signal, wide)):
+            square = part.double().square_()  # in float32, values of 1e-30 would vanish
+            total[r0:r1] = square.view(r1 - r0, blocks, BLOCK).sum(-1)
+    return signal, noise
+
+
+def fold_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
+    """How much folding changes a weight at most, from its scales alone (`row_fold`).
+
+    Folding shifts the codes of a block whose scale is 2**d below the largest of its row, and rounds
+    away at most half of E4M3's smallest step, 2**-10, of each; the block's largest code is 224 or
+    above. So the block changes by at most 2**(d - 10) * sqrt(32) / 224 of its size, and by its
+    whole size at worst.
+
+    Args:
+        stored: shape of the codes, [N', K']; scale: the tiled scales.
+
+    Returns:
+        The root of the mean square over all blocks that are not zero.
+    """
+    rows, cols = stored
+    byte = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
+    byte = byte.masked_fill(byte == layout.E8M0_NAN, 0)
+    shift = (byte.amax(-1, keepdim=True) - byte)[byte > 0]
+    count = torch.bincount(shift.flatten().int(), minlength=256).double().cpu()
+    change = torch.exp2(torch.arange(256).double() - 10) * BLOCK**0.5 / 224
+    change[0] = 0
+    total = float((count * change.clamp_max(1).square()).sum())
+    return (total / max(1.0, float(count.sum()))) ** 0.5

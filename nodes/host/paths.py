@@ -1,0 +1,205 @@
+"""Names to paths, through ComfyUI's `folder_paths`: nothing outside its folders can be reached."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from ...quant.sources import shards
+from .filenames import check_name, check_target, is_inside
+
+SAFETENSORS = (".safetensors", ".sft")
+MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The path of a model that a loader's list offers.
+
+    Raises:
+        FileNotFoundError: there is no such file in that folder.
+    """
+    return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() in SAFETENSORS
+
+
+def list_sources() -> list[str]:
+    """Models of all model folders as "folder/name".
+
+    A model in several files is one entry: its folder, or its index where the folder holds more.
+    """
+    return [
+        f"{folder}/{name}"
+        for folder in MODEL_FOLDERS
+        for name in sorted({*_single_files(folder), *_sharded(folder)})
+    ]
+
+
+def list_files() -> list[str]:
+    """Single safetensors files of all model folders as "folder/name"."""
+    return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in _single_files(folder)]
+
+
+def source_path(choice: str) -> Path:
+    """The file, or the index of several, behind a choice of these lists."""
+    folder, _, name = choice.partition("/")
+    if folder not in MODEL_FOLDERS:
+        raise ValueError(f"{choice!r} must begin with one of {', '.join(MODEL_FOLDERS)}")
+    return model_path(folder, _sharded(folder).get(name, name))
+
+
+def _single_files(folder: str) -> list[str]:
+    names = folder_paths.get_filename_list(folder)
+    return [n for n in names if n.lower().endswith(SAFETENSORS) and not shards.is_shard(n)]
+
+
+def _sharded(folder: str) -> dict[str, str]:
+    """What models in several files are called in the list -> the names of their indexes.
+
+    ComfyUI lists no indexes, but it does list shards, and an index lies beside them.
+    """
+    found: dict[str, str] = {}
+    parts = filter(shards.is_shard, folder_paths.get_filename_list(folder))
+    for place, part in sorted({Path(part).parent: part for part in parts}.items()):
+        path = folder_paths.get_full_path(folder, part)
+        indexes = [place / i.name for i in shards.indexes(Path(path).parent)] if path else []
+        alone = len(indexes) == 1 and place.name
+        for index in indexes:
+            names = (_model_folder(place), place, index) if alone else (index,)
+            name = next(n for n in map(str, names) if n not in found)
+            found[name] = str(index)
+    return found
+
+
+def _model_folder(place: Path) -> Path:
+    """The folder that a user calls the model: of a pipeline, the one around its transformer."""
+    return place.parent if place.name in ("transformer", "unet") and place.parent.name else place
+
+
+def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
+    """Where a file made from another goes: into the model folder its source is in.
+
+    Args:
+        source: the resolved source; choice: as it was picked, "folder/name".
+        name: file name as typed, with subfolders if wanted; empty for the source's name with
+            "-suffix", beside it: beside its folder if the model has that to itself.
+
+    Raises:
+        ValueError: some system cannot store the name, or it leaves the model folder.
+    """
+    folder, _, chosen = choice.partition("/")
+    # By name, not by what links lead to: a linked model belongs to the folder that lists it.
+    roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
+    root = next(root for root in roots if source.is_relative_to(root))
+    if not name.strip():
+        target = root / f"{shards.model_name(chosen)}-{suffix}.safetensors"
+        check_target(folder, target)
+        return target
+    name = check_name("target", name)
+    if not name.lower().endswith(SAFETENSORS):
+        name += ".safetensors"
+    target = root / name
+    if not is_inside(root, target):
+        raise ValueError(f"the name {name!r} leaves the folder {folder!r}; give a name inside it")
+    return target
+
+
+@contextlib.contextmanager
+def folder_of(target: Path) -> Iterator[None]:
+    """Make the folder of a file to be; if making the file fails, new folders go again."""
+    with _new_folders(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _new_folders(folder: Path) -> Iterator[None]:
+    """Remove a folder and those around it on an error, but for those that are there already."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
+    try:
+        yield
+    except BaseException:
+        for new in missing:
+            with contextlib.suppress(OSError):  # it holds something by now
+                new.rmdir()
+        raise
+
+
+def save_path(prefix: str) -> Path:
+    """output/<prefix>_00001_.safetensors, counting up as ComfyUI's own save nodes do.
+
+    Raises:
+        ValueError: that is outside the output folder, links followed: before 0.30 ComfyUI does not
+            follow them.
+    """
+    root = folder_paths.get_output_directory()
+    _check_inside_output(root, prefix, Path(root) / prefix)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+    _check_inside_output(root, prefix, path)  # the prefix may hold what ComfyUI fills in
+    return path
+
+
+@contextlib.contextmanager
+def saving(prefix: str) -> Iterator[Path]:
+    """`save_path`, whose new folders go again if making the file fails."""
+    root = folder_paths.get_output_directory()
+    _check_inside_output(root, prefix, Path(root) / prefix)
+    with tempfile.TemporaryDirectory() as elsewhere:  # ComfyUI makes the folder that it names
+        subfolder = folder_paths.get_save_image_path(prefix, elsewhere)[3]
+    with _new_folders(Path(root, subfolder)):
+        yield save_path(prefix)
+
+
+def _check_inside_output(root: str, prefix: str, path: Path) -> None:
+    if not is_inside(root, path):
+        raise ValueError(
+            f"filename_prefix {prefix!r} is outside the output folder; give a name inside it"
+        )
+
+
+CALIBRATIONS = "calibrations"  # a folder inside output/
+
+
+def list_calibrations() -> list[str]:
+    """Names of the files in output/calibrations."""
+    folder = Path(folder_paths.get_output_directory(), CALIBRATIONS)
+    return sorted(p.name for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def calibration_path(name: str) -> Path:
+    """Where a listed calibration is.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+    """
+    if name not in list_calibrations():
+        raise FileNotFoundError(
+            f"there is no {name!r} in output/{CALIBRATIONS} any more; choose another, or save one"
+        )
+    return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
+
+
+def temporary_path() -> Path:
+    """A name for a new file in ComfyUI's temp folder, which it empties when it starts and stops."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"mxfp8-{uuid.uuid4().hex}.safetensors"
+
+
+def delete_with(owner, path: Path) -> None:
+    """Delete a file when nothing refers to `owner` any more."""
+    weakref.finalize(owner, _delete, path)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+        path.unlink()

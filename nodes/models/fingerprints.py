@@ -1,0 +1,63 @@
+"""Whose weights a MODEL holds: hashes by which they are known again, and whether patches change it.
+
+What is said of weights, in a certificate or a report, holds for those weights alone. Save Model
+bakes in whatever is patched, also on layers that are kept and on biases: so a model with any patch
+on it has no fingerprint.
+"""
+
+from __future__ import annotations
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ...quant.conversion import calibration
+from ...quant.reports import comparison
+from ..runtime.describe import linears
+from ..runtime.patch import mxfp8_linears
+from .source import PREFIX
+
+_COMPILED = "_orig_mod."  # torch.compile puts it into names
+
+
+def is_patched(patcher) -> bool:
+    """Whether LoRAs or patches change any parameter of the diffusion model."""
+    return any(key.startswith(PREFIX) for key in patcher.patches)
+
+
+def plain(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return name.replace(_COMPILED, "")
+
+
+def of_mxfp8(patcher) -> str | None:
+    """`certificate.fingerprint` of a ModelPatcher; None of a patched one or without MXFP8."""
+    if is_patched(patcher):
+        return None
+    rows = []
+    for name, module in mxfp8_linears(patcher.model):
+        codes = _original(patcher, name, module)._qdata[0].cpu().view(torch.uint8)
+        rows.append((plain(name).removeprefix(PREFIX), codes.numpy().tobytes()))
+    return comparison.fingerprint(rows)
+
+
+def of_linears(patcher) -> str | None:
+    """`calibration.fingerprint` of all linears of a ModelPatcher; None of a patched one.
+
+    Of a weight in another quantised format, the stored codes are hashed.
+    """
+    if is_patched(patcher):
+        return None
+    weights = []
+    for name, module in linears(patcher.model):
+        weight = _original(patcher, name, module)
+        row = (weight._qdata if isinstance(weight, QuantizedTensor) else weight)[0]
+        if row.is_meta:  # the checkpoint lacked it; ComfyUI makes it zero when it is used
+            row = torch.zeros(row.shape)
+        weights.append((plain(name).removeprefix(PREFIX), tuple(weight.shape), row))
+    return calibration.fingerprint(weights)
+
+
+def _original(patcher, name: str, module) -> torch.Tensor:
+    """A layer's weight without what another clone's LoRA has merged into it at the moment."""
+    backup = patcher.backup.get(f"{name}.weight")
+    return module.weight if backup is None else backup.weight

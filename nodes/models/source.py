@@ -1,0 +1,184 @@
+"""A loaded model as something to convert or save: its tensors by name, LoRAs baked in.
+
+Weights come as the model was loaded, whatever is merged into them at the moment: the originals are
+in the patcher's backup while a LoRA is merged. Patches are then applied in float32 and the result
+is handed on in float32 to the quantiser, or rounded once to the weight's own dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.model_base import ModelType
+from comfy.model_detection import detect_unet_config
+from comfy.model_sampling import V_PREDICTION, ModelSamplingContinuousEDM
+from comfy.quant_ops import QuantizedTensor
+
+from ...quant.format import WEIGHT
+from ...quant.sources.file import HEADER_DTYPES, as_bytes
+
+PREFIX = "diffusion_model."  # of its names in the MODEL
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor: `full` is its name in the patcher, `tensor` is set where it has none."""
+
+    full: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    tensor: torch.Tensor | None = None
+
+
+class ModelSource:
+    """The diffusion model inside a MODEL, keys without prefix, for `quant.convert`.
+
+    Args:
+        patcher: the MODEL. It is only read.
+
+    A weight held in float32 whose values are all exact in bfloat16 or float16 counts as that: on a
+    CPU, ComfyUI holds 16-bit checkpoints in float32, and a file should not double for it.
+    """
+
+    def __init__(self, patcher):
+        self.name = type(patcher.model).__name__
+        self.metadata: dict[str, str] = {}
+        self._patcher = patcher
+        self._cached: tuple[str, torch.Tensor] | None = None
+        self._entries: dict[str, _Entry] = {}
+        self.quantized: dict[str, torch.nn.Module] = {}
+        model = patcher.model.diffusion_model
+        modules = dict(model.named_modules())
+        for key in model.state_dict():
+            owner, _, leaf = key.rpartition(".")
+            module = modules.get(owner)
+            if isinstance(getattr(module, "weight", None), QuantizedTensor):
+                self.quantized[owner] = module
+                if leaf != "bias":
+                    continue
+            self._add(key)
+        for key, tensor in _prediction_keys(patcher).items():
+            self._entries[key] = _Entry(key, tensor.dtype, tuple(tensor.shape), tensor)
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {k: (HEADER_DTYPES[e.dtype], e.shape) for k, e in self._entries.items()}
+
+    def is_linear(self, layer: str) -> bool:
+        """Whether a layer is one of ComfyUI's linears (an Embedding's weight is 2-D too)."""
+        module = comfy.utils.get_attr(self._patcher.model, PREFIX + layer)
+        return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
+
+    def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """What a file's metadata must say for ComfyUI to recognise this model in it.
+
+        ComfyUI tells models apart by the shapes of their tensors; of a few (LTX, MiniMax, some
+        Wan) it reads the rest from metadata, which a loaded model no longer has.
+
+        Args:
+            stored: shapes of the tensors whose shape in the file is another than in the model.
+
+        Raises:
+            ValueError: with those shapes it would be taken for another model.
+        """
+        entries = [entry for entry in self._entries.values() if entry.tensor is None]
+        state = {e.full.removeprefix(PREFIX): self.original(e.full) for e in entries}
+        state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
+        found = detect_unet_config(state, "")
+        for key, shape in stored.items():
+            if key in state and tuple(state[key].shape) != tuple(shape):
+                state[key] = torch.empty(shape, dtype=state[key].dtype, device="meta")
+        if detect_unet_config(state, "") != found:
+            raise ValueError(
+                f"padded to multiples of 32, this {self.name} would be taken for another model; "
+                "exclude its layers of other sizes"
+            )
+        config = self._patcher.model.model_config
+        told = {
+            key: value
+            for key, value in config.unet_config.items()
+            if key not in config.unet_extra_config
+            and isinstance(value, (bool, int, float, str, list, tuple))
+            and (found is None or found.get(key) != value)
+        }
+        return {"config": json.dumps({"transformer": told})} if told else {}
+
+    def rows(self, key: str, first: int, last: int) -> torch.Tensor:
+        """Rows of a weight with its patches, as precise as they are."""
+        return self._value(key)[first:last].to("cpu").contiguous()
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        value = self._value(key).to("cpu", self._entries[key].dtype).contiguous()
+        yield as_bytes(value.reshape(-1))
+
+    def weight(self, layer: str) -> torch.Tensor | None:
+        """A quantised layer's weight in float32 if patches change it, else None."""
+        full = f"{PREFIX}{layer}{WEIGHT}"
+        if full not in self._patcher.patches:
+            return None
+        return self._patched(full)
+
+    def original(self, full: str) -> torch.Tensor:
+        """A parameter as loaded, without what is merged into it now."""
+        # In this order: what hooks found may have LoRAs merged into it already.
+        if full in self._patcher.backup:
+            return self._patcher.backup[full].weight
+        if full in self._patcher.hook_backup:
+            return self._patcher.hook_backup[full][0]
+        if full in self._patcher.backup_buffers:
+            return self._patcher.backup_buffers[full]
+        value = comfy.utils.get_attr(self._patcher.model, full)
+        # A parameter that the checkpoint lacked: ComfyUI makes it zero when it is first used.
+        return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
+
+    def _add(self, key: str) -> None:
+        full = PREFIX + key
+        value = self.original(full)
+        dtype = value.dtype
+        patches = self._patcher.patches.get(full, [])
+        if tuple(comfy.lora.calculate_shape(patches, value, full)) != tuple(value.shape):
+            raise ValueError(
+                f"a LoRA on this {self.name} changes the shape of {key!r}; apply it after this node"
+            )
+        if dtype == torch.float32 and not patches:
+            narrow = (torch.bfloat16, torch.float16)
+            dtype = next((d for d in narrow if torch.equal(value.to(d).float(), value)), dtype)
+        self._entries[key] = _Entry(full, dtype, tuple(value.shape))
+
+    def _value(self, key: str) -> torch.Tensor:
+        entry = self._entries[key]
+        if entry.tensor is not None:
+            return entry.tensor
+        if entry.full not in self._patcher.patches:
+            return self.original(entry.full)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = None  # free the last one first
+            self._cached = key, self._patched(entry.full)
+        return self._cached[1]
+
+    def _patched(self, full: str) -> torch.Tensor:
+        weight = self.original(full)
+        if isinstance(weight, QuantizedTensor):
+            weight = weight.dequantize()
+        weight = weight.to(self._patcher.load_device, torch.float32, copy=True)
+        patches = self._patcher.patches[full]
+        return comfy.lora.calculate_weight(patches, weight, full, intermediate_dtype=torch.float32)
+
+
+def _prediction_keys(patcher) -> dict[str, torch.Tensor]:
+    """The marker tensors by which ComfyUI recognises v-prediction models; most have none."""
+    sampling = patcher.get_model_object("model_sampling")
+    keys = {}
+    if isinstance(sampling, ModelSamplingContinuousEDM) and isinstance(sampling, V_PREDICTION):
+        keys["edm_vpred.sigma_max"] = torch.tensor(float(sampling.sigma_max))
+        keys["edm_vpred.sigma_min"] = torch.tensor(float(sampling.sigma_min))
+    if patcher.model.model_type == ModelType.V_PREDICTION:
+        keys["v_pred"] = torch.tensor([])
+        if getattr(sampling, "zsnr", False):
+            keys["ztsnr"] = torch.tensor([])
+    return keys

@@ -1,0 +1,253 @@
+"""A loaded model as a passport: how each of its linears runs here, and where its bytes are.
+
+Nothing is decided here. A layer's forward is the patch that is on it, what that does is for
+`forward` to say, and what multiplies for `kernels.explain`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import torch
+from comfy.model_base import BaseModel
+from comfy.quant_ops import QuantizedTensor
+
+from ... import kernels
+from ...kernels.backends import fp8_rowwise
+from ...quant.reports import execution
+from ...quant.reports.conversion import MXFP8
+from ...quant.reports.execution import STOCK, LayerPassport, Memory, Passport, Timing
+from ...quant.sources.file import HEADER_DTYPES
+from ..host.progress import Progress
+from ..models.source import PREFIX
+from . import cache, forward
+from .patch import MOST_FOLDED, allow_folds, compute_dtype, fold_changes, mxfp8_linears
+
+# Most rows that a layer is timed for on a CPU: a call takes a part of a second even of the largest
+# layers, and an interrupt is heeded between two calls.
+_CPU_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a layer runs: what a `LayerPassport` says of that."""
+
+    backend: str
+    precision: str | None
+    reason: str
+
+
+def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of every linear with a 2-D weight, quantised or not, in module order."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and getattr(weight, "ndim", None) == 2:
+            yield name, module
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as files call it."""
+    return HEADER_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def describe(patcher, rows: int, folds: bool = True) -> Passport:
+    """The passport of a ModelPatcher, nothing measured.
+
+    Args:
+        rows: of the inputs for which layers are described.
+        folds: whether to say how much folding changes each layer, for which all scales are read.
+    """
+    device, dtype = patcher.load_device, compute_dtype(patcher)
+    found = list(linears(patcher.model))
+    quantized = list(mxfp8_linears(patcher.model)) if folds else []
+    changes = fold_changes(patcher, quantized, "auto")
+    layers = [_layer(patcher, name, module, rows, changes.get(name)) for name, module in found]
+    asked = _asked(patcher)
+    many = kernels.explain(device, dtype, asked)
+    few = kernels.explain(device, dtype, asked, 1)
+    because = execution.because(device.type, many, asked, _is_encoder(patcher))
+    ours = any(x.backend != STOCK for x in layers)
+    return Passport(
+        model=type(patcher.model).__name__,
+        machine=kernels.machine(),
+        device=str(device),
+        dtype=dtype_name(dtype),
+        rows=rows,
+        few=f"{few.backend}, {few.precision} (up to {fp8_rowwise.FEW_ROWS})" if ours else STOCK,
+        refused=tuple(f"{name}: {reason}" for name, reason in many.refused),
+        because=because if ours else None,
+        memory=_memory(patcher),
+        layers=tuple(layers),
+    )
+
+
+def _asked(patcher) -> str:
+    """The precision that a model was given: that of most of its layers, but for unfit ones."""
+    patches = [getattr(p, "__func__", None) for p in patcher.object_patches.values()]
+    asked = [forward.PRECISION_OF[f] for f in patches if f in forward.FORWARDS.values()]
+    return max(set(asked), key=asked.count) if asked else "auto"
+
+
+def _is_encoder(patcher) -> bool:
+    """Whether a model is a text encoder, which `loading.accelerate_clip` always runs exact."""
+    return not isinstance(patcher.model, BaseModel)
+
+
+def _layer(patcher, name: str, module, rows: int, change: float | None) -> LayerPassport:
+    weight = module.weight
+    dtype = dtype_name(weight.dtype)
+    kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
+    decision, reason = (kind, f"not MXFP8: {kind}") if kind else execution.kept(dtype)
+    if kind == MXFP8:
+        way = _way(patcher, name, module, rows, change)
+    elif f"{name}.forward" in patcher.object_patches:
+        way = _Way(STOCK, None, f"{reason}, patched by another node")
+    else:
+        way = _Way(STOCK, None, reason)
+    return LayerPassport(
+        name=name.removeprefix(PREFIX),
+        shape=tuple(weight.shape),
+        decision=decision,
+        reason=way.reason,
+        dtype=dtype,
+        bytes=sum(part.nbytes for _, part in _parts(weight)),
+        device=str(weight.device),
+        backend=way.backend,
+        precision=way.precision,
+    )
+
+
+def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
+    """How an MXFP8 linear runs, by what is on it."""
+    patch = patcher.object_patches.get(f"{name}.forward")
+    function = getattr(patch, "__func__", None)
+    if patch is None:
+        return _Way(STOCK, None, "as ComfyUI runs it: Accelerate Model (MXFP8) is not on it")
+    if function not in forward.PRECISION_OF:
+        return _Way(STOCK, None, "patched by another node")
+    left = forward.left_to_stock(module)
+    if left is None and patcher.is_dynamic() and f"{name}.weight" in patcher.patches:
+        left = "ComfyUI applies a LoRA while it casts the weight, as it does under dynamic VRAM"
+    if left is not None:
+        return _Way(STOCK, None, left)
+    asked = forward.PRECISION_OF[function]
+    encoder = _is_encoder(patcher)
+    # Of an encoder that is reason enough; ComfyUI's flag to cast its weights comes with loading.
+    held = None if encoder else forward.held_exact(module)
+    if held is None and function is forward.UNFIT:
+        by = "" if change is None else f" by {change:.1g}"
+        held = f"folding could change it{by}, more than {MOST_FOLDED:g}"
+    if held is not None:
+        asked = "exact"
+    device, dtype = patcher.load_device, compute_dtype(patcher)
+    choice = kernels.explain(device, dtype, asked, rows)
+    if held is None:
+        many = kernels.explain(device, dtype, asked)
+        reason = execution.reason(choice, many, asked, change, encoder)
+    else:
+        reason = f"exact: {held}"
+    return _Way(choice.backend, choice.precision, reason)
+
+
+def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
+    """(kind of memory, what takes it) of a parameter or buffer."""
+    if isinstance(tensor, QuantizedTensor):
+        params = vars(tensor._params).values()
+        scales = [value for value in params if isinstance(value, torch.Tensor)]
+        return [("codes", tensor._qdata), *(("scales", scale) for scale in scales)]
+    return [("other weights", tensor)]
+
+
+def _memory(patcher) -> dict[str, Memory]:
+    """Bytes by kind, of weights as they are now."""
+    sizes = {kind: [0, 0] for kind in ("codes", "scales", "other weights")}
+    model = patcher.model
+    for tensor in (*model.parameters(), *model.buffers()):
+        for kind, part in _parts(tensor):
+            sizes[kind][_is_away(part, patcher)] += part.nbytes
+    sizes["kept folds"] = [cache.kept_bytes(model), 0]
+    sizes["LoRA patches"] = [0, 0]
+    for part in _tensors(list(patcher.patches.values())):
+        sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
+    return {kind: Memory(*size) for kind, size in sizes.items()}
+
+
+def _is_away(tensor: torch.Tensor, patcher) -> bool:
+    """Whether a tensor is elsewhere than where its model computes ("mps" is "mps:0")."""
+    here, there = patcher.load_device, tensor.device
+    return (here.type, here.index or 0) != (there.type, there.index or 0)
+
+
+def _tensors(patches) -> Iterator[torch.Tensor]:
+    """The tensors in a patcher's patches, which are nested tuples, and adapters with `weights`."""
+    if isinstance(patches, torch.Tensor):
+        yield patches
+    elif isinstance(patches, (list, tuple)):
+        for part in patches:
+            yield from _tensors(part)
+    elif hasattr(patches, "weights"):
+        yield from _tensors(patches.weights)
+
+
+def load(patcher) -> None:
+    """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
+    comfy.model_management.load_models_gpu([patcher])
+    allow_folds(patcher)
+
+
+def measure(patcher, found: Passport, progress: Progress) -> Passport:
+    """The passport with times: of one MXFP8 layer of each size, as the patch on it runs it.
+
+    Args:
+        found: of the model after `load`. A layer that stays offloaded is timed with its way to the
+            device.
+    """
+    groups: dict[tuple, list[LayerPassport]] = {}
+    for layer in found.mxfp8:
+        if layer.backend != STOCK:
+            groups.setdefault((layer.shape, layer.backend, layer.precision), []).append(layer)
+    timings, times = [], {}
+    for index, (key, layers) in enumerate(groups.items()):
+        name = layers[0].name
+
+        def step(part: int, first=3 * index, name=name) -> None:
+            progress(first + part, 3 * len(groups), name)
+
+        timing = _time(patcher, name, found.rows, len(layers), key, step)
+        timings.append(timing)
+        times |= {layer.name: timing.microseconds for layer in layers}
+    layers = tuple(replace(x, microseconds=times.get(x.name)) for x in found.layers)
+    return replace(found, layers=layers, timings=tuple(timings), memory=_memory(patcher))
+
+
+def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing:
+    """One layer, a dense one of its size, and stock's forward on it."""
+    full = name if f"{name}.forward" in patcher.object_patches else PREFIX + name
+    patch = patcher.object_patches[f"{full}.forward"]
+    module = patch.__self__
+    device, dtype = patcher.load_device, compute_dtype(patcher)
+    shape, backend, precision = key
+    if device.type == "cpu":
+        rows = min(rows, _CPU_ROWS)
+    x = torch.randn(rows, shape[1], device=device).to(dtype)
+    dense = module.weight.dequantize().to(device, dtype)
+    calls = (
+        lambda: patch(x),
+        lambda: torch.nn.functional.linear(x, dense),
+        lambda: type(module).forward(module, x),
+    )
+    wait = functools.partial(synchronize, device)
+    times = [
+        execution.median_microseconds(call, wait, functools.partial(step, part))
+        for part, call in enumerate(calls)
+    ]
+    return Timing(shape, backend, precision, count, rows, *times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on a device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,228 @@
+"""Rebuild what a file lost: markers, the order of its scales, their dtype. Codes stay as they are.
+
+A matrix is taken for an MXFP8 layer if it is F8_E4M3 with sizes that fit, its scales are there as
+U8 or F8_E8M0 in a shape that fits, and its codes bear the mark of the format (`scan`). Markers that
+exist are kept. A new one leaves out what cannot be known any more, the shape and the dtype before
+quantising; readers take the shape from the model.
+
+Where row-major scales have a shape of their own they are tiled without asking. Where the shape fits
+both orders, the padding and statistics decide, or the caller does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ...kernels import layout
+from ...kernels.layout import BLOCK
+from .. import format
+from ..container.header import quoted
+from ..container.writer import Writer
+from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
+from ..progress import VERIFY, Meter, Progress
+from ..sources import diffusers
+from ..sources.file import FileSource, as_bytes
+from . import scan
+
+
+@dataclass
+class Repair:
+    """What was done, layer by layer.
+
+    Attributes:
+        marked: layers that got a marker; tiled: layers whose scales were brought into tiled order.
+        retyped: layers whose scales became U8.
+        layers: all MXFP8 layers of the new file.
+    """
+
+    source: str
+    target: str
+    marked: list[str] = field(default_factory=list)
+    tiled: list[str] = field(default_factory=list)
+    retyped: list[str] = field(default_factory=list)
+    layers: int = 0
+
+    def summary(self) -> str:
+        """A few lines for a terminal or a node."""
+        done = [
+            f"{what}: {len(names)} of {self.layers} layers ({quoted(names[0])} the first)"
+            for what, names in (
+                ("markers written", self.marked),
+                ("scales brought into tiled order", self.tiled),
+                ("scales rewritten as U8", self.retyped),
+            )
+            if names
+        ]
+        return "\n".join([f"{self.source} -> {self.target}", *done])
+
+
+def repair_file(
+    source,
+    target,
+    *,
+    scales: str = format.AUTO,
+    formats: Iterable[str] = format.FORMATS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Repair:
+    """Write a copy of an MXFP8 file with whole markers and tiled U8 scales.
+
+    Args:
+        source, target: paths; the target appears whole or not at all.
+        scales: the order of scales whose shape fits both: "tiled", "row-major", or "auto", which
+            asks the padding and statistics of each layer.
+        formats: names that a marker may give; layers in other formats than MXFP8 are copied.
+        progress: called after every piece; an exception it raises stops the work cleanly.
+
+    Raises:
+        FormatError: the file is damaged, a layer's scales are missing or do not fit, or there is
+            nothing to repair.
+        OSError: reading or writing failed.
+    """
+    if scales not in format.ORDERS:
+        raise ValueError(f"scales is {scales!r}; it must be one of {', '.join(format.ORDERS)}")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise ValueError(f"{os.path.basename(target)}: the target is the source; give another name")
+    with FileSource(source) as opened:
+        layers = _layers(opened, formats)
+        result = Repair(opened.name, os.path.basename(target), layers=len(layers))
+        row_major = _row_major(opened, layers, scales)
+        marked = _marked_twice(opened.header)
+        result.marked = [n for n in layers if n not in marked]
+        result.tiled = [n for n in layers if n in row_major]
+        result.retyped = [n for n, layer in layers.items() if layer.scale.dtype != "U8"]
+        if not (result.marked or result.tiled or result.retyped):
+            raise FormatError(
+                f"{opened.name}: nothing to repair: {len(layers)} MXFP8 layers, all with both "
+                "markers and tiled U8 scales"
+            )
+        _write(opened, target, layers, row_major, overwrite, progress)
+        return result
+
+
+def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
+    """Marked and recognised layers by name; scales may have either order and dtype."""
+    header, found = source.header, {}
+    header.check_formats(formats)
+    _ = header.experts
+    for name, conf in header.markers.items():
+        if conf["format"] == format.MXFP8 and "num_experts" not in conf:
+            weight = header.tensors.get(name + WEIGHT)
+            if weight is None:
+                raise FormatError(
+                    f"{header.path.name}: {quoted(name)} is marked as MXFP8, but there is no "
+                    f"tensor {quoted(name + WEIGHT)}: the file is incomplete, get it again"
+                )
+            found[name] = _candidate(header, weight, conf)
+    for weight in scan.unmarked_matrices(header):
+        name = weight.name.removesuffix(WEIGHT)
+        scale = header.tensors.get(name + SCALE)
+        if scale is None:
+            continue
+        blocks, marked = scan.sample_marks(source, weight)
+        if marked >= scan.MARKED * blocks:
+            found[name] = _candidate(header, weight, None)
+    scan.refuse_unmarked(source, known=found)
+    scan.refuse_nan_experts(source)
+    scan.refuse_tables(source.name, found.values())
+    diffusers.check_names(source.name, header.tensors)
+    if not found:
+        raise FormatError(
+            f"{header.path.name}: nothing to repair: no layer has MXFP8 codes and scales"
+        )
+    return dict(sorted(found.items(), key=lambda item: item[1].weight.begin))
+
+
+def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Layer:
+    """A layer to be written, with the marker it has or gets."""
+    name = weight.name.removesuffix(WEIGHT)
+    where = f"{header.path.name}: {quoted(name)}"
+    if weight.dtype != "F8_E4M3" or len(weight.shape) != 2 or weight.shape[1] % BLOCK:
+        raise FormatError(
+            f"{where}: its weight is {weight.dtype} {list(weight.shape)}; MXFP8 codes are 2-D "
+            "F8_E4M3 with columns a multiple of 32. This cannot be repaired"
+        )
+    scale = header.tensors.get(name + SCALE)
+    if scale is None:
+        raise FormatError(f"{where}: its scales are missing, which cannot be repaired")
+    tiled, plain = layout.scale_shape(*weight.shape), (weight.shape[0], weight.shape[1] // BLOCK)
+    if scale.dtype not in format.SCALES or scale.shape not in (tiled, plain):
+        raise FormatError(
+            f"{where}: its scales are {scale.dtype} {list(scale.shape)}; weight "
+            f"{list(weight.shape)} needs U8 or F8_E8M0 {list(tiled)}, or {list(plain)} row-major"
+        )
+    if conf is None:
+        conf = {"format": format.MXFP8, "group_size": BLOCK}
+    return Layer(name, format.layer_shape(where, weight, conf), weight, scale, conf)
+
+
+def _marked_twice(header: Header) -> set[str]:
+    """Names of the layers that have both markers already."""
+    inside = format.header_markers(header.path.name, header.metadata)
+    names = {format.full_name(header, name) for name in inside}
+    return {name for name in names if name + MARKER in header.tensors}
+
+
+def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> set[str]:
+    """Names of the layers whose scales are row-major."""
+    orders = {}
+    for name, layer in layers.items():
+        if layer.scale.shape != layout.scale_shape(*layer.weight.shape):
+            orders[name] = "row-major"  # by its shape it can be nothing else
+        else:
+            orders[name] = (
+                scan.order_evidence(source, layer).order if scales == format.AUTO else scales
+            )
+    rest = "row-major" if set(orders.values()) - {None} == {"row-major"} else "tiled"
+    return {name for name, order in orders.items() if (order or rest) == "row-major"}
+
+
+def _tiled_scale(source: FileSource, layer: Layer, row_major: bool) -> Iterator[torch.Tensor]:
+    """A layer's scales as tiled bytes, in slabs of whole tiles."""
+    rows, blocks = layer.weight.shape[0], layer.weight.shape[1] // BLOCK
+    for first, last in layout.slabs(layer.scale.shape[0], layer.scale.shape[1], 1 << 22):
+        scale = source.rows(layer.scale.name, first, last).view(torch.uint8)
+        if row_major:
+            scale = layout.tile(scale[: min(last, rows) - first, :blocks])
+        scan.refuse_nan_scales(source.name, layer, first, scale)
+        yield scale
+
+
+def _write(source: FileSource, target, layers, row_major, overwrite, progress) -> None:
+    by_scale = {layer.scale.name: layer for layer in layers.values()}
+    markers = {name: format.marker_bytes(layer.conf) for name, layer in layers.items()}
+    dropped = {name + MARKER for name in layers}
+    tensors = []
+    for key, (dtype, shape) in source.tensors.items():
+        if key in by_scale:
+            dtype, shape = "U8", layout.scale_shape(*by_scale[key].weight.shape)
+        if key not in dropped:
+            tensors.append((key, dtype, shape))
+    tensors += [(name + MARKER, "U8", (len(text),)) for name, text in markers.items()]
+    total = sum(t.nbytes for t in source.header.tensors.values())
+    advance = Meter(total, progress)
+
+    metadata = format.with_markers(source.metadata, _all_markers(source.header, layers))
+    with Writer(target, tensors, metadata, overwrite, lambda: advance(0, VERIFY)) as writer:
+        for key, info in source.header.tensors.items():
+            if key in by_scale:
+                layer = by_scale[key]
+                for scale in _tiled_scale(source, layer, layer.name in row_major):
+                    writer.write(key, as_bytes(scale.contiguous()))
+                advance(info.nbytes, key)
+            elif key not in dropped:
+                for piece in source.pieces(key):
+                    writer.write(key, piece)
+                    advance(len(piece), key)
+        for name, text in markers.items():
+            writer.write(name + MARKER, text)
+
+
+def _all_markers(header: Header, layers: Mapping[str, Layer]) -> dict[str, Mapping]:
+    """Markers of every layer of the file, those of other formats included."""
+    others = {n: c for n, c in header.markers.items() if n not in layers}
+    return {**others, **{name: layer.conf for name, layer in layers.items()}}

@@ -1,0 +1,353 @@
+"""Write a safetensors file whole or not at all, with bounded memory.
+
+The header is known before the first byte of data, so tensors are written as they come, in pieces,
+each at its place, by several threads if there are. The file grows under a temporary name beside its
+target (`claim`), is synced, read back and compared with checksums taken while writing, and only
+then gets its name. Whatever goes wrong before that leaves the target as it was.
+
+Tensors are laid out so that each is aligned to its element size, and those whose size is a
+multiple of 64 bytes (all MXFP8 data and scales) to 64 bytes: readers map files straight into
+tensors. The same tensors in the same order, with the same metadata, give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from .. import format
+from ..format import DTYPES, FormatError, TensorInfo
+from .header import quoted
+from .part_file import claim
+from .pipeline import Pipeline, cores
+
+ALIGNMENT = 64
+_PIECE = 1 << 22  # bytes that share a checksum
+_READ_BACK = 1 << 18  # bytes read back at a time
+_SYNC_EVERY = 1 << 27  # bytes; the disk works while more is computed, and the last sync is short
+_READERS = 4  # threads that read back
+
+
+class _Piece(NamedTuple):
+    """A stretch of a tensor's bytes as it was written; `begin` counts from the tensor's start."""
+
+    begin: int
+    end: int
+    checksum: int
+
+
+class Writer:
+    """A context manager; leaving it without an error is what makes the file appear.
+
+    Args:
+        target: the file to make.
+        tensors: (name, dtype, shape) of every tensor, in any order.
+        metadata: the header's __metadata__, strings to strings.
+        overwrite: whether an existing target may be replaced.
+        tick: called every few megabytes while the file is synced and read back; what it raises
+            stops the writer cleanly.
+
+    Raises:
+        FileExistsError: the target exists and overwrite is off.
+        OSError: another writer is at work on the target, no space, no permission, no such folder;
+            nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike,
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        overwrite: bool = False,
+        tick: Callable[[], None] = lambda: None,
+    ):
+        self.target = Path(target)
+        self.overwrite = overwrite
+        self.temporary: Path | None = None  # while the context is open
+        self._tick = tick
+        self._header, self.tensors = _lay_out(tensors, metadata)
+        self._pieces: dict[str, list[_Piece]] = {name: [] for name in self.tensors}
+        self._position = dict.fromkeys(self.tensors, 0)
+        self._unsynced = 0
+        self._lock = threading.Lock()  # of the three above
+        self._file: BinaryIO | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return max((t.end for t in self.tensors.values()), default=len(self._header))
+
+    def __enter__(self) -> Writer:
+        self.temporary, self._file = claim(self.target)
+        try:
+            _check_target(self.target, self.overwrite)
+            self._check_space()
+            with self._explained():
+                self._file.truncate(self.nbytes)
+                _write_at(self._file.fileno(), self._header, 0)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, name: str, data, offset: int | None = None) -> None:
+        """Write a piece of a tensor's bytes (anything with a flat buffer).
+
+        Any thread may write any piece; the order does not matter.
+
+        Args:
+            offset: of the piece within the tensor; default: after the piece written before.
+        """
+        data = memoryview(data).cast("B")
+        info = self.tensors[name]
+        with self._lock:
+            begin = self._position[name] if offset is None else offset
+            end = self._position[name] = begin + len(data)
+        if end > info.nbytes:
+            raise FormatError(
+                f"{self.target.name}: tensor {quoted(name)} got more bytes than it has"
+            )
+        for start in range(begin, end, _PIECE):
+            piece = data[start - begin : start - begin + _PIECE]
+            with self._explained():
+                _write_at(self._file.fileno(), piece, info.begin + start)
+            self._remember(name, _Piece(start, start + len(piece), zlib.crc32(piece)))
+
+    def _remember(self, name: str, piece: _Piece) -> None:
+        """Note a written piece, and sync now and then: meanwhile other threads go on."""
+        with self._lock:
+            self._pieces[name].append(piece)
+            self._unsynced += piece.end - piece.begin
+            due = self._unsynced >= _SYNC_EVERY
+            if due:
+                self._unsynced = 0
+        if due:
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._explained():
+            os.fsync(self._file.fileno())
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None:
+            self._discard()
+            return
+        try:
+            for name, info in self.tensors.items():
+                self._check_complete(name, info.nbytes)
+            self._tick()
+            self._sync()
+            self._verify()
+            self._publish()
+        except BaseException:
+            self._discard()
+            raise
+
+    def _check_complete(self, name: str, size: int) -> None:
+        """Every byte of a tensor was written, and once."""
+        position = 0
+        self._pieces[name].sort()
+        for piece in self._pieces[name]:
+            if piece.begin != position:
+                break
+            position = piece.end
+        if position != size:
+            raise FormatError(f"{self.target.name}: tensor {quoted(name)} was not fully written")
+
+    def _verify(self) -> None:
+        """Read the file back: its header as any reader would, its data against the checksums."""
+        header = format.read_header(self.temporary)
+        if dict(header.tensors) != self.tensors:
+            raise FormatError(f"{self.target.name}: the header read back differs from the plan")
+        workers = min(_READERS, cores())
+        with Pipeline(workers, 4 * workers * _PIECE) as pipeline:
+            for name, info in header.tensors.items():
+                for piece in self._pieces[name]:
+                    size = piece.end - piece.begin
+                    pipeline.submit(self._compare, info, piece, size=size, done=self._ticked)
+
+    def _ticked(self, _) -> None:
+        self._tick()
+
+    def _compare(self, info: TensorInfo, piece: _Piece) -> None:
+        """Read a piece back and compare it with its checksum."""
+        buffer = memoryview(bytearray(_READ_BACK))
+        left, checksum = piece.end - piece.begin, 0
+        with self.temporary.open("rb", buffering=0) as file:
+            file.seek(info.begin + piece.begin)
+            while left and (count := file.readinto(buffer[:left])):
+                checksum = zlib.crc32(buffer[:count], checksum)
+                left -= count
+        if left or checksum != piece.checksum:
+            raise FormatError(
+                f"{self.target.name}: tensor {quoted(info.name)} reads back differently from what "
+                "was written; check the disk"
+            )
+
+    def _publish(self) -> None:
+        """Give the file its name; its lock is held until it has it."""
+        if os.name == "nt":  # an open file cannot be renamed there
+            self._file.close()
+        try:
+            if self.overwrite:
+                os.replace(self.temporary, self.target)
+            else:
+                _rename_new(self.temporary, self.target)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                "the file cannot be replaced; close the program that has it open (ComfyUI, for "
+                "one), or give another name",
+                str(self.target),
+            ) from error
+        self._file.close()
+        _sync_folder(self.target.parent)
+
+    def _check_space(self) -> None:
+        """Refuse now what would fill the disk after minutes of work."""
+        free = shutil.disk_usage(self.target.parent).free
+        if self.nbytes > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk has {free / 1e9:.2f} GB free and the file needs "
+                f"{self.nbytes / 1e9:.2f} GB; make room, or choose another folder",
+                str(self.target),
+            )
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            # What cannot be deleted now, on a disk that failed, is deleted by the next writer; the
+            # error that led here matters more.
+            if os.name == "nt":  # an open file cannot be deleted there
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self.temporary.unlink()
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Say what to do about an error of the disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _ADVICE:
+                size = f"{self.nbytes / 1e9:.2f} GB"
+                advice = _ADVICE[error.errno].format(size=size)
+                raise OSError(error.errno, advice, str(self.target)) from error
+            raise
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; make room for {size}, or choose another folder",
+    errno.EFBIG: "a file of {size} is over a limit of the file system; choose another folder",
+    errno.EIO: "writing failed; check the disk",
+}
+if hasattr(errno, "EDQUOT"):  # not on Windows
+    _ADVICE[errno.EDQUOT] = "your quota is used up; make room for {size}, or choose another folder"
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to replace what is no file, and a file unless that was asked for."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; give a file name", str(target))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "this is no ordinary file; give another name", str(target))
+    if target.exists() and not overwrite:
+        raise _exists(target)
+
+
+def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Order the tensors, place them, and encode the header."""
+
+    def key(tensor):
+        _, dtype, shape = tensor
+        bits = DTYPES[dtype]
+        whole = format.numel(shape) * bits // 8 % ALIGNMENT == 0
+        return not whole, 0 if whole else -bits
+
+    entries, offset = {}, 0
+    for name, dtype, shape in sorted(tensors, key=key):
+        if name in entries:
+            raise FormatError(f"two tensors are called {quoted(name)}")
+        size = format.numel(shape) * DTYPES[dtype] // 8
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    header = {"__metadata__": dict(metadata), **entries} if metadata else entries
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    data = 8 + len(text)
+    placed = {
+        name: TensorInfo(
+            name, e["dtype"], tuple(e["shape"]), *(data + o for o in e["data_offsets"])
+        )
+        for name, e in entries.items()
+    }
+    return struct.pack("<Q", len(text)) + text, placed
+
+
+def _write_at(descriptor: int, data, offset: int) -> None:
+    """Write all of `data` at an offset; a single call may write less."""
+    data = memoryview(data)
+    while data:
+        count = _pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _seek_and_write(descriptor: int, data, offset: int) -> int:
+    """`os.pwrite` for Windows, which has none. Not run there so far."""
+    with _one_at_a_time:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+_one_at_a_time = threading.Lock()
+_pwrite = getattr(os, "pwrite", _seek_and_write)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename unless the target exists, without a moment in which two writers could both pass."""
+    if os.name == "nt":  # there, a rename never replaces
+        os.rename(source, target)
+        return
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise _exists(target) from None
+        os.rename(source, target)
+    else:
+        source.unlink()
+
+
+def _exists(target: Path) -> FileExistsError:
+    return FileExistsError(
+        errno.EEXIST,
+        "the file exists; turn on overwrite to replace it, or give another name",
+        str(target),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power cut, where the system can; the file is there already."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,239 @@
+"""How a model runs on this machine, layer by layer, as data: the passport.
+
+It says which backend runs each linear, at what precision and why, where the bytes are, and, if
+measured, how long a layer of each size takes against a dense one and against stock's way. What is
+in it was asked of the code that runs the layers (`kernels.explain`), never worked out a second
+time. It is plain JSON with a version, as a conversion's report is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from ...kernels import Choice
+from ...kernels.backends import fp8_rowwise
+from .conversion import KEPT, MXFP8, gigabytes
+
+VERSION = 1
+_SLOWEST = "eager"  # the backend that runs where no other does
+_LACKING = ("triton", "fp8")  # the backends to say why not of, the first that was refused
+STOCK = "stock"  # the backend of what ComfyUI itself runs
+_SAMPLE = 0.005  # seconds of calls between two readings of the clock
+_SAMPLES = 5
+_LONG = 1.0  # seconds for one call, above which two are measured and no more
+
+
+@dataclass(frozen=True)
+class LayerPassport:
+    """One linear.
+
+    Attributes:
+        decision: "mxfp8", the name of another format, or "kept".
+        reason: why it runs as it does, in words.
+        dtype: of the weight ("BF16"; of a quantised one, what it computes in).
+        bytes: of the weight with its scales; device: where they are now.
+        backend: a name from `kernels.backends`, or "stock"; precision: "exact" or "fast", None
+            where that is for stock to say.
+        microseconds: where measured; for how many rows, the timing of its size says.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    decision: str
+    reason: str
+    dtype: str
+    bytes: int
+    device: str
+    backend: str
+    precision: str | None
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Layers of one size that run alike: a median for each way to compute one.
+
+    Attributes:
+        layers: how many there are; rows: of the input that one was timed on.
+        dense_microseconds: of a weight that is not quantised, in the model's dtype.
+        stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight.
+    """
+
+    shape: tuple[int, int]
+    backend: str
+    precision: str | None
+    layers: int
+    rows: int
+    microseconds: float
+    dense_microseconds: float
+    stock_microseconds: float
+
+    @property
+    def faster_than_dense(self) -> float:
+        return self.dense_microseconds / self.microseconds
+
+    @property
+    def faster_than_stock(self) -> float:
+        return self.stock_microseconds / self.microseconds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one kind: on the device that computes, and elsewhere until they are needed."""
+
+    device: int = 0
+    offloaded: int = 0
+
+
+@dataclass(frozen=True)
+class Passport:
+    """A whole model on this machine.
+
+    Attributes:
+        device, dtype: that it computes on and in; rows: of the inputs that layers are described
+            for.
+        few: what layers run with few rows, in words.
+        refused: "backend: why not" of what would have come before the backends that run.
+        because: why nothing faster runs, in a few words; None where nothing would be, or where
+            ComfyUI runs everything.
+        memory: kind ("codes", "scales", "other weights", "kept folds", "LoRA patches") -> bytes.
+    """
+
+    model: str
+    machine: str
+    device: str
+    dtype: str
+    rows: int
+    few: str
+    refused: tuple[str, ...]
+    because: str | None
+    memory: dict[str, Memory]
+    layers: tuple[LayerPassport, ...] = field(repr=False)
+    timings: tuple[Timing, ...] = ()
+
+    @property
+    def mxfp8(self) -> list[LayerPassport]:
+        return [layer for layer in self.layers if layer.decision == MXFP8]
+
+    def ways(self) -> list[tuple[str, int]]:
+        """("backend, precision", MXFP8 layers) of each way that layers run, most first."""
+        ways = (", ".join(filter(None, (x.backend, x.precision))) for x in self.mxfp8)
+        return Counter(ways).most_common()
+
+    def line(self) -> str:
+        """What there is to say on a loader."""
+        if not self.mxfp8:
+            return "no MXFP8 layers; it runs as ComfyUI loaded it"
+        ways = self.ways()
+        said = ways[0][0] if len(ways) == 1 else "; ".join(f"{n} {way}" for way, n in ways)
+        because = f" ({self.because})" if self.because else ""
+        size = gigabytes(sum(layer.bytes for layer in self.mxfp8))
+        noun = "layer" if len(self.mxfp8) == 1 else "layers"
+        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {said}{because}"
+
+    def summary(self) -> str:
+        """Some lines for a node."""
+        lines = [f"{self.model} on {self.device}: {self.line()}"]
+        reasons = Counter(layer.reason for layer in self.layers)
+        lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
+        lines.append(f"inputs of few rows: {self.few}")
+        lines += [f"not used: {refusal}" for refusal in self.refused]
+        sizes = [f"{kind} {gigabytes(m.device)}" for kind, m in self.memory.items() if m.device]
+        away = sum(m.offloaded for m in self.memory.values())
+        lines.append(f"on {self.device}: {', '.join(sizes) or 'nothing yet'}")
+        if away:
+            lines.append(f"offloaded: {gigabytes(away)}")
+        lines += [
+            f"{t.layers} of {list(t.shape)} ({t.backend}), {t.rows} rows: "
+            f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f} times as fast as dense "
+            f"{self.dtype}, {t.faster_than_stock:.2f} times as fast as stock"
+            for t in self.timings
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Versioned JSON, every layer included."""
+        data = {"mxfp8_passport": VERSION, **asdict(self)}
+        for entry, timing in zip(data["timings"], self.timings, strict=True):
+            entry["faster_than_dense"] = timing.faster_than_dense
+            entry["faster_than_stock"] = timing.faster_than_stock
+        return json.dumps(data, indent=1, allow_nan=False)
+
+
+def kept(dtype: str) -> tuple[str, str]:
+    """(decision, reason) of a linear that is not quantised."""
+    return KEPT, f"not MXFP8: {dtype}"
+
+
+def because(device: str, choice: Choice, asked: str, encoder: bool = False) -> str | None:
+    """Why nothing faster runs, in a few words; `device` is its type, the rest as of `reason`."""
+    if device == "cpu":
+        return "no GPU"
+    if asked == "exact" and choice.backend != _SLOWEST:
+        return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
+    return _lacking(choice) if choice.precision == "exact" else None
+
+
+def reason(
+    choice: Choice, many: Choice, asked: str, change: float | None, encoder: bool = False
+) -> str:
+    """Why an MXFP8 linear that nothing holds back runs as it does.
+
+    Args:
+        choice: what runs it; many: what would with many rows; asked: the precision it was given.
+        change: how much folding changes its weights at most, where that is known.
+        encoder: whether it is a text encoder's, whose precision nobody chooses.
+    """
+    if choice.precision == "fast":
+        if choice.steps == "rows":
+            said = "" if change is None else f", changes weights by at most {change:.1g}"
+            return f"row fold{said}"
+        return "activations quantised in blocks, weights as they are"
+    if many.precision == "fast":
+        return f"exact: {fp8_rowwise.FEW_ROWS} rows or fewer"
+    if asked == "exact" and choice.backend != _SLOWEST:
+        return "exact, as text encoders run in ComfyUI" if encoder else "exact, as was chosen"
+    # Of many: with few rows, FP8 backends refuse for that.
+    return f"{choice.backend}: {_lacking(many) or 'nothing faster is here'}"
+
+
+def _lacking(choice: Choice) -> str | None:
+    """Why what would be faster was refused."""
+    why = dict(choice.refused)
+    return next((why[name] for name in _LACKING if name in why), None)
+
+
+def median_microseconds(
+    call: Callable[[], object],
+    synchronize: Callable[[], None],
+    tick: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """How long a call takes: the median of some samples, after one to warm up.
+
+    Args:
+        synchronize: waits for what was queued on the device.
+        tick: called between samples; what it raises stops the measurement.
+    """
+
+    def seconds(calls: int) -> float:
+        tick()
+        synchronize()
+        start = clock()
+        for _ in range(calls):
+            call()
+        synchronize()
+        return (clock() - start) / calls
+
+    seconds(1)
+    once = seconds(1)
+    if once > _LONG:
+        return 1e6 * once
+    calls = max(1, math.ceil(_SAMPLE / max(once, 1e-7)))
+    return 1e6 * statistics.median(seconds(calls) for _ in range(_SAMPLES))

@@ -1,0 +1,233 @@
+"""A certificate as one picture: two charts, and a strip of images if there were any.
+
+Drawn with Pillow, which ComfyUI brings; it does not bring matplotlib. Everything is drawn at twice
+the size and scaled down, because Pillow's lines have hard edges.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .comparison import Certificate, interval
+
+WIDTH = 1536  # pixels, as everything below
+_TITLES, _CHART, _STRIP = 96, 400, 512
+_MARGIN, _GAP = 32, 24
+_SCALE = 2
+_PAPER, _INK, _PALE, _GRID = "#ffffff", "#1f2328", "#656d76", "#e4e7eb"
+_LINE, _BAND = "#0b62d6", "#d6e6fb"
+_MOST_LABELS = 9  # along an axis
+_AMPLIFY = (64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Three images of one seed, [H, W, 3] bytes each, and how far the difference is amplified."""
+
+    reference: Image.Image
+    model: Image.Image
+    difference: Image.Image
+    factor: int
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Where values go on the page: a rectangle in pixels, and what its sides stand for."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return (
+            self.left + across * (self.right - self.left),
+            self.bottom - up * (self.bottom - self.top),
+        )
+
+
+class _Page:
+    """A drawing whose units are pixels of the finished picture."""
+
+    def __init__(self, width: int, height: int):
+        self.image = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def text(self, at, text: str, size: int = 16, color: str = _INK, anchor: str = "la") -> None:
+        font = ImageFont.load_default(size * _SCALE)
+        self._draw.text(_scaled(at), text, color, font, anchor=anchor)
+
+    def fitted(self, at, text: str, width: float, size: int = 16, color: str = _INK) -> None:
+        """Text cut off where it would be wider than that."""
+        font = ImageFont.load_default(size * _SCALE)
+        shown = text
+        while font.getlength(shown) > width * _SCALE:
+            text = text[:-1]
+            shown = text + "..."
+        self.text(at, shown, size, color)
+
+    def line(self, points, color: str, width: float = 1) -> None:
+        coordinates = [_scaled(p) for p in points]
+        self._draw.line(coordinates, color, round(width * _SCALE), joint="curve")
+
+    def rectangle(self, start, end, color: str) -> None:
+        self._draw.rectangle([_scaled(start), _scaled(end)], color)
+
+    def dot(self, at, color: str, radius: float = 5) -> None:
+        x, y = at
+        box = [_scaled((x - radius, y - radius)), _scaled((x + radius, y + radius))]
+        self._draw.ellipse(box, color)
+
+    def finished(self) -> Image.Image:
+        return self.image.reduce(_SCALE)
+
+
+def _scaled(point) -> tuple[float, float]:
+    return point[0] * _SCALE, point[1] * _SCALE
+
+
+def draw(certificate: Certificate, strip: Strip | None = None) -> Image.Image:
+    """The picture, WIDTH pixels wide."""
+    below = _strip_height(strip) if strip else 0
+    page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN + below)
+    _draw_titles(page, certificate)
+    top, bottom = _TITLES + 60, _TITLES + _CHART
+    middle = WIDTH * 0.56
+    _draw_steps(page, certificate, (_MARGIN + 72, top, middle, bottom))
+    _draw_seeds(page, certificate, (middle + 120, top, WIDTH - _MARGIN, bottom))
+    image = page.finished()
+    if strip:
+        _paste_strip(image, strip, _TITLES + _CHART + 2 * _MARGIN)
+    return image
+
+
+def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
+    """The two images and their difference, as amplified as fits 8 bits."""
+    from PIL import ImageChops
+
+    difference = ImageChops.difference(reference, model)
+    largest = max(high for _, high in difference.getextrema())
+    factor = next((f for f in _AMPLIFY if f * largest <= 255), 1)
+    return Strip(reference, model, difference.point(lambda value: value * factor), factor)
+
+
+def _draw_titles(page: _Page, found: Certificate) -> None:
+    setting = found.setting
+    room = WIDTH - 2 * _MARGIN
+    page.fitted((_MARGIN, _MARGIN - 8), found.title(), room, 24)
+    about = (
+        f"{len(found.seeds)} seeds, {setting.steps} steps of {setting.sampler}/"
+        f"{setting.scheduler}, cfg {setting.cfg:g}, latent {list(setting.latent_shape)}, "
+        f"{setting.device}"
+    )
+    page.fitted((_MARGIN, _MARGIN + 26), about, room, 16, _PALE)
+    if found.problems:
+        page.fitted((_MARGIN, _MARGIN + 50), "; ".join(found.problems), room, 16, "#b42318")
+
+
+def _draw_steps(page: _Page, found: Certificate, box) -> None:
+    """Divergence over steps, from 0: the mean as a line, the worst seed paler."""
+    left, top, *_ = box
+    page.text((left - 72, top - 44), "Relative difference of the predictions", 18)
+    if not found.steps:
+        _say(page, box, "not measured")
+        return
+    high = max(step.worst for step in found.steps)
+    ticks = _ticks(0, high or 1.0)
+    count = len(found.steps)
+    axes = _Axes(*box, (1, count) if count > 1 else (0, 2), (0, ticks[-1]))
+    _draw_frame(page, axes, ticks, "sampler step")
+    stride = math.ceil(count / _MOST_LABELS)
+    for number in range(1, count + 1, stride):
+        page.text((axes.at(number, 0)[0], axes.bottom + 8), str(number), 14, _PALE, "ma")
+    for name, color in (("worst", "#9fc3f2"), ("divergence", _LINE)):
+        points = [axes.at(i + 1, getattr(step, name)) for i, step in enumerate(found.steps)]
+        page.line(points if count > 1 else points * 2, color, 2.5)
+        for point in points if count <= 32 else ():
+            page.dot(point, color, 4)
+    legend = "mean over seeds, and the worst seed (paler)"
+    page.text((axes.right, top - 40), legend, 14, _PALE, "ra")
+
+
+def _draw_seeds(page: _Page, found: Certificate, box) -> None:
+    """Latent SNR: one dot for each seed, the mean as a line, its interval as a band."""
+    left, top, *_ = box
+    page.text((left - 72, top - 44), "Latent SNR by seed", 18)
+    mean = found.latent_snr_db
+    if mean is None:
+        _say(page, box, "identical on every seed" if found.identical else "not measured")
+        return
+    seeds = [seed for seed in found.seeds if seed.latent_snr_db is not None]
+    values = [seed.latent_snr_db for seed in seeds]
+    ticks = _ticks(min(*values, mean.low), max(*values, mean.high))
+    axes = _Axes(*box, (0.5, len(seeds) + 0.5), (ticks[0], ticks[-1]))
+    _draw_frame(page, axes, ticks, "seed")
+    (_, high), (_, low) = axes.at(1, mean.high), axes.at(1, mean.low)
+    page.rectangle((axes.left, high), (axes.right, low), _BAND)
+    middle = axes.at(1, mean.mean)[1]
+    page.line([(axes.left, middle), (axes.right, middle)], _LINE, 2)
+    stride = math.ceil(len(seeds) / (_MOST_LABELS if seeds[-1].seed < 10**5 else 3))
+    for i, seed in enumerate(seeds):
+        point = axes.at(i + 1, seed.latent_snr_db)
+        page.dot(point, _INK)
+        if i % stride == 0:
+            page.text((point[0], axes.bottom + 8), str(seed.seed), 14, _PALE, "ma")
+    page.text((axes.right, top - 40), interval(mean, "dB"), 14, _PALE, "ra")
+
+
+def _draw_frame(page: _Page, axes: _Axes, ticks: list[float], label: str) -> None:
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    for tick in ticks:
+        y = axes.at(axes.x[0], tick)[1]
+        page.line([(axes.left, y), (axes.right, y)], _GRID)
+        page.text((axes.left - 10, y), f"{tick:.{digits}f}", 14, _PALE, "rm")
+    page.line([(axes.left, axes.bottom), (axes.right, axes.bottom)], _PALE)
+    page.text(((axes.left + axes.right) / 2, axes.bottom + 30), label, 14, _PALE, "ma")
+
+
+def _say(page: _Page, box, text: str) -> None:
+    left, top, right, bottom = box
+    page.rectangle((left - 72, top), (right, bottom), "#f6f8fa")
+    page.text(((left - 72 + right) / 2, (top + bottom) / 2), text, 18, _PALE, "mm")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values, 1, 2 or 5 times a power of ten apart, that enclose a range."""
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= span / 4 * (1 - 1e-9))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+def _panel(strip: Strip) -> tuple[int, int]:
+    """Size of an image in the strip."""
+    width, height = strip.reference.size
+    room = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3
+    scale = min(room / width, _STRIP / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _strip_height(strip: Strip) -> int:
+    return _panel(strip)[1] + 28 + _MARGIN
+
+
+def _paste_strip(image: Image.Image, strip: Strip, top: int) -> None:
+    size = _panel(strip)
+    small = size[0] > strip.reference.width  # pixels that can be seen are better than blur
+    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    labels = ("reference", "model", f"difference, {strip.factor} times as large")
+    pictures = (strip.reference, strip.model, strip.difference)
+    column = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3 + _GAP
+    draw = ImageDraw.Draw(image)
+    for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
+        left = round(_MARGIN + index * column)
+        draw.text((left, top), label, _INK, ImageFont.load_default(16))
+        image.paste(picture.resize(size, how), (left, top + 28))

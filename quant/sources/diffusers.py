@@ -1,0 +1,311 @@
+"""Models under the names that the diffusers library gives their tensors.
+
+ComfyUI reads some of them: it renames the tensors while it loads, joins q, k and v into one, and
+knows nothing of scales and markers, so an MXFP8 file with such names would silently run raw codes.
+Hence tensors get ComfyUI's own names here, before they are quantised. Blocks of MXFP8 run along K,
+so rows of q, k and v below each other become the same bytes as a tensor that was joined before.
+
+A table per model says what each of ComfyUI's layers is made of. A model that no table knows, and
+whose tensors ComfyUI would rename, is refused. Where both use the same names (Qwen-Image) nothing
+needs to be done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..container.header import FormatError, quoted
+from ..format import PREFIXES
+from .file import Part
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> (dtype, shape)
+
+_NUMBERED = re.compile(r"^([a-z_]+)\.(\d+)\.(.+)$")  # block list, number, layer
+_OUTSIDE = ("", "")  # of any block
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How one model's layers are called in both worlds.
+
+    Attributes:
+        signature: keys that only this model has under diffusers' names.
+        layers: (ComfyUI's block list, diffusers') -> ComfyUI's layer -> diffusers' layers, whose
+            rows are put one below the other.
+        halved: ComfyUI's layers whose two halves, shift and scale, diffusers has the other way
+            round.
+        scales: ComfyUI's layers whose weight is called "scale".
+        parameters: tensors outside of layers, which are called the same.
+    """
+
+    model: str
+    signature: tuple[str, ...]
+    layers: Mapping[tuple[str, str], Mapping[str, str]]
+    halved: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+
+
+_DOUBLE = ("double_blocks", "transformer_blocks")
+_SINGLE = ("single_blocks", "single_transformer_blocks")
+_FLUX_DOUBLE = {
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "txt_attn.proj": "attn.to_add_out",
+}
+_FLUX_SINGLE = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_FLUX_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_FLUX_SCALES = frozenset(
+    f"{part}norm.{kind}_norm"
+    for part in ("img_attn.", "txt_attn.", "")
+    for kind in ("query", "key")
+)
+_HALVED = frozenset({"final_layer.adaLN_modulation.1"})
+
+
+def _embedder(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.in_layer": f"{theirs}.linear_1", f"{ours}.out_layer": f"{theirs}.linear_2"}
+
+
+def _same(layers: str) -> dict[str, str]:
+    return {layer: layer for layer in layers.split()}
+
+
+_TABLES = (
+    _Names(
+        "Flux",
+        ("x_embedder.weight", "transformer_blocks.0.norm1_context.linear.weight"),
+        {
+            _DOUBLE: {
+                **_FLUX_DOUBLE,
+                "img_mod.lin": "norm1.linear",
+                "txt_mod.lin": "norm1_context.linear",
+                "img_mlp.0": "ff.net.0.proj",
+                "img_mlp.2": "ff.net.2",
+                "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2",
+            },
+            _SINGLE: {
+                **_FLUX_SINGLE,
+                "modulation.lin": "norm.linear",
+                "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+                "linear2": "proj_out",
+            },
+            _OUTSIDE: {
+                **_FLUX_OUTSIDE,
+                **_embedder("time_in", "time_text_embed.timestep_embedder"),
+                **_embedder("vector_in", "time_text_embed.text_embedder"),
+                **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+            },
+        },
+        halved=_HALVED,
+        scales=_FLUX_SCALES,
+    ),
+    _Names(
+        "Flux.2",
+        ("x_embedder.weight", "double_stream_modulation_img.linear.weight"),
+        {
+            _DOUBLE: {
+                **_FLUX_DOUBLE,
+                "img_mlp.0": "ff.linear_in",
+                "img_mlp.2": "ff.linear_out",
+                "txt_mlp.0": "ff_context.linear_in",
+                "txt_mlp.2": "ff_context.linear_out",
+            },
+            _SINGLE: {
+                **_FLUX_SINGLE,
+                "linear1": "attn.to_qkv_mlp_proj",
+                "linear2": "attn.to_out",
+            },
+            _OUTSIDE: {
+                **_FLUX_OUTSIDE,
+                "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+                "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+                "single_stream_modulation.lin": "single_stream_modulation.linear",
+                **_embedder("time_in", "time_guidance_embed.timestep_embedder"),
+                **_embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
+            },
+        },
+        halved=_HALVED,
+        scales=_FLUX_SCALES,
+    ),
+    _Names(
+        "Z-Image",
+        ("noise_refiner.0.attention.norm_k.weight", "noise_refiner.0.attention.to_k.weight"),
+        {
+            **{
+                (blocks, blocks): {
+                    "attention.qkv": "attention.to_q attention.to_k attention.to_v",
+                    "attention.out": "attention.to_out.0",
+                    "attention.q_norm": "attention.norm_q",
+                    "attention.k_norm": "attention.norm_k",
+                    **_same("attention_norm1 attention_norm2 ffn_norm1 ffn_norm2"),
+                    **_same("feed_forward.w1 feed_forward.w2 feed_forward.w3 adaLN_modulation.0"),
+                }
+                for blocks in ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
+            },
+            _OUTSIDE: {
+                "x_embedder": "all_x_embedder.2-1",
+                "final_layer.linear": "all_final_layer.2-1.linear",
+                "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+                **_same("t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
+                **_same("siglip_embedder.0 siglip_embedder.1"),
+            },
+        },
+        parameters=frozenset({"x_pad_token", "cap_pad_token", "siglip_pad_token"}),
+    ),
+)
+
+_RENAMED = "ComfyUI renames its tensors while loading and would run MXFP8 codes raw"
+_UNKNOWN = "ComfyUI cannot read these names"
+_INSTEAD = "convert the model's file for ComfyUI, or the one by its authors"
+# What is refused: name, expressions that must each find a key, and the reason.
+_REFUSED = (
+    ("AuraFlow", (r"^joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",), _RENAMED),
+    (
+        "PixArt",
+        (r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"^pos_embed\.proj\.bias$"),
+        _RENAMED,
+    ),
+    (
+        "Stable Diffusion 3",
+        (r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"^pos_embed\.proj\.weight$"),
+        _RENAMED,
+    ),
+    ("a UNet", (r"^conv_in\.weight$", r"^down_blocks\.0\."), _RENAMED),
+    (
+        "a transformer",
+        (r"^x_embedder\.weight$", r"^(single_)?transformer_blocks\.0\."),
+        _RENAMED,
+    ),
+    ("Z-Image", (r"^noise_refiner\.0\.attention\.norm_k\.weight$",), _RENAMED),
+    (
+        "Hunyuan Video",
+        (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.weight$",),
+        _UNKNOWN,
+    ),
+    (
+        "Wan",
+        (
+            r"^condition_embedder\.time_embedder\.linear_1\.weight$",
+            r"^blocks\.0\.attn1\.to_q\.weight$",
+        ),
+        _UNKNOWN,
+    ),
+    ("Krea 2", (r"^text_fusion\.projector\.weight$",), _UNKNOWN),
+)
+
+
+def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part, ...]]] | None:
+    """(model, ComfyUI's key -> parts) of a model with diffusers' names; None where they may stay.
+
+    Args:
+        name: of the source, for messages.
+
+    Raises:
+        FormatError: ComfyUI could not use the result, or part of the model is missing.
+    """
+    for prefix, model, known in _recognised(tensors):
+        if isinstance(known, _Names):
+            return model, _Renaming(name, tensors, prefix, known).parts()
+        raise FormatError(f"{name}: {model} under the names of diffusers: {known}; {_INSTEAD}")
+    return None
+
+
+def check_names(name: str, keys: Iterable[str]) -> None:
+    """Raise FormatError if ComfyUI would rename a quantised model's tensors while loading.
+
+    Args:
+        name: of the file, for the message; keys: of its tensors.
+    """
+    for _, model, known in _recognised(keys):
+        if known != _UNKNOWN:  # else ComfyUI itself says that it does not know the model
+            raise FormatError(
+                f"{name}: MXFP8 layers of {model} under the names of diffusers: {_RENAMED}; "
+                "convert the original again with this pack, which gives it ComfyUI's names"
+            )
+
+
+def _recognised(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
+    """(prefix, model, its table or the reason why it is refused), for names of diffusers' only."""
+    keys = list(keys)
+    for prefix in PREFIXES:
+        bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        for table in _TABLES:
+            if bare.issuperset(table.signature):
+                yield prefix, table.model, table
+        for model, signature, reason in _REFUSED:
+            if all(any(map(re.compile(sign).search, bare)) for sign in signature):
+                yield prefix, model, reason
+
+
+class _Renaming:
+    """One model's tensors on their way from diffusers' names to ComfyUI's."""
+
+    def __init__(self, name: str, tensors: Tensors, prefix: str, table: _Names):
+        self._name, self._tensors, self._prefix, self._table = name, tensors, prefix, table
+        self._layers = {  # (diffusers' block list, layer) -> (ComfyUI's, layer, place, of how many)
+            (theirs, part): (ours, layer, place, len(parts.split()))
+            for (ours, theirs), layers in table.layers.items()
+            for layer, parts in layers.items()
+            for place, part in enumerate(parts.split())
+        }
+
+    def parts(self) -> dict[str, tuple[Part, ...]]:
+        found: dict[str, list[Part | None]] = {}
+        for key in self._tensors:
+            target, place, count, halved = self._place(key)
+            if halved:
+                found[target] = list(self._halves(key))
+                continue
+            parts = found.setdefault(target, [None] * count)
+            if len(parts) != count or parts[place] is not None:
+                raise FormatError(f"{self._name}: {quoted(target)} is there under two names")
+            parts[place] = Part(key)
+        for target, parts in found.items():
+            if None in parts:
+                raise FormatError(
+                    f"{self._name}: {quoted(target)} of {self._table.model} is joined from "
+                    f"{len(parts)} tensors, of which {parts.count(None)} are missing"
+                )
+        return {target: tuple(parts) for target, parts in found.items()}
+
+    def _place(self, key: str) -> tuple[str, int, int, bool]:
+        """(ComfyUI's key, which part of it, of how many, whether halves are swapped)."""
+        table = self._table
+        bare = key.removeprefix(self._prefix)
+        if not key.startswith(self._prefix) or bare in table.parameters:
+            return key, 0, 1, False
+        numbered = _NUMBERED.match(bare)
+        blocks, number, rest = numbered.groups() if numbered else ("", "", bare)
+        layer, _, leaf = rest.rpartition(".")
+        if (blocks, layer) not in self._layers:
+            layer, blocks = bare.rpartition(".")[0], ""
+        if (blocks, layer) not in self._layers:
+            raise FormatError(
+                f"{self._name}: {table.model} under the names of diffusers has no {quoted(key)}: "
+                f"{_RENAMED}; {_INSTEAD}"
+            )
+        ours, target, place, count = self._layers[blocks, layer]
+        if target in table.scales and leaf == "weight":
+            leaf = "scale"
+        where = f"{ours}.{number}." if ours else ""
+        return f"{self._prefix}{where}{target}.{leaf}", place, count, target in table.halved
+
+    def _halves(self, key: str) -> tuple[Part, Part]:
+        _, shape = self._tensors[key]
+        if not shape or shape[0] % 2:
+            raise FormatError(f"{self._name}: {quoted(key)} {list(shape)} has no two halves")
+        return Part(key, shape[0] // 2, shape[0]), Part(key, 0, shape[0] // 2)

@@ -1,0 +1,120 @@
+"""From a path to a source: a file, an index of several, or a folder as model hubs have them.
+
+What comes out has the tensors that ComfyUI reads: diffusers' names become ComfyUI's, and a tensor
+that the file keeps once for two names is there under both.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from ..container.header import FormatError, quoted
+from . import diffusers, shards, unsupported
+from .file import FileSource, Part, PartSource, StoredSource
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".safetensors", ".sft")
+# Folders of a diffusers pipeline that hold the model to convert; some have two of them.
+_MODELS = re.compile(r"^(transformer|unet)(_\d+)?$")
+_SHARED = 10_000  # names in metadata for tensors that have another name; a header holds millions
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def open_source(path) -> StoredSource:
+    """Open a model to convert, to be used as a context manager.
+
+    Args:
+        path: a safetensors file; an index of several (`.safetensors.index.json`); a folder with one
+            of these; or a diffusers pipeline, whose transformer or UNet is taken.
+
+    Raises:
+        FormatError: it is none of these, damaged, or quantised already; the message says what it
+            is and what to do.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    place = find_model(path)
+    if place.suffix.lower() == ".json":
+        name = path.name if path != place else ""
+        source = shards.ShardedSource(place, name or place.name)
+    else:
+        shards.check_not_shard(place)
+        source = FileSource(place)
+    try:
+        unsupported.check_unquantized(
+            source
+        )  # before names: those of another format are no diffusers'
+        return _renamed(_unshared(source))
+    except BaseException:
+        source.close()
+        raise
+
+
+def find_model(path: Path) -> Path:
+    """The file or index that a path stands for; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    found = shards.indexes(path)
+    found += sorted(
+        p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not shards.is_shard(p.name)
+    )
+    inner = sorted(p for p in path.iterdir() if _MODELS.match(p.name) and p.is_dir())
+    if (path / "model_index.json").is_file() or not found:
+        if len(inner) > 1:
+            raise FormatError(f"{path.name}: there are several models in it; {_choice(inner)}")
+        if inner:
+            return find_model(inner[0])
+    if len(found) > 1:
+        raise FormatError(
+            f"{path.resolve().name}: there are several models in this folder; {_choice(found)}"
+        )
+    if found:
+        return found[0]
+    pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())
+    raise FormatError(
+        f"{path.name}: there is no safetensors model in this folder, with its index if it has "
+        "several parts"
+        + (", but torch files, which can run code when read: take the .safetensors" * pickled)
+    )
+
+
+def _choice(paths: list[Path]) -> str:
+    return f"give one of {', '.join(quoted(p.name) for p in paths)}"
+
+
+def _unshared(source: StoredSource) -> StoredSource:
+    """Give every name its tensor.
+
+    Where two names shared one tensor, `safetensors.torch.save_model` stores it once and notes in
+    the metadata {name left out: name stored}. Stock ComfyUI does not read such notes.
+    """
+    tensors, metadata = source.tensors, source.metadata
+    aliases = {
+        k: v
+        for k, v in metadata.items()
+        if v in tensors and k not in tensors and k.isprintable() and k != "__metadata__"
+    }
+    if not aliases:
+        return source
+    if len(aliases) > _SHARED:
+        raise FormatError(
+            f"{source.name}: its metadata gives tensors {len(aliases)} further names; up to "
+            f"{_SHARED} are converted"
+        )
+    parts = {key: (Part(key),) for key in tensors}
+    whole = PartSource(source, parts | {key: (Part(value),) for key, value in aliases.items()})
+    whole.metadata = {k: v for k, v in metadata.items() if k not in aliases}
+    return whole
+
+
+def _renamed(source: StoredSource) -> StoredSource:
+    """Give every tensor the name that ComfyUI has for it."""
+    found = diffusers.comfy_names(source.name, source.tensors)
+    if found is None:
+        return source
+    model, parts = found
+    logger.info("MXFP8: %s is %s under the names of diffusers: renamed", source.name, model)
+    return PartSource(source, parts)

@@ -1,0 +1,180 @@
+"""What cannot become MXFP8, by name: files of other kinds, and models that are quantised already.
+
+Both are told by content, since names lie: a file by its first bytes, a model by its markers, dtypes
+and the tensors that other quantisers leave beside a weight. To quantise codes as if they were
+weights gives a file that loads and is silently wrong; the alternative, to decode every known format
+first, would pass on the loss of the first format as if it were a new original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..container.header import FormatError, parse_object, quoted
+from ..format import MARKER, MAX_MARKER, SCALE, WEIGHT, header_markers
+
+if TYPE_CHECKING:
+    from .file import Source
+
+_ORIGINAL = "convert the BF16, F16 or F32 original"
+_TAKE = f"{_ORIGINAL}, as .safetensors"
+_START = 512  # bytes of a file that tell its kind
+
+# First bytes -> what they begin, and what to do.
+_TORCH = "which can run code when read: take the model as .safetensors"
+_KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
+    (re.compile(pattern, re.DOTALL), text)
+    for pattern, text in (
+        (rb"GGUF", f"a GGUF file, quantised already; {_TAKE}"),
+        (rb"GGML|ggml|lmgg|tjgg|fmgg", f"a GGML file, quantised already; {_TAKE}"),
+        (rb"PK\x03\x04", f"a zip archive, such as a .ckpt, .pt, .pth or .bin of torch, {_TORCH}"),
+        (rb"\x80[\x02-\x05][^\0]", f"a pickle, such as an old .ckpt, .pt or .bin, {_TORCH}"),
+        (rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]", f"an ONNX file; {_TAKE}"),
+        (rb"\x89HDF\r\n", f"an HDF5 file (.h5); {_TAKE}"),
+        (rb"\x93NUMPY", f"a NumPy array (.npy); {_TAKE}"),
+        (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "an archive; unpack it first"),
+        (rb".{257}ustar", "an archive; unpack it first"),
+        (
+            rb"version https://git-lfs",
+            "a Git LFS pointer, not the model; fetch it with git lfs pull",
+        ),
+        (rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)", "a web page, not a model; download it again"),
+        (rb"\s*\{\s*[\"}]", "a JSON file; give the model, or the index of its parts"),
+        (rb"\0{512}", "zeros where the header should be; the download is not complete"),
+    )
+)
+
+_FORMATS = {
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
+    "float8_e4m3fn": "scaled FP8 (E4M3)",
+    "float8_e5m2": "scaled FP8 (E5M2)",
+    "int8_tensorwise": "INT8",
+    "convrot_w4a4": "INT4 with ConvRot",
+}
+# Tensors that only a quantised model has, by their names.
+_TRACES = tuple(
+    (re.compile(pattern), text)
+    for pattern, text in (
+        (r"\.quant_state\.bitsandbytes__nf4$", "NF4 (bitsandbytes)"),
+        (r"\.quant_state\.bitsandbytes__fp4$", "FP4 (bitsandbytes)"),
+        (r"\.weight\.(absmax|quant_map)$", "4 bits (bitsandbytes)"),
+        (r"\.(SCB|weight_format)$", "INT8 (bitsandbytes)"),
+        (r"\.wscales$", "SVDQuant (Nunchaku)"),
+        (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
+        (r"\.W_q$", "HQQ"),
+        (r"\.weight\._data$", "Quanto"),
+        (r"\.weight_packed$", "compressed-tensors"),
+        (r"\.weight_scale_2$", "NVFP4"),
+        (r"\.weight_scale_inv$", "block-scaled FP8"),
+        (r"(^|\.)scaled_fp8$", "scaled FP8"),
+    )
+)
+_CODES = {
+    "F8_E4M3": "FP8 (E4M3)",
+    "F8_E5M2": "FP8 (E5M2)",
+    "F8_E8M0": "E8M0 scales",
+    "F6_E2M3": "FP6 (E2M3)",
+    "F6_E3M2": "FP6 (E3M2)",
+    "F4": "FP4",
+    "I8": "INT8",
+    "U8": "packed integers",
+}
+
+
+def check_file(path: Path) -> None:
+    """Raise FormatError if a file is of a known kind that is not safetensors.
+
+    What is no file at all, or of no known kind, is left to whoever reads the header.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(_START)
+    # A safetensors file has its header's length in 8 bytes, which may look like anything, and "{".
+    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
+        return
+    for pattern, text in _KINDS:
+        if pattern.match(start):
+            raise FormatError(f"{path.name}: no safetensors file but {text}")
+
+
+_LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|down)\.weight$")
+
+
+def check_unquantized(source: Source) -> None:
+    """Raise FormatError, naming the format and its sign, if a source is quantised already, or no
+    model but a LoRA for one."""
+    lora = next(filter(_LORA.search, source.tensors), None)
+    if lora is not None:
+        raise FormatError(
+            f"{source.name}: a LoRA, not a model ({quoted(lora)}); load it as it is, on a model in "
+            "MXFP8 or not"
+        )
+    found = next(_signs(source), None)
+    if found is None:
+        return
+    what, sign = found
+    advice = _ORIGINAL
+    if what == "MXFP8" and not sign.endswith("says so"):
+        advice = "its markers are missing, and `mxfp8 repair` puts them back"
+    raise FormatError(f"{source.name}: already quantised as {what} ({sign}); {advice}")
+
+
+def _signs(source: Source) -> Iterator[tuple[str, str]]:
+    """(format, the sign of it), what tells most first."""
+    tensors = source.tensors
+    for layer, conf in header_markers(source.name, source.metadata).items():
+        yield _marked(conf), f"the header's marker of {quoted(layer)} says so"
+    for key in tensors:
+        if key.endswith(MARKER):
+            yield _marked(_read_marker(source, key)), f"the marker {quoted(key)} says so"
+    for key, (dtype, shape) in tensors.items():
+        if dtype == "F8_E4M3" and _scale(tensors, key) in ("U8", "F8_E8M0"):
+            yield "MXFP8", f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"
+    for pattern, what in _TRACES:
+        for key in filter(pattern.search, tensors):
+            yield what, f"{quoted(key)} is there"
+    for key, (dtype, shape) in tensors.items():
+        if key.endswith(WEIGHT) and len(shape) > 1 and dtype in _CODES:
+            yield _codes(dtype, _scale(tensors, key)), f"{quoted(key)} is {dtype} {list(shape)}"
+    for key, (dtype, shape) in tensors.items():
+        if dtype.startswith(("F8_", "F6_", "F4")):
+            yield _CODES[dtype], f"{quoted(key)} is {dtype} {list(shape)}"
+
+
+def _scale(tensors: Mapping[str, tuple[str, tuple[int, ...]]], key: str) -> str | None:
+    """The dtype of the scales beside a weight."""
+    layer = key.removesuffix(WEIGHT)
+    names = (layer + SCALE, layer + ".scale_weight") if key.endswith(WEIGHT) else ()
+    return next((tensors[name][0] for name in names if name in tensors), None)
+
+
+def _codes(dtype: str, scale: str | None) -> str:
+    """What a weight of codes is, by its dtype and that of the scales beside it."""
+    if dtype == "U8" and scale == "F8_E4M3":
+        return "NVFP4"
+    scaled = dtype.startswith("F8_") and scale is not None
+    return f"scaled {_CODES[dtype]}" if scaled else _CODES[dtype]
+
+
+def _marked(conf: Mapping) -> str:
+    name = conf.get("format")
+    if name == "int8_tensorwise" and conf.get("convrot"):
+        return "INT8 with ConvRot"
+    return _FORMATS.get(name, quoted(name)) if isinstance(name, str) else "an unnamed format"
+
+
+def _read_marker(source: Source, key: str) -> dict:
+    data = b""
+    for piece in source.pieces(key):
+        data += piece
+        if len(data) > MAX_MARKER:
+            break
+    try:
+        return parse_object(key, data)
+    except FormatError:
+        return {}

@@ -1,0 +1,335 @@
+"""From calibration to a certificate in the file, in the real ComfyUI."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comfyui import PromptError
+from graphs import (
+    LATENTS,
+    SAME,
+    Graph,
+    calibrated,
+    difference,
+    latents,
+    load_ours,
+    quantized,
+    saved_tensor,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from mxfp8.quant.checks.inspect import inspect_file
+from mxfp8.quant.format import read_header
+from mxfp8.quant.reports.comparison import Certificate
+from mxfp8.quant.reports.conversion import Report
+
+pytestmark = pytest.mark.comfy
+
+SEEDS = range(1000, 1004)
+KSAMPLER = {
+    "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+}  # fmt: skip
+
+
+def inputs(graph: Graph, kind: str) -> dict:
+    """What a sampler is given besides a model and a seed."""
+    empty, size = LATENTS[kind]
+    conditioning = graph.add("LotusConditioning")
+    if kind == "wan":
+        conditioning = graph.add("TestWideConditioning", conditioning=conditioning)
+    latent = graph.add(empty, **size, batch_size=1)
+    return {"positive": conditioning, "negative": conditioning, "latent_image": latent}
+
+
+def compare(graph: Graph, reference: list, model: list, kind: str = "flux", **options) -> list:
+    return graph.add(
+        "MXFP8Compare", reference=reference, model=model, first_seed=SEEDS[0], seeds=len(SEEDS),
+        **{**inputs(graph, kind), **KSAMPLER, **options},
+    )  # fmt: skip
+
+
+def certificate(outputs: dict, node: list) -> Certificate:
+    return Certificate.from_json(outputs[node[0]]["mxfp8_report"][0])
+
+
+def sampled(graph: Graph, model: list, kind: str) -> list[list]:
+    """Latents of all seeds from the stock sampler."""
+    given = inputs(graph, kind)
+    return [graph.add("KSampler", model=model, seed=s, **given, **KSAMPLER) for s in SEEDS]
+
+
+def snr(reference, other) -> float:
+    return 10 * math.log10(float(reference.square().sum() / (other - reference).square().sum()))
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2", "wan"])
+def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(comfy, kind):
+    graph = Graph()
+    original = graph.loader(f"{kind}.safetensors")
+    first = SEEDS[-1] if kind == "wan" else 100
+    notes = calibrated(graph, original, kind, seeds=1, first_seed=first)
+    made = quantized(graph, original, calibration=notes)
+    vae = {"vae": graph.add("VAELoader", vae_name="vae.safetensors")} if kind == "flux" else {}
+    node = compare(graph, original, made, kind, **vae)
+    save = graph.add(
+        "MXFP8SaveModel", model=made, filename_prefix=f"diffusion_models/certified-{kind}",
+        certificate=[node[0], 3], report=[made[0], 1],
+    )  # fmt: skip
+    runs = {name: sampled(graph, m, kind) for name, m in (("r", original), ("m", made))}
+    saved = {name: [graph.save_latent(latent) for latent in found] for name, found in runs.items()}
+    for name, found in runs.items() if vae else ():
+        image = graph.add("VAEDecode", samples=found[0], **vae)
+        graph.add("TestSaveTensor", tensor=image, name=f"compare-{name}")
+    outputs = comfy.run(graph)
+
+    found = certificate(outputs, node)
+    latent = {k: [latents(outputs, n, comfy.base).double() for n in v] for k, v in saved.items()}
+    expected = [snr(r, m) for r, m in zip(latent["r"], latent["m"], strict=True)]
+    assert [seed.seed for seed in found.seeds] == list(SEEDS)
+    # Both runs of a pair round alike, and differ by 30 dB: roundings of SAME move that by little.
+    assert [s.latent_snr_db for s in found.seeds] == pytest.approx(expected, abs=0.02)
+    assert found.latent_snr_db.mean == pytest.approx(sum(expected) / 4, abs=0.02)
+    assert min(expected) - 0.1 < found.latent_snr_db.low < found.latent_snr_db.high
+    assert found.problems == [] and found.floor.repeats and not found.floor.draws
+    check_steps(found, latent)
+    check_words(found, outputs[node[0]]["text"][0], kind)
+    check_picture(found, outputs, node, comfy.base)
+    check_file(comfy, found, outputs[made[0]], kind)
+    warned = "the certificate was measured on seeds that the calibration sampled (1 of 4"
+    assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
+
+
+def check_steps(found: Certificate, latent: dict) -> None:
+    """Euler's last prediction is its latent, but for the scale and shift of the latent's format."""
+    assert [step.step for step in found.steps] == [1, 2]
+    sigmas = [step.sigma for step in found.steps]
+    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] > 0
+    assert all(0 < step.divergence <= step.worst for step in found.steps)
+    errors = [difference(m, r) for r, m in zip(latent["r"], latent["m"], strict=True)]
+    assert found.steps[-1].divergence == pytest.approx(sum(errors) / 4, rel=0.3)
+
+
+def check_words(found: Certificate, text: str, kind: str) -> None:
+    assert text == found.summary() and "lossless" not in text.lower()
+    assert (
+        f"latent SNR {found.latent_snr_db.mean:.2f} dB (bootstrap 95%, too narrow for n = 4" in text
+    )
+    assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
+    assert sum(found.model.ways.values()) >= 10
+    assert found.reference.ways == {} and found.reference.fingerprint != found.model.fingerprint
+    assert f"reference: fingerprint {found.reference.fingerprint[:12]}, " in text
+    assert found.setting.versions.keys() == {"torch", "ComfyUI", "MXFP8"}
+    assert "unknown" not in found.setting.versions.values()
+    assert found.model.seconds > 0 and found.model.peak_bytes is None
+    assert "peak memory was not measured: cpu does not count it" in text
+    assert (found.psnr_db is None) == (kind != "flux")
+
+
+def check_picture(found: Certificate, outputs: dict, node: list, base) -> None:
+    (entry,) = outputs[node[0]]["images"]
+    picture = Image.open(base / entry["type"] / entry["subfolder"] / entry["filename"])
+    assert picture.width == 1536
+    if found.psnr_db is None:
+        assert picture.height < 600
+        return
+    assert picture.height > 900
+    reference, model = (saved_tensor(base, f"compare-{name}").double() for name in "rm")
+    error = (reference - model).square().mean()
+    assert found.seeds[0].psnr_db == pytest.approx(-10 * math.log10(float(error)), abs=0.02)
+    assert 0.5 < found.seeds[0].ssim < 1
+
+
+def check_file(comfy, found: Certificate, conversion: dict, kind: str) -> None:
+    path = comfy.base / "output" / "diffusion_models" / f"certified-{kind}_00001_.safetensors"
+    inspected = inspect_file(path)
+    assert inspected.certificate == found and inspected.warnings == inspected.problems == []
+    assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
+    assert f"  latent SNR {found.latent_snr_db.mean:.2f} dB" in inspected.summary()
+    assert "layers calibrated" in inspected.summary()
+    assert "calibrated on 1 seeds of 4 steps from seed" in inspected.summary()
+    assert ("NOTE: measured on seeds" in inspected.summary()) == (kind == "wan")
+    assert all(isinstance(v, str) for v in read_header(path).metadata.values())
+
+    graph = Graph()  # stock ComfyUI loads it
+    model = graph.loader(path.name)
+    ours = graph.add("MXFP8Accelerate", model=model, precision="exact")
+    node = compare(graph, model, ours, kind, steps=1)
+    again = certificate(comfy.run(graph), node)
+    assert again.model.fingerprint == again.reference.fingerprint == found.model.fingerprint
+    assert again.identical or again.lowest.latent_snr_db > -20 * math.log10(SAME)
+    path.unlink()
+
+
+def test_a_model_is_identical_to_itself_and_offloaded(comfy):
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    offloaded = graph.add("TestLowVRAM", model=model)
+    nodes = [compare(graph, model, m, steps=1) for m in (model, offloaded)]
+    outputs = comfy.run(graph)
+    for node in nodes:
+        found = certificate(outputs, node)
+        assert found.identical and found.latent_snr_db is None
+        assert all(seed.latent_snr_db is None and seed.identical for seed in found.seeds)
+        assert all(step.divergence == 0 for step in found.steps)
+        assert "latents: identical on every seed, bit for bit" in outputs[node[0]]["text"][0]
+        assert '"latent_snr_db": null' in outputs[node[0]]["mxfp8_report"][0]
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_ancestral", pytest.param("dpmpp_sde", marks=pytest.mark.long)]
+)
+def test_a_sampler_that_draws_noise_has_a_floor_beside_its_number(comfy, sampler):
+    graph = Graph()
+    original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
+    node = compare(graph, original, model, sampler_name=sampler)
+    outputs = comfy.run(graph)
+    found = certificate(outputs, node)
+    assert found.floor.draws and found.floor.repeats
+    assert all(seed.other_noise_snr_db is not None for seed in found.seeds)
+    assert found.floor.other_noise_snr_db.count == len(SEEDS)
+    # Other noise makes another image; eight bits do not.
+    assert found.floor.other_noise_snr_db.high < found.latent_snr_db.low
+    assert "this sampler draws noise of its own" in outputs[node[0]]["text"][0]
+
+
+@pytest.mark.long
+def test_a_sampler_that_chooses_its_steps_is_compared_without_them(comfy):
+    graph = Graph()
+    original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
+    node = compare(graph, original, model, sampler_name="dpm_adaptive")
+    found = certificate(comfy.run(graph), node)
+    assert found.steps == () and found.latent_snr_db.count == len(SEEDS)
+    assert any("chooses its own steps" in note for note in found.notes)
+
+
+def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
+    graph = Graph()
+    model = graph.loader("flux.safetensors")
+    vae = graph.add("VAELoader", vae_name="vae.safetensors")
+    broken = graph.add("TestFail", model=model, how="nan")
+    nodes = {"model": compare(graph, model, broken, vae=vae, steps=1),
+             "reference": compare(graph, broken, model, steps=1)}  # fmt: skip
+    outputs = comfy.run(graph)
+    for side, node in nodes.items():
+        text = outputs[node[0]]["text"][0]
+        for seed in SEEDS:
+            assert f"PROBLEM: seed {seed}: the {side}: its latent holds NaN (1024 of 1024" in text
+        found = certificate(outputs, node)
+        assert found.latent_snr_db is None and not found.identical and found.steps == ()
+    assert "identical" not in text
+    assert "no noise floor was measured" in text
+
+
+def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
+    def took_for_a_card(graph: Graph, on: bool) -> list:
+        return graph.add(
+            "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=on, keep=False,
+            most_folded=1.0,
+        )  # fmt: skip
+
+    graph = Graph()
+    model = graph.add("MXFP8Accelerate", model=took_for_a_card(graph, True), precision="auto")
+    exact = graph.add("MXFP8Accelerate", model=model, precision="exact")
+    nodes = [compare(graph, exact, m, steps=1) for m in (model, exact)]
+    try:
+        outputs = comfy.run(graph)
+    finally:
+        graph = Graph()
+        took_for_a_card(graph, False)
+        comfy.run(graph)
+    fast, plain = (certificate(outputs, node) for node in nodes)
+    note = "fast holds for inputs of many rows; of few rows they run eager, exact (up to 1)"
+    assert fast.model.ways == {"fp8, fast": 19} and note in fast.notes
+    assert plain.model.ways == {"eager, exact": 19} and note not in plain.notes
+
+
+def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:
+    """A LoRA file that adds a constant to one parameter; its name."""
+    folder = comfy.base / "models" / "loras"
+    save_file({f"diffusion_model.{key}": torch.full(shape, 0.05)}, folder / name)
+    return name
+
+
+def with_lora(graph: Graph, model: list, name: str = "lora.safetensors") -> list:
+    return graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+
+
+def test_a_reference_is_known_again_by_its_weights(comfy):
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    references = (original, with_lora(graph, original))
+    nodes = [compare(graph, m, original, steps=1) for m in references]
+    outputs = comfy.run(graph)
+    plain, patched = (certificate(outputs, node) for node in nodes)
+    assert plain.reference.fingerprint == plain.model.fingerprint == patched.model.fingerprint
+    assert len(plain.reference.fingerprint) == 64 and patched.reference.fingerprint is None
+
+
+def refused(comfy, graph: Graph, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        comfy.run(graph)
+
+
+def test_models_that_are_no_pair_are_refused(comfy):
+    graph = Graph()
+    compare(graph, graph.loader("flux.safetensors"), graph.loader("wan.safetensors"))
+    refused(comfy, graph, "the model is a WAN21, the reference a Flux; compare like with like")
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    shifted = graph.add(
+        "ModelSamplingFlux", model=load_ours(graph, "flux"), max_shift=3.0, base_shift=2.0,
+        width=64, height=64,
+    )  # fmt: skip
+    compare(graph, original, shifted)
+    refused(comfy, graph, "sampled at the noise levels .* put the same ModelSampling node on both")
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    compare(graph, original, graph.add("TestFail", model=original, how="interrupt"))
+    refused(comfy, graph, "interrupted")
+
+
+def test_a_certificate_of_other_weights_is_refused_with_the_file(comfy):
+    graph = Graph()
+    original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
+    node = compare(graph, model, model, steps=1)
+    kept = write_lora(comfy, "kept.safetensors", "img_in.diff", (128, 64))
+    bias = write_lora(comfy, "bias.safetensors", "double_blocks.0.img_attn.proj.diff_b", (128,))
+    baked = "LoRAs or patches on it that saving bakes in"
+    words = [
+        ("measured on other weights; connect the model", load_ours(graph, "flux2")),
+        *((baked, with_lora(graph, model, lora)) for lora in ("lora.safetensors", kept, bias)),
+        ("this model has none", original),
+    ]
+    for sentence, other in words:
+        save = graph.add(
+            "MXFP8SaveModel", model=other, filename_prefix="diffusion_models/never",
+            certificate=[node[0], 3],
+        )  # fmt: skip
+        refused(comfy, graph, sentence)
+        del graph[save[0]]
+    graph.add(
+        "MXFP8SaveModel", model=model, filename_prefix="diffusion_models/never",
+        report=[node[0], 2],
+    )  # fmt: skip
+    refused(comfy, graph, "not an MXFP8 report of version 1")
+    assert not list((comfy.base / "output").rglob("never*"))
+
+
+def test_a_report_of_other_weights_is_refused_with_the_file(comfy):
+    graph = Graph()
+    made = quantized(graph, graph.loader("flux.safetensors"))
+    other = quantized(graph, graph.loader("flux2.safetensors"))
+    for model, sentence in (
+        (with_lora(graph, made), "put on this model after the report was made; disconnect report"),
+        (other, "the report is another model's: MXFP8 layer"),
+    ):
+        save = graph.add(
+            "MXFP8SaveModel", model=model, filename_prefix="diffusion_models/never",
+            report=[made[0], 1],
+        )  # fmt: skip
+        refused(comfy, graph, sentence)
+        del graph[save[0]]
+    assert not list((comfy.base / "output").rglob("never*"))

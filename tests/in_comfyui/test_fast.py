@@ -1,0 +1,146 @@
+"""Fast layers in the real ComfyUI, by plain torch on a CPU that the pack takes for a newer card.
+
+What is tested is what a card does not change: which layers are fast, folded weights that are kept,
+dropped and made anew, activations shared by siblings, LoRAs, clones, torch.compile.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from graphs import SAME, Graph, difference, latents
+
+pytestmark = pytest.mark.comfy
+
+LORA = {"lora_name": "lora.safetensors", "strength_model": 1.0}
+FOLDED = {"flux": 13, "wan": 10}  # layers that are given more than one row
+
+
+@pytest.fixture(autouse=True)
+def off_again(comfy):
+    yield
+    graph = Graph()
+    model = graph.loader("flux.safetensors")
+    graph.add("TestFast", model=model, on=False, keep=False, most_folded=1.0)
+    comfy.run(graph)
+
+
+def fast(graph: Graph, kind: str, keep: bool = True, most_folded: float = 1.0, lora=False) -> list:
+    model = graph.add(
+        "TestFast", model=graph.loader(f"{kind}-mxfp8.safetensors"), on=True, keep=keep,
+        most_folded=most_folded,
+    )  # fmt: skip
+    model = graph.add("MXFP8Accelerate", model=model, precision="auto")
+    return graph.add("LoraLoaderModelOnly", model=model, **LORA) if lora else model
+
+
+def sampled(comfy, kind: str, after=lambda graph, model: model, **options):
+    """(latent, folded weights that are kept) of a fast model."""
+    graph = Graph()
+    model = after(graph, fast(graph, kind, **options))
+    samples = graph.sample(model, kind)
+    saved = graph.save_latent(samples)
+    kept = graph.add("TestReuse", model=model, samples=samples)
+    outputs = comfy.run(graph)
+    return latents(outputs, saved, comfy.base), outputs[kept[0]]["result"][0]
+
+
+@pytest.fixture(scope="module")
+def exact(comfy):
+    found = {}
+    for kind in FOLDED:
+        graph = Graph()
+        saved = graph.save_latent(graph.sample(graph.loader(f"{kind}-mxfp8.safetensors"), kind))
+        found[kind] = latents(comfy.run(graph), saved, comfy.base)
+    return found
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_fast_is_near_exact_and_the_same_whether_folds_are_kept(comfy, exact, kind):
+    folded_each_time, none = sampled(comfy, kind, keep=False)
+    kept, count = sampled(comfy, kind)
+    assert none == 0
+    assert count == FOLDED[kind]
+    assert difference(kept, folded_each_time) == 0
+    assert 1e-4 < difference(kept, exact[kind]) < 0.1
+
+
+def test_a_merged_lora_is_folded_anew_and_gone_when_it_is_gone(comfy):
+    plain, _ = sampled(comfy, "flux")
+    merged, count = sampled(comfy, "flux", lora=True)
+    again, _ = sampled(comfy, "flux")
+    wanted, _ = sampled(comfy, "flux", lora=True, keep=False)
+    assert count > 10
+    assert difference(merged, wanted) == 0
+    assert difference(merged, plain) > 1e-3
+    assert difference(again, plain) == 0
+
+
+def test_unloading_drops_the_folds_and_loading_makes_them_anew(comfy):
+    graph = Graph()
+    model = fast(graph, "flux")
+    first = graph.sample(model, "flux")
+    unloaded = graph.add("TestUnload", samples=first)
+    kept = graph.add("TestReuse", model=model, samples=unloaded)
+    second = graph.sample(model, "flux")
+    graph[second[0]]["inputs"]["latent_image"] = graph.add(
+        "TestEmptyAfter", samples=unloaded, like=graph[first[0]]["inputs"]["latent_image"]
+    )
+    again = graph.add("TestReuse", model=model, samples=second)
+    saved = [graph.save_latent(samples) for samples in (first, second)]
+    outputs = comfy.run(graph)
+    assert outputs[kept[0]]["result"][0] == 0
+    assert outputs[again[0]]["result"][0] > 10
+    assert difference(*(latents(outputs, node, comfy.base) for node in saved)) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_folds_go_with_their_patcher_and_are_not_kept_where_a_lora_is_merged_unseen(comfy, lora):
+    """Under dynamic VRAM stock merges a LoRA into what a layer is given, not into its weight."""
+    graph = Graph()
+    model = graph.add(
+        "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=True,
+        most_folded=1.0,
+    )  # fmt: skip
+    if lora:
+        model = graph.add("LoraLoaderModelOnly", model=model, **LORA)
+    node = graph.add("TestKeeping", model=model)
+    found = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    assert found["static"] == 19
+    assert found["dynamic"] == (0 if lora else 19)
+    assert found["static, gone"] == found["dynamic, gone"] == 0
+
+
+@pytest.mark.parametrize("how", ["force_deepcopy", "compiled", "low VRAM"])
+def test_other_states_of_a_model_compute_the_same(comfy, how):
+    def change(graph, model):
+        if how == "force_deepcopy":
+            return graph.add("TestClone", model=model, how=how)
+        if how == "compiled":
+            return graph.add("TestCompile", model=model, backend="aot_eager")
+        return graph.add("TestLowVRAM", model=model)
+
+    wanted, _ = sampled(comfy, "flux", keep=False)
+    found, _ = sampled(comfy, "flux", change)
+    assert difference(found, wanted) < SAME
+
+
+def test_layers_that_folding_would_change_too_much_run_exact_and_say_so(comfy, exact):
+    found, kept = sampled(comfy, "flux", most_folded=-1.0)
+    assert kept == 0
+    assert difference(found, exact["flux"]) < SAME
+    said = comfy.log.read_text(errors="replace")
+    assert "layers run exact: one scale per row, which FP8 tensor cores need" in said
+
+
+def test_siblings_quantise_their_input_once(comfy):
+    """Of one Wan block: q, k and v share an input, and so do k and v of what it attends to."""
+    graph = Graph()
+    model = fast(graph, "wan", keep=False)
+    samples = graph.sample(model, "wan", steps=2)
+    counted = graph.add("TestReuse", model=model, samples=samples)
+    kept, folded, quantised = comfy.run(graph)[counted[0]]["result"]
+    assert kept == 0
+    assert folded - quantised == 2 * 3
+    assert quantised == 2 * (FOLDED["wan"] - 3)

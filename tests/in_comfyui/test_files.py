@@ -1,0 +1,158 @@
+"""MXFP8ConvertFile, and a model of real width: in the real ComfyUI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import aiohttp
+import numpy
+import pytest
+from comfyui import TESTS, PromptError, Server, make_models
+from graphs import Graph, convert, difference, latents, output_files
+from PIL import Image
+
+from mxfp8.quant.format import read_header
+from mxfp8.quant.reports.conversion import Report
+
+pytestmark = pytest.mark.comfy
+
+
+def leftovers(server: Server) -> list:
+    return list(server.base.rglob("*.part"))
+
+
+def test_a_file_becomes_what_the_command_makes_of_it(comfy):
+    graph, node = convert(target="sub/folder/converted")
+    outputs = comfy.run(graph)[node[0]]
+    folder = comfy.base / "models" / "diffusion_models"
+    target = folder / "sub" / "folder" / "converted.safetensors"
+    assert target.read_bytes() == (folder / "flux-mxfp8.safetensors").read_bytes()
+    report = Report.from_json(outputs["mxfp8_report"][0])
+    assert report.target == "converted.safetensors"
+    assert report.bytes_after < 0.55 * report.bytes_before
+    assert report.summary() == outputs["text"][0]
+
+
+def test_progress_reaches_the_browser(comfy):
+    """As the browser does: listen on the websocket while the workflow runs."""
+
+    async def listen(graph, node):
+        seen = []
+        url = f"{comfy.url}/ws?clientId={comfy.client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            comfy.submit(graph)
+            async for message in socket:
+                event = message.json() if message.type is aiohttp.WSMsgType.TEXT else {}
+                if event.get("type") == "progress" and event["data"]["node"] == node:
+                    seen.append((event["data"]["value"], event["data"]["max"]))
+                if event.get("type") in ("execution_success", "execution_error"):
+                    return seen
+
+    graph, node = convert(target="progress")
+    seen = asyncio.run(asyncio.wait_for(listen(graph, node[0]), 60))
+    total = (comfy.base / "models" / "diffusion_models/flux.safetensors").stat().st_size
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0.99 * total
+
+
+def test_an_existing_file_is_replaced_only_when_asked(comfy):
+    target = comfy.base / "models" / "diffusion_models" / "mine.safetensors"
+    target.write_bytes(b"mine")
+    graph, _ = convert(target="mine")
+    with pytest.raises(PromptError, match="turn on overwrite"):
+        comfy.run(graph)
+    assert target.read_bytes() == b"mine"
+    graph, _ = convert(target="mine", overwrite=True)
+    comfy.run(graph)
+    assert read_header(target).layers
+
+
+def test_a_linked_model_is_converted_beside_its_link(comfy, tmp_path):
+    folder = comfy.base / "models" / "diffusion_models"
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes((folder / "flux.safetensors").read_bytes())
+    (folder / "linked.safetensors").symlink_to(elsewhere)
+    for target in ("", "linked-named"):
+        graph, _ = convert("diffusion_models/linked.safetensors", target)
+        comfy.run(graph)
+    assert read_header(folder / "linked-mxfp8.safetensors").layers
+    assert read_header(folder / "linked-named.safetensors").layers
+    assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+@pytest.mark.parametrize("target", ["../outside", "/tmp/outside", "a/../../outside"])
+def test_no_target_leaves_the_folder_of_its_source(comfy, target):
+    graph, _ = convert(target=target)
+    with pytest.raises(PromptError, match="leaves the folder 'diffusion_models'"):
+        comfy.run(graph)
+    assert not list(comfy.base.rglob("outside*"))
+
+
+@pytest.mark.parametrize("source", ["loras/lora.safetensors", "../x.safetensors", "/etc/passwd"])
+def test_no_source_lies_outside_the_model_folders(comfy, source):
+    graph, _ = convert(source=source)
+    with pytest.raises(PromptError, match="not in list"):
+        comfy.run(graph)
+
+
+@pytest.fixture(scope="module")
+def zimage(tmp_path_factory):
+    """A server of its own, so that memory is this model's, with a Z-Image of full width."""
+    base = tmp_path_factory.mktemp("zimage")
+    make_models(base, "zimage", "vae")
+    nodes = TESTS / "comfy_nodes" / "mxfp8_test_nodes"
+    with Server(base, (nodes,), ["--disable-metadata"]) as server:
+        yield server
+    for path in base.rglob("*.safetensors"):
+        path.unlink()
+
+
+def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
+    graph = Graph()
+    before = graph.add("TestMemory", model=graph.loader("zimage.safetensors"))
+    quantized = graph.add("MXFP8QuantizeModel", model=before, preset="auto", precision="exact")
+    after = graph.add("TestMemory", model=quantized)
+    saving = graph.add("MXFP8SaveModel", model=after, filename_prefix="diffusion_models/zimage")
+    outputs = zimage.run(graph)
+
+    (held, _), (_, peak) = (json.loads(outputs[n[0]]["result"][0]) for n in (before, after))
+    assert peak - held <= 1e9  # above the process with the input model in it
+    report = Report.from_json(outputs[quantized[0]]["mxfp8_report"][0])
+    assert (report.architecture, report.preset) == ("Z-Image", "zimage")
+    assert sum(layer.shape[0] * layer.shape[1] for layer in report.layers) > 900e6
+
+    name = outputs[saving[0]]["text"][0].split(":")[0]
+    path = zimage.base / "output" / "diffusion_models" / name
+    assert set(read_header(path).metadata) == {"_quantization_metadata"}  # --disable-metadata
+
+    zimage.post("/free", {"unload_models": True, "free_memory": True})
+    graph = Graph()
+    ours = graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="auto")
+    models = {"bf16": graph.loader("zimage.safetensors"), "mxfp8": ours}
+    samples = {name: graph.sample(model, "zimage") for name, model in models.items()}
+    saved = {name: graph.save_latent(latent) for name, latent in samples.items()}
+    image = graph.save_image(samples["mxfp8"], "vae.safetensors")
+    outputs = zimage.run(graph)
+    found = {name: latents(outputs, node, zimage.base) for name, node in saved.items()}
+    assert 1e-4 < difference(found["mxfp8"], found["bf16"]) < 0.1
+    (picture,) = output_files(outputs, image, zimage.base, "images")
+    assert numpy.asarray(Image.open(picture)).std() > 1
+
+
+def test_an_interrupt_stops_a_conversion_within_a_second(zimage):
+    graph, _ = convert("diffusion_models/zimage.safetensors", target="interrupted")
+    prompt = zimage.submit(graph)
+    deadline = time.monotonic() + 60
+    while not leftovers(zimage):  # it has begun to write
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    start = time.monotonic()
+    zimage.post("/interrupt", {})
+    with pytest.raises(PromptError, match="interrupted"):
+        zimage.wait(prompt)
+    assert time.monotonic() - start < 1
+    assert leftovers(zimage) == []
+    assert not list(zimage.base.rglob("interrupted*"))

@@ -1,0 +1,265 @@
+"""Merging nodes and hook LoRAs of stock on MXFP8 models: in the real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import load
+from comfyui import PromptError
+from graphs import SAME, Graph, difference, latents, load_ours, run
+from safetensors.torch import save_file
+
+from mxfp8 import kernels
+from mxfp8.quant.conversion.convert import convert_file
+
+pytestmark = pytest.mark.comfy
+
+LORA = {"lora_name": "lora.safetensors", "strength_model": 1.0}
+
+
+@pytest.fixture(scope="module")
+def other(comfy):
+    """A second Flux: BF16, MXFP8, and what MXFP8 of both holds as plain float32."""
+    folder = comfy.base / "models" / "diffusion_models"
+    weights, _ = load(folder / "flux.safetensors")
+    save_file({k: v.roll(1, 0) for k, v in weights.items()}, folder / "other.safetensors")
+    convert_file(folder / "other.safetensors", folder / "other-mxfp8.safetensors")
+    for name in ("flux", "other"):
+        save_file(plain(folder / f"{name}-mxfp8.safetensors"), folder / f"{name}-plain.safetensors")
+    yield folder
+    for name in ("other", "other-mxfp8", "flux-plain", "other-plain"):
+        (folder / f"{name}.safetensors").unlink()
+
+
+def plain(path) -> dict[str, torch.Tensor]:
+    """The tensors of an MXFP8 file, dequantised."""
+    stored, metadata = load(path)
+    layers = json.loads(metadata["_quantization_metadata"])["layers"]
+    state = {k: v for k, v in stored.items() if k.rpartition(".")[0] not in layers}
+    for name, conf in layers.items():
+        key = f"{name}.weight"
+        state[key] = kernels.dequantize(
+            stored[key], stored[f"{key}_scale"], torch.float32, tuple(conf["orig_shape"])
+        )
+        if f"{name}.bias" in stored:
+            state[f"{name}.bias"] = stored[f"{name}.bias"]
+    return state
+
+
+def ours(graph: Graph, name: str) -> list:
+    return graph.add("MXFP8LoadDiffusionModel", model_name=f"{name}.safetensors", precision="exact")
+
+
+MERGES = {
+    "ModelMergeSimple": {"ratio": 0.7},
+    "ModelMergeBlocks": {"input": 0.2, "middle": 0.3, "out": 0.4},
+    "ModelMergeSubtract": {"multiplier": 0.5},
+    "ModelMergeAdd": {},
+}
+
+
+@pytest.mark.parametrize("node", MERGES)
+def test_merges_take_the_weights_that_mxfp8_stands_for(comfy, other, node):
+    """Into a float32 model, which loses nothing: as if the second model were float32 too."""
+    graph = Graph()
+    first = graph.loader("flux-plain.safetensors")
+    models = {
+        "unmerged": first,
+        "stock": graph.add(
+            node, model1=first, model2=graph.loader("other-plain.safetensors"), **MERGES[node]
+        ),
+        "ours": graph.add(node, model1=first, model2=ours(graph, "other-mxfp8"), **MERGES[node]),
+    }
+    saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
+    found = run(comfy, graph, saved)
+    assert difference(found["ours"], found["stock"]) < SAME
+    assert difference(found["ours"], found["unmerged"]) > 1e-3
+
+
+def test_a_merge_on_an_offloaded_layer_is_not_requantised(comfy, other):
+    graph = Graph()
+    pairs = {
+        "ours": (ours, "-mxfp8"),
+        "stock": (lambda g, n: g.loader(f"{n}.safetensors"), "-plain"),
+    }
+    saved = {}
+    for name, (loader, kind) in pairs.items():
+        merged = graph.add(
+            "ModelMergeSimple",
+            model1=loader(graph, f"flux{kind}"), model2=loader(graph, f"other{kind}"), ratio=0.8,
+        )  # fmt: skip
+        offloaded = graph.add("TestLowVRAM", model=merged)
+        saved[name] = graph.save_latent(graph.sample(offloaded, "flux"))
+    found = run(comfy, graph, saved)
+    assert difference(found["ours"], found["stock"]) < SAME
+
+
+def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
+    graph = Graph()
+    merged = graph.add(
+        "ModelMergeSimple",
+        model1=ours(graph, "flux-mxfp8"), model2=ours(graph, "other-mxfp8"), ratio=0.6,
+    )  # fmt: skip
+    reference = graph.add(
+        "ModelMergeSimple",
+        model1=graph.loader("flux-plain.safetensors"),
+        model2=graph.loader("other-plain.safetensors"), ratio=0.6,
+    )  # fmt: skip
+    saved = {
+        "ours": graph.save_latent(graph.sample(merged, "flux")),
+        "stock": graph.save_latent(graph.sample(reference, "flux")),
+    }
+    files = {
+        "MXFP8SaveModel": graph.add(
+            "MXFP8SaveModel", model=merged, filename_prefix="diffusion_models/merged"
+        ),
+        "ModelSave": graph.add(
+            "ModelSave", model=merged, filename_prefix="diffusion_models/merged-by-stock"
+        ),
+    }
+    outputs = comfy.run(graph)
+    found = {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
+    assert 1e-4 < difference(found["ours"], found["stock"]) < 0.1
+
+    a, b = (plain(other / f"{name}-mxfp8.safetensors") for name in ("flux", "other"))
+    path = comfy.base / "output" / "diffusion_models" / "merged_00001_.safetensors"
+    name = outputs[files["MXFP8SaveModel"][0]]["text"][0].split(":")[0]
+    assert path.name == name
+    state = plain(path)
+    _, metadata = load(path)
+    layers = json.loads(metadata["_quantization_metadata"])["layers"]
+    assert len(layers) == 19
+    for layer in layers:
+        key = f"{layer}.weight"
+        expected = 0.6 * a[key].double() + 0.4 * b[key].double()
+        # 0.0275: rounding to nearest, as for a LoRA that is baked in
+        assert (state[key] - expected).norm() / expected.norm() < 0.0275, key
+
+    graph = Graph()
+    again = {name: ours(graph, name) for name in ("merged_00001_", "merged-by-stock_00001_")}
+    saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in again.items()}
+    reloaded = run(comfy, graph, saved)
+    assert difference(reloaded["merged_00001_"], found["stock"]) < 0.1
+    # Stock's file holds the weights that ran, rounded at random with the same seeds.
+    assert difference(reloaded["merged-by-stock_00001_"], found["ours"]) < SAME
+
+
+def hooked(graph: Graph, hooks: list) -> list:
+    return graph.add(
+        "ConditioningSetProperties", cond_NEW=graph.add("LotusConditioning"), hooks=hooks,
+        strength=1.0, set_cond_area="default",
+    )  # fmt: skip
+
+
+def sample(graph: Graph, model: list, positive: list, cfg: float = 1.0, steps: int = 3) -> list:
+    """Sampled with `positive`, against a conditioning without hooks if cfg is not 1."""
+    samples = graph.sample(model, "flux", steps=steps)
+    graph[samples[0]]["inputs"] |= {"positive": positive, "cfg": cfg}
+    return samples
+
+
+@pytest.mark.parametrize("how", ["loaded", "quantised", "deep clone", "low VRAM"])
+def test_a_hook_lora_is_the_lora_that_stock_merges(comfy, how):
+    graph = Graph()
+    stock, model = graph.loader("flux-mxfp8.safetensors"), load_ours(graph, "flux")
+    if how == "quantised":  # the same bits
+        model = graph.add(
+            "MXFP8QuantizeModel", model=graph.loader("flux.safetensors"),
+            preset="auto", precision="exact",
+        )  # fmt: skip
+    if how == "deep clone":
+        model = graph.add("TestClone", model=model, how="force_deepcopy")
+    if how == "low VRAM":
+        model = graph.add("TestLowVRAM", model=model)
+    hooks = graph.add("CreateHookLoraModelOnly", **LORA)
+    first = sample(graph, model, hooked(graph, hooks))
+    saved = {
+        "hook": graph.save_latent(first),
+        "merged": graph.save_latent(
+            graph.sample(graph.add("LoraLoaderModelOnly", model=stock, **LORA), "flux", 3)
+        ),
+        "plain": graph.save_latent(graph.sample(stock, "flux", 3)),
+    }
+    after = graph.sample(model, "flux", 3)  # the original weights, codes and scales, are back
+    graph[after[0]]["inputs"]["latent_image"] = graph.add(
+        "TestEmptyAfter", samples=first, like=graph[first[0]]["inputs"]["latent_image"]
+    )
+    saved["after"] = graph.save_latent(after)
+    found = run(comfy, graph, saved)
+    assert difference(found["hook"], found["merged"]) < SAME
+    assert difference(found["hook"], found["plain"]) > 1e-3
+    assert difference(found["after"], found["plain"]) < SAME
+
+
+def test_hooks_of_one_prompt_only_switch_within_every_step(comfy):
+    """The positive prompt has the LoRA, the negative has not: weights come from the cache."""
+    graph = Graph()
+    hooks = graph.add("CreateHookLoraModelOnly", **LORA)
+    saved = {
+        "hook": graph.save_latent(
+            sample(graph, load_ours(graph, "flux"), hooked(graph, hooks), cfg=2.0)
+        )
+    }
+    empty = graph.add("LotusConditioning")
+    merged = graph.add("LoraLoaderModelOnly", model=graph.loader("flux-mxfp8.safetensors"), **LORA)
+    guider = graph.add(
+        "DualModelGuider", model=merged, positive=empty, cfg=2.0,
+        model_negative=load_ours(graph, "flux"), negative=empty,
+    )  # fmt: skip
+    two = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("RandomNoise", noise_seed=7),
+        guider=guider,
+        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=graph.add("BasicScheduler", model=merged, scheduler="simple", steps=3, denoise=1.0),
+        latent_image=graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+    )
+    saved["two models"] = graph.save_latent(two)
+    found = run(comfy, graph, saved)
+    assert difference(found["hook"], found["two models"]) < SAME
+
+
+def test_scheduled_hooks_change_between_steps(comfy):
+    graph = Graph()
+    hooks = graph.add("CreateHookLoraModelOnly", **LORA)
+    keyframes = graph.add("CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    keyframes = graph.add(
+        "CreateHookKeyframe", strength_mult=0.0, start_percent=0.3, prev_hook_kf=keyframes
+    )
+    scheduled = graph.add("SetHookKeyframes", hooks=hooks, hook_kf=keyframes)
+    model = load_ours(graph, "flux")
+    saved = {
+        name: graph.save_latent(sample(graph, model, positive))
+        for name, positive in (
+            ("scheduled", hooked(graph, scheduled)),
+            ("hook", hooked(graph, hooks)),
+            ("plain", graph.add("LotusConditioning")),
+        )
+    }
+    found = run(comfy, graph, saved)
+    assert difference(found["scheduled"], found["hook"]) > 1e-3
+    assert difference(found["scheduled"], found["plain"]) > 1e-3
+
+
+def test_a_model_as_lora_is_added_or_refused(comfy):
+    """The checkpoint has the same weights in BF16: at strength 1 it undoes the quantisation."""
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    saved = {"plain": graph.save_latent(graph.sample(model, "flux", 3))}
+    hooks = graph.add(
+        "CreateHookModelAsLoraModelOnly", ckpt_name="checkpoint.safetensors", strength_model=1.0
+    )
+    saved["hook"] = graph.save_latent(sample(graph, model, hooked(graph, hooks)))
+    found = run(comfy, graph, saved)
+    assert 0 < difference(found["hook"], found["plain"]) < 0.1
+
+    graph = Graph()
+    hooks = graph.add(
+        "CreateHookModelAsLoraModelOnly",
+        ckpt_name="checkpoint-mxfp8.safetensors", strength_model=1.0,
+    )  # fmt: skip
+    graph.save_latent(sample(graph, load_ours(graph, "flux"), hooked(graph, hooks)))
+    with pytest.raises(PromptError, match=r"raw codes would be taken.*use its BF16 original"):
+        comfy.run(graph)

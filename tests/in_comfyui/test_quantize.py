@@ -1,0 +1,268 @@
+"""Quantise a model in the graph, save it, load it again: in the real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from comfyui import PromptError
+from graphs import SAME, Graph, difference, latents, run
+from safetensors.torch import load_file
+
+from mxfp8 import kernels
+from mxfp8.quant.checks.verify import verify_file
+from mxfp8.quant.format import read_header
+from mxfp8.quant.reports.conversion import Report
+
+pytestmark = pytest.mark.comfy
+
+
+def quantize(graph: Graph, model: list, **options) -> list:
+    options = {"preset": "auto", "precision": "exact", **options}
+    return graph.add("MXFP8QuantizeModel", model=model, **options)
+
+
+def save(graph: Graph, model: list, name: str) -> list:
+    return graph.add("MXFP8SaveModel", model=model, filename_prefix=f"diffusion_models/{name}")
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2", "wan"])
+def test_quantised_saved_and_reloaded_models_sample_alike(comfy, kind):
+    graph = Graph()
+    quantized = quantize(graph, graph.loader(f"{kind}.safetensors"))
+    saving = save(graph, quantized, kind)
+    sampled = graph.save_latent(graph.sample(quantized, kind))
+    outputs = comfy.run(graph)
+    first = latents(outputs, sampled, comfy.base)
+    report = Report.from_json(outputs[quantized[0]]["mxfp8_report"][0])
+    assert report.quantized
+    assert report.sqnr_db > 31
+
+    name = outputs[saving[0]]["text"][0].split(":")[0]
+    graph = Graph()
+    models = {
+        "stock": graph.loader(name),
+        "ours": graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="exact"),
+    }
+    saved = {n: graph.save_latent(graph.sample(m, kind)) for n, m in models.items()}
+    found = run(comfy, graph, saved)
+    assert difference(found["stock"], first) < SAME
+    assert difference(found["ours"], first) < SAME
+
+
+def test_the_saved_file_is_the_stock_format_with_everything_else_untouched(comfy):
+    graph = Graph()
+    saving = save(graph, quantize(graph, graph.loader("flux.safetensors")), "format")
+    name = comfy.run(graph)[saving[0]]["text"][0].split(":")[0]
+    path = comfy.base / "output" / "diffusion_models" / name
+    assert name == "format_00001_.safetensors"
+
+    header = read_header(path)
+    assert json.loads(header.metadata["prompt"])["1"]["class_type"] == "UNETLoader"
+    assert len(header.layers) == 19
+    for layer in header.layers.values():
+        assert layer.scale.dtype == "U8"
+        assert f"{layer.name}.comfy_quant" in header.tensors
+        assert layer.name in json.loads(header.metadata["_quantization_metadata"])["layers"]
+    source = comfy.base / "models" / "diffusion_models" / "flux.safetensors"
+    result = verify_file(path, source)
+    assert result.problems == []
+    assert len(result.layers) == 19
+    converted = load_file(source.with_name("flux-mxfp8.safetensors"))
+    saved = load_file(path)
+    for layer in header.layers.values():  # in the graph or file to file: the same bits
+        for key in (layer.weight.name, layer.scale.name):
+            assert torch.equal(saved[key].view(torch.uint8), converted[key].view(torch.uint8)), key
+
+
+def test_the_next_save_counts_up(comfy):
+    graph = Graph()
+    kinds = ("flux", "wan")  # ComfyUI runs equal nodes once
+    nodes = [save(graph, graph.loader(f"{kind}-mxfp8.safetensors"), "count") for kind in kinds]
+    outputs = comfy.run(graph)
+    names = sorted(outputs[n[0]]["text"][0].split(":")[0] for n in nodes)
+    assert names == ["count_00001_.safetensors", "count_00002_.safetensors"]
+
+
+def test_the_input_model_stays_as_it_was(comfy):
+    graph = Graph()
+    model = graph.add("LoraLoaderModelOnly", model=graph.loader("flux.safetensors"),
+                      lora_name="lora.safetensors", strength_model=0.5)  # fmt: skip
+    before = graph.save_latent(graph.sample(model, "flux"))
+    digest = graph.add("TestDigest", model=model)
+    outputs = comfy.run(graph)
+    first, checksum = latents(outputs, before, comfy.base), outputs[digest[0]]["result"]
+
+    quantized = quantize(graph, model)
+    graph.save_latent(graph.sample(quantized, "flux"))
+    comfy.run(graph)
+    again = graph.sample(model, "flux")
+    graph[again[0]]["inputs"]["steps"] = 3  # so that it runs again
+    after = graph.save_latent(again)
+    outputs = comfy.run(graph)
+    assert outputs[digest[0]]["result"] == checksum
+
+    graph = Graph()
+    model = graph.add("LoraLoaderModelOnly", model=graph.loader("flux.safetensors"),
+                      lora_name="lora.safetensors", strength_model=0.5)  # fmt: skip
+    two = graph.save_latent(graph.sample(model, "flux"))
+    three = graph.save_latent(graph.sample(model, "flux", steps=3))
+    fresh = comfy.run(graph)
+    assert difference(first, latents(fresh, two, comfy.base)) < SAME
+    assert difference(
+        latents(outputs, after, comfy.base), latents(fresh, three, comfy.base)
+    ) < SAME  # fmt: skip
+
+
+def test_loras_are_baked_in_at_full_precision(comfy):
+    graph = Graph()
+    model = graph.add("LoraLoaderModelOnly", model=graph.loader("flux.safetensors"),
+                      lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
+    sampled = graph.sample(model, "flux", steps=1)  # leaves the LoRA merged into the input
+    quantized = quantize(graph, model)
+    graph.save_latent(sampled)
+    saving = save(graph, quantized, "baked")
+    name = comfy.run(graph)[saving[0]]["text"][0].split(":")[0]
+
+    models = comfy.base / "models"
+    weights = load_file(models / "diffusion_models" / "flux.safetensors")
+    lora = load_file(models / "loras" / "lora.safetensors")
+    saved = load_file(comfy.base / "output" / "diffusion_models" / name)
+    baked = 0
+    for key in weights:
+        up = lora.get(f"diffusion_model.{key.removesuffix('.weight')}.lora_up.weight")
+        if up is None:
+            continue
+        down = lora[f"diffusion_model.{key.removesuffix('.weight')}.lora_down.weight"]
+        merged = weights[key].float() + up @ down
+        value = kernels.dequantize(saved[key], saved[f"{key}_scale"], torch.float32, merged.shape)
+        error = (value - merged).norm() / merged.norm()
+        assert error < 0.0275, key  # rounding to nearest; stock's stochastic merge has 0.045
+        baked += 1
+    assert baked == len(lora) // 2 > 0
+
+
+def test_model_sampling_and_deep_clones_carry_over(comfy):
+    graph = Graph()
+    bf16 = graph.loader("flux.safetensors")
+    shifted = graph.add("ModelSamplingAuraFlow", model=bf16, shift=5.0)
+    before = quantize(graph, shifted)
+    after = graph.add("ModelSamplingAuraFlow", model=quantize(graph, bf16), shift=5.0)
+    models = {
+        "plain": quantize(graph, bf16),
+        "before": before,
+        "after": after,
+        "clone": graph.add("TestClone", model=before, how="force_deepcopy"),
+        "multigpu": graph.add("TestClone", model=before, how="deepclone_multigpu"),
+    }
+    saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
+    found = run(comfy, graph, saved)
+    assert difference(found["before"], found["after"]) < SAME
+    assert difference(found["clone"], found["after"]) < SAME
+    assert difference(found["multigpu"], found["after"]) < SAME
+    assert difference(found["plain"], found["after"]) > 1e-3
+
+
+def test_settings_that_only_metadata_tells_reach_the_quantised_model_and_its_file(comfy):
+    graph = Graph()
+    model = graph.loader("ltxv.safetensors")
+    quantized = quantize(graph, model, include="attn|ff")
+    saving = save(graph, quantized, "ltxv")
+    nodes = [graph.add("TestConfig", model=m) for m in (model, quantized)]
+    outputs = comfy.run(graph)
+    wanted, found = (json.loads(outputs[n[0]]["result"][0]) for n in nodes)
+    assert wanted["causal_temporal_positioning"] is True
+    assert wanted["positional_embedding_max_pos"] == [20, 64, 64]
+    wanted.pop("dtype", None), found.pop("dtype", None)
+    assert found == wanted
+
+    graph = Graph()
+    node = graph.add("TestConfig", model=graph.loader(outputs[saving[0]]["text"][0].split(":")[0]))
+    reloaded = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    reloaded.pop("dtype", None)
+    assert reloaded == wanted
+
+
+def test_methods_patched_by_other_nodes_are_bound_to_the_quantised_model(comfy):
+    graph = Graph()
+    model = graph.add("TestPatch", model=graph.loader("flux.safetensors"), kind="method")
+    quantized = quantize(graph, model)
+    node = graph.add("TestConfig", model=quantized)
+    graph.save_latent(graph.sample(quantized, "flux"))
+    assert comfy.run(graph)[node[0]]["bound"] == [True]
+
+
+def test_what_cannot_carry_over_is_refused_or_said(comfy):
+    graph = Graph()
+    model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux.safetensors"),
+                      lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
+    save(graph, quantize(graph, model), "bypass")
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
+        comfy.run(graph)
+    graph = Graph()
+    model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux-mxfp8.safetensors"),
+                      lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
+    save(graph, model, "bypass")
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
+        comfy.run(graph)
+    assert not list((comfy.base / "output").rglob("bypass*"))
+
+    graph = Graph()
+    model = graph.add("TestPatch", model=graph.loader("flux.safetensors"), kind="module")
+    save(graph, quantize(graph, model), "patched")
+    with pytest.raises(PromptError, match="'diffusion_model' of this Flux was replaced"):
+        comfy.run(graph)
+
+    graph = Graph()
+    model = graph.add("TestCompile", model=graph.loader("flux.safetensors"), backend="eager")
+    plain = graph.save_latent(
+        graph.sample(quantize(graph, graph.loader("flux.safetensors")), "flux")
+    )
+    saved = {"compiled": graph.save_latent(graph.sample(quantize(graph, model), "flux"))}
+    found = run(comfy, graph, {**saved, "plain": plain})
+    assert difference(found["compiled"], found["plain"]) < SAME
+    assert "torch.compile on the input does not carry over" in comfy.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("flux-mxfp8", {}, r"this Flux is quantised already \('[\w.]+' is mxfp8\)"),
+        ("flux", {"exclude": "."}, "no layer to quantise"),
+        ("flux", {"include": "("}, "is no regular expression"),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(comfy, name, options, message):
+    graph = Graph()
+    save(graph, quantize(graph, graph.loader(f"{name}.safetensors"), **options), "refused")
+    with pytest.raises(PromptError, match=message):
+        comfy.run(graph)
+    assert not list((comfy.base / "output" / "diffusion_models").glob("refused*"))
+
+
+def test_the_temporary_file_lives_as_long_as_a_model_uses_it(comfy):
+    graph = Graph()
+    quantized = quantize(graph, graph.loader("wan.safetensors"), include="never")
+    clone = graph.add("TestClone", model=quantized, how="force_deepcopy")
+    graph.save_latent(graph.sample(clone, "wan"))
+    comfy.run(graph)
+    temporary = comfy.base / "temp"
+    assert list(temporary.glob("mxfp8-*.safetensors"))
+
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 30
+    while list(temporary.glob("mxfp8-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(temporary.glob("mxfp8-*"))
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "a/../../outside"])
+def test_saving_stays_inside_the_output_folder(comfy, prefix):
+    graph = Graph()
+    graph.add(
+        "MXFP8SaveModel", model=graph.loader("flux-mxfp8.safetensors"), filename_prefix=prefix
+    )
+    with pytest.raises(PromptError, match="outside the output folder"):
+        comfy.run(graph)

@@ -1,0 +1,169 @@
+"""An MXFP8 text encoder of real size in the real ComfyUI, against stock on the same file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui import make_models
+from graphs import SAME, Graph, difference, load_ours, run, saved_tensor
+from safetensors.torch import save_file
+
+from mxfp8.quant.checks.inspect import inspect_file
+from mxfp8.quant.conversion.convert import convert_file
+
+pytestmark = pytest.mark.comfy
+
+NAME = "qwen3-mxfp8.safetensors"
+
+
+@pytest.fixture(scope="module")
+def encoder(comfy):
+    """Qwen3 0.6B with random weights, converted; the BF16 file is not kept."""
+    make_models(comfy.base, "qwen3")
+    source = comfy.base / "models" / "text_encoders" / "qwen3.safetensors"
+    report = convert_file(source, source.with_name(NAME))
+    source.unlink()
+    yield report
+    source.with_name(NAME).unlink()
+
+
+def test_a_text_encoder_encodes_what_stock_encodes(comfy, encoder):
+    assert len(encoder.quantized) == 28 * 7
+    assert {layer.name for layer in encoder.layers} - {
+        layer.name for layer in encoder.quantized
+    } == {"model.embed_tokens"}
+
+    graph = Graph()
+    stock = graph.add("CLIPLoader", clip_name=NAME, type="stable_diffusion")
+    accelerated = graph.add("MXFP8AccelerateTextEncoder", clip=stock)
+    clips = {"stock": stock, "ours": load(graph), "accelerated": accelerated}
+    found = encoded(comfy, graph, clips)
+    assert found["stock"].shape[-1] == 1024
+    assert found["stock"].std() > 0.1
+    # 28 layers in float32 with another order of summation
+    assert difference(found["ours"], found["stock"]) < 1e-4
+    assert difference(found["accelerated"], found["stock"]) < 1e-4
+
+
+def load(graph: Graph) -> list:
+    return graph.add("MXFP8LoadTextEncoder", name=NAME, type="stable_diffusion")
+
+
+def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
+    """What each CLIP makes of the same words."""
+    for name, clip in clips.items():
+        words = graph.add("CLIPTextEncode", clip=clip, text="a lighthouse in fog")
+        graph.add("TestSaveTensor", tensor=words, name=f"text {name}")
+    comfy.run(graph)
+    return {name: saved_tensor(comfy.base, f"text {name}") for name in clips}
+
+
+def test_a_text_encoder_has_a_passport(comfy, encoder):
+    graph = Graph()
+    node = graph.add("MXFP8Passport", clip=load(graph), measure=False, rows=77)
+    found = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
+    ours = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
+    assert len(ours) == 28 * 7
+    assert {(layer["backend"], layer["precision"]) for layer in ours} == {("eager", "exact")}
+
+
+def test_nobody_chose_that_it_runs_exact(comfy, encoder):
+    """Said where the backend is not the slowest, of which the reason would be what it lacks."""
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    forced, free = (graph.add("TestBackend", model=model, name=n) for n in ("reference", ""))
+    nodes = {
+        "exact, as was chosen": graph.add("MXFP8Passport", model=forced, measure=False, rows=77),
+        "exact, as text encoders run in ComfyUI": graph.add(
+            "MXFP8Passport", clip=load(graph), measure=False, rows=77
+        ),
+    }
+    comfy.run(graph, only=[forced[0]])
+    try:
+        outputs = comfy.run(graph, only=[node[0] for node in nodes.values()])
+    finally:
+        comfy.run(graph, only=[free[0]])
+    for reason, node in nodes.items():
+        layers = json.loads(outputs[node[0]]["mxfp8_report"][0])["layers"]
+        assert {x["reason"] for x in layers if x["decision"] == "mxfp8"} == {reason}
+
+
+def test_text_encoders_merge(comfy, encoder):
+    """With itself, so that the sum is the stored weight. Requantising finds the same codes, but
+    for ComfyUI before 0.24."""
+    graph = Graph()
+    clip = load(graph)
+    merged = graph.add("CLIPMergeSimple", clip1=clip, clip2=load(graph), ratio=0.5)
+    found = encoded(comfy, graph, {"one": clip, "merged": merged})
+    assert difference(found["merged"], found["one"]) < 0.02
+
+
+def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
+    layer = "qwen3_06b.transformer.model.layers.3.mlp.down_proj"
+    generator = torch.Generator().manual_seed(5)
+    lora = {
+        f"text_encoders.{layer}.lora_{side}.weight": torch.randn(shape, generator=generator) * 0.05
+        for side, shape in (("up", (1024, 4)), ("down", (4, 3072)))
+    }
+    save_file(lora, comfy.base / "models" / "loras" / "text.safetensors")
+    graph = Graph()
+    stock = graph.add("CLIPLoader", clip_name=NAME, type="stable_diffusion")
+    clip = load(graph)
+    options = {"lora_name": "text.safetensors", "strength_clip": 1.0}
+    hooks = graph.add("CreateHookLora", strength_model=0.0, **options)
+    flux = graph.loader("flux.safetensors")
+
+    def with_lora(clip: list) -> list:
+        node = graph.add("LoraLoader", model=flux, clip=clip, strength_model=0.0, **options)
+        return [node[0], 1]
+
+    found = encoded(comfy, graph, {
+        "plain": clip,
+        "stock": with_lora(stock),
+        "merged": with_lora(clip),
+        "hook": graph.add(
+            "SetClipHooks", clip=clip, hooks=hooks, apply_to_conds=True, schedule_clip=False
+        ),
+        "after": load(graph),
+    })  # fmt: skip
+    assert difference(found["merged"], found["plain"]) > 1e-3
+    assert difference(found["merged"], found["stock"]) < 1e-4
+    assert difference(found["hook"], found["stock"]) < 1e-4
+    assert difference(found["after"], found["plain"]) < 1e-4
+
+
+def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
+    """A diffusion model, a text encoder and a VAE by stock's node; the model loads again."""
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    saved = {"before": graph.save_latent(graph.sample(model, "flux"))}
+    vae = graph.add("VAELoader", vae_name="vae.safetensors")
+    graph.add("CheckpointSave", model=model, clip=load(graph), vae=vae, filename_prefix="whole")
+    found = run(comfy, graph, saved)
+
+    path = comfy.base / "models" / "checkpoints" / "whole.safetensors"
+    (comfy.base / "output" / "whole_00001_.safetensors").rename(path)
+    try:
+        seen = inspect_file(path)
+        assert not seen.problems
+        assert seen.formats == {"mxfp8": 19 + 28 * 7}
+        graph = Graph()
+        again = graph.add("MXFP8LoadCheckpoint", checkpoint_name=path.name, precision="exact")
+        saved = {"again": graph.save_latent(graph.sample(again, "flux"))}
+        found |= run(comfy, graph, saved)
+    finally:
+        path.unlink()
+    assert difference(found["again"], found["before"]) < SAME
+
+
+@pytest.mark.parametrize("name", ["../diffusion_models/flux.safetensors", "/etc/passwd", "no.pt"])
+def test_a_loader_reaches_only_its_own_folder(comfy, name):
+    from comfyui import PromptError
+
+    graph = Graph()
+    clip = graph.add("MXFP8LoadTextEncoder", name=name, type="flux")
+    graph.add("TestSaveTensor", tensor=clip, name="never")
+    with pytest.raises(PromptError, match="not in list"):
+        comfy.run(graph)

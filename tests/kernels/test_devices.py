@@ -1,0 +1,178 @@
+"""Which backend each device gets, why the others are refused, and what prefers one by itself.
+
+The devices are not here: facts of theirs that are asked for (`kernels/launch.py`) are made up.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxfp8 import kernels
+from mxfp8.kernels import device_facts, dispatch
+from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.kernels.dispatch import Problem
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+RESULTS = BENCH / "results"
+sys.path.append(str(BENCH))
+
+from gpu import report  # noqa: E402
+
+# Device -> (its type, compute capability, AMD architecture).
+DEVICES = {f"sm_{a * 10 + b}": ("cuda", (a, b), None) for a, b in (
+    (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1),
+    (13, 0), (14, 2),
+)}  # fmt: skip
+DEVICES |= {g: ("cuda", None, g) for g in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")}
+DEVICES |= {name: (name, None, None) for name in ("cpu", "mps", "xpu")}
+FP8_CARDS = {"sm_89", "sm_90"}
+BLOCK_CARDS = {"sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "sm_130", "sm_142"}
+NO_TRITON = "needs Triton: pip install triton"
+
+
+@pytest.fixture
+def standing_on(monkeypatch, forget):
+    """standing_on(name, triton=reason or version): a device of `DEVICES`; returns it."""
+
+    def stand(name, triton="3.9.0"):
+        kind, capability, architecture = DEVICES[name]
+        refusal = triton if triton.startswith("needs") else None
+        monkeypatch.setattr(device_facts, "capability", lambda device: capability)
+        monkeypatch.setattr(device_facts, "amd_architecture", lambda device: architecture)
+        monkeypatch.setattr(device_facts, "refusal", lambda: refusal)
+        monkeypatch.setattr("triton.__version__", triton)
+        monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
+        monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: True)
+        forget()
+        return torch.device(kind, 0) if kind != "cpu" else torch.device(kind)
+
+    return stand
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_has_a_backend_for_everything(name, has_triton, standing_on):
+    device = standing_on(name, "3.9.0" if has_triton else NO_TRITON)
+    exact = "triton" if has_triton and device.type == "cuda" else "eager"
+    fast = {**dict.fromkeys(FP8_CARDS, "fp8"), **dict.fromkeys(BLOCK_CARDS, "torch_mx")}
+    for few in (False, True):
+        for precision in dispatch.PRECISIONS:
+            problem = Problem("linear", device, torch.bfloat16, precision, few)
+            wanted = exact if few or precision == "exact" else fast.get(name, exact)
+            assert dispatch._choose(problem, None)[0].name == wanted, (precision, few)
+    for op in ("quantize", "dequantize"):
+        assert dispatch._choose(Problem(op, device, torch.bfloat16), None)[0].name == exact
+    for status in kernels.list_backends(device):
+        assert status.available or status.reason, status.name
+
+
+def reasons(device) -> dict[str, str]:
+    problem = Problem("linear", device, torch.bfloat16, "fast")
+    return {b.name: b.refuse(problem) for b in dispatch.BACKENDS}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_refusals_say_what_a_device_lacks(name, standing_on):
+    device = standing_on(name)
+    _, capability, architecture = DEVICES[name]
+    said = reasons(device)
+    here = (
+        f"this one has {name[3:-1]}.{name[-1]}" if capability else f"this is {architecture or name}"
+    )
+    if name in BLOCK_CARDS:
+        assert said["torch_mx"] is None
+    else:
+        assert said["torch_mx"].endswith(here) and "NVIDIA Blackwell" in said["torch_mx"]
+    if name not in FP8_CARDS | BLOCK_CARDS:
+        assert said["fp8"].endswith(here) and "8.9 (RTX 40)" in said["fp8"]
+    if name in ("sm_130", "sm_142"):
+        version = "{}.{}".format(*capability)
+        assert said["triton_mx"] == f"was never compiled for compute capability {version}"
+    elif name in BLOCK_CARDS or architecture == "gfx950":
+        assert said["triton_mx"] is None
+    else:
+        assert said["triton_mx"].endswith(here)
+
+
+@pytest.mark.parametrize(
+    ("name", "triton", "refused"),
+    [("sm_100", "3.6.0", False), ("sm_120", "3.5.1", True), ("sm_121", "3.6.0", True),
+     ("sm_110", "3.8.2", True), ("sm_110", "3.9.0", False), ("gfx950", "3.6.0", False)],
+)  # fmt: skip
+def test_a_triton_that_would_not_scale_blocks_is_refused(name, triton, refused, standing_on):
+    """On sm_121, Triton 3.6 multiplies in bfloat16 without a word."""
+    said = reasons(standing_on(name, triton))["triton_mx"]
+    if refused:
+        assert said.startswith("needs Triton 3.") and said.endswith(f"this is {triton}")
+    else:
+        assert said is None
+
+
+@pytest.mark.parametrize("name", ["sm_130", "sm_142"])
+def test_a_card_of_the_future_that_fails_its_self_test_runs_exact(name, standing_on, monkeypatch):
+    device = standing_on(name)
+    monkeypatch.setattr(dispatch, "_test", lambda b, d: "no kernel image" if b.steps else None)
+    backend, precision = dispatch._choose(
+        Problem("linear", device, torch.bfloat16, "auto"), None
+    )  # fmt: skip
+    assert (backend.name, precision) == ("triton", "exact")
+    said = {status.name: status.reason for status in kernels.list_backends(device)}
+    assert said["torch_mx"] == said["fp8"] == "no kernel image"
+
+
+# ---- what a results file has to show ---------------------------------------------------------
+
+
+def test_what_comes_first_by_itself_is_backed_by_a_results_file():
+    """That it is right on that card, and faster than torch_mx in the same run."""
+    for capability, preferred in dispatch.MEASURED.items():
+        for name, file in preferred.items():
+            assert name in [b.name for b in dispatch.BACKENDS]
+            result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+            assert report.prefers(result, name, capability) is None, (name, file)
+    measured = {name for preferred in dispatch.MEASURED.values() for name in preferred}
+    for backend in dispatch.BACKENDS:  # of those in blocks, only torch's needs no file
+        if backend.steps == "blocks" and backend.name not in measured:
+            assert backend.automatic == (backend.name == "torch_mx"), backend.name
+
+
+def test_only_the_card_that_was_measured_prefers_what_was_measured(standing_on, monkeypatch):
+    monkeypatch.setattr(dispatch, "MEASURED", {(12, 0): {"triton_mx": "a card.json"}})
+    for name, wanted in (("sm_120", "triton_mx"), ("sm_100", "torch_mx"), ("sm_90", "fp8")):
+        device = standing_on(name)
+        problem = Problem("linear", device, torch.bfloat16, "auto")
+        assert dispatch._choose(problem, None)[0].name == wanted
+        said = {status.name: status for status in kernels.list_backends(device)}
+        assert said["triton_mx"].available == (name == "sm_120")
+        exact = dispatch._choose(Problem("linear", device, torch.bfloat16, "exact"), None)
+        assert exact[0].name == "triton"
+
+
+def measured(**changes):
+    """A made-up results file in which triton_mx is right and faster on an RTX 50."""
+    shapes = [(4096, 10240, 3840), (1024, 5120, 5120)]
+    rows = [
+        {"op": "block_matmul", "backend": name, "M": M, "N": N, "K": K, "us": us}
+        for M, N, K in shapes
+        for name, us in (("torch_mx", 100.0), ("triton_mx", 90.0))
+    ]
+    checks = [{"check": f"block matmul, {n}", "shape": [], "wrong": None}
+              for n in ("torch_mx", "triton_mx")]  # fmt: skip
+    return {"machine": {"capability": "12.0"}, "rows": rows, "checks": checks} | changes
+
+
+def test_a_results_file_that_shows_too_little_is_not_enough():
+    right = measured()
+    assert report.prefers(right, "triton_mx", (12, 0)) is None
+    assert "is of compute capability 12.0" in report.prefers(right, "triton_mx", (10, 0))
+    assert "no check of cute_mx" in report.prefers(right, "cute_mx", (12, 0))
+    wrong = [{**right["checks"][0], "wrong": "noise"}, right["checks"][1]]
+    assert "1 checks failed" in report.prefers(measured(checks=wrong), "triton_mx", (12, 0))
+    one = measured(rows=right["rows"][:2])
+    assert "in 1 problems" in report.prefers(one, "triton_mx", (12, 0))
+    slow = [{**r, "us": 110.0} if r["backend"] == "triton_mx" else r for r in right["rows"]]
+    said = report.prefers(measured(rows=slow), "triton_mx", (12, 0))
+    assert said == "takes 1.10 of torch_mx's time over 2 problems"

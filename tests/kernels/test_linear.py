@@ -1,0 +1,289 @@
+"""linear: every path against float64, gradients, and the ops under torch's transformations."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mxfp8 import kernels
+from mxfp8.kernels import ops
+from mxfp8.kernels.backends import eager, reference
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+N, K = 300, 130  # neither a multiple of 32; three slabs of 128 rows
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+OPS = getattr(torch.ops, ops.NAMESPACE)
+
+
+def numbers(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@cache
+def weight(rows=N, cols=K):
+    """A stored weight and the float64 matrix behind it."""
+    stored = reference.quantize(numbers(rows, cols, seed=1))
+    return stored, reference.dequantize_exact(*stored, rows, cols)
+
+
+def assert_close_to_float64(got, x, dense, bias=None):
+    """|error| <= (K + 2) u |x| @ |W|.T + 2 v |y|.
+
+    A sum of K products in float32 (u = 2**-24), in any order, is off by at most K u times the sum
+    of magnitudes; the bias is one more term. The result is rounded to x's dtype (v), twice where
+    a matmul rounds before it adds the bias. The bias is first rounded to x's dtype.
+    """
+    bias = torch.zeros(len(dense)) if bias is None else bias.detach().to(x.dtype)
+    x, bias = x.detach().double(), bias.double()
+    expected = x @ dense.t() + bias
+    size = x.abs() @ dense.t().abs() + bias.abs()
+    bound = (dense.shape[1] + 2) * 2.0**-24 * size + 2 * ROUNDING[got.dtype] * expected.abs()
+    assert got.shape == expected.shape
+    assert ((got.detach().double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_oracle_is_the_float64_product_rounded_once(dtype):
+    stored, dense = weight()
+    x, bias = numbers(5, K, dtype=dtype), numbers(N, dtype=dtype, seed=2)
+    quantised = reference.dequantize_exact(*reference.quantize(x), 5, K)
+    for precision, value in (("exact", x.double()), ("fast", quantised)):
+        expected = value @ dense.t()
+        got = reference.linear(x, *stored, None, N, K, precision)
+        assert torch.equal(got, expected.to(dtype))
+        got = reference.linear(x, *stored, bias, N, K, precision)
+        assert torch.equal(got, (expected + bias.double()).to(dtype))
+
+
+@pytest.fixture(params=["this CPU's", "slabs", "direct"])
+def path(request, monkeypatch):
+    """How eager multiplies: as it chooses here, in slabs of 128 rows, or by torch in x's dtype."""
+    if request.param != "this CPU's":
+        monkeypatch.setattr(eager, "_cpu_multiplies", lambda dtype: request.param == "direct")
+    if request.param == "slabs":
+        monkeypatch.setattr(eager, "_CPU_CHUNK", 1000)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(K,), (37, K), (2, 3, K), (2, 1, 3, K)], ids=str)
+def test_any_rank_and_dtype_of_x(shape, dtype):
+    stored, dense = weight()
+    x = numbers(*shape, dtype=dtype)
+    got = kernels.linear(x, *stored, shape=(N, K))
+    assert got.dtype == dtype
+    assert_close_to_float64(got, x, dense)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias_dtype", FLOATS, ids=str)
+def test_a_bias_of_any_dtype(bias_dtype, dtype):
+    stored, dense = weight()
+    x, bias = numbers(3, K, dtype=dtype), numbers(N, dtype=bias_dtype, seed=2)
+    got = kernels.linear(x, *stored, bias, shape=(N, K))
+    assert got.dtype == dtype
+    assert_close_to_float64(got, x, dense, bias)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (31, 33), (129, 127), (256, 64)], ids=str)
+def test_any_size_of_weight(shape):
+    stored, dense = weight(*shape)
+    x, bias = numbers(5, shape[1]), numbers(shape[0], seed=2)
+    assert_close_to_float64(kernels.linear(x, *stored, bias, shape=shape), x, dense, bias)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sums_that_float32_holds_are_exact(dtype):
+    """Every product is a multiple of 2**-9 and every sum below 2**15: no order of adding rounds."""
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randint(0, 0x7F, (160, 64), generator=generator, dtype=torch.uint8)
+    stored = code, torch.full((256, 4), 127, dtype=torch.uint8)
+    x = torch.randint(-1, 2, (9, 64), generator=generator).to(dtype)
+    expected = reference.linear(x, *stored, None, 160, 64)
+    assert torch.equal(kernels.linear(x, *stored), expected)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K)], ids=str)
+def test_no_rows_of_x_give_no_rows(shape):
+    stored, _ = weight()
+    x = numbers(*shape, dtype=torch.bfloat16)
+    got = kernels.linear(x, *stored, shape=(N, K))
+    assert (got.shape, got.dtype) == ((*shape[:-1], N), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0), (0, 0)], ids=str)
+def test_a_weight_without_rows_or_columns_multiplies_and_differentiates(shape):
+    stored, dense = weight(*shape)
+    x, bias = numbers(3, shape[1]).requires_grad_(), numbers(shape[0]).requires_grad_()
+    got = kernels.linear(x, *stored, bias, shape=shape)
+    assert_close_to_float64(got, x, dense, bias)
+    got.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, shape[1]))
+    assert torch.equal(bias.grad, torch.full((shape[0],), 3.0))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(
+    "x",
+    [
+        numbers(K, 12).t(),
+        numbers(12, 2 * K)[:, ::2],
+        numbers(1, K).expand(12, K),
+        numbers(4, K, 3).transpose(1, 2),
+        numbers(3, 4, K).transpose(0, 1),
+    ],
+    ids=["transposed", "strided", "expanded", "inner transposed", "outer transposed"],
+)
+def test_any_strides_of_x(x):
+    stored, dense = weight()
+    assert_close_to_float64(kernels.linear(x, *stored, shape=(N, K)), x, dense)
+
+
+def test_bytes_and_float8_mean_the_same():
+    (qdata, scale), x = weight()[0], numbers(4, K)
+    as_bytes = kernels.linear(x, qdata.view(torch.uint8), scale, shape=(N, K))
+    as_float8 = kernels.linear(x, qdata, scale.view(torch.float8_e8m0fnu), shape=(N, K))
+    assert torch.equal(as_bytes, as_float8)
+
+
+def test_padding_of_the_weight_is_never_read():
+    (qdata, scale), x = weight()[0], numbers(4, K)
+    expected = kernels.linear(x, qdata, scale, shape=(N, K))
+    dirty = qdata.view(torch.uint8).clone()
+    dirty[N:], dirty[:, K:] = 0x7F, 0x7F
+    assert torch.equal(kernels.linear(x, dirty, scale, shape=(N, K)), expected)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 3, K)], ids=str)
+def test_gradients_are_those_of_the_dense_weight(shape, dtype, bias_dtype):
+    """d/dx = grad @ W, a sum of N products; d/dbias sums grad over the M rows of x."""
+    stored, dense = weight()
+    x = numbers(*shape, dtype=dtype).requires_grad_()
+    bias = None if bias_dtype is None else numbers(N, dtype=bias_dtype).requires_grad_()
+    got = kernels.linear(x, *stored, bias, shape=(N, K))
+    grad = numbers(*got.shape, dtype=dtype, seed=3)
+    got.backward(grad)
+    assert x.grad.dtype == dtype
+    assert_close_to_float64(x.grad, grad, dense.t())
+    if bias is not None:
+        rows = grad.reshape(-1, N)
+        assert bias.grad.dtype == bias_dtype
+        expected, size = rows.double().sum(0), rows.double().abs().sum(0)
+        bound = len(rows) * 2.0**-24 * size + ROUNDING[bias_dtype] * expected.abs()
+        assert ((bias.grad.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias"])
+def test_only_what_requires_a_gradient_gets_one(wanted):
+    stored, _ = weight()
+    x, bias = numbers(2, K).requires_grad_(wanted == "x"), numbers(N).requires_grad_(wanted != "x")
+    kernels.linear(x, *stored, bias, shape=(N, K)).sum().backward()
+    assert (x.grad is not None, bias.grad is not None) == (wanted == "x", wanted == "bias")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_modes_change_no_value(mode):
+    w, x, bias = numbers(N, K), numbers(3, K).requires_grad_(), numbers(N).requires_grad_()
+    qdata, scale = kernels.quantize(w)
+    expected = kernels.linear(x, qdata, scale, bias, shape=(N, K))
+    with mode():
+        inside = kernels.quantize(w)
+        got = kernels.linear(x, *inside, bias, shape=(N, K))
+        value = kernels.dequantize(*inside, torch.float32, (N, K))
+    assert expected.requires_grad
+    assert not got.requires_grad
+    assert torch.equal(got, expected)
+    assert torch.equal(value, kernels.dequantize(qdata, scale, torch.float32, (N, K)))
+
+
+def all_three(w, x, bias):
+    shape = w.shape
+    qdata, scale = kernels.quantize(w)
+    value = kernels.dequantize(qdata, scale, x.dtype, shape)
+    return qdata, scale, value, kernels.linear(x, qdata, scale, bias, shape=shape)
+
+
+def assert_all_equal(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_without_a_graph_break(dtype):
+    given = numbers(N, K, dtype=dtype), numbers(2, 3, K, dtype=dtype), numbers(N)
+    compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")
+    assert_all_equal(compiled(*given), all_three(*given))
+
+
+def test_one_compilation_serves_every_size():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(all_three, fullgraph=True, dynamic=True, backend=counter)
+    for rows, cols, batch in ((70, 90, 3), (300, 130, 17), (64, 64, 5)):
+        given = numbers(rows, cols), numbers(batch, cols), numbers(rows)
+        assert_all_equal(compiled(*given), all_three(*given))
+    assert counter.frame_count == 1
+
+
+def test_compiled_gradients_are_those_of_eager():
+    stored, _ = weight()
+
+    def gradients(linear):
+        x, bias = numbers(3, K).requires_grad_(), numbers(N).requires_grad_()
+        linear(x, *stored, bias, shape=(N, K)).square().sum().backward()
+        return x.grad, bias.grad
+
+    compiled = torch.compile(kernels.linear, fullgraph=True, backend="aot_eager")
+    assert_all_equal(gradients(compiled), gradients(kernels.linear))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "linear", "linear with bias"])
+def test_ops_are_registered_as_torch_wants_them(name, dtype):
+    qdata, scale = kernels.quantize(numbers(40, 70))
+    stored = qdata.view(torch.uint8), scale
+    x, bias = numbers(3, 70, dtype=dtype).requires_grad_(), numbers(40).requires_grad_()
+    op, args = {
+        "quantize": (OPS.quantize, (numbers(40, 70, dtype=dtype),)),
+        "dequantize": (OPS.dequantize, (*stored, dtype, 40, 70)),
+        "linear": (OPS.linear, (x, *stored, None, 40, 70, "auto")),
+        "linear with bias": (OPS.linear, (x, *stored, bias, 40, 70, "exact")),
+    }[name]
+    torch.library.opcheck(op.default, args)
+
+
+X = torch.zeros(2, 96)
+QDATA, SCALE = torch.zeros(64, 96, dtype=torch.uint8), torch.zeros(128, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 95)}, r"x has shape \[2, 95\]; its last size must be K = 96"),
+        ({"x": torch.zeros(96, 2)}, r"x has shape \[96, 2\]; its last size must be K = 96"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \[\]; its last size must be K = 96"),
+        ({"shape": (64, 95)}, r"x has shape \[2, 96\]; its last size must be K = 95"),
+        ({"shape": (65, 96)}, r"shape \[65, 96\] pads to \[96, 96\]"),
+        ({"x": X.double()}, "x is torch.float64; it must be one of float32, float16, bfloat16"),
+        ({"x": X.to("meta")}, "x is on meta, the weight on cpu"),
+        ({"bias": torch.zeros(96)}, r"bias has shape \[96\]; it must be \[64\]"),
+        ({"bias": torch.zeros(1, 64)}, r"bias has shape \[1, 64\]; it must be \[64\]"),
+        ({"bias": torch.zeros(64, device="meta")}, "bias is on meta"),
+        ({"precision": "exakt"}, "precision is 'exakt'; it must be one of auto, exact, fast"),
+        ({"qdata": torch.zeros(64, 96)}, "qdata is torch.float32; it must be one of float8_e4m3fn"),
+        ({"qdata": QDATA[:, :33]}, "must be 2-D with columns a multiple of 32"),
+        ({"scale": SCALE.float()}, "scale is torch.float32; it must be one of uint8"),
+        ({"scale": SCALE[:64]}, r"scales have shape \[64, 4\]; .* needs \[128, 4\]"),
+        ({"scale": SCALE.to("meta")}, "the scales are on meta, the data on cpu"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.linear(**({"x": X, "qdata": QDATA, "scale": SCALE} | change))

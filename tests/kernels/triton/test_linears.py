@@ -1,0 +1,164 @@
+"""Linears in Triton: exact for few rows, and the FP8 matmul with its folds and quantisers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from arithmetic import all_magnitudes
+
+from mxfp8.kernels import device_facts, layout, self_test
+from mxfp8.kernels.backends import reference, row_fold
+from mxfp8.kernels.backends.triton import exact, fp8_gemm, rowwise, w8a16
+
+DTYPES = (torch.float16, torch.bfloat16)
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+# Of a sum, as a share of the sum of its terms' sizes: float32; FP8 tensor cores add with 14 bits.
+SUMMING, SUMMING_FP8 = 2.0**-20, 2.0**-12
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stored_weight(rows, cols, seed=0):
+    spread = torch.exp2(normal(rows, 1, seed=seed + 1) * 3)
+    return reference.quantize(normal(rows, cols, seed=seed) * spread * cols**-0.5)
+
+
+def close(found, x, weight, bias, dtype, summing=SUMMING) -> bool:
+    """Whether this is x [M, K] @ weight [N, K].T + bias, rounded once, sums as exact as stated."""
+    x, weight = x.cpu().double(), weight.cpu().double()
+    bias = 0.0 if bias is None else bias.cpu().double()
+    wanted, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
+    smallest = torch.finfo(dtype).smallest_normal  # below, a rounding is a share of this
+    allowed = wanted.abs().clamp_min(smallest) * ROUNDING[dtype] + size * summing
+    return found.dtype == dtype and bool(((found.cpu().double() - wanted).abs() <= allowed).all())
+
+
+def plain(stored, rows, cols):
+    return reference.dequantize_exact(*stored, rows, cols)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 33, 100), (1, 256, 512), (1, 8, 1057), (2, 70, 130), (17, 64, 256), (33, 40, 31),
+     (64, 129, 384)],
+)  # fmt: skip
+def test_few_rows_are_exact(M, N, K, dtype, bias, decoding, device):
+    stored = [part.to(device) for part in stored_weight(N, K)]
+    x, b = normal(M, K, seed=7, dtype=dtype), normal(N, seed=8, dtype=dtype) if bias else None
+    on_device = None if b is None else b.to(device)
+    found = w8a16.linear(x.to(device), *stored, on_device, N, K)
+    weight = plain(stored, N, K)
+    if M > 1:  # on tensor cores, float16 rounds what lies below 2**-14
+        weight = weight.to(dtype)
+    assert close(found, x, weight, b, dtype)
+
+
+def test_few_rows_take_rows_of_a_larger_tensor_and_rows_stored_without_padding(device):
+    qdata, scale = stored_weight(33, 96)
+    stored = qdata[:33].contiguous().to(device), scale.to(device)
+    for x in (normal(5, 200)[:, 7:103], normal(96, 5).t(), normal(10, 96)[::2]):
+        x = x.half().to(device)
+        found = w8a16.linear(x, *stored, None, 33, 96)
+        assert close(found, x, plain((qdata, scale), 33, 96), None, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_many_rows_are_exact(dtype, device):
+    stored = [part.to(device) for part in stored_weight(70, 96)]
+    x = normal(100, 96, dtype=dtype)
+    found = exact.linear(x.to(device), *stored, None, 70, 96)
+    assert close(found, x, plain(stored, 70, 96), None, dtype)
+
+
+def equal(found, wanted) -> bool:
+    """Equal codes and equal scales, NaN included."""
+    codes, scales = zip(found, wanted, strict=True)
+    return torch.equal(*(c.cpu().view(torch.uint8) for c in codes)) and torch.equal(
+        *(s.cpu().nan_to_num(-1.0) for s in scales)
+    )
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (70, 130), (257, 2080), (96, 1)])
+def test_a_fold_has_the_bits_of_the_oracle(shape, decoding, device):
+    rows, cols = shape
+    spread = torch.exp2(normal(rows, -(-cols // 32), seed=3) * 8).repeat_interleave(32, 1)
+    qdata, scale = reference.quantize(normal(rows, cols) * spread[:, :cols])
+    byte = layout.untile(scale, qdata.shape[0], qdata.shape[1] // 32).clone()
+    byte[0, 0], byte[1], byte[2, -1] = layout.E8M0_NAN, 0, layout.E8M0_MAX
+    code = qdata.view(torch.uint8).clone()
+    code[3, :5], code[4, 0] = 0x7F, 0xFF
+    stored = code.view(torch.float8_e4m3fn), layout.tile(byte)
+    padding = layout.untile(stored[1], *stored[1].shape).clone()
+    padding[:, byte.shape[1] :] = 200  # which no one reads
+    stored = stored[0], layout.tile(padding)
+    found = rowwise.fold_rows(*(part.to(device) for part in stored))
+    assert equal(found, reference.fold_rows(*stored))
+    assert equal(row_fold.fold_rows(*stored), reference.fold_rows(*stored))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 100), (9, 4095), (5, 15360)])
+def test_tokens_have_the_bits_of_the_oracle(shape, dtype, decoding, device):
+    x = all_magnitudes(*shape, dtype)
+    found = rowwise.quantize_tokens(x.to(device))
+    assert equal(found, reference.quantize_tokens(x))
+    assert equal(row_fold.quantize_tokens(x), reference.quantize_tokens(x))
+
+
+def check_matmul(M, N, K, dtype, bias, columns, device):
+    """A scaled matmul, rows and columns of all magnitudes, is that of its operands."""
+    a, a_scale = reference.quantize_tokens(normal(M, K, seed=1))
+    b, b_scale = reference.fold_rows(*stored_weight(N, K, seed=2))
+    a_scale = a_scale * torch.exp2(normal(M, seed=3) * 4)
+    added = normal(columns, seed=4, dtype=dtype) if bias else None
+    parts = [t.to(device) for t in (a, a_scale, b.contiguous(), b_scale)]
+    on_device = None if added is None else added.to(device)
+    found = fp8_gemm.matmul(*parts, on_device, dtype, columns)
+    x = a.double() * a_scale.double()[:, None]
+    weight = (b.double() * b_scale.double()[:, None])[:columns]
+    summing = SUMMING if device_facts.interpreted() else SUMMING_FP8
+    assert close(found, x, weight, added, dtype, summing)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "columns"),
+    [(1, 32, 32, 32), (70, 160, 96, 160), (200, 96, 320, 70), (130, 288, 128, 288)],
+)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_fp8_matmul_is_that_of_its_operands(
+    M, N, K, columns, dtype, bias, tma, device, monkeypatch
+):
+    if device_facts.interpreted():
+        monkeypatch.setattr(fp8_gemm, "capability", lambda _: (9, 0) if tma else (8, 9))
+    elif tma != (device_facts.capability(device)[0] == 9):
+        pytest.skip("tiles by TMA need compute capability 9, by copies another")
+    check_matmul(M, N, K, dtype, bias, columns, device)
+
+
+def test_several_programs_and_groups_of_tiles_cover_the_output(device, monkeypatch):
+    if device_facts.interpreted():
+        monkeypatch.setattr(fp8_gemm, "capability", lambda _: (8, 9))
+        monkeypatch.setattr(fp8_gemm, "multiprocessors", lambda _: 3)
+    check_matmul(1300, 544, 64, torch.float32, True, 544, device)
+
+
+def test_self_tests_pass(device):
+    assert self_test.exact(device) is None
+    if device_facts.interpreted() or device_facts.capability(device) >= (8, 9):
+        assert self_test.fast(device) is None
+
+
+def test_self_tests_name_what_is_wrong(device, monkeypatch):
+    monkeypatch.setattr(rowwise, "fold_rows", row_fold.quantize_tokens)
+    assert self_test.fast(device).startswith("its self-test failed (TypeError: ")
+    right = w8a16.linear
+    monkeypatch.setattr(w8a16, "linear", lambda *a: right(*a) * 1.1)
+    said = self_test.exact(device)
+    assert re.fullmatch(r"its linear of 1 rows in bfloat16 is (9\.\de-02|1\.0e-01) off", said)

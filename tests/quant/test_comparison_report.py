@@ -1,0 +1,413 @@
+"""The certificate: statistics against known cases, JSON that comes back, numbers, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from checkpoints import load, matrix
+from PIL import Image
+from safetensors.torch import save_file
+from scipy import ndimage, stats
+
+from mxfp8.quant.checks.inspect import inspect_file
+from mxfp8.quant.cli import main
+from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.reports import comparison, metadata, metrics, plot
+from mxfp8.quant.reports.comparison import (
+    Certificate,
+    Floor,
+    Mean,
+    Seed,
+    Setting,
+    Side,
+    Step,
+    fingerprint,
+    mean_of,
+)
+from mxfp8.quant.reports.conversion import LayerReport, Report
+
+VALUES = [31.9, 32.0, 31.0, 30.5]
+SETTING = Setting(
+    "euler", "simple", 3, 1.0, 1.0, (1, 16, 8, 8), "cpu", {"torch": "2.11.0", "ComfyUI": "0.30.0"}
+)
+CERTIFICATE = Certificate(
+    reference=Side("Flux", {}, "cd" * 32, "BF16", 2.0, 14_000_000_000),
+    model=Side("Flux", {"triton, exact": 52}, "ab" * 32, "BF16", 1.0, 8_100_000_000),
+    setting=SETTING,
+    latent_snr_db=mean_of(VALUES),
+    psnr_db=Mean(38.0, 37.0, 39.0, 4),
+    ssim=Mean(0.98, 0.97, 0.99, 4),
+    floor=Floor(True, False),
+    steps=tuple(Step(i + 1, 1 - i / 3, 0.01 * (i + 1), 0.02 * (i + 1)) for i in range(3)),
+    seeds=tuple(Seed(i, False, value, 38.0, 0.98) for i, value in enumerate(VALUES)),
+)
+SAME = replace(
+    CERTIFICATE,
+    latent_snr_db=None,
+    psnr_db=None,
+    ssim=None,
+    steps=tuple(Step(i + 1, 1.0, 0.0, 0.0) for i in range(3)),
+    seeds=tuple(Seed(i, True) for i in range(4)),
+)
+
+
+def test_the_interval_of_two_values_is_known():
+    """Of 0 and 1, resampled means are 0, 1/2 and 1 with 1/4, 1/2 and 1/4."""
+    assert mean_of([0.0, 1.0, None]) == Mean(0.5, 0.0, 1.0, 2)
+    assert mean_of([7.0]) == Mean(7.0, 7.0, 7.0, 1)
+    assert mean_of([None]) is None and mean_of([]) is None
+
+
+def test_the_interval_is_scipys_percentile_bootstrap():
+    values = numpy.random.default_rng(3).normal(31, 1, 12)
+    found = mean_of(list(values))
+    theirs = stats.bootstrap(
+        (values,), numpy.mean, n_resamples=20_000, method="percentile", random_state=1
+    ).confidence_interval
+    # Quantiles of 10,000 means scatter by about 2% of their deviation, 0.3 here.
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.04)
+    assert found.mean == pytest.approx(values.mean()) and found == mean_of(list(values))
+
+
+def test_the_interval_of_four_seeds_is_as_narrow_as_it_says():
+    """It holds the true mean of normal values about four times in five."""
+    drawn = numpy.random.default_rng(5).normal(31, 1, (100, 4))
+    found = [mean_of(list(values)) for values in drawn]
+    share = sum(mean.low <= 31 <= mean.high for mean in found) / len(found)
+    assert share == pytest.approx(0.8, abs=0.12)  # three deviations of a share of 100
+    few, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
+    assert comparison.interval(few, "dB").endswith(
+        "(bootstrap 95%, too narrow for n = 9: 30.00 to 32.00)"
+    )
+    assert comparison.interval(many, "").endswith(
+        "31.0000 (bootstrap 95% for n = 10: 30.0000 to 32.0000)"
+    )
+
+
+def test_snr_and_relative_difference_are_what_they_say():
+    reference = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(2)) / 100
+    ratio = float((reference.double() ** 2).sum() / (noise.double() ** 2).sum())
+    other = reference.double() + noise.double()
+    assert metrics.snr_db(reference, other) == pytest.approx(10 * math.log10(ratio), abs=1e-9)
+    assert metrics.relative(reference, other) == pytest.approx(ratio**-0.5)
+    assert metrics.snr_db(reference, reference) is None
+    assert metrics.snr_db(torch.zeros(4), torch.ones(4)) is None
+    assert metrics.relative(reference, reference) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([1.0, math.nan], "its latent holds NaN (1 of 2 values)"),
+        ([math.inf, math.inf], "its latent holds Inf (2 of 2 values)"),
+        ([0.0, 0.0], "its latent is all zero"),
+        ([0.0, 1.0], None),
+    ],
+)
+def test_a_latent_that_is_no_picture_is_named(values, problem):
+    assert metrics.latent_problem(torch.tensor(values)) == problem
+
+
+def test_a_black_image_is_named():
+    assert metrics.image_problem(torch.full((1, 2, 2, 3), 0.001)) == "its image is black"
+    assert metrics.image_problem(torch.full((1, 2, 2, 3), 0.1)) is None
+    assert metrics.image_problem(torch.full((1, 2, 2, 3), math.nan)) is not None
+
+
+def test_psnr_and_ssim_are_those_of_their_papers():
+    """SSIM with scipy's Gaussian: deviation 1.5, 11 pixels, mirrored edges, per channel."""
+    generator = torch.Generator().manual_seed(4)
+    image = torch.rand(1, 32, 40, 3, generator=generator)
+    other = (image + 0.1 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+    psnr, ssim = metrics.quality(image, other)
+    error = float((image - other).double().square().mean())
+    assert psnr == pytest.approx(-10 * math.log10(error), abs=1e-6)
+
+    def smooth(x):
+        return ndimage.gaussian_filter(x, (1.5, 1.5, 0), truncate=5 / 1.5, mode="mirror")
+
+    x, y = (i[0].double().numpy() for i in (image, other))
+    mx, my = smooth(x), smooth(y)
+    vx, vy, c = smooth(x * x) - mx**2, smooth(y * y) - my**2, smooth(x * y) - mx * my
+    expected = (2 * mx * my + 1e-4) * (2 * c + 9e-4) / (
+        (mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)
+    )  # fmt: skip
+    assert ssim == pytest.approx(expected.mean(), abs=1e-5)
+    assert metrics.quality(image, image) == (None, pytest.approx(1.0, abs=1e-6))
+    with pytest.raises(ValueError, match="smaller than SSIM's window"):
+        metrics.quality(image[:, :8], image[:, :8])
+
+
+@pytest.mark.parametrize(
+    "found", [CERTIFICATE, SAME, replace(CERTIFICATE, floor=None, notes=("a", "b"))]
+)
+def test_json_comes_back_as_it_was(found):
+    assert Certificate.from_json(found.to_json()) == found
+    assert Certificate.from_json(found.to_json(indent=None)) == found
+
+
+def test_json_names_its_version_its_steps_and_its_seeds():
+    data = json.loads(CERTIFICATE.to_json())
+    assert data.pop("mxfp8_certificate") == 1
+    assert data.keys() == Certificate.__dataclass_fields__.keys()
+    assert data["steps"][1] == {"step": 2, "sigma": 1 - 1 / 3, "divergence": 0.02, "worst": 0.04}
+    assert data["seeds"][3]["latent_snr_db"] == 30.5
+    assert json.loads(SAME.to_json())["seeds"][0]["latent_snr_db"] is None
+
+
+def changed(change) -> str:
+    data = json.loads(CERTIFICATE.to_json())
+    change(data)
+    return json.dumps(data)
+
+
+DAMAGED = {
+    "nothing": "",
+    "no object": "[]",
+    "another version": changed(lambda d: d.update(mxfp8_certificate=2)),
+    "a field less": changed(lambda d: d.pop("steps")),
+    "a field more": changed(lambda d: d.update(more=1)),
+    "text for a number": changed(lambda d: d["seeds"][0].update(latent_snr_db="31")),
+    "true for a number": changed(lambda d: d["setting"].update(steps=True)),
+    "an object for a list": changed(lambda d: d.update(seeds={})),
+    "a list for an object": changed(lambda d: d.update(model=[])),
+    "null for an object": changed(lambda d: d.update(setting=None)),
+    "not a number": changed(lambda d: d["setting"].update(cfg=math.nan)),
+    "infinite": changed(lambda d: d["setting"].update(cfg=0)).replace('"cfg": 0', '"cfg": 1e999'),
+    "deep": '{"mxfp8_certificate": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_what_is_no_certificate_is_refused_and_only_warned_of_in_a_file(text):
+    with pytest.raises(ValueError):
+        Certificate.from_json(text)
+    found = metadata.read({"mxfp8_certificate": text, "mxfp8_report": text})
+    assert (found.certificate, found.report) == (None, None)
+    assert [w.partition(" in the header cannot be read")[0] for w in found.warnings] == [
+        "mxfp8_report", "mxfp8_certificate",
+    ]  # fmt: skip
+    assert all(len(warning) < 400 for warning in found.warnings)
+
+
+REPORT = Report(
+    "a", "b", "flux", "Flux", 10, 5, 1.0, 31.5,
+    (LayerReport("x", "mxfp8", "linear layer", "BF16", (32, 32), 10, 5, 31.5),),
+)  # fmt: skip
+
+
+def test_a_report_of_other_types_is_warned_of():
+    for change in (
+        {"layers": [7]},
+        {"bytes_before": "x"},
+        {"seconds": None},
+        {"sqnr_db": math.nan},
+    ):
+        text = json.dumps({**json.loads(REPORT.to_json()), **change})
+        found = metadata.read({"mxfp8_report": text})
+        assert found.report is None and len(found.warnings) == 1, change
+    assert metadata.read({"mxfp8_report": REPORT.to_json()}).report == REPORT
+
+
+def test_an_entry_that_is_too_long_is_refused_and_warned_of(monkeypatch):
+    monkeypatch.setattr(metadata, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="at most 100 go into a file's header"):
+        metadata.check_size("mxfp8_report", "a" * 101)
+    found = metadata.read({"mxfp8_report": REPORT.to_json()})
+    assert found.report is None and "at most 100" in found.warnings[0]
+
+
+def test_a_strangers_certificate_moves_no_cursor():
+    hostile = replace(CERTIFICATE, notes=("\x1b[2J" + "x" * 1000,))
+    lines = metadata.lines(None, hostile)
+    assert "\x1b" not in "".join(lines) and max(map(len, lines)) < 310
+    assert lines[0] == "certificate, as the file says:"
+
+
+RUN = {"first_seed": 2**64 - 1, "seeds": 2, "sampler": "euler"}
+
+
+@pytest.mark.parametrize(
+    ("about", "shared"),
+    [
+        (RUN, "1 of 4, first 0"),  # seeds follow each other around 2**64
+        ({**RUN, "first_seed": 2, "seeds": 9}, "2 of 4, first 2"),
+        ({**RUN, "seeds": 1}, None),
+        ({**RUN, "first_seed": 4}, None),
+        ({**RUN, "sampler": "heun"}, None),
+        ({**RUN, "first_seed": "0"}, None),
+        ({**RUN, "seeds": [1]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_seeds_that_the_calibration_sampled_are_noted(about, shared):
+    report = replace(REPORT, calibration=about)
+    note = f"measured on seeds that the calibration sampled ({shared}"
+    assert (note in "\n".join(metadata.lines(report, CERTIFICATE))) == (shared is not None)
+    assert "NOTE" not in "".join(metadata.lines(None, CERTIFICATE) + metadata.lines(report, None))
+
+
+def test_the_summary_says_what_matters():
+    assert CERTIFICATE.summary().splitlines() == [
+        "Flux (52 MXFP8 layers on triton, exact; BF16) against Flux (BF16)",
+        "4 seeds, 3 steps of euler/simple, cfg 1, denoise 1, latent [1, 16, 8, 8]",
+        "latent SNR 31.35 dB (bootstrap 95%, too narrow for n = 4: "
+        f"{CERTIFICATE.latent_snr_db.low:.2f} to {CERTIFICATE.latent_snr_db.high:.2f}); lowest "
+        "30.50 dB, seed 3",
+        "PSNR of the images 38.00 dB (bootstrap 95%, too narrow for n = 4: 37.00 to 39.00)",
+        "SSIM of the images 0.9800 (bootstrap 95%, too narrow for n = 4: 0.9700 to 0.9900)",
+        "relative difference of the predictions: 0.01 at step 1, 0.03 at step 3",
+        "noise floor: none; a second run of the reference gave the same bits",
+        "reference: fingerprint cdcdcdcdcdcd, 2.00 s a run, peak memory 14.00 GB",
+        "model: fingerprint abababababab, 1.00 s a run, peak memory 8.10 GB",
+        "measured on cpu: torch 2.11.0, ComfyUI 0.30.0",
+    ]
+
+
+def test_the_summary_of_what_is_identical_and_of_what_is_not_on_every_seed():
+    assert "latents: identical on every seed, bit for bit" in SAME.summary()
+    assert "dB" not in SAME.summary()
+    some = replace(CERTIFICATE, seeds=(Seed(9, True), *CERTIFICATE.seeds[1:]))
+    assert "latents: identical on 1 of 4 seeds" in some.summary()
+    noisy = replace(CERTIFICATE, floor=Floor(False, True, Mean(40, 39, 41, 4), Mean(3, 2, 4, 4)))
+    assert "its second run has an SNR of 40.00 dB (bootstrap 95%, too" in noisy.summary()
+    assert "narrow for n = 4: 39.00 to 41.00)" in noisy.summary()
+    assert "the reference itself has an SNR of 3.00 dB" in noisy.summary()
+    bad = replace(CERTIFICATE, seeds=(Seed(9, False, problems=("the model: its image is black",)),))
+    assert "PROBLEM: seed 9: the model: its image is black" in bad.summary()
+
+
+def test_a_fingerprint_knows_names_and_codes_but_no_prefix_and_no_order():
+    rows = [("a", b"\x01\x02"), ("b.c", b"\x03")]
+    found = fingerprint(rows)
+    assert found == fingerprint(rows[::-1])
+    assert found == fingerprint((f"model.diffusion_model.{name}", codes) for name, codes in rows)
+    others = ([("a", b"\x01\x02")], [("a", b"\x01\x02"), ("b.c", b"\x04")],
+              [("a", b"\x01\x02"), ("b.d", b"\x03")])  # fmt: skip
+    assert all(fingerprint(other) != found for other in others)
+    assert fingerprint([]) is None
+
+
+def rgb(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color.removeprefix("#")))
+
+
+def pixels(image: Image.Image, color: str, near: int = 3) -> numpy.ndarray:
+    """Where an image has a colour: [n, 2] of row and column."""
+    off = numpy.abs(numpy.asarray(image).astype(int) - rgb(color)).max(-1)
+    return numpy.argwhere(off <= near)
+
+
+def test_the_picture_has_the_mean_within_its_band_and_a_line_that_rises():
+    image = plot.draw(CERTIFICATE)
+    assert image.width == plot.WIDTH
+    band, line = pixels(image, plot._BAND), pixels(image, plot._LINE)
+    left, right = (line[(line[:, 1] < 860) == side] for side in (True, False))
+    assert band[:, 0].min() < right[:, 0].min() <= right[:, 0].max() < band[:, 0].max()
+    first, last = left[left[:, 1].argmin()], left[left[:, 1].argmax()]
+    assert first[0] > last[0] + 20, "the divergence grows, so the line rises"
+    assert len(pixels(image, "#9fc3f2")) > 500, "the worst seed has a line of its own"
+    flat = pixels(plot.draw(replace(CERTIFICATE, steps=SAME.steps)), plot._LINE)
+    flat = flat[flat[:, 1] < 860]
+    assert numpy.ptp(flat[:, 0]) < 16, "no divergence, no rise"
+
+
+def test_the_picture_of_an_identical_model_has_no_band():
+    image = plot.draw(SAME)
+    assert len(pixels(image, plot._BAND, 0)) == 0 and len(pixels(image, "#f6f8fa")) > 10_000
+
+
+@pytest.mark.parametrize("value", [9.5, 31.35, 108.42])
+def test_the_interval_fits_beside_its_title(value):
+    """The title is dark and the interval pale: between the two there is paper."""
+    found = replace(CERTIFICATE, latent_snr_db=Mean(value, value - 1, value + 1, 4))
+    line = numpy.asarray(plot.draw(found).convert("L"))[112:132, 900:]
+    title, text = numpy.argwhere(line < 60)[:, 1], numpy.argwhere(line < 130)[:, 1]
+    assert (text > title.max() + 1).any()
+    gap = text[text > title.max() + 1].min() - title.max()
+    assert gap > 8
+
+
+@pytest.mark.parametrize("count", [1, 4, 64])
+def test_any_number_of_seeds_and_steps_is_drawn(count):
+    found = replace(
+        CERTIFICATE,
+        steps=tuple(Step(i + 1, 1.0, 0.1, 0.2) for i in range(count)),
+        seeds=tuple(Seed(2**64 - 1 - i, False, 30.0 + i) for i in range(count)),
+        notes=("note",),
+    )
+    assert len(pixels(plot.draw(found), plot._LINE)) > 50
+    none = replace(found, latent_snr_db=None, steps=())
+    assert len(pixels(plot.draw(none), plot._LINE, 0)) == 0
+
+
+def test_the_strip_shows_both_images_and_their_difference_amplified():
+    reference = Image.new("RGB", (64, 64), (100, 100, 100))
+    model = Image.new("RGB", (64, 64), (103, 100, 100))
+    strip = plot.make_strip(reference, model)
+    assert strip.factor == 64 and strip.difference.getpixel((5, 5)) == (192, 0, 0)
+    image = plot.draw(CERTIFICATE, strip)
+    plain = plot.draw(CERTIFICATE)
+    y = plain.height + 100
+    third = plot.WIDTH // 3
+    found = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
+    assert found == [(100, 100, 100), (103, 100, 100), (192, 0, 0)]
+    assert plot.make_strip(reference, Image.new("RGB", (64, 64), (255, 0, 0))).factor == 1
+    assert plot.make_strip(reference, reference).difference.getbbox() is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (30.5, 32), (5, 5), (0, 0), (0, 3e-7)])
+def test_ticks_are_round_and_enclose_the_range(low, high):
+    found = plot._ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and len(found) <= 7
+    steps = numpy.diff(found)
+    assert steps == pytest.approx(steps[0])
+    assert f"{steps[0]:.0e}"[0] in "125"
+
+
+def test_the_certificate_never_promises_too_much():
+    for found in (CERTIFICATE, SAME):
+        assert "lossless" not in found.summary().lower()
+    assert "lossless" not in (comparison.__doc__ or "")
+
+
+def embedded(folder, text: str):
+    """A converted file with a text as its certificate."""
+    save_file({"a.weight": matrix(64, 64), "b": matrix(3, 3)}, folder / "source")
+    convert_file(folder / "source", folder / "plain", overwrite=True)
+    tensors, metadata = load(folder / "plain")
+    save_file(tensors, folder / "certified", {**metadata, "mxfp8_certificate": text})
+    return folder / "certified", bytes(tensors["a.weight"][0].view(torch.uint8).numpy())
+
+
+def test_inspect_prints_a_certificate_and_knows_whose_it_is(tmp_path, capsys):
+    path, codes = embedded(tmp_path, CERTIFICATE.to_json())
+    assert inspect_file(path, every_byte=False).warnings == []  # no weights were read
+    (warning,) = inspect_file(path).warnings
+    assert "measured on other weights than the file's" in warning
+
+    side = replace(CERTIFICATE.model, fingerprint=fingerprint([("a", codes)]))
+    ours = replace(CERTIFICATE, model=side)
+    path, _ = embedded(tmp_path, ours.to_json(indent=None))
+    found = inspect_file(path)
+    assert found.certificate == ours and found.warnings == found.problems == []
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "certificate, as the file says:" in out
+    assert "  latent SNR 31.35 dB" in out and "WARNING" not in out
+    assert main(["inspect", "--json", str(path)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["certificate"]["seeds"][3]["latent_snr_db"] == 30.5 and data["report"] is None
+
+
+def test_inspect_warns_of_a_certificate_that_is_damaged(tmp_path, capsys):
+    path, _ = embedded(tmp_path, CERTIFICATE.to_json()[:-40])
+    assert main(["inspect", str(path)]) == 0
+    assert "WARNING: mxfp8_certificate in the header cannot be read" in capsys.readouterr().out

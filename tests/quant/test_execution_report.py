@@ -1,0 +1,203 @@
+"""The passport as data: reasons on cards that are not there, its words, and how it times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cards import CARDS
+
+from mxfp8 import kernels
+from mxfp8.kernels import dispatch
+from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.quant.reports import execution
+from mxfp8.quant.reports.execution import STOCK, LayerPassport, Memory, Passport, Timing
+
+CUDA = torch.device("cuda", 0)
+
+
+def reason(precision="auto", rows=4096, change=2e-7) -> str:
+    choice = kernels.explain(CUDA, torch.bfloat16, precision, rows)
+    many = kernels.explain(CUDA, torch.bfloat16, precision)
+    return execution.reason(choice, many, precision, change)
+
+
+FOLD = "row fold, changes weights by at most 2e-07"
+FEW = "exact: 64 rows or fewer"
+BLOCKS = "activations quantised in blocks, weights as they are"
+CHOSEN = "exact, as was chosen"
+NO_FP8 = "triton: needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; this one"
+# What is said of a layer with precision auto and many rows, auto and few, exact and many.
+REASONS = {
+    "Ampere": (NO_FP8, NO_FP8, CHOSEN),
+    "Ada": (FOLD, FEW, CHOSEN),
+    "Hopper": (FOLD, FEW, CHOSEN),
+    "Blackwell": (BLOCKS, FEW, CHOSEN),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_each_card_has_its_reasons(name, card):
+    card(CARDS[name])
+    said = reason(), reason(rows=64), reason("exact")
+    for got, wanted in zip(said, REASONS[name], strict=True):
+        assert got.startswith(wanted)
+
+
+def test_without_triton_the_reason_is_that(card):
+    card(CARDS["Ampere"], "needs Triton: pip install triton")
+    assert reason() == reason("exact") == "eager: needs Triton: pip install triton"
+
+
+@pytest.mark.parametrize("name", [*REASONS])
+@pytest.mark.parametrize("rows", [None, 1, 64, 65])
+@pytest.mark.parametrize("precision", dispatch.PRECISIONS)
+def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
+    card(CARDS[name])
+    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
+    problem = dispatch.Problem("linear", CUDA, torch.bfloat16, precision, few)
+    backend, runs_as = dispatch._choose(problem, None)
+    found = kernels.explain(CUDA, torch.bfloat16, precision, rows)
+    assert (found.backend, found.precision, found.steps) == (backend.name, runs_as, backend.steps)
+    assert found.backend not in dict(found.refused)
+    before = [b.name for b in dispatch.BACKENDS if b.automatic]
+    assert before[: before.index(backend.name)] == [name for name, _ in found.refused]
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("triton", [None, "needs Triton: pip install triton"])
+@pytest.mark.parametrize("precision", ["auto", "fast"])
+def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
+    card(CARDS[name], triton)
+    many = kernels.explain(CUDA, torch.bfloat16, precision)
+    because = execution.because("cuda", many, precision)
+    if many.precision == "fast":
+        assert because is None
+    else:
+        assert reason(precision) == f"{many.backend}: {because}"
+        assert because.startswith(triton or "needs FP8 tensor cores")
+
+
+def test_nobody_chose_that_text_encoders_run_exact(card):
+    card(CARDS["Ampere"])
+    found = kernels.explain(CUDA, torch.bfloat16, "exact")
+    assert execution.because("cuda", found, "exact") == "exact was chosen"
+    said = execution.because("cuda", found, "exact", encoder=True)
+    assert said == "text encoders run exact, as in ComfyUI"
+    said = execution.reason(found, found, "exact", None, encoder=True)
+    assert said == "exact, as text encoders run in ComfyUI"
+
+
+def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
+    found = kernels.explain(torch.device("cpu"), torch.bfloat16, "auto")
+    assert (found.backend, found.precision) == ("eager", "exact")
+    why = dict(found.refused)
+    assert why.keys() == {"torch_mx", "fp8", "triton"}
+    assert why["triton"] == "needs an NVIDIA or AMD GPU; this is cpu"
+    assert why["fp8"].endswith("or later; this is cpu")
+    assert execution.because("cpu", found, "auto") == "no GPU"
+
+
+def test_a_forced_backend_is_explained():
+    with kernels.use_backend("reference"):
+        found = kernels.explain(torch.device("cpu"), torch.float32, "fast")
+    assert (found.backend, found.precision) == ("reference", "fast")
+
+
+def layer(name: str, backend="fp8", precision="fast", decision="mxfp8", **options):
+    return LayerPassport(
+        name=name, shape=(64, 32), decision=decision, reason="because", dtype="BF16",
+        bytes=2_000_000, device="cuda:0", backend=backend, precision=precision, **options,
+    )  # fmt: skip
+
+
+def made(*layers, **options) -> Passport:
+    about = {
+        "model": "Flux", "machine": "torch", "device": "cuda:0", "dtype": "BF16", "rows": 4096,
+        "few": "triton, exact (up to 64)", "refused": ("torch_mx: no",), "because": None,
+        "memory": {"codes": Memory(3_000_000, 1_000_000), "scales": Memory()},
+    }  # fmt: skip
+    return Passport(**{**about, **options}, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (made(layer("a"), layer("b")), "2 MXFP8 layers, 4.00 MB: fp8, fast"),
+        (made(layer("a"), because="no GPU"), "1 MXFP8 layer, 2.00 MB: fp8, fast (no GPU)"),
+        (
+            made(layer("a"), layer("b"), layer("c", STOCK, None)),
+            "3 MXFP8 layers, 6.00 MB: 2 fp8, fast; 1 stock",
+        ),
+        (
+            made(layer("a", STOCK, None, decision="kept")),
+            "no MXFP8 layers; it runs as ComfyUI loaded it",
+        ),
+    ],
+)
+def test_a_line_for_a_loader(found, line):
+    assert found.line() == line
+
+
+def test_json_and_words_have_everything():
+    timing = Timing((64, 32), "fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
+    found = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
+    data = json.loads(found.to_json())
+    assert data["mxfp8_passport"] == execution.VERSION
+    assert data["layers"][0]["microseconds"] == 10.0
+    assert (data["rows"], data["timings"][0]["rows"]) == (4096, 256)
+    assert data["timings"][0]["faster_than_dense"] == 2.0
+    assert data["timings"][0]["faster_than_stock"] == 5.0
+    assert data["memory"]["codes"] == {"device": 3_000_000, "offloaded": 1_000_000}
+    said = found.summary()
+    assert "2 layers: because" in said
+    assert "not used: torch_mx: no" in said
+    assert "offloaded: 1.00 MB" in said
+    assert "2 of [64, 32] (fp8), 256 rows: 10 us" in said
+    assert "2.00 times as fast as dense BF16, 5.00 times as fast as stock" in said
+
+
+class Clock:
+    """Time that passes when something is called."""
+
+    def __init__(self, *durations: float):
+        self.now = 0.0
+        self.durations = list(durations)
+        self.calls = self.waits = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self) -> None:
+        self.calls += 1
+        self.now += self.durations[min(self.calls, len(self.durations)) - 1]
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+def test_a_time_is_a_median_after_a_call_to_warm_up():
+    clock = Clock(9.0, 0.02, 0.02, 0.03, 0.5, 0.01, 0.03)
+    found = execution.median_microseconds(clock.call, clock.wait, clock=clock)
+    assert found == pytest.approx(30_000)
+    assert clock.waits == 2 * clock.calls  # each reading of the clock is of finished work
+
+
+def test_short_calls_are_timed_together_and_long_ones_twice():
+    short = Clock(1e-5)
+    assert execution.median_microseconds(short.call, short.wait, clock=short) == pytest.approx(10)
+    assert short.waits < 20 < 2000 < short.calls
+    long = Clock(5.0, 4.0)
+    assert execution.median_microseconds(long.call, long.wait, clock=long) == pytest.approx(4e6)
+    assert long.calls == 2
+
+
+def test_what_tick_raises_stops_it():
+    def stop():
+        raise KeyboardInterrupt
+
+    clock = Clock(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        execution.median_microseconds(clock.call, clock.wait, stop, clock)
+    assert clock.calls == 0

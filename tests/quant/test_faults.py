@@ -1,0 +1,585 @@
+"""Faults: whatever happens, the target is absent or whole, and the next run succeeds.
+
+Every fault here is a real one, but for those that Linux cannot produce (marked below): children are
+killed, disks are small file systems, limits are the system's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load, matrix, raw
+from safetensors.torch import save_file
+from warm import Warm
+
+from mxfp8 import kernels
+from mxfp8.quant.cli import main
+from mxfp8.quant.container import part_file as claims
+from mxfp8.quant.container.writer import Writer
+from mxfp8.quant.conversion.convert import convert, convert_file, plan_source
+from mxfp8.quant.sources.file import FileSource
+
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+NOBODY = 65534
+OLD = b"what was there before"
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="faults are made with POSIX means")
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as parent:
+        yield parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """10 slabs to quantise and some pieces to copy, 48 MB."""
+    path = tmp_path_factory.mktemp("source") / "source.safetensors"
+    tensors = {f"blocks.{i}.lin.weight": matrix(1024, 2048, seed=i) for i in range(10)}
+    tensors |= {"norm.weight": matrix(1, 2048)[0], "kept.weight": matrix(1024, 3072).view(3, 2, -1)}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> bytes:
+    """The bytes of its conversion."""
+    target = tmp_path_factory.mktemp("whole") / "target.safetensors"
+    convert_file(source, target)
+    return target.read_bytes()
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "target.safetensors"
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def assert_absent_or_whole(target, whole, before: bytes | None) -> None:
+    """The target is as it was, or the finished file."""
+    content = target.read_bytes() if target.exists() else None
+    assert content in (before, whole)
+
+
+def unfinished(folder) -> bool:
+    """Whether a temporary file is there."""
+    return any(name.endswith(".part") for name in names(folder))
+
+
+def kill_at_random_moments(warm, source, whole, target, rounds: int) -> None:
+    """Kill, look, run again, look; every other round over a file that exists.
+
+    Half of the moments are from anywhere in a run, half from when the temporary file is there.
+    """
+    moment = random.Random(rounds)
+    seconds, interrupted = 0.3, 0
+    for index in range(rounds):
+        before = OLD if index % 2 else None
+        target.unlink(missing_ok=True)
+        if before:
+            target.write_bytes(before)
+        start = time.monotonic()
+        child = warm.start("convert", source, target, "--overwrite")
+        if index % 4 < 2:
+            while not unfinished(target.parent) and time.monotonic() - start < seconds:
+                time.sleep(0.001)
+        time.sleep(seconds * moment.random())
+        os.kill(child, signal.SIGKILL)
+        status = warm.wait(child).status
+        assert status in (0, -signal.SIGKILL)
+        assert_absent_or_whole(target, whole, before)
+        interrupted += unfinished(target.parent)
+
+        start = time.monotonic()
+        assert warm.run("convert", source, target, "--overwrite").status == 0
+        seconds = (seconds + 1.1 * (time.monotonic() - start)) / 2
+        assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+    assert interrupted >= rounds / 6  # else this test would show little
+
+
+def test_kill_at_50_random_moments(warm, source, whole, target):
+    kill_at_random_moments(warm, source, whole, target, 50)
+
+
+@pytest.mark.long
+def test_kill_at_200_random_moments(warm, source, whole, target):
+    kill_at_random_moments(warm, source, whole, target, 200)
+
+
+# Every step from the first byte to the name: (function, call).
+STEPS = [
+    ("mxfp8.quant.container.part_file._create", 1),
+    ("mxfp8.quant.container.part_file._lock", 1),
+    ("mxfp8.quant.container.writer._pwrite", 1),
+    ("mxfp8.quant.container.writer._pwrite", 2),
+    ("mxfp8.quant.container.writer._pwrite", 12),
+    ("os.fsync", 1),
+    ("mxfp8.quant.container.writer.Writer._compare", 3),
+    ("os.link", 1),
+    ("mxfp8.quant.container.writer._sync_folder", 1),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("step", "call"), STEPS)
+def test_kill_at_every_step_to_a_new_file(warm, source, whole, target, step, call, when):
+    killed = warm.run("convert", source, target, at=(step, call, when, signal.SIGKILL))
+    assert killed.status == -signal.SIGKILL
+    assert_absent_or_whole(target, whole, None)
+    assert len(names(target.parent)) <= 2
+    done = target.exists()
+    again = warm.run("convert", source, target)
+    assert (again.status, "--overwrite replaces it" in again.output) == (int(done), done)
+    assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_kill_at_the_moment_of_replacing(warm, source, whole, target, when):
+    target.write_bytes(OLD)
+    at = ("os.replace", 1, when, signal.SIGKILL)
+    assert warm.run("convert", source, target, "--overwrite", at=at).status == -signal.SIGKILL
+    assert target.read_bytes() == (OLD if when == "before" else whole)
+    assert warm.run("convert", source, target, "--overwrite").status == 0
+    assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        ("mxfp8.quant.container.part_file._create", 1),
+        ("mxfp8.kernels.quantize_measured", 3),
+        ("mxfp8.quant.container.writer.Writer._compare", 2),
+        ("os.replace", 1),
+    ],
+)
+def test_a_signal_to_end_leaves_everything_as_it_was(
+    warm, source, whole, target, step, call, number
+):
+    target.write_bytes(OLD)
+    ended = warm.run("convert", source, target, "--overwrite", at=(step, call, "before", number))
+    assert (ended.status, ended.output.strip()) == (
+        1,
+        "mxfp8: interrupted; nothing was left behind",
+    )
+    assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
+
+
+def interrupt_at_random_moments(warm, source, whole, target, rounds: int) -> None:
+    """However an interrupt meets the threads, the command ends, and soon."""
+    moment = random.Random(rounds)
+    for _ in range(rounds):
+        child = warm.start("convert", source, target)
+        time.sleep(0.3 * moment.random())
+        os.kill(child, moment.choice([signal.SIGINT, signal.SIGTERM]))
+        hung = threading.Timer(30, os.kill, (child, signal.SIGKILL))
+        hung.start()
+        status = warm.wait(child).status
+        hung.cancel()
+        assert status != -signal.SIGKILL
+        assert_absent_or_whole(target, whole, None)
+        target.unlink(missing_ok=True)
+    assert warm.run("convert", source, target).status == 0
+    assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+
+
+def test_interrupts_at_40_random_moments(warm, source, whole, target):
+    interrupt_at_random_moments(warm, source, whole, target, 40)
+
+
+@pytest.mark.long
+def test_interrupts_at_500_random_moments(warm, source, whole, target):
+    interrupt_at_random_moments(warm, source, whole, target, 500)
+
+
+def test_a_second_interrupt_does_not_cut_the_cleaning_short(source, tmp_path, monkeypatch):
+    """Threads must have ended before the file is closed, however often the user asks."""
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
+
+    def sleep(seconds):
+        if interrupts and threading.current_thread() is threading.main_thread():
+            raise interrupts.pop()
+        original(seconds)
+
+    def slow(*arguments):
+        original(0.2)
+        return quantize(*arguments)
+
+    def stop(*_):
+        raise RuntimeError
+
+    original, quantize = time.sleep, kernels.quantize_measured
+    monkeypatch.setattr("mxfp8.kernels.quantize_measured", slow)
+    monkeypatch.setattr(time, "sleep", sleep)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        convert_file(source, tmp_path / "target", progress=stop)
+    assert interrupts == []
+    assert threading.active_count() == before
+    assert names(tmp_path) == []
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str):
+    """A file system of its own at `folder`, in memory."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+needs_root = pytest.mark.skipif(not ROOT, reason="mounting needs root")
+
+
+@needs_root
+def test_a_disk_that_is_too_small_is_refused_at_once(warm, source, whole, tmp_path):
+    with mounted(tmp_path / "disk", "-o", "size=20m") as disk:
+        ended = warm.run("convert", source, disk / "target")
+        assert ended.status == 1
+        assert ended.output == (
+            f"mxfp8: {disk / 'target'}: the disk has 0.02 GB free and the file needs 0.03 GB; "
+            "make room, or choose another folder\n"
+        )
+        assert names(disk) == []
+
+
+@needs_root
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_fills_up_meanwhile(source, whole, tmp_path, monkeypatch, capsys, overwrite):
+    monkeypatch.setattr("mxfp8.quant.conversion.convert._BUDGET", 1)  # one slab after the other
+    with mounted(tmp_path / "disk", "-o", "size=32m") as disk:
+        target = disk / "target"
+        if overwrite:
+            target.write_bytes(OLD)
+
+        def fill(*_):
+            with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+
+        with pytest.raises(OSError, match=r"the disk is full; make room for 0\.03 GB") as caught:
+            convert_file(source, target, overwrite=overwrite, progress=fill)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(target))
+        (disk / "filler").unlink()
+        assert names(disk) == ["target"] * overwrite
+        assert not overwrite or target.read_bytes() == OLD
+        assert main(["convert", str(source), str(target), "--overwrite"]) == 0
+        assert (names(disk), target.read_bytes()) == (["target"], whole)
+
+
+def test_a_limit_on_the_size_of_files(warm, source, target):
+    ended = warm.run("convert", source, target, limits={"RLIMIT_FSIZE": 10**7})
+    assert ended.status == 1
+    assert f"{target}: a file of 0.03 GB is over a limit of the file system" in ended.output
+    assert names(target.parent) == []
+
+
+class Failing(FileSource):
+    """Made up: a disk that cannot read one place of a file."""
+
+    def _read(self, info, offset, count):
+        if info.name == self.bad and offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super()._read(info, offset, count)
+
+
+@pytest.mark.parametrize("bad", ["blocks.3.lin.weight", "kept.weight"])
+def test_a_place_that_cannot_be_read(source, target, monkeypatch, bad):
+    monkeypatch.setattr("mxfp8.quant.conversion.convert._SLAB", 1 << 18)
+    with (
+        Failing(source) as opened,
+        pytest.raises(OSError, match="check the file and its disk") as e,
+    ):
+        opened.bad = bad
+        convert(opened, target, plan_source(opened))
+    assert (e.value.errno, e.value.filename) == (errno.EIO, source.name)
+    assert f"reading {bad!r} failed (Input/output error)" in str(e.value)
+    assert names(target.parent) == []
+
+
+def test_a_disk_that_cannot_sync(source, target, monkeypatch):
+    """Made up: the file systems here never fail to."""
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="writing failed; check the disk"):
+        convert_file(source, target)
+    assert names(target.parent) == []
+
+
+def test_a_pipe_or_folder_is_no_source(warm, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        child = warm.start("convert", tmp_path / name, tmp_path / "target")
+        timer = threading.Timer(20, os.kill, (child, signal.SIGKILL))
+        timer.start()
+        ended = warm.wait(child)
+        timer.cancel()
+        assert (ended.status, ended.output[:7]) == (1, "mxfp8: ")
+        assert "Traceback" not in ended.output
+    assert names(tmp_path) == ["pipe"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Slabs of 128 MB, so that memory can run out at many places."""
+    path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
+    save_file({"wide.weight": torch.ones(256, 1 << 18)}, path)
+    return path
+
+
+@pytest.mark.parametrize("megabytes", [0, 100, 258, 262, 266, 270, 280, 290, 300])
+def test_too_little_memory(warm, wide, target, megabytes):
+    """However much is missing, and wherever: a sentence, and nothing left; or it was enough."""
+    ended = warm.run("convert", wide, target, limits={"RLIMIT_AS": -(megabytes << 20) - 1})
+    assert "Traceback" not in ended.output
+    if ended.status:
+        assert (ended.status, "out of memory" in ended.output) == (1, True), ended.output
+        assert names(target.parent) == []
+    assert ended.status == 1 or megabytes > 258
+
+
+def test_enough_memory(warm, wide, target):
+    assert warm.run("convert", wide, target, limits={"RLIMIT_AS": -(1 << 30)}).status == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_of_any_kind(source, target, monkeypatch, error):
+    def fail(slab):
+        raise error
+
+    monkeypatch.setattr("mxfp8.kernels.quantize_measured", fail)
+    with pytest.raises(MemoryError, match=r"source\.safetensors: out of memory .* close other"):
+        convert_file(source, target)
+    assert names(target.parent) == []
+
+
+@needs_root
+def test_a_read_only_file_system(warm, source, tmp_path):
+    with mounted(tmp_path / "disk", "-o", "size=64m") as disk:
+        (disk / "old").write_bytes(OLD)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for name in ("new", "old"):
+            ended = warm.run("convert", source, disk / name, "--overwrite")
+            said = f"mxfp8: {disk}: this folder is on a file system that is read-only; choose"
+            assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
+        assert (names(disk), (disk / "old").read_bytes()) == (["old"], OLD)
+
+
+def test_a_folder_without_permission(warm, source):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        folder = Path(folder)
+        shutil.copy(source, folder / "source")
+        (folder / "closed").mkdir()
+        for path in (folder, folder / "source", folder / "closed"):
+            path.chmod(0o555)
+        ended = warm.run(
+            "convert", folder / "source", folder / "closed" / "x", user=NOBODY if ROOT else None
+        )
+        said = f"mxfp8: {folder / 'closed'}: no permission to write in this folder"
+        assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
+        assert names(folder / "closed") == []
+        folder.chmod(0o755)
+
+
+def test_no_folder(warm, source, tmp_path):
+    ended = warm.run("convert", source, tmp_path / "no" / "target")
+    assert ended.output == f"mxfp8: {tmp_path / 'no'}: there is no such folder; make it first\n"
+    assert (ended.status, names(tmp_path)) == (1, [])
+
+
+def test_a_name_that_is_too_long(warm, source, tmp_path):
+    ended = warm.run("convert", source, tmp_path / ("x" * 250))
+    assert (ended.status, "this name is too long; shorten it" in ended.output) == (1, True)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(Path.mkdir, "this is a folder"), (os.mkfifo, "this is no ordinary file")],
+)
+def test_what_is_no_file_is_never_replaced(warm, source, target, make, words):
+    make(target)
+    ended = warm.run("convert", source, target, "--overwrite")
+    assert (ended.status, words in ended.output) == (1, True), ended.output
+    assert names(target.parent) == [target.name]
+
+
+def test_a_target_that_is_open_elsewhere_is_replaced_and_its_reader_keeps_the_old(
+    warm, source, whole, target
+):
+    target.write_bytes(OLD)
+    with target.open("rb") as reader:
+        assert warm.run("convert", source, target, "--overwrite").status == 0
+        assert reader.read() == OLD
+    assert target.read_bytes() == whole
+
+
+def test_windows_will_not_replace_what_is_open(source, target, monkeypatch, capsys):
+    """Made up after Windows, where it has not been run."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    target.write_bytes(OLD)
+    monkeypatch.setattr(os, "replace", refuse)
+    assert main(["convert", str(source), str(target), "--overwrite"]) == 1
+    assert "close the program that has it open" in capsys.readouterr().err
+    assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_conversions_to_one_target_the_second_is_refused(
+    warm, source, whole, target, overwrite
+):
+    options = ["--overwrite"] * overwrite
+    if overwrite:
+        target.write_bytes(OLD)
+    at = ("mxfp8.quant.container.writer._pwrite", 5, "before", signal.SIGSTOP)
+    first = warm.start("convert", source, target, *options, at=at)
+    try:
+        assert warm.wait(first).status == -signal.SIGSTOP
+        for _ in range(2):
+            second = warm.run("convert", source, target, *options)
+            assert second.status == 1
+            assert f"{target}: another conversion is writing this file; wait" in second.output
+        assert len(names(target.parent)) == 1 + overwrite
+    finally:
+        os.kill(first, signal.SIGCONT)
+    assert warm.wait(first).status == 0
+    assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
+
+
+def test_conversions_to_other_targets_in_the_same_folder_go_on(warm, source, whole, target):
+    at = ("mxfp8.quant.container.writer._pwrite", 5, "before", signal.SIGSTOP)
+    first = warm.start("convert", source, target, at=at)
+    try:
+        assert warm.wait(first).status == -signal.SIGSTOP
+        other = target.with_name("other")
+        assert warm.run("convert", source, other).status == 0
+    finally:
+        os.kill(first, signal.SIGCONT)
+    assert warm.wait(first).status == 0
+    assert other.read_bytes() == target.read_bytes() == whole
+
+
+def test_of_many_claims_at_once_exactly_one_succeeds(target):
+    for _ in range(20):
+        together, files, refused = threading.Barrier(6), [], []
+
+        def claim(together=together, files=files, refused=refused):
+            together.wait()
+            try:
+                files.append(claims.claim(target))
+            except OSError as error:
+                refused.append(error.errno)
+
+        threads = [threading.Thread(target=claim) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(files), refused) == (1, [errno.EBUSY] * 5)
+        ((path, file),) = files
+        assert names(target.parent) == [path.name]
+        file.close()
+        path.unlink()
+
+
+def test_only_what_a_dead_writer_left_is_deleted(target):
+    mine = [f"{target.name}.123-0123abcd.part", f"{target.name}.1-ffffffff.part"]
+    others = [
+        f"{target.name}.part",
+        f"{target.name}.123-0123abc.part",
+        f"{target.name}.123-0123ABCD.part",
+        f"{target.name}.123-0123abcd.part.bak",
+        f"{target.name}.x-0123abcd.part",
+        f"{target.name}2.123-0123abcd.part",
+        f"{target.name}.old.123-0123abcd.part",
+        f"a{target.name}.123-0123abcd.part",
+        target.name.replace(".", "x") + ".123-0123abcd.part",
+    ]
+    for name in mine + others:
+        target.with_name(name).write_bytes(OLD)
+    target.with_name(f"{target.name}.5-00000000.part").mkdir()
+    target.with_name(f"{target.name}.6-00000000.part").symlink_to(target.with_name(others[0]))
+    kept = sorted({*names(target.parent)} - {*mine})
+    with Writer(target, [("a", "U8", (1,))], {}) as writer:
+        writer.write("a", b"a")
+    assert names(target.parent) == sorted([*kept, target.name])
+
+
+def test_a_file_system_without_locks_keeps_what_may_be_alive(target, monkeypatch, caplog):
+    """Made up: the file systems here have locks."""
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+    left = target.with_name(f"{target.name}.123-0123abcd.part")
+    left.write_bytes(OLD)
+    with Writer(target, [("a", "U8", (1,))], {}) as writer:
+        writer.write("a", b"a")
+    assert names(target.parent) == sorted([target.name, left.name])
+    assert f"{left} looks like what a dead conversion left" in caplog.text
+
+
+def test_a_file_taken_for_dead_before_it_was_locked(target, monkeypatch):
+    """Without a lock on the folder, another claim may come between creating and locking."""
+
+    def too_late(descriptor):
+        (path,) = target.parent.iterdir()
+        path.unlink()
+
+    monkeypatch.setattr(claims, "_lock", too_late)
+    with pytest.raises(OSError, match="another conversion is writing this file"):
+        claims.claim(target)
+    assert names(target.parent) == []
+
+
+def test_windows_deletes_what_nobody_holds(target, monkeypatch):
+    """The path for Windows, which has not been run there: an open file cannot be deleted."""
+    monkeypatch.setattr(claims, "fcntl", None)
+    target.with_name(f"{target.name}.123-0123abcd.part").write_bytes(OLD)
+    path, file = claims.claim(target)
+    file.close()
+    assert names(target.parent) == [path.name]
+
+    def held(self, missing_ok=False):
+        if self.name == path.name:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        unlink(self, missing_ok)
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", held)
+    with pytest.raises(OSError, match="another conversion is writing this file"):
+        claims.claim(target)
+    assert names(target.parent) == [path.name]
+
+
+def test_the_file_has_the_tensors_of_its_source(source, whole, tmp_path):
+    """That what the rounds above call whole is a conversion."""
+    (tmp_path / "whole").write_bytes(whole)
+    tensors, kept = load(tmp_path / "whole")[0], load(source)[0]["kept.weight"]
+    assert raw(tensors["kept.weight"]) == raw(kept)
+    assert sum(key.endswith(".comfy_quant") for key in tensors) == 10

@@ -1,0 +1,326 @@
+"""What can be a source: any shape and size, shared tensors; what cannot, by its name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy
+import pytest
+import torch
+from checkpoints import load, matrix, raw, same, write_raw
+from diffusers_names import split_halves
+from model_folders import converted
+from safetensors.torch import save_file, save_model
+
+from mxfp8.quant.checks.inspect import inspect_file
+from mxfp8.quant.conversion.convert import convert, convert_file, plan_source
+from mxfp8.quant.format import FormatError
+from mxfp8.quant.sources.file import HEADER_DTYPES, FileSource, Part, PartSource, as_bytes
+from mxfp8.quant.sources.open import open_source
+
+# Files of other kinds
+
+
+def torch_file(zipped):
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def archive(kind):
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as file:
+            file.writestr("model.safetensors", b"abc")
+    else:
+        with tarfile.open(fileobj=buffer, mode=kind) as file:
+            file.addfile(tarfile.TarInfo("model.safetensors"))
+    return buffer.getvalue()
+
+
+def array():
+    buffer = io.BytesIO()
+    numpy.save(buffer, numpy.ones(3))
+    return buffer.getvalue()
+
+
+FOREIGN = {
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file, quantised already; convert the BF16"),
+    "ggml": (b"lmgg" + bytes(64), "a GGML file"),
+    "torch": (torch_file(True), "a zip archive, such as a .ckpt.*take the model as .safetensors"),
+    "torch, old": (torch_file(False), "a pickle, such as an old .ckpt"),
+    "pickle": (pickle.dumps({"state_dict": {}}), "a pickle"),
+    "zip": (archive("zip"), "a zip archive"),
+    "tar": (archive("w"), "an archive; unpack it"),
+    "tar.gz": (archive("w:gz"), "an archive; unpack it"),
+    "onnx": (b"\x08\x08\x12\x07pytorch" + bytes(64), "an ONNX file"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), "an HDF5 file"),
+    "numpy": (array(), "a NumPy array"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "html": (b"<!DOCTYPE html><html><head></head></html>", "a web page, not a model"),
+    "json": (b'{"weight_map": {"a.weight": "model.safetensors"}}', "a JSON file"),
+    "zeros": (bytes(4096), "download is not complete"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ""])
+def test_a_file_of_another_kind_is_told_by_its_content(tmp_path, content, words, suffix):
+    source = tmp_path / f"model{suffix}"
+    source.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
+        convert_file(source, tmp_path / "target")
+    with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
+        inspect_file(source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x80\x02", b"\x1f\x8b", b"\x08\x08\x12", b"\x80\x04\x95", b"{\n"]
+)
+def test_a_header_whose_length_looks_like_another_kind_is_read(tmp_path, start):
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    text = text.ljust(int.from_bytes(start, "little"))
+    with FileSource(write_raw(tmp_path / "source", text, b"a")) as source:
+        assert source.tensors == {"a": ("U8", (1,))}
+
+
+# Models that are quantised already
+
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+
+
+def codes(dtype=torch.uint8, *shape):
+    return torch.ones(shape or (32, 32), dtype=torch.uint8).view(dtype)
+
+
+def marker(**conf):
+    return torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+
+
+ONE = torch.ones(())
+QUANTISED = {
+    "FP8 E4M3": ({"w.weight": codes(E4M3)}, r"FP8 \(E4M3\) \('w\.weight' is F8_E4M3 \[32, 32\]"),
+    "FP8 E5M2": ({"w.weight": codes(E5M2)}, r"FP8 \(E5M2\)"),
+    "FP8, not a weight": ({"experts.up": codes(E4M3)}, r"FP8 \(E4M3\)"),
+    "scaled_fp8": ({"w.weight": codes(E4M3), "scaled_fp8": codes(E4M3, 2)}, "scaled FP8"),
+    "scale_weight": (
+        {"w.weight": codes(E4M3), "w.scale_weight": ONE}, r"scaled FP8 \(E4M3\)"
+    ),
+    "weight_scale": (
+        {"w.weight": codes(E5M2), "w.weight_scale": ONE}, r"scaled FP8 \(E5M2\)"
+    ),
+    "block-scaled": ({"w.weight_scale_inv": ONE, "w.weight": codes(E4M3)}, "block-scaled FP8"),
+    "MXFP8": (
+        {"w.weight": codes(E4M3), "w.comfy_quant": marker(format="mxfp8")},
+        r"MXFP8 \(the marker 'w\.comfy_quant' says so\); convert the BF16",
+    ),
+    "MXFP8 without markers": (
+        {"w.weight": codes(E4M3), "w.weight_scale": codes(torch.uint8, 128, 4)},
+        "MXFP8 .*markers are missing, and `mxfp8 repair`",
+    ),
+    "MXFP8 without markers, E8M0": (
+        {"w.weight": codes(E4M3), "w.weight_scale": codes(E8M0, 128, 4)}, "MXFP8 .*repair"
+    ),
+    "NVFP4": ({"w.comfy_quant": marker(format="nvfp4"), "w.weight": codes()}, "NVFP4"),
+    "NVFP4 without markers": (
+        {"w.weight": codes(), "w.weight_scale": codes(E4M3, 128, 4), "w.weight_scale_2": ONE},
+        "NVFP4",
+    ),
+    "NVFP4 without second scales": (
+        {"w.weight": codes(), "w.weight_scale": codes(E4M3, 128, 4)}, "NVFP4"
+    ),
+    "int8": (
+        {"w.weight": codes(torch.int8), "w.comfy_quant": marker(format="int8_tensorwise")}, "INT8 "
+    ),
+    "convrot": (
+        {"w.comfy_quant": marker(format="int8_tensorwise", convrot=True)}, "INT8 with ConvRot"
+    ),
+    "convrot, 4 bits": ({"w.comfy_quant": marker(format="convrot_w4a4")}, "INT4 with ConvRot"),
+    "int8 without markers": ({"w.weight": codes(torch.int8)}, "INT8"),
+    "bitsandbytes int8": ({"w.weight": codes(torch.int8), "w.SCB": torch.ones(32)}, r"INT8 \(bits"),
+    "bitsandbytes nf4": (
+        {"w.weight": codes(torch.uint8, 512, 1), "w.weight.absmax": codes(),
+         "w.weight.quant_state.bitsandbytes__nf4": codes()}, r"NF4 \(bitsandbytes\)",
+    ),
+    "GPTQ": ({"w.qweight": torch.ones(4, 32, dtype=torch.int32)}, "GPTQ or AWQ"),
+    "SVDQuant": ({"w.qweight": codes(torch.int8), "w.wscales": ONE}, "SVDQuant"),
+    "HQQ": ({"w.W_q": codes()}, "HQQ"),
+    "Quanto": ({"w.weight._data": codes(torch.int8)}, "Quanto"),
+    "another marker": ({"w.comfy_quant": marker(format="fp3")}, "'fp3'"),
+    "no format": ({"w.comfy_quant": marker(x=1)}, "an unnamed format"),
+    "no marker": ({"w.comfy_quant": codes(torch.uint8, 100_000)}, "an unnamed format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "words"), QUANTISED.values(), ids=QUANTISED)
+def test_a_quantised_model_is_refused_by_the_name_of_its_format(tmp_path, tensors, words):
+    save_file({"a.weight": matrix(32, 32), **tensors}, tmp_path / "source")
+    with pytest.raises(FormatError, match=f"^source: already quantised as {words}"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_fewer_bits_are_refused_by_name_too(tmp_path, dtype):
+    bits = 4 if dtype == "F4" else 6
+    end = 32 * 32 * bits // 8
+    header = {"w.weight": {"dtype": dtype, "shape": [32, 32], "data_offsets": [0, end]}}
+    write_raw(tmp_path / "source", header, bytes(end))
+    with pytest.raises(FormatError, match=f"already quantised as FP{bits}"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+
+
+# Reading
+
+
+def test_a_file_that_is_replaced_meanwhile_is_an_error(tmp_path):
+    path = tmp_path / "source"
+    save_file({"a.weight": matrix(32, 32)}, path)
+    with FileSource(path) as source:
+        source.close()
+        assert same(source.rows("a.weight", 3, 5), matrix(32, 32)[3:5])
+        source.close()
+        save_file({"a.weight": matrix(64, 32)}, path)
+        with pytest.raises(OSError, match="source: the file was changed or replaced"):
+            source.rows("a.weight", 3, 5)
+
+
+def test_rows_and_pieces_of_joined_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxfp8.quant.sources.file._PIECE", 16)
+    tensors = {"a": matrix(5, 7), "b": matrix(3, 7, seed=1), "v": torch.arange(6.0)}
+    tensors["f"] = matrix(4, 7, torch.float32)
+    save_file({**tensors, "none": torch.zeros(0, 7, dtype=torch.bfloat16)}, tmp_path / "source")
+    parts = {
+        "ab": (Part("a"), Part("none"), Part("b", 1, 3)),
+        "v": (Part("v", 3, 6), Part("v", 0, 3)),
+        "c": (Part("a"),),
+        "mixed": (Part("a", 0, 4), Part("f")),
+    }
+    wanted = {
+        "ab": torch.cat((tensors["a"], tensors["b"][1:])),
+        "v": split_halves(tensors["v"]),
+        "c": tensors["a"],
+        "mixed": torch.cat((tensors["a"][:4].float(), tensors["f"])),
+    }
+    with PartSource(FileSource(tmp_path / "source"), parts) as source:
+        for key, value in wanted.items():
+            assert source.tensors[key] == (HEADER_DTYPES[value.dtype], tuple(value.shape))
+            pieces = [len(piece) for piece in source.pieces(key)]
+            assert set(pieces[:-1]) <= {16}  # as a file's are
+            assert b"".join(source.pieces(key)) == raw(value)
+            for first in range(len(value)):
+                for last in range(first + 1, len(value) + 1):
+                    assert same(source.rows(key, first, last), value[first:last])
+
+
+# Shapes, sizes, shared tensors
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_planned_and_read(tmp_path):
+    rows = cols = 1 << 16
+    size = rows * cols * 2
+    info = {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [0, size]}
+    path = write_raw(tmp_path / "source", {"blocks.0.lin.weight": info})
+    begin = path.stat().st_size
+    os.truncate(path, begin + size)  # sparse: it takes no space
+    last = matrix(1, cols)
+    with path.open("r+b") as file:
+        file.seek(begin + size - cols * 2)
+        file.write(raw(last))
+    with open_source(path) as source:
+        (decision,) = plan_source(source).decisions
+        assert decision.quantize
+        assert same(source.rows("blocks.0.lin.weight", rows - 1, rows), last)
+
+
+class TiedLinears(torch.nn.Module):
+    """Two layers with one weight, as language models have their embedding and head."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a = torch.nn.Linear(64, 64, bias=False)
+        self.b = torch.nn.Linear(64, 64, bias=False)
+        self.a.weight = self.b.weight = torch.nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("kind", ["left out", "written twice", "one storage"])
+def test_both_names_of_a_shared_tensor_are_usable(tmp_path, kind):
+    """Stock ComfyUI looks for each name and reads no notes on shared tensors."""
+    weight = matrix(64, 64)
+    model = TiedLinears(weight)
+    if kind == "one storage":
+        report = convert(InMemory(model.state_dict()), tmp_path / "out", InMemory.plan(model))
+        found, metadata = load(tmp_path / "out")
+        assert [layer.name for layer in report.layers] == ["a", "b"]
+    else:
+        if kind == "left out":
+            save_model(model, str(tmp_path / "source"), {"title": "tied"})
+            assert len(load(tmp_path / "source")[0]) == 1
+        else:
+            state = {"a.weight": weight, "b.weight": weight.clone()}
+            save_file(state, tmp_path / "source", {"title": "tied"})
+        found, metadata = converted(tmp_path / "source")
+        assert metadata.keys() == {"title", "_quantization_metadata"}
+    for part in ("weight", "weight_scale", "comfy_quant"):
+        assert same(found[f"a.{part}"], found[f"b.{part}"])
+    alone = tmp_path / "alone"
+    save_file({"a.weight": weight}, alone)
+    assert same(found["b.weight"], converted(alone)[0]["a.weight"])
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a.weight", "new\0line", "b" * 9])
+def test_what_metadata_says_cannot_harm(tmp_path, name):
+    state = {"a.weight": matrix(32, 32)}
+    save_file(state, tmp_path / "source", {name: "a.weight", "c": "a.bias"})
+    found, metadata = converted(tmp_path / "source")
+    assert (name in found) == (name in ("a.weight", "b" * 9))
+    assert metadata["c"] == "a.bias"
+
+
+def test_endless_names_for_one_tensor_are_refused(tmp_path):
+    notes = {f"name{i}": "a.weight" for i in range(10_001)}
+    save_file({"a.weight": matrix(32, 32)}, tmp_path / "source", notes)
+    with pytest.raises(FormatError, match="10001 further names; up to 10000"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+
+
+class InMemory:
+    """A state dict as a source."""
+
+    name = "state"
+    metadata: dict = {}  # noqa: RUF012
+
+    def __init__(self, state):
+        self.state = {key: value.detach() for key, value in state.items()}
+        self.tensors = {k: (HEADER_DTYPES[v.dtype], tuple(v.shape)) for k, v in self.state.items()}
+
+    @classmethod
+    def plan(cls, model):
+        return plan_source(cls(model.state_dict()))
+
+    def rows(self, key, first, last):
+        return self.state[key][first:last]
+
+    def pieces(self, key):
+        yield as_bytes(self.state[key])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "diffusion_model.blocks.0.attn.q.lora_up.weight",
+        "lora_unet_blocks_0_attn_q.lora_down.weight",
+        "transformer.blocks.0.attn.to_q.lora_A.weight",
+        "transformer.blocks.0.attn.to_q.lora_B.default.weight",
+    ],
+)
+def test_a_lora_is_no_model(tmp_path, key):
+    save_file({key: torch.zeros(64, 32)}, tmp_path / "lora.safetensors")
+    with pytest.raises(FormatError, match=r"lora.safetensors: a LoRA, not a model \("):
+        convert_file(tmp_path / "lora.safetensors", tmp_path / "out")

@@ -1,0 +1,119 @@
+"""The benchmarks for a GPU, tried on a CPU: they run, and write what they say they write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "bench"))
+
+from gpu import report  # noqa: E402
+
+COLUMNS = [
+    "op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
+    "roofline_us", "error",
+]  # fmt: skip
+
+
+def run(script: str, out: Path, *arguments: str) -> dict:
+    """The results of a script's tiny run."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"  # tiny sizes: more threads only wait for each other
+    command = [sys.executable, ROOT / "bench" / script, "--device", "cpu", "--quick", "--out", out]
+    ended = subprocess.run(
+        [*map(str, command), *arguments], cwd=out, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    (path,) = out.glob("*.json")
+    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# ")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict:
+    return run("gpu", tmp_path_factory.mktemp("kernels"))
+
+
+def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
+    assert [list(row) for row in kernels["rows"]] == [COLUMNS] * len(kernels["rows"])
+    ops = {row["op"] for row in kernels["rows"]}
+    assert ops == {
+        "dequantize", "quantize", "fold_rows", "quantize_tokens", "linear", "host_us",
+        "block_matmul",
+        "Z-Image block", "Flux double block",
+    }  # fmt: skip
+    linears = {(r["precision"], r["cached"]) for r in kernels["rows"] if r["op"] == "linear"}
+    assert linears == {("exact", None), ("fast", False), ("fast", True)}
+
+
+def test_times_are_times_and_errors_those_of_eight_bits(kernels):
+    for row in kernels["rows"]:
+        assert row["us"] > 0, row
+        if row["op"] == "linear":
+            assert min(row["bf16_us"], row["stock_us"], row["roofline_us"]) > 0, row
+            # BF16 rounds by 2**-9 at most; activations in E4M3 cost 2 to 3%.
+            least, most = (5e-4, 2.5e-3) if row["precision"] == "exact" else (5e-3, 6e-2)
+            assert least < row["error"] < most, row
+
+
+def test_checks_were_made_and_hold(kernels):
+    assert len(kernels["checks"]) > 25
+    assert [check for check in kernels["checks"] if check["wrong"]] == []
+
+
+def test_block_scaled_matmuls_have_rows_beside_their_rivals_and_checks(kernels):
+    """On a CPU by the oracle, which stands in for what needs a card."""
+    rows = [row for row in kernels["rows"] if row["op"] == "block_matmul"]
+    assert {(r["backend"], r["precision"]) for r in rows} == {("reference", "fast")}
+    assert {(r["M"], r["N"], r["K"]) for r in rows} == {
+        (r["M"], r["N"], r["K"]) for r in kernels["rows"] if r["op"] == "linear" and r["M"] >= 16
+    }
+    for row in rows:
+        assert min(row["bf16_us"], row["stock_us"], row["roofline_us"]) > 0
+        assert 5e-3 < row["error"] < 6e-2
+    checks = [c for c in kernels["checks"] if c["check"] == "block matmul, reference"]
+    assert len(checks) == 4
+
+
+def test_results_tell_no_one_where_they_were_made():
+    said = f"{Path.home()}/models: no such file; {ROOT}/kernels and {sys.prefix}/lib"
+    assert report.impersonal(said) == ".../models: no such file; .../kernels and .../lib"
+
+
+def test_results_name_machine_kernels_and_ceilings(kernels):
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        digest.update(path.read_bytes())
+    assert kernels["kernels_sha256"] == digest.hexdigest()
+    assert kernels["machine"]["torch"]
+    assert kernels["ceilings"]["copy_bytes"] > 0
+    assert kernels["ceilings"]["bf16_flops"] > 0
+    # What a GPU was not there for is not claimed.
+    assert {goal["state"] for goal in kernels["goals"]} == {"not measured"}
+
+
+def test_a_section_alone_does_not_replace_the_whole(tmp_path):
+    found = run("gpu", tmp_path, "--section", "casts")
+    assert {row["precision"] for row in found["rows"]} == {None}
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem.endswith("-casts")
+
+
+@pytest.mark.comfy
+def test_the_models_sample_in_the_real_comfyui(tmp_path):
+    found = run("in_comfyui", tmp_path, "--mode", "full load", "dynamic VRAM")
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows) == ["bf16", "stock", "exact", "fast"]
+    for row in rows.values():
+        assert row["wrong"] is None
+        assert row["seconds_per_step"] > 0
+    # ComfyUI computes in float32 on a CPU: roundings are far below what quantising changes.
+    assert rows["exact"]["difference"] < 1e-5 < 1e-3 < rows["exact"]["quantised_by"]
+    assert found["not_run"] == [{"mode": "dynamic VRAM", "reason": "needs a GPU"}]

@@ -1,0 +1,125 @@
+"""Workflows in ComfyUI's API form, and the tensors and images they leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+LATENTS = {
+    "flux": ("EmptySD3LatentImage", {"width": 64, "height": 64}),
+    "flux2": ("EmptyFlux2LatentImage", {"width": 64, "height": 64}),
+    "wan": ("EmptyHunyuanLatentVideo", {"width": 64, "height": 64, "length": 1}),
+    "zimage": ("EmptySD3LatentImage", {"width": 64, "height": 64}),
+}
+
+# ComfyUI computes in float32 on a CPU. Two sampling steps of a few layers amplify roundings of
+# 6e-8 to at most this; a wrong scale, layer or LoRA changes the latent by 1e-3 and more.
+SAME = 1e-5
+
+
+class Graph(dict):
+    """A workflow under construction: `add` returns the new node's first output."""
+
+    def add(self, class_type: str, **inputs) -> list:
+        key = str(len(self) + 1)
+        self[key] = {"class_type": class_type, "inputs": inputs}
+        return [key, 0]
+
+    def loader(self, name: str) -> list:
+        """A model from the stock loader."""
+        return self.add("UNETLoader", unet_name=name, weight_dtype="default")
+
+    def sample(self, model: list, kind: str, steps: int = 2) -> list:
+        """A latent sampled without a text encoder."""
+        empty, size = LATENTS[kind]
+        conditioning = self.add("LotusConditioning")
+        if kind == "wan":  # its text is 4096 wide
+            conditioning = self.add("TestWideConditioning", conditioning=conditioning)
+        return self.add(
+            "KSampler",
+            model=model,
+            positive=conditioning,
+            negative=conditioning,
+            latent_image=self.add(empty, **size, batch_size=1),
+            seed=7,
+            steps=steps,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
+
+    def save_latent(self, samples: list, prefix: str = "latent") -> list:
+        return self.add("SaveLatent", samples=samples, filename_prefix=prefix)
+
+    def save_image(self, samples: list, vae: str, prefix: str = "image") -> list:
+        images = self.add("VAEDecode", samples=samples, vae=self.add("VAELoader", vae_name=vae))
+        return self.add("SaveImage", images=images, filename_prefix=prefix)
+
+
+def output_files(outputs: dict, node: list, folder: Path, kind: str = "latents") -> list[Path]:
+    """The files that a node of a finished workflow wrote into a server's output folder."""
+    return [folder / "output" / e["subfolder"] / e["filename"] for e in outputs[node[0]][kind]]
+
+
+def latents(outputs: dict, node: list, folder: Path):
+    """The tensor that a SaveLatent node wrote."""
+    (path,) = output_files(outputs, node, folder)
+    return load_file(path)["latent_tensor"]
+
+
+def saved_tensor(folder: Path, name: str):
+    """What a TestSaveTensor node wrote."""
+    return torch.load(folder / "output" / f"{name}.pt", weights_only=True)
+
+
+def difference(a, b) -> float:
+    """Relative difference of two latents."""
+    return float((a - b).norm() / b.norm())
+
+
+def run(comfy, graph: Graph, saved: dict[str, list]) -> dict:
+    outputs = comfy.run(graph)
+    return {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
+
+
+def load_ours(graph: Graph, kind: str, precision: str = "exact") -> list:
+    return graph.add(
+        "MXFP8LoadDiffusionModel", model_name=f"{kind}-mxfp8.safetensors", precision=precision
+    )
+
+
+def calibrated(graph: Graph, model: list, kind: str, **options) -> list:
+    """A CALIBRATION of a model on an empty prompt."""
+    empty, size = LATENTS[kind]
+    conditioning = graph.add("LotusConditioning")
+    if kind == "wan":
+        conditioning = graph.add("TestWideConditioning", conditioning=conditioning)
+    inputs = {
+        "first_seed": 100, "seeds": 2, "steps": 4, "cfg": 1.0, "sampler_name": "euler",
+        "scheduler": "simple", "denoise": 1.0, "preset": "auto",
+    }  # fmt: skip
+    return graph.add(
+        "MXFP8Calibrate", model=model, positive=conditioning, negative=conditioning,
+        latent_image=graph.add(empty, **size, batch_size=1), **{**inputs, **options},
+    )  # fmt: skip
+
+
+def quantized(graph: Graph, model: list, **options) -> list:
+    return graph.add(
+        "MXFP8QuantizeModel", model=model, preset="auto", precision="exact", **options
+    )  # fmt: skip
+
+
+def ours(graph: Graph, file: str, **options) -> list:
+    return graph.add("MXFP8LoadDiffusionModel", model_name=file, precision="exact", **options)
+
+
+def convert(
+    source: str = "diffusion_models/flux.safetensors", target: str = "", **options
+) -> tuple[Graph, list]:
+    graph = Graph()
+    options = {"preset": "auto", "overwrite": False, **options}
+    return graph, graph.add("MXFP8ConvertFile", source=source, target=target, **options)

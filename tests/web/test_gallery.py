@@ -1,0 +1,221 @@
+"""The pictures of the README, of the help pages and of the templates, taken in Chromium.
+
+    make gallery     takes them anew into docs/gallery, web/docs and example_workflows
+
+The test takes them into a temporary folder, and looks whether each shows what it should.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import minilm
+import pytest
+from browser import ComfyPage
+from PIL import Image
+from workflows import EXAMPLES, to_graph
+
+from mxfp8.quant.conversion.calibration import calibrate
+
+pytestmark = pytest.mark.comfy
+
+ROOT = Path(__file__).resolve().parents[2]
+CALIBRATED_ON = 8  # paragraphs
+# Where a loader's files are.
+FOLDERS = {
+    "UNETLoader": "diffusion_models",
+    "MXFP8LoadDiffusionModel": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "MXFP8LoadTextEncoder": "text_encoders",
+    "VAELoader": "vae",
+}
+# All but the canvas and its nodes.
+HIDDEN = """
+    .comfyui-body-top, .comfyui-body-left, .comfyui-body-right, .comfyui-body-bottom,
+    [class*=minimap], [class*=side-tool], [class*=sidebar], [class*=workflow-tabs],
+    [class*=actionbar], .p-toast { visibility: hidden !important }
+"""
+TALL = {"width": 1400, "height": 1500}  # px, so that every node is on the page whole
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Where they go: this checkout's own, if asked for."""
+    if os.environ.get("MXFP8_KEEP_PICTURES"):
+        return ROOT
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def shown(comfy, browser):
+    page = ComfyPage(browser, comfy, nodes2=True)
+    page.page.set_viewport_size(TALL)
+    yield page
+    assert not page.complaints
+    page.close()
+
+
+def take(shown, node: int, path: Path) -> None:
+    """A picture of one node. It has to have more than a few colours to show anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown.page.evaluate(
+        """(id) => {
+            const node = app.graph.getNodeById(id);
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [200 - node.pos[0], 80 - node.pos[1]];
+            app.canvas.setDirty(true, true);
+        }""",
+        node,
+    )
+    shown.page.wait_for_timeout(500)
+    shown.page.locator(f"[data-node-id='{node}']").screenshot(path=path)
+    with Image.open(path) as image:
+        assert image.width >= 200 and image.height >= 80
+        assert len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64)) > 8, path.name
+
+
+@pytest.fixture(scope="module")
+def trained(comfy) -> str:
+    """Real weights in a model folder, MiniLM's, and a calibration of them; the file's name."""
+    folder = comfy.base / "models" / "text_encoders"
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(minilm.WEIGHTS, folder / "all-MiniLM-L6-v2.safetensors")
+    found = calibrate(
+        minilm.trained().eval(),
+        minilm.batches(minilm.paragraphs()[:CALIBRATED_ON], size=1),
+        select=lambda name, _: name.startswith("encoder"),
+    )
+    path = comfy.base / "output" / "calibrations" / "all-MiniLM-L6-v2.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path, overwrite=True)
+    return "all-MiniLM-L6-v2.safetensors"
+
+
+def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
+    shown = ComfyPage(browser, comfy, nodes2=True)  # anew: its lists of files know the new ones
+    shown.page.set_viewport_size(TALL)
+    shown.clear()
+    load = shown.add("MXFP8LoadCalibration", (60, 120), calibration_name=trained)
+    convert = shown.add(
+        "MXFP8ConvertFile", (420, 120), source=f"text_encoders/{trained}", overwrite=True
+    )
+    shown.link(load, convert, "calibration")
+    shown.queue()
+    view = shown.page.locator(".mxfp8-report")
+    view.locator(".bar").first.wait_for()
+    view.locator("[role=listbox]").focus()
+    for _ in range(12):
+        shown.page.keyboard.press("ArrowRight")
+    take(shown, convert, pictures / "docs" / "gallery" / "report.png")
+    report = json.loads(shown.page.evaluate(f"app.nodeOutputs[{convert}].mxfp8_report[0]"))
+    measured = [layer for layer in report["layers"] if layer["output_error"] is not None]
+    assert len(measured) == 36
+    assert all(layer["output_error"] < layer["nearest_error"] for layer in measured)
+    assert not shown.complaints
+    shown.close()
+
+
+def test_a_passport(shown, pictures):
+    shown.clear()
+    load = shown.add("MXFP8LoadDiffusionModel", (60, 120), model_name="flux-mxfp8.safetensors")
+    node = shown.add("MXFP8Passport", (420, 120), measure=True, rows=256)
+    shown.link(load, node, "model")
+    shown.queue()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    take(shown, node, pictures / "docs" / "gallery" / "passport.png")
+
+
+def test_a_comparison(shown, pictures):
+    shown.clear()
+    load = shown.add("UNETLoader", (60, 120), unet_name="flux.safetensors")
+    quantize = shown.add("MXFP8QuantizeModel", (60, 300))
+    prompt = shown.add("LotusConditioning", (60, 500))
+    latent = shown.add("EmptySD3LatentImage", (60, 600), width=64, height=64)
+    vae = shown.add("VAELoader", (60, 760), vae_name="vae.safetensors")
+    node = shown.add("MXFP8Compare", (520, 120), steps=4)
+    shown.link(load, quantize, "model")
+    for source, name in (
+        (load, "reference"), (quantize, "model"), (prompt, "positive"), (prompt, "negative"),
+        (latent, "latent_image"), (vae, "vae"),
+    ):  # fmt: skip
+        shown.link(source, node, name)
+    shown.queue()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    take(shown, node, pictures / "docs" / "gallery" / "compare.png")
+
+
+@pytest.fixture(scope="module")
+def examples(comfy, browser):
+    """A page of a ComfyUI that has the files of the examples, by name; theirs are 20 GB."""
+    made = []
+    for path in EXAMPLES.glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            for name in node.get("widgets_values", ()):
+                if str(name).endswith(".safetensors"):
+                    file = comfy.base / "models" / FOLDERS[node["type"]] / name
+                    if not file.exists():
+                        file.parent.mkdir(exist_ok=True)
+                        file.touch()
+                        made.append(file)
+    page = ComfyPage(browser, comfy, nodes2=True)
+    yield page
+    assert not page.complaints
+    page.close()
+    for file in made:
+        file.unlink()
+
+
+def test_every_node_alone(comfy, examples, pictures):
+    names = [
+        name
+        for name, info in comfy.get("/object_info").items()
+        if info["python_module"] == "custom_nodes.ComfyUI-MXFP8"
+    ]
+    assert len(names) >= 15
+    for name in names:
+        examples.clear()
+        take(examples, examples.add(name), pictures / "web" / "docs" / f"{name}.png")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.json")))
+def test_an_example_opens_whole(comfy, examples, pictures, name):
+    workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+    examples.clear()
+    sent, failed = examples.page.evaluate(
+        """async (workflow) => {
+            await app.loadGraphData(workflow);
+            const sent = (await app.graphToPrompt()).output;
+            return [sent, app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type)];
+        }""",
+        workflow,
+    )
+    assert not failed
+    ours = to_graph(workflow, comfy.get("/object_info"))  # what the other tests run
+    assert {k: n["inputs"] for k, n in sent.items()} == {k: n["inputs"] for k, n in ours.items()}
+    examples.page.wait_for_timeout(500)
+    box = examples.page.evaluate(
+        """() => {
+            const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30,
+                n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+            const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((b) => b[i])) - 20);
+            const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((b) => b[i])) + 20);
+            const { width, height } = app.canvas.canvas.getBoundingClientRect();
+            const scale = Math.min((width - 80) / (right - left), (height - 130) / (bottom - top));
+            app.canvas.ds.scale = scale;
+            app.canvas.ds.offset = [70 / scale - left, 110 / scale - top];
+            app.canvas.setDirty(true, true);
+            return { x: 70, y: 110, width: (right - left) * scale, height: (bottom - top) * scale };
+        }"""
+    )
+    examples.page.wait_for_timeout(800)
+    png = examples.page.screenshot(clip=box, style=HIDDEN)
+    path = pictures / "example_workflows" / f"{name}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").resize((900, round(900 * image.height / image.width))).save(
+            path, quality=82
+        )

@@ -1,0 +1,296 @@
+"""The browser's pure code, in Chromium: what it reads of a document, draws and says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import pairwise
+
+import pytest
+
+from mxfp8.quant.reports.conversion import MIN_SQNR, Block, LayerReport, Report
+
+pytestmark = pytest.mark.comfy
+
+LAYERS = (
+    LayerReport("a.1", "mxfp8", "quantised", "BF16", (64, 32), 4096, 2200, 31.0,
+                Block(3, 0, 26.5), 1.2e-2, 2.1e-2),
+    LayerReport("a.2", "kept", "excluded by preset", "BF16", (64, 32), 4096, 4096),
+    LayerReport("a.10", "mxfp8", "quantised", "BF16", (64, 64), 8192, 4300, 22.5),
+    LayerReport("b", "mxfp8", "quantised", "BF16", (32, 32), 2048, 1100, None),
+)  # fmt: skip
+REPORT = Report("x", "y", "auto", None, 18432, 11696, 1.0, 30.0, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def view(comfy, browser):
+    """Evaluates JavaScript that has the modules as `documents` and `charts`."""
+    page = browser.new_page()
+    page.goto(f"{comfy.url}/system_stats")
+    page.evaluate(
+        """async () => {
+            window.documents = await import("/extensions/ComfyUI-MXFP8/document.mjs");
+            window.charts = await import("/extensions/ComfyUI-MXFP8/chart.mjs");
+            window.read = (text) => documents.read(text);
+        }"""
+    )
+    yield page.evaluate
+    page.close()
+
+
+def test_a_report_has_the_measures_that_its_layers_have(view):
+    found = view("(t) => read(t).measures.map((m) => m.key)", REPORT.to_json())
+    assert found == ["output_error", "sqnr_db", "bytes_after"]
+    plain = Report(**{**vars(REPORT), "layers": LAYERS[1:]})
+    found = view("(t) => read(t).measures.map((m) => m.key)", plain.to_json())
+    assert found == ["sqnr_db", "bytes_after"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"mxfp8_report": 2, "layers": []}', "[1]", "no JSON"])
+def test_what_is_no_document_is_refused(view, text):
+    refused = view("(t) => { try { read(t); return null } catch (e) { return e.message } }", text)
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("order", "words", "names"),
+    [
+        ("in order", "", ["a.1", "a.2", "a.10", "b"]),
+        ("worst first", "", ["a.10", "a.1", "a.2", "b"]),  # without a value: last
+        ("largest first", "", ["a.10", "a.2", "a.1", "b"]),
+        ("by name", "", ["a.1", "a.2", "a.10", "b"]),  # numbers as numbers
+        ("in order", "A. mxfp8", ["a.1", "a.10"]),
+        ("in order", "preset", ["a.2"]),
+        ("in order", "nothing has this", []),
+    ],
+)
+def test_rows_are_sorted_and_filtered(view, order, words, names):
+    found = view(
+        """([text, order, words]) => {
+            const { rows, measures } = read(text);
+            const sqnr = measures.find((m) => m.key === "sqnr_db");
+            return documents.arrange(rows.layers, sqnr, order, words).map((r) => r.name);
+        }""",
+        [REPORT.to_json(), order, words],
+    )
+    assert found == names
+
+
+def drawn(view, document: str, measure: str, width: int = 400) -> dict:
+    """Geometry of the bars of a measure."""
+    return view(
+        """([text, key, width]) => {
+            const { rows, measures, data } = read(text);
+            const m = measures.find((m) => m.key === key);
+            const all = rows[m.rows];
+            const at = charts.scale(all, m, data, 150);
+            const svg = charts.bars(all, m, at, charts.colours(all), width);
+            const number = (e, name) => Number(e.getAttribute(name));
+            return {
+                low: at.low, high: at.high, threshold: at.threshold, width: number(svg, "width"),
+                bottom: at.y(at.low), top: at.y(at.high), step: Number(svg.dataset.step),
+                bars: [...svg.querySelectorAll(".bar")].map((e) => ({
+                    x: number(e, "x"), y: number(e, "y"), width: number(e, "width"),
+                    height: number(e, "height"), fill: e.getAttribute("fill"),
+                    label: e.getAttribute("aria-label"), kind: e.getAttribute("class"),
+                })),
+                axis: charts.axis(m, at).textContent,
+            };
+        }""",
+        [document, measure, width],
+    )
+
+
+def test_heights_are_the_values(view):
+    found = drawn(view, REPORT.to_json(), "bytes_after")
+    assert found["low"] == 0
+    pixels = (found["bottom"] - found["top"]) / found["high"]
+    for bar, layer in zip(found["bars"], LAYERS, strict=True):
+        assert bar["height"] == pytest.approx(layer.bytes_after * pixels, rel=1e-9)
+        assert bar["y"] + bar["height"] == pytest.approx(found["bottom"])
+
+
+def test_decibels_have_a_threshold_and_no_zero(view):
+    found = drawn(view, REPORT.to_json(), "sqnr_db")
+    assert found["threshold"] == MIN_SQNR
+    assert 0 < found["low"] < 22.5 and found["high"] >= 31
+    assert "24.6 dB" in found["axis"]
+    good, kept, bad, lossless = found["bars"]
+    per_db = (found["bottom"] - found["top"]) / (found["high"] - found["low"])
+    assert good["height"] == pytest.approx((31 - found["low"]) * per_db)
+    assert bad["height"] == pytest.approx((22.5 - found["low"]) * per_db)
+    assert "below" in bad["kind"] and "below" not in good["kind"]
+    assert kept["height"] == lossless["height"] == 5
+    assert kept["fill"] != good["fill"] == bad["fill"]
+    assert good["label"] == "a.1, mxfp8, SQNR 31.00 dB, 64 by 32"
+    assert "SQNR 22.50 dB, below the threshold of 24.60 dB" in bad["label"]
+    assert kept["label"] == "a.2, kept, 64 by 32, excluded by preset"
+
+
+def test_bars_stay_wide_enough_to_point_at(view):
+    layers = [{**asdict(LAYERS[0]), "name": f"layer.{i}"} for i in range(900)]
+    text = json.dumps({"mxfp8_report": 1, "layers": layers})
+    found = drawn(view, text, "sqnr_db")
+    assert found["step"] == 3 and found["width"] == 2700
+    boxes = found["bars"]
+    assert all(b["x"] + b["width"] <= a["x"] for b, a in pairwise(boxes))
+
+
+def test_a_row_is_described_whole(view):
+    found = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
+    assert found == {
+        "shape": "64 x 32 BF16", "became": "mxfp8", "why": "quantised",
+        "size": "4.10 kB to 2.20 kB", "SQNR": "31.00 dB", "Output error": "1.20e-2",
+        "rounded to nearest": "2.10e-2", "worst block": "row 3, block 0: 26.50 dB",
+    }  # fmt: skip
+
+
+def test_paths_have_colours_of_their_own(view):
+    layers = [
+        {"name": n, "shape": [1, 1], "bytes": 9, "decision": d, "backend": b, "microseconds": t}
+        for n, d, b, t in (("a", "mxfp8", "triton", 5.0), ("b", "mxfp8", "eager", 2500.0),
+                           ("c", "kept", None, None))
+    ]  # fmt: skip
+    text = json.dumps({"mxfp8_passport": 1, "layers": layers})
+    found = drawn(view, text, "microseconds")
+    assert len({bar["fill"] for bar in found["bars"]}) == 3
+    assert "Time 2.50 ms" in found["bars"][1]["label"]
+
+
+def test_a_certificate_is_drawn_by_step_and_by_seed(view):
+    text = json.dumps({
+        "mxfp8_certificate": 1,
+        "steps": [{"step": 0, "divergence": 1e-3}, {"step": 1, "divergence": 2e-3}],
+        "seeds": [{"seed": 7, "latent_snr_db": 30.5, "psnr_db": None}],
+    })  # fmt: skip
+    assert view("(t) => read(t).measures.map((m) => m.key)", text) == [
+        "divergence", "latent_snr_db",
+    ]  # fmt: skip
+    first, second = drawn(view, text, "divergence")["bars"]
+    assert second["height"] == pytest.approx(2 * first["height"])
+
+
+def test_a_large_seed_keeps_its_digits(view):
+    text = '{"mxfp8_certificate": 1, "seeds": [{"seed": 18446744073709551615, "psnr_db": 1.0}]}'
+    assert view("(t) => read(t).rows.seeds[0].name", text) == "seed 18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "axis"),
+    [
+        ("bytes", [500, 250], ["0 B", "250 B", "500 B"]),
+        ("divergence", [1.25, 0.5], ["0", "6.25e-1", "1.25e+0"]),
+        ("divergence", [1e-10, 2e-10], ["0", "1e-10", "2e-10"]),
+        ("latent_snr_db", [30.2, 31.0], ["28 dB", "29.5 dB", "31 dB"]),
+    ],
+)
+def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
+    kind, rows = {
+        "bytes": ("mxfp8_inspection", "layers"),
+        "divergence": ("mxfp8_certificate", "steps"),
+        "latent_snr_db": ("mxfp8_certificate", "seeds"),
+    }[measure]
+    text = json.dumps({kind: 1, rows: [{"name": "x", measure: v} for v in values]})
+    found = view(
+        """([text, key]) => {
+            const { rows, measures, data } = read(text);
+            const m = measures.find((m) => m.key === key);
+            const svg = charts.axis(m, charts.scale(rows[m.rows], m, data, 150));
+            return [...svg.querySelectorAll("text")].map((e) => e.textContent);
+        }""",
+        [text, measure],
+    )
+    assert found == axis
+
+
+def test_a_picture_has_its_text_whole_and_its_colours_named(view):
+    found = view(
+        """(text) => {
+            const { rows, measures, data } = read(text);
+            const at = charts.scale(rows.layers, measures[0], data, 150);
+            const palette = charts.colours(rows.layers);
+            const parts = { palette, axis: charts.axis(measures[0], at),
+                bars: charts.bars(rows.layers, measures[0], at, palette, 300) };
+            const title = "word ".repeat(60).trim() + "\\nlast line";
+            const theme = { "--mx-back": "#000000", "--mx-text": "#ffffff" };
+            const made = charts.picture(title, parts, theme);
+            const page = new DOMParser().parseFromString(made.text, "image/svg+xml");
+            document.body.innerHTML = made.text;
+            const texts = [...document.querySelectorAll("body > svg > text")];
+            const widths = texts.map((t) => t.getBBox().x + t.getBBox().width);
+            return [texts.map((t) => t.textContent), Math.max(...widths), made.width,
+                page.querySelector("parsererror") === null];
+        }""",
+        REPORT.to_json(),
+    )
+    texts, right, width, parsed = found
+    assert parsed
+    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "kept"]
+    assert right <= width
+
+
+def showing(view, *documents: tuple[str, str]) -> dict:
+    """What a view has on it after it was shown these documents, one after the other."""
+    return view(
+        """async (documents) => {
+            const { ReportView } = await import("/extensions/ComfyUI-MXFP8/report.mjs");
+            const view = new ReportView();
+            document.body.append(view.element);
+            for (const [text, summary] of documents) {
+                view.show(text, summary);
+                view._choose(0);
+            }
+            const shown = (selector) => view.part(selector).getClientRects().length > 0;
+            const found = {
+                chart: shown(".chart"), save: shown("[name=save]"), copy: shown("[name=copy]"),
+                legend: shown(".legend"), details: shown(".details"), bars: view._drawn.length,
+                summary: view.part(".summary").textContent, more: shown(".more"),
+                name: view.part(".details b")?.textContent ?? null,
+                made: view.root.querySelectorAll("img, .summary b").length,
+                orders: [...view.part("[name=order]").options].map((o) => o.textContent),
+                measure: view.part("[name=measure]").value,
+            };
+            view.part(".more").click();
+            found.expanded = view.part(".summary").textContent;
+            view.element.remove();
+            return found;
+        }""",
+        list(map(list, documents)),
+    )
+
+
+def test_nothing_of_an_earlier_document_stays(view):
+    empty = json.dumps({"mxfp8_inspection": 1, "layers": []})
+    found = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
+    assert found["summary"] == "second" and found["bars"] == 0
+    assert not any(found[part] for part in ("chart", "save", "legend", "details"))
+    assert found["copy"]
+    again = showing(view, (empty, "first"), (REPORT.to_json(), "second"))
+    assert all(again[part] for part in ("chart", "save", "legend", "details", "copy"))
+
+
+def test_what_cannot_be_read_is_said(view):
+    found = showing(view, (json.dumps({"mxfp8_report": 9}), "summary"))
+    assert "summary" in found["summary"] and "reload the page" in found["summary"]
+    assert not found["chart"]
+
+
+def test_a_long_summary_opens(view):
+    text = "\n".join(f"line {i}" for i in range(9))
+    found = showing(view, (REPORT.to_json(), text))
+    assert found["more"] and found["summary"] == text[: text.index("\nline 6")]
+    assert found["expanded"] == text
+    assert not showing(view, (REPORT.to_json(), "line\n" * 3))["more"]
+
+
+def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
+    text = json.dumps({"mxfp8_certificate": 1, "steps": [{"step": 1, "divergence": 1e-3}]})
+    assert showing(view, (text, ""))["orders"] == ["in order", "worst first"]
+
+
+def test_hostile_names_are_text(view):
+    layer = {**asdict(LAYERS[0]), "name": "<img src=x onerror=alert(1)>"}
+    text = json.dumps({"mxfp8_report": 1, "layers": [layer]})
+    found = showing(view, (text, "<b>summary</b>"))
+    assert found["made"] == 0
+    assert found["name"] == layer["name"] and found["summary"] == "<b>summary</b>"
