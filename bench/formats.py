@@ -7,9 +7,9 @@ On the 36 linear layers of all-MiniLM-L6-v2's encoder, by each format's own libr
     bits                  per weight, scales included
     sqnr_db               signal to noise of the weights, mean over the layers
     output_error          norm of the change of a layer's output over that of the output, on real
-                          inputs that are not quantised; mean over the layers
+                          inputs that are not quantized; mean over the layers
 
-What runs fast on which card, and what quantising the activations adds, is another matter: this is
+What runs fast on which card, and what quantizing the activations adds, is another matter: this is
 the error that a file has. --check exits with 1 when the results file says otherwise by over 2%.
 """
 

@@ -41,8 +41,8 @@ CARDS = {
 }  # fmt: skip
 # Backend -> its Triton kernels, of which an architecture has those that it needs.
 KERNELS = {
-    "triton": ("dequantize_kernel", "quantize_kernel", "one_row_kernel", "few_rows_kernel"),
-    "fp8": ("fold_kernel", "token_kernel", "copy_kernel", "tma_kernel"),
+    "triton": ("dequantize_kernel", "quantize_kernel", "one_row_kernel", "small_m_kernel"),
+    "fp8": ("rowwise_weight_kernel", "rowwise_input_kernel", "copy_kernel", "tma_kernel"),
     "triton_mx": ("mx_kernel",),
 }
 MISSING, PART = "not compiled", "one configuration of each kernel compiled"
@@ -79,14 +79,14 @@ def refusals(arch: str) -> dict[str, str | None]:
         device = torch.device(arch)
     facts = {
         "capability": lambda device: capability, "amd_architecture": lambda device: architecture,
-        "refusal": lambda: None,
+        "triton_unsupported_reason": lambda: None,
     }  # fmt: skip
     found = {}
     with (
         mock.patch.multiple(device_facts, **facts),
         mock.patch("triton.__version__", TRITON),
         mock.patch.object(fp8_rowwise, "_torch_runs", lambda device: True),
-        mock.patch.object(mx, "refusal", lambda: None),
+        mock.patch.object(mx, "dsl_unsupported_reason", lambda: None),
     ):
         for backend in dispatch.BACKENDS:
             if backend.name != "reference":

@@ -72,7 +72,7 @@ def calibrated(target: Path, texts: list[str]) -> None:
 
 def learned(target: Path, texts: list[str]) -> None:
     words = [rival(), "-i", minilm.WEIGHTS, "--mxfp8", "--comfy_quant", "--save-quant-metadata"]
-    # It would quantise tables too, which nothing could load.
+    # It would quantize tables too, which nothing could load.
     words += ["--exclude-layers", "embeddings", "-o", target]
     command = list(map(str, words))
     subprocess.run(command, check=True, capture_output=True)

@@ -1,8 +1,8 @@
-"""MXFP8 kernels: quantise, dequantise and multiply, on whatever the machine has.
+"""MXFP8 kernels: quantize, dequantize and multiply, on whatever the machine has.
 
     qdata, scale = kernels.quantize(weight)            # E4M3 codes, E8M0 scales in tiled order
     y = kernels.linear(x, qdata, scale, bias)          # any rank of x, any device
-    for status in kernels.list_backends(): print(status)    # what would run here, and why not the rest
+    print(*kernels.list_backends(), sep="\n")          # what runs here, and why the rest does not
 
 This room stands alone: it imports torch and nothing else of this package. Names resolve on first
 use, so that reading a file's header costs no torch import.
@@ -11,38 +11,38 @@ use, so that reading a file's header costs no torch import.
 from importlib import import_module
 
 _HOME = {
-    "Choice": "dispatch",
+    "ExecutionPath": "dispatch",
     "quantize": "ops",
     "dequantize": "ops",
     "linear": "ops",
-    "fold_rows": "ops",
-    "steps_here": "ops",
-    "quantize_activations": "ops",
-    "block_energy": "sqnr",
-    "fold_bound": "sqnr",
-    "quantize_measured": "sqnr",
+    "to_rowwise": "ops",
+    "input_form": "ops",
+    "quantize_input": "ops",
+    "signal_and_noise": "sqnr",
+    "rowwise_error_bound": "sqnr",
+    "quantize_and_measure": "sqnr",
     "list_backends": "dispatch",
-    "choices": "dispatch",
-    "explain": "dispatch",
+    "describe_paths": "dispatch",
+    "execution_path": "dispatch",
     "machine": "device_facts",
     "use_backend": "dispatch",
 }
 
 __all__ = [
-    "Choice",
-    "block_energy",
-    "choices",
+    "ExecutionPath",
     "dequantize",
-    "explain",
-    "fold_bound",
-    "fold_rows",
+    "describe_paths",
+    "execution_path",
+    "input_form",
     "linear",
     "list_backends",
     "machine",
     "quantize",
-    "quantize_activations",
-    "quantize_measured",
-    "steps_here",
+    "quantize_and_measure",
+    "quantize_input",
+    "rowwise_error_bound",
+    "signal_and_noise",
+    "to_rowwise",
     "use_backend",
 ]
 

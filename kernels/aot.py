@@ -115,9 +115,9 @@ def builds(arch: Arch) -> Iterator[Build]:
         yield Build(w8a16.one_row_kernel, name, linear, one_row)
         if not amd and arch < 80:  # Triton has no matrix instructions of Turing's
             continue
-        for most, config in w8a16.FEW_ROWS:
+        for most, config in w8a16.SMALL_M:
             yield Build(
-                w8a16.few_rows_kernel, f"{name}, M <= {most}",
+                w8a16.small_m_kernel, f"{name}, M <= {most}",
                 linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
             )  # fmt: skip
     if not amd:
@@ -130,14 +130,15 @@ def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[
     """What activations in FP8 need."""
     sizes = {"rows": "i32", "stored": "i32", "tiles": "i32"}
     fold = {"code_ptr": "*u8", "scale_ptr": "*u8", "folded_ptr": "*u8", "row_scale_ptr": "*fp32"}
-    yield Build(rowwise.fold_kernel, "", fold | sizes, rowwise.FOLD | hardware)
+    yield Build(rowwise.rowwise_weight_kernel, "", fold | sizes, rowwise.FOLD | hardware)
     row = {"code_ptr": "*u8", "scale_ptr": "*fp32"}
     sizes = {"cols": "i32", "row_stride": "i32", "stored": "i32"}
     for name in ("bf16", "fp16"):
         for stored in (3840, 15360):
             yield Build(
-                rowwise.token_kernel, f"{name}, K = {stored}",
-                {"x_ptr": floats[name]} | row | sizes, rowwise.token_config(stored) | hardware,
+                rowwise.rowwise_input_kernel, f"{name}, K = {stored}",
+                {"x_ptr": floats[name]} | row | sizes,
+                rowwise.rowwise_input_config(stored) | hardware,
             )  # fmt: skip
     if arch < 89:
         return
@@ -164,7 +165,7 @@ def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
     """What Blackwell and gfx950 multiply: activations and weights in MXFP8."""
     names = "rows columns K tiles row_stride column_stride out_rows out_columns"
     tma = isinstance(arch, int) and mx.uses_tma(arch)
-    for few, config in zip((True, False), mx.CONFIGS[100 if tma else 120], strict=True):
+    for small_m, config in zip((True, False), mx.CONFIGS[100 if tma else 120], strict=True):
         tiles = {"a": (config["BA"], config["BK"]), "b": (config["BB"], config["BK"])}
         for name, pointer in (("bf16", "*bf16"), ("fp16", "*fp16")):
             operands = {
@@ -179,10 +180,10 @@ def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
             }
             types = operands | scales | {"bias_ptr": pointer, "out_ptr": pointer}
             types |= dict.fromkeys(names.split(), "i32")
-            constants = config | {"HAS_BIAS": True, "TRANSPOSED": few, "TMA": tma}
-            unit = "row_stride" if few else "column_stride"
+            constants = config | {"HAS_BIAS": True, "TRANSPOSED": small_m, "TMA": tma}
+            unit = "row_stride" if small_m else "column_stride"
             del types[unit]
-            rows = f"M <= {mx.FEW_ROWS}" if few else "any M"
+            rows = f"M <= {mx.SMALL_M}" if small_m else "any M"
             yield Build(mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
 
 

@@ -20,13 +20,15 @@ BLOCK_SCALED = {(10, 0): (3, 6), (10, 3): (3, 6), (11, 0): (3, 9), (12, 0): (3, 
 
 
 @cache
-def refusal() -> str | None:
+def triton_unsupported_reason() -> str | None:
     """Why there is no Triton here, or None."""
     package = "triton-windows" if os.name == "nt" else "triton"
-    return import_refusal("Triton", package, OLDEST, "triton")
+    return package_unsupported_reason("Triton", package, OLDEST, "triton")
 
 
-def import_refusal(label: str, package: str, oldest: tuple[int, int], *modules: str) -> str | None:
+def package_unsupported_reason(
+    label: str, package: str, oldest: tuple[int, int], *modules: str
+) -> str | None:
     """Why an optional package cannot be used here, or None.
 
     Args:
@@ -45,7 +47,7 @@ def import_refusal(label: str, package: str, oldest: tuple[int, int], *modules: 
     return None
 
 
-def block_scaled_refusal(device: torch.device) -> str | None:
+def block_scaled_unsupported_reason(device: torch.device) -> str | None:
     """Why Triton has no block-scaled matrix instructions here, or None."""
     found = capability(device)
     if amd_architecture(device) != "gfx950":
@@ -53,7 +55,7 @@ def block_scaled_refusal(device: torch.device) -> str | None:
             return f"needs block-scaled tensor cores (Blackwell, gfx950); {described(device)}"
         if found not in BLOCK_SCALED:
             return f"was never compiled for compute capability {found[0]}.{found[1]}"
-    reason = refusal()
+    reason = triton_unsupported_reason()
     wanted = BLOCK_SCALED.get(found, OLDEST)
     if reason is not None or wanted == OLDEST:
         return reason
@@ -72,7 +74,7 @@ def _version(module) -> tuple[int, ...]:
 def machine() -> str:
     """What kernels would run on here, in a line."""
     parts = [f"torch {torch.__version__}"]
-    if refusal() is None:
+    if triton_unsupported_reason() is None:
         import triton
 
         parts.append(f"Triton {triton.__version__}")

@@ -6,7 +6,7 @@ dictionary look-up. A backend is never tried and replaced after it failed: what 
 refused before the call, by name and reason, and an error inside a kernel is an error.
 
 Precision: "exact" multiplies the stored weights by activations as they are (W8A16); "fast"
-quantises activations too (W8A8), for tensor cores that need it; "auto" is fast where some backend
+quantizes activations too (W8A8), for tensor cores that need it; "auto" is fast where some backend
 offers it on this device, else exact.
 """
 
@@ -44,7 +44,7 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     precision: str = "exact"
-    few: bool = False
+    small_m: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Backend:
         refuse: problem -> the reason why this backend cannot take it, or None if it can.
         automatic: whether it may be chosen without being named.
         steps: how its linear is made of several ops, if it is: "rows", those of `fast_linear`,
-            which takes a weight that is folded already, or "blocks", quantise and block_matmul.
+            which takes a weight that is folded already, or "blocks", quantize and block_matmul.
         matmul: of "blocks": (tokens, weight, bias, dtype, M, N) -> result.
         test: device -> what is wrong with the backend there, or None; run once per device.
     """
@@ -66,9 +66,9 @@ class Backend:
     quantize: Callable | None
     dequantize: Callable | None
     linear: Callable
-    refuse: Callable[[Problem], str | None]
+    unsupported_reason: Callable[[Problem], str | None]
     automatic: bool = True
-    steps: str | None = None
+    input_form: str | None = None
     matmul: Callable | None = None
     test: Callable[[torch.device], str | None] | None = None
 
@@ -91,18 +91,18 @@ def _eager_linear(x, qdata, scale, bias, rows, cols, precision):
     return eager.linear(x, qdata, scale, bias, rows, cols)
 
 
-def _eager_refuses(problem: Problem) -> str | None:
+def _eager_unsupported_reason(problem: Problem) -> str | None:
     if problem.precision == "fast":
-        return "plain torch has no block-scaled matmul, so quantised activations would gain nothing"
+        return "plain torch has no block-scaled matmul, so quantized activations would gain nothing"
     return None
 
 
-def _triton_refuses(problem: Problem) -> str | None:
+def _triton_unsupported_reason(problem: Problem) -> str | None:
     if problem.precision == "fast":
         return "unpacks weights and multiplies in 16 bits"
     if problem.device.type != "cuda" and not device_facts.interpreted():
         return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
-    return device_facts.refusal()
+    return device_facts.triton_unsupported_reason()
 
 
 def _from(module: str, name: str) -> Callable:
@@ -114,13 +114,13 @@ def _from(module: str, name: str) -> Callable:
     return call
 
 
-def _triton_mx_refuses(problem: Problem) -> str | None:
-    reason = fp8_rowwise.refuse_activations(replace(problem, few=False))
-    return reason or device_facts.block_scaled_refusal(problem.device)
+def _triton_mx_unsupported_reason(problem: Problem) -> str | None:
+    reason = fp8_rowwise.activations_unsupported_reason(replace(problem, small_m=False))
+    return reason or device_facts.block_scaled_unsupported_reason(problem.device)
 
 
 def _blocks(matmul: Callable) -> Callable:
-    """A linear that quantises x in blocks, then multiplies."""
+    """A linear that quantizes x in blocks, then multiplies."""
 
     def linear(x, qdata, scale, bias, rows, cols, precision):
         tokens = choose("quantize", x)[0].quantize(x)
@@ -136,19 +136,19 @@ BACKENDS: tuple[Backend, ...] = (
         quantize=None,
         dequantize=None,
         linear=_blocks(torch_mx.matmul),
-        refuse=torch_mx.refuse,
-        steps="blocks",
+        unsupported_reason=torch_mx.unsupported_reason,
+        input_form="mxfp8",
         matmul=torch_mx.matmul,
         test=self_test.blocks(torch_mx.matmul),
     ),
     Backend(
         name="fp8",
-        summary="FP8 tensor cores (Hopper, Ada), activations quantised row by row",
+        summary="FP8 tensor cores (Hopper, Ada), activations quantized row by row",
         quantize=None,
         dequantize=None,
         linear=fp8_rowwise.linear,
-        refuse=fp8_rowwise.refuse,
-        steps="rows",
+        unsupported_reason=fp8_rowwise.unsupported_reason,
+        input_form="rowwise",
         test=self_test.fast,
     ),
     Backend(
@@ -157,7 +157,7 @@ BACKENDS: tuple[Backend, ...] = (
         quantize=_from("backends.triton.cast", "quantize"),
         dequantize=_from("backends.triton.cast", "dequantize"),
         linear=_from("backends.triton.exact", "linear"),
-        refuse=_triton_refuses,
+        unsupported_reason=_triton_unsupported_reason,
         test=self_test.exact,
     ),
     Backend(
@@ -166,9 +166,9 @@ BACKENDS: tuple[Backend, ...] = (
         quantize=None,
         dequantize=None,
         linear=_blocks(_from("backends.triton.mx", "matmul")),
-        refuse=_triton_mx_refuses,
+        unsupported_reason=_triton_mx_unsupported_reason,
         automatic=False,
-        steps="blocks",
+        input_form="mxfp8",
         matmul=_from("backends.triton.mx", "matmul"),
         test=self_test.blocks(_from("backends.triton.mx", "matmul")),
     ),
@@ -178,9 +178,9 @@ BACKENDS: tuple[Backend, ...] = (
         quantize=None,
         dequantize=None,
         linear=_blocks(mx.matmul),
-        refuse=mx.refuse,
+        unsupported_reason=mx.unsupported_reason,
         automatic=False,
-        steps="blocks",
+        input_form="mxfp8",
         matmul=mx.matmul,
         test=self_test.blocks(mx.matmul),
     ),
@@ -190,15 +190,15 @@ BACKENDS: tuple[Backend, ...] = (
         quantize=eager.quantize,
         dequantize=eager.dequantize,
         linear=_eager_linear,
-        refuse=_eager_refuses,
+        unsupported_reason=_eager_unsupported_reason,
     ),
     Backend(
         name="reference",
-        summary="the oracle in float64, exact or with quantised activations",
+        summary="the oracle in float64, exact or with quantized activations",
         quantize=reference.quantize,
         dequantize=reference.dequantize,
         linear=reference.linear,
-        refuse=lambda problem: None,
+        unsupported_reason=lambda problem: None,
         automatic=False,
     ),
 )
@@ -224,7 +224,7 @@ def _notice_exact(problem: Problem, forced: Backend | None) -> None:
     """Say that fast runs exact, unless that is for want of rows."""
     if _choose(problem, forced)[1] == "exact":
         candidates = _automatic(problem.device) if forced is None else [forced]
-        reasons = [f"{b.name}: {_refusal(b, problem)}" for b in candidates]
+        reasons = [f"{b.name}: {_unsupported_reason(b, problem)}" for b in candidates]
         _say_exact(problem.device.type, "; ".join(reasons))
 
 
@@ -255,15 +255,19 @@ def _tried(problem: Problem, forced: Backend | None) -> Iterator[tuple[Backend, 
     candidates = _automatic(problem.device) if forced is None else [forced]
     candidates = [b for b in candidates if getattr(b, problem.op) is not None]
     if forced is not None:
-        problem = replace(problem, few=False)  # which is about what is faster
+        problem = replace(problem, small_m=False)  # which is about what is faster
     for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
         for backend in candidates:
-            yield backend, precision, _refusal(backend, replace(problem, precision=precision))
+            yield (
+                backend,
+                precision,
+                _unsupported_reason(backend, replace(problem, precision=precision)),
+            )
 
 
-def _refusal(backend: Backend, problem: Problem) -> str | None:
+def _unsupported_reason(backend: Backend, problem: Problem) -> str | None:
     """Why a backend does not take a problem, or None; its self-test on the device included."""
-    reason = backend.refuse(problem)
+    reason = backend.unsupported_reason(problem)
     if reason is None and backend.test is not None and not device_facts.capturing():
         reason = _test(backend, problem.device)
     return reason
@@ -285,16 +289,16 @@ def choose(
     Args:
         rows: of x, for a linear; default: many.
     """
-    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
-    problem = Problem(op, tensor.device, tensor.dtype, precision, few)
+    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
+    problem = Problem(op, tensor.device, tensor.dtype, precision, small_m)
     backend, runs_as = _choose(problem, _forced)
     if precision == "fast" and runs_as == "exact":
-        _notice_exact(replace(problem, few=False), _forced)
+        _notice_exact(replace(problem, small_m=False), _forced)
     return backend, runs_as
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExecutionPath:
     """What runs a linear, and what does not.
 
     Attributes:
@@ -305,35 +309,35 @@ class Choice:
 
     backend: str
     precision: str
-    steps: str | None
+    input_form: str | None
     refused: tuple[tuple[str, str], ...]
 
 
-def explain(
+def execution_path(
     device: torch.device, dtype: torch.dtype, precision: str, rows: int | None = None
-) -> Choice:
+) -> ExecutionPath:
     """What `choose` says of a linear, with its reasons; arguments as for `steps` and `choose`."""
-    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
-    problem = Problem("linear", device, dtype, precision, few)
+    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
+    problem = Problem("linear", device, dtype, precision, small_m)
     refused: dict[str, str] = {}
     for backend, runs_as, reason in _tried(problem, _forced):
         if reason is None:
             # It may have refused at another precision, and so may have those that come after it.
             before = tuple(refused.items())[: [*refused, backend.name].index(backend.name)]
-            return Choice(backend.name, runs_as, backend.steps, before)
-        if not backend.steps or backend.name not in refused:  # for what it is there for
+            return ExecutionPath(backend.name, runs_as, backend.input_form, before)
+        if not backend.input_form or backend.name not in refused:  # for what it is there for
             refused[backend.name] = reason
     raise ValueError(f"no MXFP8 backend takes linears of {dtype} on {device}: {refused}")
 
 
-def steps(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
+def input_form(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
     """(`Backend.steps`, its name) for a linear of many rows, None where it is one op."""
     backend, _ = _choose(Problem("linear", device, dtype, precision), _forced)
-    return backend.steps and (backend.steps, backend.name)
+    return backend.input_form and (backend.input_form, backend.name)
 
 
 # Not `torch.compiler.assume_constant_result`, which does this and imports the compiler: a second.
-steps._dynamo_marked_constant = True
+input_form._dynamo_marked_constant = True
 
 
 def named(name: str) -> Backend:
@@ -341,19 +345,21 @@ def named(name: str) -> Backend:
     return next(backend for backend in BACKENDS if backend.name == name)
 
 
-def choices(device: torch.device | str | None = None) -> list[str]:
+def describe_paths(device: torch.device | str | None = None) -> list[str]:
     """Sentences on what runs linears in bfloat16 on a device, by precision and rows of x."""
     device = _default(device)
-    few = f"up to {fp8_rowwise.FEW_ROWS} rows"
+    small_m = f"up to {fp8_rowwise.SMALL_M} rows"
     result = []
     for precision in PRECISIONS:
         names = {}
-        for rows, is_few in (("more rows", False), (few, True)):
-            problem = Problem("linear", device, torch.bfloat16, precision, is_few)
+        for rows, is_small_m in (("more rows", False), (small_m, True)):
+            problem = Problem("linear", device, torch.bfloat16, precision, is_small_m)
             backend, runs_as = _choose(problem, _forced)
             names[rows] = f"{backend.name} ({runs_as})"
         same = len(set(names.values())) == 1
-        said = names[few] if same else ", ".join(f"{r}: {n}" for r, n in reversed(names.items()))
+        said = (
+            names[small_m] if same else ", ".join(f"{r}: {n}" for r, n in reversed(names.items()))
+        )
         result.append(f"{precision}: {said}")
     return result
 
@@ -373,12 +379,12 @@ def list_backends(device: torch.device | str | None = None) -> list[BackendStatu
     problem = Problem("linear", _default(device), torch.bfloat16)
     result = []
     for backend in BACKENDS:
-        precision = "fast" if backend.steps else "exact"
+        precision = "fast" if backend.input_form else "exact"
         asked = replace(problem, precision=precision)
         if backend in _automatic(problem.device):
-            reason = _refusal(backend, asked) or ""
+            reason = _unsupported_reason(backend, asked) or ""
         else:  # not tested: what nobody named does not run
-            reason = backend.refuse(asked) or _NOT_AUTOMATIC
+            reason = backend.unsupported_reason(asked) or _NOT_AUTOMATIC
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
     return result
 

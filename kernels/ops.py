@@ -1,7 +1,7 @@
 """The public functions, each a registered torch op with a fake, so torch.compile can keep them.
 
 Registered with `torch.library.Library`: a call costs 3.5 us where a `custom_op` costs 6 to 11.
-The ops look at shapes and dtypes, never at values: no synchronisation, no data-dependent error.
+The ops look at shapes and dtypes, never at values: no synchronization, no data-dependent error.
 Whether a weight is finite is for its owner to check.
 """
 
@@ -13,7 +13,8 @@ import torch
 
 from . import layout
 from .backends import fp8_rowwise
-from .dispatch import PRECISIONS, choose, named, steps
+from .dispatch import PRECISIONS, choose, named
+from .dispatch import input_form as _input_form
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DATA = (torch.float8_e4m3fn, torch.uint8)
@@ -40,8 +41,8 @@ _lib.define(
     "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt rows, SymInt cols, "
     "str precision) -> Tensor"
 )
-_lib.define("fold_rows(Tensor qdata, Tensor scale) -> (Tensor, Tensor)")
-_lib.define("quantize_tokens(Tensor x) -> (Tensor, Tensor)")
+_lib.define("to_rowwise(Tensor qdata, Tensor scale) -> (Tensor, Tensor)")
+_lib.define("quantize_rowwise(Tensor x) -> (Tensor, Tensor)")
 _lib.define(
     "scaled_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
     "ScalarType dtype, SymInt columns) -> Tensor"
@@ -54,7 +55,7 @@ _ops = getattr(torch.ops, NAMESPACE)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a matrix to MXFP8, blocks of 32 along K, from the precision it has.
+    """Quantize a matrix to MXFP8, blocks of 32 along K, from the precision it has.
 
     Args:
         x: [M, K], float32, float16 or bfloat16, any strides.
@@ -74,7 +75,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def check_quantizable(x: torch.Tensor) -> None:
     """Raise ValueError unless x is a matrix of a dtype that `quantize` takes."""
     if x.ndim != 2:
-        raise ValueError(f"MXFP8 quantises matrices; x has shape {list(x.shape)}")
+        raise ValueError(f"MXFP8 quantizes matrices; x has shape {list(x.shape)}")
     _check_dtype("x", x, FLOATS)
 
 
@@ -95,11 +96,11 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
     """
     rows, cols = _check_matrix(qdata, scale, shape)
     if dtype not in FLOATS:
-        raise ValueError(f"MXFP8 dequantises to float32, float16 or bfloat16, not {dtype}")
+        raise ValueError(f"MXFP8 dequantizes to float32, float16 or bfloat16, not {dtype}")
     return _ops.dequantize(qdata.contiguous(), scale.contiguous(), dtype, rows, cols)
 
 
-def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewrite an MXFP8 weight as E4M3 with one scale per row, as `linear` takes it (`row_fold`).
 
     Args:
@@ -112,11 +113,19 @@ def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: shapes or dtypes that do not belong together.
     """
     _check_matrix(qdata, scale, None)
-    return _ops.fold_rows(qdata.contiguous(), scale.contiguous())
+    return _ops.to_rowwise(qdata.contiguous(), scale.contiguous())
 
 
 def linear(
-    x, qdata, scale, bias=None, *, shape=None, precision: str = "auto", folded=None, tokens=None
+    x,
+    qdata,
+    scale,
+    bias=None,
+    *,
+    shape=None,
+    precision: str = "auto",
+    prepared_weight=None,
+    quantized_input=None,
 ) -> torch.Tensor:
     """x @ W.T + bias with an MXFP8 weight.
 
@@ -126,9 +135,9 @@ def linear(
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
         precision: "exact", "fast" or "auto" (see `dispatch`).
-        folded: what `fold_rows` made of this weight, to spare folding it again where
-            `steps_here` says "rows".
-        tokens: what `quantize_activations` made of x, likewise.
+        folded: what `to_rowwise` made of this weight, to spare folding it again where
+            `input_form` says "rows".
+        tokens: what `quantize_input` made of x, likewise.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias.
@@ -151,15 +160,17 @@ def linear(
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     qdata, scale = qdata.contiguous(), scale.contiguous()  # which they nearly always are
     bias = None if bias is None else bias.contiguous()
-    found = None if _needs_grad(x, bias) else _steps(x, precision)
+    found = None if _needs_grad(x, bias) else _path(x, precision)
     if found is None:
         return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
     kind, backend = found
-    codes, token_scale = quantize_activations(x, kind) if tokens is None else tokens
+    codes, token_scale = quantize_input(x, kind) if quantized_input is None else quantized_input
     if bias is not None:
         bias = bias.to(x.dtype)
-    if kind == "rows":
-        weight, row_scale = _ops.fold_rows(qdata, scale) if folded is None else folded
+    if kind == "rowwise":
+        weight, row_scale = (
+            _ops.to_rowwise(qdata, scale) if prepared_weight is None else prepared_weight
+        )
         out = _ops.scaled_matmul(codes, token_scale, weight, row_scale, bias, x.dtype, rows)
     else:
         M = math.prod(x.shape[:-1])
@@ -169,30 +180,30 @@ def linear(
     return out.reshape(*x.shape[:-1], rows)
 
 
-def quantize_activations(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise x once for several `linear` that take it.
+def quantize_input(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize x once for several `linear` that take it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        kind: what `steps_here` says of x.
+        kind: what `input_form` says of x.
 
     Returns:
         "rows": (codes, scale), float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M];
         "blocks": as `quantize` of x as [M, K].
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _ops.quantize_tokens(flat) if kind == "rows" else _ops.quantize(flat)
+    return _ops.quantize_rowwise(flat) if kind == "rowwise" else _ops.quantize(flat)
 
 
-def steps_here(x: torch.Tensor, precision: str) -> str | None:
-    """Whether `linear` of this x quantises it, in "rows" or "blocks", or None."""
-    found = _steps(x, precision)
+def input_form(x: torch.Tensor, precision: str) -> str | None:
+    """Whether `linear` of this x quantizes it, in "rows" or "blocks", or None."""
+    found = _path(x, precision)
     return found and found[0]
 
 
-def _steps(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
-    found = None if precision == "exact" else steps(x.device, x.dtype, precision)
-    if found is None or math.prod(x.shape[:-1]) <= fp8_rowwise.FEW_ROWS:
+def _path(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
+    found = None if precision == "exact" else _input_form(x.device, x.dtype, precision)
+    if found is None or math.prod(x.shape[:-1]) <= fp8_rowwise.SMALL_M:
         return None
     return found
 
@@ -248,12 +259,12 @@ def _linear_fake(x, qdata, scale, bias, rows, cols, precision):
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _fold_rows_fake(qdata, scale):
+def _to_rowwise_fake(qdata, scale):
     row_scale = qdata.new_empty(qdata.shape[0], dtype=torch.float32)
     return torch.empty_like(qdata, dtype=torch.float8_e4m3fn), row_scale
 
 
-def _quantize_tokens_fake(x):
+def _quantize_rowwise_fake(x):
     stored = layout.round_up(x.shape[1], layout.BLOCK)
     codes = x.new_empty((x.shape[0], stored), dtype=torch.float8_e4m3fn)
     return codes, x.new_empty(x.shape[0], dtype=torch.float32)
@@ -278,7 +289,7 @@ def _linear_setup_context(ctx, inputs, output):
 
 
 def _linear_backward(ctx, grad):
-    """Straight through the quantisation of x: d/dx is W, d/dbias is 1; W is fixed."""
+    """Straight through the quantization of x: d/dx is W, d/dbias is 1; W is fixed."""
     qdata, scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -293,8 +304,8 @@ for _name, _kernel, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("linear", _linear, _linear_fake),
-    ("fold_rows", fp8_rowwise.fold_rows, _fold_rows_fake),
-    ("quantize_tokens", fp8_rowwise.quantize_tokens, _quantize_tokens_fake),
+    ("to_rowwise", fp8_rowwise.to_rowwise, _to_rowwise_fake),
+    ("quantize_rowwise", fp8_rowwise.quantize_rowwise, _quantize_rowwise_fake),
     ("scaled_matmul", fp8_rowwise.scaled_matmul, _scaled_matmul_fake),
     ("block_matmul", _block_matmul, _block_matmul_fake),
 ):

@@ -61,18 +61,18 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @_tested
 def exact(device: torch.device) -> str | None:
-    """Of Triton's quantise, dequantise and linear."""
+    """Of Triton's quantize, dequantize and linear."""
     triton_cast = import_module(".backends.triton.cast", __package__)
     weight = _numbers(ROWS, COLUMNS, 0)
     qdata, scale = reference.quantize(weight)
     got = triton_cast.quantize(weight.to(device))
     pairs = zip(got, (qdata, scale), strict=True)
     if not all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
-        return "it quantises wrongly"
+        return "it quantizes wrongly"
     stored = qdata.to(device), scale.to(device)
     got = triton_cast.dequantize(*stored, torch.float32, ROWS, COLUMNS)
     if not torch.equal(got.cpu(), reference.dequantize(qdata, scale, torch.float32, ROWS, COLUMNS)):
-        return "it dequantises wrongly"
+        return "it dequantizes wrongly"
     linear = import_module(".backends.triton.exact", __package__).linear
     plain = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     qdata, scale = reference.quantize(plain)
@@ -110,12 +110,12 @@ def blocks(matmul: Callable) -> Callable[[torch.device], str | None]:
 
 @_tested
 def fast(device: torch.device) -> str | None:
-    """Of the row fold, the quantiser of activations and the FP8 matmul."""
+    """Of the row fold, the quantizer of activations and the FP8 matmul."""
     x, weight, bias = _normal()
     qdata, scale = reference.quantize(weight)
     stored = qdata.to(device), scale.to(device)
-    folded = fp8_rowwise.fold_rows(*stored)
-    for got, wanted in zip(folded, reference.fold_rows(qdata, scale), strict=True):
+    folded = fp8_rowwise.to_rowwise(*stored)
+    for got, wanted in zip(folded, reference.to_rowwise(qdata, scale), strict=True):
         if not torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)):
             return "it folds rows wrongly"
     for dtype in _DTYPES:

@@ -16,20 +16,20 @@ from .layout import BLOCK
 _SLAB = 1 << 22  # values compared at a time: 32 MB of float64
 
 
-def quantize_measured(x: torch.Tensor):
-    """Quantise and measure in one go, in one pass where plain torch is the backend that runs.
+def quantize_and_measure(x: torch.Tensor):
+    """Quantize and measure in one go, in one pass where plain torch is the backend that runs.
 
     Args:
         x: [M, K], as for `quantize`.
 
     Returns:
         (qdata, scale, signal, noise): as `quantize` returns them, and float64 [M, K'/32] sums of
-        x**2 and of (dequantised - x)**2 on the CPU; not finite in blocks with NaN or Inf.
+        x**2 and of (dequantized - x)**2 on the CPU; not finite in blocks with NaN or Inf.
     """
     ops.check_quantizable(x)
     if choose("quantize", x)[0].quantize is not eager.quantize:
         qdata, scale = ops.quantize(x)
-        return qdata, scale, *(energy.cpu() for energy in block_energy(x, qdata, scale))
+        return qdata, scale, *(energy.cpu() for energy in signal_and_noise(x, qdata, scale))
     rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
     energy = [torch.empty(rows, blocks, device=x.device) for _ in range(2)]
     qdata, scale = eager.quantize(x, energy)
@@ -38,7 +38,7 @@ def quantize_measured(x: torch.Tensor):
     return qdata, scale, *(part.cpu().double().mul_(unit) for part in energy)
 
 
-def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Signal and noise of stored data against the matrix it came from.
 
     Args:
@@ -64,7 +64,7 @@ def block_energy(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Ten
     return signal, noise
 
 
-def fold_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
+def rowwise_error_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
     """How much folding changes a weight at most, from its scales alone (`row_fold`).
 
     Folding shifts the codes of a block whose scale is 2**d below the largest of its row, and rounds

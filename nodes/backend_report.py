@@ -16,11 +16,11 @@ from .runtime.describe import describe, load, measure
 logger = logging.getLogger(__name__)
 
 
-class MXFP8Passport(io.ComfyNode):
+class MXFP8BackendReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8Passport",
+            node_id="MXFP8BackendReport",
             display_name="Passport (MXFP8)",
             category=CATEGORY,
             description=(

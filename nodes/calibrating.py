@@ -25,7 +25,7 @@ from comfy_api.latest import io
 
 from ..quant.container.header import quoted
 from ..quant.conversion import calibration
-from ..quant.conversion.calibration import Calibration, Moments, StoredMoments, Sum
+from ..quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
 from ..quant.conversion.convert import plan_source
 from ..quant.format import WEIGHT
 from ..quant.memory import is_out_of_memory
@@ -106,7 +106,7 @@ class MXFP8Calibrate(io.ComfyNode):
         source = ModelSource(model)
         if source.quantized:
             raise ValueError(
-                f"this {source.name} is quantised already; calibrate the BF16, FP16 or FP32 "
+                f"this {source.name} is quantized already; calibrate the BF16, FP16 or FP32 "
                 "original"
             )
         plan = plan_source(
@@ -235,14 +235,14 @@ class _Progress:
 
 def _gather_all(
     patcher, groups: list[dict[str, int]], sample, progress: _Progress
-) -> tuple[dict[str, Moments | StoredMoments], dict[str, Sum]]:
+) -> tuple[dict[str, Moments | StoredMoments], dict[str, HessianAccumulator]]:
     """Moments of all groups, by layer, and the sums that they were taken from.
 
     Raises:
         MemoryError: it did not suffice; what was gathered is free again, and so is the model.
     """
     layers: dict[str, Moments | StoredMoments] = {}
-    sums = {name: Sum() for group in groups for name in group}
+    sums = {name: HessianAccumulator() for group in groups for name in group}
     try:
         for group in groups:
             found = _gather(patcher, group, {n: sums[n] for n in group}, sample, progress)
@@ -263,7 +263,11 @@ def _gather_all(
 
 
 def _gather(
-    patcher, widths: dict[str, int], sums: dict[str, Sum], sample, progress: _Progress
+    patcher,
+    widths: dict[str, int],
+    sums: dict[str, HessianAccumulator],
+    sample,
+    progress: _Progress,
 ) -> dict[str, Moments]:
     """Moments of these layers while `sample` runs a clone of the model.
 
@@ -283,7 +287,7 @@ def _gather(
     return {name: moments for name, moments in found.items() if moments}
 
 
-def _watched(patcher, sums: dict[str, Sum], progress: _Progress):
+def _watched(patcher, sums: dict[str, HessianAccumulator], progress: _Progress):
     """A clone of a ModelPatcher whose layers note what they are given."""
     clone = patcher.clone()
     for name, one in sums.items():
@@ -300,7 +304,7 @@ def _watched(patcher, sums: dict[str, Sum], progress: _Progress):
     return clone
 
 
-def _noting(forward, found: Sum, progress: _Progress):
+def _noting(forward, found: HessianAccumulator, progress: _Progress):
     def note(x: torch.Tensor, *args, **options):
         if not found.closed:
             progress.layer()
@@ -325,7 +329,7 @@ def _check_interrupt(*_) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _result(layers, sums: dict[str, Sum], progress: _Progress) -> str:
+def _result(layers, sums: dict[str, HessianAccumulator], progress: _Progress) -> str:
     rows = min(moments.rows for moments in layers.values())
     took = duration(progress.seconds)
     lines = [progress.plan, f"{_counted(len(layers), 'layer')}, {rows} rows at least, in {took}"]

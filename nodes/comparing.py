@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
-from ..quant.reports.comparison import KEY, VERSION, Certificate, Setting, mean_of
+from ..quant.reports.comparison import KEY, VERSION, Comparison, Setting, mean_of
 from ..quant.version import version
 from .host.progress import Progress, show
 from .loading import CATEGORY
@@ -21,7 +21,7 @@ from .models.paired_sampling import Paired, Settings, check_pair
 
 logger = logging.getLogger(__name__)
 
-CertificateType = io.Custom("MXFP8_CERTIFICATE")
+ComparisonType = io.Custom("MXFP8_COMPARISON")
 _FEWEST = 4  # seeds; an interval over fewer says nothing
 
 
@@ -74,7 +74,7 @@ class MXFP8Compare(io.ComfyNode):
                 ),
                 io.String.Output(display_name="summary", tooltip="The result in words."),
                 io.String.Output(display_name="json", tooltip="Every seed and step: JSON."),
-                CertificateType.Output(display_name="certificate", tooltip="For Save Model."),
+                ComparisonType.Output(display_name="certificate", tooltip="For Save Model."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -92,7 +92,7 @@ class MXFP8Compare(io.ComfyNode):
         decode = None if vae is None else _decoder(vae)
         paired = Paired(reference, model, settings, decode, Progress(cls, rate=False))
         paired.run([(first_seed + number) % 2**64 for number in range(seeds)])
-        found = certify(paired, settings, model)
+        found = compare(paired, settings, model)
         summary, text = found.summary(), found.to_json()
         logger.info("MXFP8: %s", summary)
         show(cls, summary)
@@ -104,7 +104,7 @@ class MXFP8Compare(io.ComfyNode):
         )  # fmt: skip
 
 
-def certify(paired: Paired, settings: Settings, patcher) -> Certificate:
+def compare(paired: Paired, settings: Settings, patcher) -> Comparison:
     """What came of a comparison that has run."""
     reference, model = paired.sides
     device = patcher.load_device
@@ -115,7 +115,7 @@ def certify(paired: Paired, settings: Settings, patcher) -> Certificate:
         notes.append("peak memory is torch's count; dynamic VRAM may hold weights beside it")
     if paired.floor() is None:
         notes.append("no noise floor was measured: the reference's output cannot be compared")
-    return Certificate(
+    return Comparison(
         reference=reference,
         model=model,
         setting=Setting(
@@ -142,7 +142,7 @@ def certify(paired: Paired, settings: Settings, patcher) -> Certificate:
     )
 
 
-def check_certificate(certificate, patcher_fingerprint: str | None) -> None:
+def check_comparison(comparison, patcher_fingerprint: str | None) -> None:
     """Check that a certificate was measured on these weights.
 
     Raises:
@@ -153,7 +153,7 @@ def check_certificate(certificate, patcher_fingerprint: str | None) -> None:
             "a certificate belongs to MXFP8 layers as they are; this model has none, or LoRAs or "
             "patches on it that saving bakes in. Save it, load that file, and compare that"
         )
-    if certificate.model.fingerprint != patcher_fingerprint:
+    if comparison.model.fingerprint != patcher_fingerprint:
         raise ValueError(
             f"this {KEY} (version {VERSION}) was measured on other weights; connect the model that "
             "was compared"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .backend_report import MXFP8Passport
+from .backend_report import MXFP8BackendReport
 from .calibrating import MXFP8Calibrate
 from .calibration_files import MXFP8LoadCalibration, MXFP8SaveCalibration
 from .comparing import MXFP8Compare
@@ -35,7 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8ConvertFile,
     MXFP8RepairFile,
     MXFP8Inspect,
-    MXFP8Passport,
+    MXFP8BackendReport,
 ]
 
 

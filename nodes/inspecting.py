@@ -126,13 +126,13 @@ def _summary_of_file(found: Inspection) -> str:
 def _summary_of_model(found: Inspection) -> str:
     return "\n".join([
         f"{found.file}: {gigabytes(found.bytes)} in memory",
-        *(found.counted() or ["no layer is quantised"]),
+        *(found.counted() or ["no layer is quantized"]),
         f"MXFP8 {gigabytes(found.mxfp8_bytes)}, everything else {gigabytes(found.other_bytes)}",
         *_kept(found),
     ])  # fmt: skip
 
 
 def _kept(found: Inspection) -> list[str]:
-    """How many 2-D weights are not quantised, by the reason."""
+    """How many 2-D weights are not quantized, by the reason."""
     reasons = Counter(layer.reason for layer in found.layers if layer.decision == KEPT)
     return [f"kept: {count} matrices, {reason}" for reason, count in reasons.most_common()]

@@ -34,8 +34,8 @@ def precision_input() -> io.Combo.Input:
         options=list(PRECISIONS),
         default="auto",
         tooltip=(
-            "exact: stored weights times unquantised activations. "
-            "fast: activations are quantised too, for tensor cores that multiply 8-bit values. "
+            "exact: stored weights times unquantized activations. "
+            "fast: activations are quantized too, for tensor cores that multiply 8-bit values. "
             "auto: fast where the GPU has them (RTX 40 and later, H100), else exact. "
             "Layers that the file marks as full precision are always exact."
         ),
@@ -185,7 +185,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             description=(
                 "Loads one to four text encoder files as the stock CLIP loaders pair them, and "
                 "runs their MXFP8 layers exactly. Activations of text encoders are never "
-                "quantised, as in stock ComfyUI.\n"
+                "quantized, as in stock ComfyUI.\n"
                 "One file:\n" + _recipes(comfy_nodes.CLIPLoader) + "\n"
                 "Two files:\n" + _recipes(comfy_nodes.DualCLIPLoader) + "\n"
                 "Three files: sd3 (clip-l, clip-g, t5). "
@@ -302,7 +302,7 @@ class MXFP8AccelerateTextEncoder(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Takes a text encoder from any loader and runs its MXFP8 layers on our kernels. "
-                "Activations are never quantised."
+                "Activations are never quantized."
             ),
             search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
             inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],

@@ -41,13 +41,13 @@ class MXFP8QuantizeModel(io.ComfyNode):
             display_name="Quantize Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Quantises a BF16, FP16 or FP32 diffusion model to MXFP8: half the size, nearly "
+                "Quantizes a BF16, FP16 or FP32 diffusion model to MXFP8: half the size, nearly "
                 "the same output. LoRAs on it are baked in at full precision first. The input "
                 "model stays as it is."
             ),
-            search_aliases=["mxfp8", "quantize", "quantise", "compress", "fp8", "convert model"],
+            search_aliases=["mxfp8", "quantize", "quantize", "compress", "fp8", "convert model"],
             inputs=[
-                io.Model.Input("model", tooltip="A model that is not quantised yet."),
+                io.Model.Input("model", tooltip="A model that is not quantized yet."),
                 *selection_inputs(),
                 precision_input(),
                 calibration_input(),
@@ -81,7 +81,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 "Converts a safetensors model file to MXFP8, without loading the model. The new "
                 "file lies beside its source, is verified, and loads in stock ComfyUI too."
             ),
-            search_aliases=["mxfp8", "convert", "quantize file", "quantise"],
+            search_aliases=["mxfp8", "convert", "quantize file", "quantize"],
             inputs=[
                 io.Combo.Input(
                     "source",
@@ -146,7 +146,7 @@ def output(node: type[io.ComfyNode], report: Report, runs: str, *values) -> io.N
 
 
 def device() -> str:
-    """Where to quantise: on the device that ComfyUI was told to use, if it has float8."""
+    """Where to quantize: on the device that ComfyUI was told to use, if it has float8."""
     chosen = comfy.model_management.get_torch_device()
     return "cpu" if chosen.type == "mps" else str(chosen)
 
@@ -165,8 +165,8 @@ def quantize_model(
     if source.quantized:
         name, module = next(iter(source.quantized.items()))
         raise ValueError(
-            f"this {source.name} is quantised already ({name!r} is {module.quant_format}); "
-            "quantise the BF16, FP16 or FP32 original"
+            f"this {source.name} is quantized already ({name!r} is {module.quant_format}); "
+            "quantize the BF16, FP16 or FP32 original"
         )
     plan = plan_source(
         source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear

@@ -19,7 +19,7 @@ from ..quant.progress import VERIFY, Meter
 from ..quant.reports.conversion import Report, gigabytes
 from ..quant.reports.metadata import CERTIFICATE, REPORT, check_size, note_on_seeds
 from ..quant.sources.file import HEADER_DTYPES, as_bytes
-from .comparing import CertificateType, check_certificate
+from .comparing import ComparisonType, check_comparison
 from .host import filenames, paths
 from .host.progress import Progress, show
 from .loading import CATEGORY
@@ -55,7 +55,7 @@ class MXFP8SaveModel(io.ComfyNode):
                         "up in the model loaders."
                     ),
                 ),
-                CertificateType.Input(
+                ComparisonType.Input(
                     "certificate",
                     optional=True,
                     tooltip=(
@@ -76,16 +76,16 @@ class MXFP8SaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, certificate=None, report=None) -> io.NodeOutput:
+    def execute(cls, model, filename_prefix, comparison=None, report=None) -> io.NodeOutput:
         report = Report.from_json(report) if report else None
         metadata = {
             **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
-            **_provenance(model, certificate, report),
+            **_provenance(model, comparison, report),
         }
         with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {gigabytes(size)}"
-        if note := note_on_seeds(report, certificate):
+        if note := note_on_seeds(report, comparison):
             logger.warning("MXFP8: the certificate in %s was %s", path.name, note)
             text += f"\nWARNING: the certificate was {note}"
         show(cls, text)
@@ -100,7 +100,7 @@ def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
     return {**metadata, **{k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}}
 
 
-def _provenance(patcher, certificate, report: Report | None) -> dict[str, str]:
+def _provenance(patcher, comparison, report: Report | None) -> dict[str, str]:
     """What the file says of how it was made, and of how near it is to the original.
 
     Raises:
@@ -108,9 +108,9 @@ def _provenance(patcher, certificate, report: Report | None) -> dict[str, str]:
             one of them is too long for a header.
     """
     metadata = {}
-    if certificate is not None:
-        check_certificate(certificate, fingerprints.of_mxfp8(patcher))
-        metadata[CERTIFICATE] = certificate.to_json(indent=None)
+    if comparison is not None:
+        check_comparison(comparison, fingerprints.of_mxfp8(patcher))
+        metadata[CERTIFICATE] = comparison.to_json(indent=None)
     if report is not None:
         _check_report(patcher, report)
         data = json.loads(report.to_json())
@@ -129,7 +129,7 @@ def _check_report(patcher, report: Report) -> None:
     if fingerprints.is_patched(patcher):
         raise ValueError(
             "LoRAs or patches were put on this model after the report was made; disconnect report, "
-            "or quantise the original again with the LoRAs on it"
+            "or quantize the original again with the LoRAs on it"
         )
     found = {
         format.bare(fingerprints.plain(name)): layout.padded_shape(*module.weight.shape)
@@ -211,7 +211,7 @@ def _marker(module) -> dict:
 
 
 def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, torch.Tensor]:
-    """The tensors of one quantised layer, LoRAs baked in."""
+    """The tensors of one quantized layer, LoRAs baked in."""
     weight = source.weight(name)  # float32 if patches change it
     original = source.original(f"{PREFIX}{name}{WEIGHT}")
     if module.quant_format != "mxfp8":

@@ -16,7 +16,7 @@ def selection_inputs() -> list[io.Input]:
             default=policy.AUTO,
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "
-                "keys show, which suits Z-Image-Turbo too; none: quantise every linear; "
+                "keys show, which suits Z-Image-Turbo too; none: quantize every linear; "
                 "zimage-turbo: the recipe of the Z-Image-Turbo-MXFP8 model card, which keeps more."
             ),
         ),
@@ -25,7 +25,7 @@ def selection_inputs() -> list[io.Input]:
             default="",
             optional=True,
             advanced=True,
-            tooltip="Regular expression: quantise keys it finds, even if the preset keeps them.",
+            tooltip="Regular expression: quantize keys it finds, even if the preset keeps them.",
         ),
         io.String.Input(
             "exclude",

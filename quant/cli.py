@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RE",
         type=_expression,
         action="append",
-        help="quantise keys this finds, even if the preset keeps them; may be repeated",
+        help="quantize keys this finds, even if the preset keeps them; may be repeated",
     )
     convert.add_argument(
         "--exclude",
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--device",
         metavar="NAME",
-        help="where to quantise: cpu, cuda, cuda:1, ...; default: the accelerator, if there is one",
+        help="where to quantize: cpu, cuda, cuda:1, ...; default: the accelerator, if there is one",
     )
     convert.add_argument(
         "--calibration",
@@ -300,7 +300,7 @@ def _dry_run(arguments, options: dict) -> int:
         print(f"{verdict}  {decision.key}  {decision.dtype} {shape}  {decision.reason}")
     print(
         f"\n{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
-        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognised'})"
+        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognized'})"
     )
     return 0
 
@@ -387,14 +387,14 @@ def _probe(arguments) -> int:
 
 
 def _backends(arguments) -> int:
-    from ..kernels import choices, list_backends, machine
+    from ..kernels import describe_paths, list_backends, machine
 
     print(machine())
     print("\nBackends, in order of preference:")
     for status in list_backends():
         print(f"  {status}")
     print("\nA linear runs, at precision")
-    for choice in choices():
+    for choice in describe_paths():
         print(f"  {choice}")
     return 0
 

@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def full_precision(self) -> bool:
-        """Whether the file asks never to quantise this layer's activations."""
+        """Whether the file asks never to quantize this layer's activations."""
         return bool(self.conf.get("full_precision_matrix_mult", False))
 
 
@@ -282,7 +282,7 @@ def _check_group(where: str, conf: Mapping) -> None:
 
 
 def marker(shape: tuple[int, int], dtype: str) -> dict:
-    """The marker of a layer quantised from an [N, K] tensor of a header dtype ("BF16", ...)."""
+    """The marker of a layer quantized from an [N, K] tensor of a header dtype ("BF16", ...)."""
     return {
         "format": MXFP8,
         "group_size": layout.BLOCK,

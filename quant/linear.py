@@ -39,7 +39,7 @@ class MXFP8Linear(nn.Module):
     Args:
         precision: "auto", "exact" or "fast", as for `kernels.linear`. A marker that asks for full
             precision makes it exact.
-        dtype: of the weight before it was quantised, for the marker, and of the bias.
+        dtype: of the weight before it was quantized, for the marker, and of the bias.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MXFP8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, precision: str = "auto") -> MXFP8Linear:
-        """Quantise an nn.Linear, rounding to nearest.
+        """Quantize an nn.Linear, rounding to nearest.
 
         Raises:
             ValueError: its weight holds NaN or Inf.
@@ -130,7 +130,7 @@ def quantize_linears(
     """Replace the nn.Linear layers inside a module by their MXFP8 twins, in place.
 
     Args:
-        select: (name, layer) -> whether to quantise it.
+        select: (name, layer) -> whether to quantize it.
 
     Returns:
         The names of the layers replaced.

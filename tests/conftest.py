@@ -46,11 +46,13 @@ def prefer(monkeypatch, forget):
     """prefer(name, **changes): the backend that takes fast linears of many rows on the CPU."""
 
     def insert(name: str, **changes) -> None:
-        def refuse(problem):
-            fits = problem.op == "linear" and problem.precision == "fast" and not problem.few
+        def unsupported_reason(problem):
+            fits = problem.op == "linear" and problem.precision == "fast" and not problem.small_m
             return None if fits else "no"
 
-        record = dispatch.replace(dispatch.named(name), refuse=refuse, test=None, **changes)
+        record = dispatch.replace(
+            dispatch.named(name), unsupported_reason=unsupported_reason, test=None, **changes
+        )
         others = tuple(b for b in dispatch.BACKENDS if b.name != name)
         monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
         forget()
@@ -64,7 +66,7 @@ def card(monkeypatch, forget):
 
     def insert(capability, triton=None, platform="linux", torch_runs=True):
         monkeypatch.setattr(device_facts, "capability", lambda device: capability)
-        monkeypatch.setattr(device_facts, "refusal", lambda: triton)
+        monkeypatch.setattr(device_facts, "triton_unsupported_reason", lambda: triton)
         monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
         monkeypatch.setattr("sys.platform", platform)
         monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: torch_runs)

@@ -2,7 +2,7 @@
  * Bars as SVG: one column a row, an axis beside them that stays while they scroll, and both in one
  * picture for saving.
  *
- * Colours are variables with the values of the page's theme; `picture` writes those out, since a
+ * Colors are variables with the values of the page's theme; `picture` writes those out, since a
  * saved picture has no page around it. The palette has at least 3:1 contrast on #f5f5f5 and on #222.
  */
 
@@ -34,8 +34,8 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Group -> colour, the same for every order and filter of the rows. */
-export function colours(rows) {
+/** Group -> color, the same for every order and filter of the rows. */
+export function colors(rows) {
   let next = 0;
   return new Map(
     groups(rows).map(([name]) => [name, name === "kept" ? GREY : PALETTE[next++ % PALETTE.length]]),
@@ -72,7 +72,7 @@ export function axis(measure, { low, high, threshold, height, y }) {
  * The bars: a list of options of which one can be chosen.
  *
  * @param {object[]} rows in the order to draw them
- * @param {Map<string, string>} palette from `colours`
+ * @param {Map<string, string>} palette from `colors`
  * @param {number} width in px; grows where bars would become thinner than 3 px
  */
 export function bars(rows, measure, at, palette, width) {
@@ -131,7 +131,7 @@ export function wrap(text, most) {
   });
 }
 
-/** Title, colours, axis and bars in one SVG text, its theme's colours written out. */
+/** Title, colors, axis and bars in one SVG text, its theme's colors written out. */
 export function picture(title, { axis, bars, palette }, theme) {
   const width = Math.max(AXIS + Number(bars.getAttribute("width")) + 8, 480);
   const lines = wrap(title, Math.floor((width - 16) / 6.5)); // px of a character, roughly
@@ -146,9 +146,9 @@ export function picture(title, { axis, bars, palette }, theme) {
     ...lines.map((line, i) => text(line, 8, 18 * (i + 1))),
   );
   let x = 8;
-  for (const [name, colour] of palette) {
+  for (const [name, color] of palette) {
     const y = 18 * (lines.length + 1);
-    svg.append(element("rect", { x, y: y - 9, width: 9, height: 9, fill: colour }));
+    svg.append(element("rect", { x, y: y - 9, width: 9, height: 9, fill: color }));
     svg.append(text(name, x + 13, y));
     x += 28 + 6.5 * name.length;
   }

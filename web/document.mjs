@@ -9,7 +9,7 @@
 const KINDS = {
   mxfp8_report: "Conversion",
   mxfp8_inspection: "Inspection",
-  mxfp8_passport: "Passport",
+  mxfp8_backend_report: "Passport",
   mxfp8_certificate: "Comparison",
 };
 const VERSION = 1;

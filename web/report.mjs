@@ -185,7 +185,7 @@ export class ReportView {
     choices(this.part("[name=order]"), documents.orders(measure));
     this._drawn = this.rows;
     const at = charts.scale(all[measure.rows], measure, data, HEIGHT);
-    this._palette = charts.colours(all[measure.rows]);
+    this._palette = charts.colors(all[measure.rows]);
     const scroll = this.part(".scroll");
     this._width = scroll.clientWidth;
     this._axis = charts.axis(measure, at);
@@ -202,9 +202,9 @@ export class ReportView {
     this.part(".legend").replaceChildren(
       ...documents.groups(rows).map(([name, count]) => {
         const entry = document.createElement("div");
-        const colour = document.createElement("i");
-        colour.style.background = this._palette.get(name);
-        entry.append(colour, `${name} ${count}`);
+        const color = document.createElement("i");
+        color.style.background = this._palette.get(name);
+        entry.append(color, `${name} ${count}`);
         return entry;
       }),
     );

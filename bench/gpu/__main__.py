@@ -38,7 +38,7 @@ class Run:
     """One run of the script: what it has found, and how much time is left."""
 
     def __init__(self, arguments, device: torch.device):
-        from gpu.paths import STOCK, fast_refusal
+        from gpu.paths import STOCK, fast_unsupported_reason
 
         from mxfp8 import kernels
 
@@ -64,7 +64,7 @@ class Run:
             "left_out": [],
             "rows": [],
         }
-        refused = fast_refusal(device)
+        refused = fast_unsupported_reason(device)
         if refused is not None:
             self.result["left_out"].append(f"precision fast: {refused}")
 

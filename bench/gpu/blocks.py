@@ -3,7 +3,7 @@
 The linears, their shapes and what is around them are those of the models; weights are random.
 Z-Image keeps its modulation in BF16, as its preset for conversion does. Time is that of eager mode,
 which ComfyUI runs; the error is against float32 with the original weights, so that it counts what
-quantising the weights costs too.
+quantizing the weights costs too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Linears:
         """Two linears that take the same input."""
         if not self.way.shares:
             return self(first, x), self(second, x)
-        tokens = kernels.quantize_activations(x, kernels.steps_here(x, "fast") or "rows")
+        tokens = kernels.quantize_input(x, kernels.input_form(x, "fast") or "rowwise")
         layers = (self.layers[name] for name in (first, second))
         return tuple(way.run(x, stored, bias, tokens) for way, stored, bias in layers)
 

@@ -32,7 +32,7 @@ class Ceilings:
         return nbytes / self.copy_bytes * 1e6
 
     def unpack(self, N: int, K: int) -> float:
-        """Dequantise, or quantise: read one, write the other."""
+        """Dequantize, or quantize: read one, write the other."""
         return self.moved(N * K * (2 + _FP8_BYTES))
 
     def fold(self, N: int, K: int) -> float:
@@ -50,9 +50,9 @@ class Ceilings:
         moved = self.moved(element * (M * K + N * K) + 2 * M * N)
         return max(moved, 2 * M * N * K / rate * 1e6)
 
-    def exact(self, M: int, N: int, K: int, few: bool) -> float:
+    def exact(self, M: int, N: int, K: int, small_m: bool) -> float:
         """Few rows: the packed weight is read once. Many: it is unpacked, then multiplied."""
-        if few:
+        if small_m:
             moved = self.moved(N * K * _FP8_BYTES + 2 * M * (K + N))
             return max(moved, 2 * M * N * K / self.bf16_flops * 1e6)
         return self.unpack(N, K) + self.matmul(M, N, K, 2)

@@ -1,6 +1,6 @@
 """Is every kernel right at real shapes? Against the oracle and wide arithmetic on the device.
 
-Casts, the fold and the token quantiser must give the bits of plain torch on the same device, on all
+Casts, the fold and the token quantizer must give the bits of plain torch on the same device, on all
 of a matrix, and of the oracle (`kernels/reference.py`, on the CPU) on its first and last rows.
 Products are held to float64 within a bound. Memory that results come to lie in is filled with NaN
 before, every product is computed twice, and data are fresh for every check.
@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from gpu.clock import reason
-from gpu.paths import block_backends, exact_weight, fast_refusal, relative
+from gpu.paths import block_backends, exact_weight, fast_unsupported_reason, relative
 from gpu.shapes import numbers, weight
 
 from mxfp8 import kernels
@@ -111,11 +111,11 @@ def checks(device: torch.device, quick: bool, shapes) -> Iterator[Check]:
             kind = str(dtype).removeprefix("torch.")
             yield Check(f"dequantize to {kind}", (N, K), partial(_dequantize, device, N, K, dtype))
             yield Check(f"quantize {kind}", (N, K), partial(_quantize, device, N, K, dtype))
-        if fast_refusal(device) is None:
-            yield Check("fold_rows", (N, K), partial(_fold, device, N, K))
+        if fast_unsupported_reason(device) is None:
+            yield Check("to_rowwise", (N, K), partial(_fold, device, N, K))
     yield from _tokens_checks(device, quick)
     yield from _exact_checks(device, quick)
-    if fast_refusal(device) is None:
+    if fast_unsupported_reason(device) is None:
         yield from _fast_checks(device, quick)
     yield from _block_checks(device, quick)
 
@@ -156,12 +156,12 @@ def _fold(device, N: int, K: int) -> str | None:
     code = _random_bytes(device, N, K).view(torch.float8_e4m3fn)
     scale = _random_bytes(device, *layout.scale_shape(N, K), seed=1)
     scale[: layout.TILE_ROWS] = scale[: layout.TILE_ROWS].remainder(24) + 100  # as weights have it
-    wanted = row_fold.fold_rows(code, scale)
+    wanted = row_fold.to_rowwise(code, scale)
     poison(device, *(t.nbytes for t in wanted))
-    found = fp8_rowwise.fold_rows(code, scale)
+    found = fp8_rowwise.to_rowwise(code, scale)
     wrong = next(filter(None, map(same_bits, found, wanted)), None)
     for r0, r1 in _slabs(N):
-        oracle = reference.fold_rows(code[r0:r1].cpu(), scale[r0:].cpu())
+        oracle = reference.to_rowwise(code[r0:r1].cpu(), scale[r0:].cpu())
         wrong = wrong or same_bits(found[0][r0:r1].cpu(), oracle[0])
         wrong = wrong or same_bits(found[1][r0:r1].cpu(), oracle[1])
     return wrong
@@ -175,16 +175,16 @@ def _tokens_checks(device, quick: bool) -> Iterator[Check]:
         dtypes = (torch.bfloat16, torch.float16, torch.float32) if at < 2 else (torch.bfloat16,)
         for dtype in dtypes:
             kind = str(dtype).removeprefix("torch.")
-            yield Check(f"quantize_tokens {kind}", (M, K), partial(_tokens, device, M, K, dtype))
+            yield Check(f"quantize_rowwise {kind}", (M, K), partial(_tokens, device, M, K, dtype))
 
 
 def _tokens(device, M: int, K: int, dtype) -> str | None:
     x = hard_values(device, M, K, dtype)
-    wanted = row_fold.quantize_tokens(x)
+    wanted = row_fold.quantize_rowwise(x)
     poison(device, *(t.nbytes for t in wanted))
-    found = fp8_rowwise.quantize_tokens(x)
+    found = fp8_rowwise.quantize_rowwise(x)
     wrong = next(filter(None, map(same_bits, found, wanted)), None)
-    oracle = reference.quantize_tokens(x[:_SLAB].cpu())
+    oracle = reference.quantize_rowwise(x[:_SLAB].cpu())
     for got, bits in zip(found, oracle, strict=True):
         wrong = wrong or same_bits(got[:_SLAB].cpu(), bits)
     return wrong
@@ -233,7 +233,9 @@ def _fast_checks(device, quick: bool) -> Iterator[Check]:
     products = {}
     if fp8_rowwise.torch_multiplies(device, torch.bfloat16):
         products["torch._scaled_mm"] = _by_torch
-    if device_facts.refusal() is None and (device.type == "cuda" or device_facts.interpreted()):
+    if device_facts.triton_unsupported_reason() is None and (
+        device.type == "cuda" or device_facts.interpreted()
+    ):
         products["triton"] = _by_triton
     if device.type != "cuda":
         products["plain torch"] = fp8_rowwise.scaled_matmul
@@ -321,8 +323,8 @@ def _product(device, M, N, K, product, biased: bool, padding: int = 0) -> str | 
     half of the last bit for each of these, and the rounding to BF16.
     """
     x, w = numbers(device, M, K, seed=M), weight(device, N, K, seed=M + 1)
-    a, a_scale = row_fold.quantize_tokens(x)
-    b, b_scale = row_fold.fold_rows(*eager.quantize(w))
+    a, a_scale = row_fold.quantize_rowwise(x)
+    b, b_scale = row_fold.to_rowwise(*eager.quantize(w))
     columns = N - padding
     bias = numbers(device, columns, seed=3) if biased else None
     wanted = (a.double() * a_scale.double()[:, None]) @ (b.double() * b_scale.double()[:, None]).t()

@@ -15,7 +15,7 @@ try:
     import comfy_kitchen
     from comfy_kitchen.backends.eager import quantization as kitchen
 
-    STOCK = "comfy-kitchen: unpacked in eager passes; from Blackwell on, quantised and multiplied"
+    STOCK = "comfy-kitchen: unpacked in eager passes; from Blackwell on, quantized and multiplied"
 except (ImportError, OSError, RuntimeError) as _error:
     kitchen = None
     STOCK = f"several eager passes written after comfy-kitchen's, which is not here ({_error})"
@@ -28,7 +28,7 @@ class Way:
     Attributes:
         precision: "exact" or "fast"; None for dense BF16.
         cached: whether the row fold is kept; None where there is none.
-        shares: whether linears that take one input quantise it once.
+        shares: whether linears that take one input quantize it once.
         by: the backend that is named; None: that which is chosen.
     """
 
@@ -72,7 +72,7 @@ def _stock(x, stored, bias):
 
 
 def _stock_in_blocks(x, stored, bias):
-    """Stock's way from Blackwell on: x is quantised for every linear, torch multiplies."""
+    """Stock's way from Blackwell on: x is quantized for every linear, torch multiplies."""
     flat = x.reshape(-1, x.shape[-1])
     tokens, (qdata, scale) = stock_quantize(flat), stored
     out = comfy_kitchen.scaled_mm_mxfp8(
@@ -83,7 +83,7 @@ def _stock_in_blocks(x, stored, bias):
 
 def _stock_multiplies(device: torch.device) -> bool:
     """Whether stock ComfyUI multiplies in MXFP8 here."""
-    return kitchen is not None and torch_mx.refuse(_fast_problem(device)) is None
+    return kitchen is not None and torch_mx.unsupported_reason(_fast_problem(device)) is None
 
 
 def _fast_problem(device: torch.device) -> dispatch.Problem:
@@ -97,8 +97,8 @@ def block_backends(device: torch.device) -> tuple[dict[str, Callable], dict[str,
     """
     runs, refused = {}, {}
     for record in dispatch.BACKENDS:
-        if record.steps == "blocks":
-            reason = dispatch._refusal(record, _fast_problem(device))
+        if record.input_form == "mxfp8":
+            reason = dispatch._unsupported_reason(record, _fast_problem(device))
             if reason is None:
                 runs[record.name] = record.matmul
             else:
@@ -122,13 +122,19 @@ def _exact(x, stored, bias):
 
 def _with_fold(weight):
     qdata, scale = kernels.quantize(weight)
-    return qdata, scale, kernels.fold_rows(qdata, scale)
+    return qdata, scale, kernels.to_rowwise(qdata, scale)
 
 
 def _fast(x, stored, bias, tokens=None):
     qdata, scale, *folded = stored
     return kernels.linear(
-        x, qdata, scale, bias, precision="fast", folded=folded[0] if folded else None, tokens=tokens
+        x,
+        qdata,
+        scale,
+        bias,
+        precision="fast",
+        prepared_weight=folded[0] if folded else None,
+        quantized_input=tokens,
     )
 
 
@@ -136,8 +142,8 @@ def _fast_in_torch(x, stored, bias, tokens=None):
     """Where no FP8 tensor cores are: the same three steps in plain torch, to try the script."""
     qdata, scale, *folded = stored
     flat = x.reshape(-1, x.shape[-1])
-    code, token_scale = fp8_rowwise.quantize_tokens(flat) if tokens is None else tokens
-    weight, row_scale = folded[0] if folded else fp8_rowwise.fold_rows(qdata, scale)
+    code, token_scale = fp8_rowwise.quantize_rowwise(flat) if tokens is None else tokens
+    weight, row_scale = folded[0] if folded else fp8_rowwise.to_rowwise(qdata, scale)
     out = fp8_rowwise.scaled_matmul(
         code, token_scale, weight, row_scale, bias, x.dtype, qdata.shape[0]
     )
@@ -153,9 +159,9 @@ def ways(device: torch.device) -> dict[str, Way]:
         ),
         "exact": Way(kernels.quantize, _exact, "exact"),
     }
-    if fast_refusal(device) is None:
-        here = dispatch.steps(device, torch.bfloat16, "fast")
-        if here and here[0] == "blocks":  # nothing is derived from a weight that could be kept
+    if fast_unsupported_reason(device) is None:
+        here = dispatch.input_form(device, torch.bfloat16, "fast")
+        if here and here[0] == "mxfp8":  # nothing is derived from a weight that could be kept
             found["fast"] = Way(kernels.quantize, _fast, "fast")
             found["fast shared"] = Way(kernels.quantize, _fast, "fast", shares=True)
             others = block_backends(device)[0].keys() - {here[1]}
@@ -168,9 +174,9 @@ def ways(device: torch.device) -> dict[str, Way]:
     return found
 
 
-def fast_refusal(device: torch.device) -> str | None:
+def fast_unsupported_reason(device: torch.device) -> str | None:
     """Why there is no fast linear to measure, or None. On a CPU plain torch stands in."""
-    if device.type != "cuda" or dispatch.steps(device, torch.bfloat16, "fast"):
+    if device.type != "cuda" or dispatch.input_form(device, torch.bfloat16, "fast"):
         return None
     reasons = [s.reason for s in kernels.list_backends(device) if s.name == "fp8"]
     return reasons[0] if reasons else "no backend folds"
@@ -182,7 +188,7 @@ def backend(device: torch.device, way: Way, rows: int) -> str:
         return way.by
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
     name = dispatch.choose("linear", probe, way.precision, rows)[0].name
-    if way.precision == "fast" and not dispatch.steps(device, torch.bfloat16, "fast"):
+    if way.precision == "fast" and not dispatch.input_form(device, torch.bfloat16, "fast"):
         name = "plain torch"
     return f"{name}, shared tokens" if way.shares else name
 

@@ -1,7 +1,7 @@
 """Times of every operation: dense BF16, stock ComfyUI's way, ours, and the roofline.
 
 A row's `error` is the relative error of the output against float64, with the stored weights and
-unquantised activations: of casts it is null, because their bits are checked instead.
+unquantized activations: of casts it is null, because their bits are checked instead.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Bench:
 
 
 def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
-    """Dequantise, quantise and fold a weight [N, K], and quantise as many tokens."""
+    """Dequantize, quantize and fold a weight [N, K], and quantize as many tokens."""
     count = bench.sets(N * K)
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
     packed = [kernels.quantize(w) for w in plain]
@@ -79,15 +79,15 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
         "stock dequantize": lambda i: stock_dequantize(*packed[i]),
         "quantize": lambda i: kernels.quantize(plain[i]),
         "stock quantize": lambda i: stock_quantize(plain[i]),
-        "fold_rows": lambda i: kernels.fold_rows(*packed[i]),
-        "quantize_tokens": lambda i: kernels.quantize_activations(plain[i], "rows"),
+        "to_rowwise": lambda i: kernels.to_rowwise(*packed[i]),
+        "quantize_rowwise": lambda i: kernels.quantize_input(plain[i], "rowwise"),
     }
     spent = bench.time(f"casts of {N} x {K}", runs, count)
     limits = {
         "dequantize": bench.ceilings.unpack(N, K),
         "quantize": bench.ceilings.unpack(N, K),
-        "fold_rows": bench.ceilings.fold(N, K),
-        "quantize_tokens": bench.ceilings.tokens(N, K),
+        "to_rowwise": bench.ceilings.fold(N, K),
+        "quantize_rowwise": bench.ceilings.tokens(N, K),
     }
     for op, limit in limits.items():
         if op in spent:
@@ -96,7 +96,7 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
                 name = dispatch.choose(op, packed[0][0] if op == "dequantize" else plain[0])[0].name
             stock = spent.get(f"stock {op}")
             # Tokens are rows of x [M, K]: as many as the weight has.
-            M, rows = (N, None) if op == "quantize_tokens" else (None, N)
+            M, rows = (N, None) if op == "quantize_rowwise" else (None, N)
             yield row(op, None, name, None, M, rows, K, spent[op], stock_us=stock,
                       roofline_us=limit)  # fmt: skip
 
@@ -106,11 +106,11 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
     count = bench.sets(N * K + 2 * M * K)
     xs = [numbers(bench.device, M, K, seed=seed) for seed in range(count)]
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
-    few = fp8_rowwise.FEW_ROWS >= M
+    small_m = fp8_rowwise.SMALL_M >= M
     chosen = {
         name: way
         for name, way in bench.ways.items()
-        if not way.shares and not (few and way.precision == "fast")
+        if not way.shares and not (small_m and way.precision == "fast")
     }
     stored = {name: [way.store(w) for w in plain] for name, way in chosen.items()}
     runs = {
@@ -119,7 +119,7 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
     }
     products = _products(bench, xs, plain, M, N) if M >= 16 else {}
     products |= _block_products(bench, xs, plain, M, N) if M >= 16 else {}
-    if few and M >= 16:
+    if small_m and M >= 16:
         runs["unpacked"] = lambda i: torch.nn.functional.linear(
             xs[i], kernels.dequantize(*stored["exact"][i], torch.bfloat16)
         )
@@ -140,12 +140,12 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
     for name, way in chosen.items():
         if name in spent and name not in ("bf16", "stock"):
             if way.precision == "exact":
-                limit = bench.ceilings.exact(M, N, K, few)
+                limit = bench.ceilings.exact(M, N, K, small_m)
             else:
                 limit = bench.ceilings.fast(M, N, K, way.cached is not False)
             yield measured("linear", way, backend(bench.device, way, M), name, limit)
     if "unpacked" in spent:
-        limit = bench.ceilings.exact(M, N, K, few)
+        limit = bench.ceilings.exact(M, N, K, small_m)
         yield measured("linear", chosen["exact"], "dequantize + torch", "unpacked", limit)
     for name in products:
         if name in spent:
@@ -155,7 +155,7 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
 
 
 def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
-    """The FP8 matmul alone, on tokens and weights that are quantised already."""
+    """The FP8 matmul alone, on tokens and weights that are quantized already."""
     device = bench.device
     runs: dict[str, Callable] = {}
     torch_has_it = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
@@ -163,8 +163,8 @@ def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
         return runs
     if not torch_has_it and not fp8_rowwise._triton(xs[0]):
         return runs
-    tokens = [kernels.quantize_activations(x, "rows") for x in xs]
-    folded = [kernels.fold_rows(*kernels.quantize(w)) for w in plain]
+    tokens = [kernels.quantize_input(x, "rowwise") for x in xs]
+    folded = [kernels.to_rowwise(*kernels.quantize(w)) for w in plain]
     if torch_has_it:
         runs["torch._scaled_mm"] = lambda i: torch._scaled_mm(
             tokens[i][0], folded[i][0].t(), scale_a=tokens[i][1][:, None],
@@ -201,7 +201,7 @@ def host(bench: Bench) -> Iterator[dict]:
         x = numbers(bench.device, M, K)
         spent = {}
         for name, way in bench.ways.items():
-            if way.shares or (way.precision == "fast" and fp8_rowwise.FEW_ROWS >= M):
+            if way.shares or (way.precision == "fast" and fp8_rowwise.SMALL_M >= M):
                 continue
             stored = way.store(plain)
             spent[name] = bench.clock.host(lambda w=way, s=stored, x=x: w.run(x, s, None))

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         problems: (M, N, K) of linears, the most wanted first.
-        shapes: (N, K) of dequantise, quantise and fold.
+        shapes: (N, K) of dequantize, quantize and fold.
         tokens: image tokens of a block.
         shrink: what the widths of blocks are divided by.
     """

@@ -10,7 +10,7 @@ comes with them, that is comfy-kitchen, comfy-aimdo, torchsde and trampoline.
 A tiny Flux and a Z-Image of several full-width layers are sampled in BF16, in MXFP8 by stock, and
 in MXFP8 by ours, exact and fast. Each mode has a process of its own, so that one that crashes
 leaves the others. `difference` is that of the latent: of exact to stock's, at most a quarter of
-what quantising the weights changed; of fast to BF16's, at most twice that. Results go to
+what quantizing the weights changed; of fast to BF16's, at most twice that. Results go to
 bench/results/<gpu>-comfy-<date>.json and a table beside it. Exits with 1 if something is wrong.
 """
 

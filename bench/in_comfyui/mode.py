@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import working_copy
 
-SAME = 0.25  # of what quantising the weights changes: roundings are far below, mistakes above
+SAME = 0.25  # of what quantizing the weights changes: roundings are far below, mistakes above
 FAST = 2.0  # in the same unit: activations in 8 bits err about as much as weights do
 LAYER = 6e-2  # relative error of a fast layer's output
 _WORKSPACES = 256 << 20  # bytes that libraries keep once they were used
 
 
 def start(comfyui: str, options: list[str]) -> bool:
-    """ComfyUI as main.py initialises it; returns whether dynamic VRAM runs."""
+    """ComfyUI as main.py initializes it; returns whether dynamic VRAM runs."""
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", *options]
     import comfy.options
@@ -285,7 +285,7 @@ def variant_row(job: dict, sampler: Sampler, model: str, variant: str, latents: 
     if job["part"] and sampler.cuda and not 0 < row["loaded_bytes"] < size:
         wrong.append("not loaded in part")
     unit = difference(latents["stock"], latents["bf16"]) if "stock" in latents else None
-    row |= {"quantised_by": unit, "difference": None, "bound": None}
+    row |= {"quantized_by": unit, "difference": None, "bound": None}
     if variant in ("exact", "fast"):
         against = "stock" if variant == "exact" else "bf16"
         row["difference"] = difference(latents[variant], latents[against])

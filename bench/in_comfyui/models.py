@@ -51,7 +51,7 @@ def main() -> None:
         makers["zimage"] = tiny_models.zimage_shapes(LAYERS)
     for name, shapes in makers.items():
         source = FOLDER / f"{name}.safetensors"
-        save_file(tiny_models.randomise(shapes), source)
+        save_file(tiny_models.randomize(shapes), source)
         save_file(lora(shapes), FOLDER / f"{name}-lora.safetensors")
         convert_file(source, FOLDER / f"{name}-mxfp8.safetensors", device="cpu")
 

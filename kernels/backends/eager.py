@@ -117,7 +117,7 @@ class _QuantizeBuffers:
 
 
 def _quantize_chunk(source, code, scale, energy, buffer: _QuantizeBuffers) -> None:
-    """Quantise source [m, k] into code [m, k'] and row-major scale [m, k'/32], both uint8."""
+    """Quantize source [m, k] into code [m, k'] and row-major scale [m, k'/32], both uint8."""
     y, width = buffer.y, source.shape[1]
     y[:, :width].copy_(source)
     if width < y.shape[1]:  # K padding
@@ -255,7 +255,7 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
 
     On a CPU, weights are unpacked to float32 in slabs of rows that stay in the cache, and the
     product is rounded once: matmuls in bfloat16 and float16 take 10 times as long as float32 ones
-    on CPUs without instructions for them, and no full-size weight is ever materialised.
+    on CPUs without instructions for them, and no full-size weight is ever materialized.
     Elsewhere the weight is rounded to x's dtype first, as ComfyUI does it: nothing is lost in
     bfloat16 and float32; float16 loses what lies below 2**-14 or above 65504.
     """

@@ -1,7 +1,7 @@
 """The fast linear before Blackwell: FP8 tensor cores through the row fold (`row_fold`).
 
-Three steps, each an op of its own: `fold_rows` rewrites the weight, `quantize_tokens` the
-activations, `scaled_matmul` multiplies. So torch.compile shares one quantisation of activations
+Three steps, each an op of its own: `to_rowwise` rewrites the weight, `quantize_rowwise` the
+activations, `scaled_matmul` multiplies. So torch.compile shares one quantization of activations
 among several layers, and who has memory to spare keeps a folded weight.
 
 Folding on every forward goes into memory that the caching allocator hands out anew each time: one
@@ -21,23 +21,23 @@ import torch
 from .. import device_facts
 from . import row_fold
 
-FEW_ROWS = 64  # up to which the weight's bytes decide, and the exact kernel reads as few
+SMALL_M = 64  # up to which the weight's bytes decide, and the exact kernel reads as few
 
 
-def refuse_activations(problem) -> str | None:
-    """Why activations are not quantised for a problem (`dispatch.Problem`), or None."""
+def activations_unsupported_reason(problem) -> str | None:
+    """Why activations are not quantized for a problem (`dispatch.Problem`), or None."""
     if problem.op != "linear":
         return "multiplies only"
     if problem.precision != "fast":
-        return "quantises activations, which precision exact rules out"
-    if problem.few:
-        return f"up to {FEW_ROWS} rows run exact, bound by the weight's bytes as they are"
+        return "quantizes activations, which precision exact rules out"
+    if problem.small_m:
+        return f"up to {SMALL_M} rows run exact, bound by the weight's bytes as they are"
     return None
 
 
-def refuse(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     """Why this cannot run, or None (`dispatch.Problem`)."""
-    reason = refuse_activations(problem)
+    reason = activations_unsupported_reason(problem)
     if reason is not None:
         return reason
     found = device_facts.capability(problem.device)
@@ -45,7 +45,7 @@ def refuse(problem) -> str | None:
         have = device_facts.described(problem.device)
         return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {have}"
     if not torch_multiplies(problem.device, problem.dtype):
-        return device_facts.refusal()
+        return device_facts.triton_unsupported_reason()
     return None
 
 
@@ -75,28 +75,28 @@ def _torch_runs(device: torch.device) -> bool:
 
 
 def _triton(tensor: torch.Tensor) -> bool:
-    return device_facts.refusal() is None and (
+    return device_facts.triton_unsupported_reason() is None and (
         tensor.device.type == "cuda" or device_facts.interpreted()
     )
 
 
-def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row_fold.fold_rows`, by whatever is here."""
+def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_fold.to_rowwise`, by whatever is here."""
     if _triton(qdata):
         from .triton import rowwise
 
-        return rowwise.fold_rows(qdata, scale)
-    return row_fold.fold_rows(qdata, scale)
+        return rowwise.to_rowwise(qdata, scale)
+    return row_fold.to_rowwise(qdata, scale)
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row_fold.quantize_tokens`, by whatever is here."""
+def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_fold.quantize_rowwise`, by whatever is here."""
     if _triton(x):
         from .triton import rowwise
 
         if x.shape[1] <= rowwise.WIDEST:
-            return rowwise.quantize_tokens(x)
-    return row_fold.quantize_tokens(x)
+            return rowwise.quantize_rowwise(x)
+    return row_fold.quantize_rowwise(x)
 
 
 def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int
 
 
 def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "fast") -> torch.Tensor:
-    """All three steps: x [M, K] @ W[N, K].T + bias, activations quantised."""
-    tokens, token_scale = quantize_tokens(x)
-    folded, row_scale = fold_rows(qdata, scale)
+    """All three steps: x [M, K] @ W[N, K].T + bias, activations quantized."""
+    tokens, token_scale = quantize_rowwise(x)
+    folded, row_scale = to_rowwise(qdata, scale)
     return scaled_matmul(tokens, token_scale, folded, row_scale, bias, x.dtype, rows)

@@ -1,7 +1,7 @@
-"""The oracle: MXFP8 quantise, dequantise and linear, written to be read, in float64.
+"""The oracle: MXFP8 quantize, dequantize and linear, written to be read, in float64.
 
-Every other implementation in this package must produce these bits (quantise, dequantise) or stay
-within a stated error of these values (linear). It is slow and materialises everything; nothing
+Every other implementation in this package must produce these bits (quantize, dequantize) or stay
+within a stated error of these values (linear). It is slow and materializes everything; nothing
 selects it unless asked to by name.
 
 The rules it fixes, where the specification leaves room:
@@ -109,7 +109,7 @@ def dequantize_exact(qdata, scale, rows: int, cols: int) -> torch.Tensor:
 def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias in float64, rounded to x's dtype.
 
-    "fast" quantises x to MXFP8 too, as block-scaled tensor cores need it: the value that a native
+    "fast" quantizes x to MXFP8 too, as block-scaled tensor cores need it: the value that a native
     MX x MX matmul approximates.
     """
     weight = dequantize_exact(qdata, scale, rows, cols)
@@ -128,7 +128,7 @@ def block_matmul(tokens, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
     Blocks of 32 along K are added one after the other. Products of codes are exact, scales included
     (E4M3 has 4 significant bits); the 32 of them and the running sum are aligned to the largest
     exponent among them, cut off FRACTION bits below it, and added exactly; the new sum is cut to
-    float32. A product's exponent is the sum of its factors', before it is normalised. What is added
+    float32. A product's exponent is the sum of its factors', before it is normalized. What is added
     in which order outside of that, and how the bias is, is not known: here K ascends, and the bias
     is added in float32, which is then rounded to `dtype`. So this is not a card's every bit, but it
     errs the way that a card does: downwards in size, by as much.
@@ -199,7 +199,7 @@ def _cut_to_float32(value: torch.Tensor) -> torch.Tensor:
     return torch.where(cut.abs() < 2.0**128, cut, cut.sign() * torch.inf)
 
 
-def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewrite an MXFP8 matrix as E4M3 with one power of two per row; see `row_fold`.
 
     The row's scale is the largest of its blocks', byte 255 left out, and at least 2**-126. Codes
@@ -221,8 +221,8 @@ def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return code.view(torch.float8_e4m3fn).to(qdata.device), row_scale.float().to(qdata.device)
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise every row of x to E4M3 with a float32 scale of its own, amax / 448.
+def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize every row of x to E4M3 with a float32 scale of its own, amax / 448.
 
     Where amax is below 2**-100 that counts as amax, so that 448 / amax is finite. A row with NaN or
     Inf has scale NaN and codes 0, and makes NaN of whatever it is multiplied with.

@@ -4,11 +4,11 @@
 the largest of its scales. Only bits that fall below E4M3's subnormals are lost, in blocks that are
 2**10 and more smaller than the row's largest: 2.3e-7 of a trained weight on average (MiniLM).
 
-**Activations** are quantised row by row (per token), with a float32 scale that puts the largest
+**Activations** are quantized row by row (per token), with a float32 scale that puts the largest
 value at 448, the end of E4M3. A product of the two is E4M3 times E4M3, and the scales of its row
 and column can be applied to the finished sum: any row-scaled FP8 matmul computes it.
 
-Against quantising activations in blocks of 32, as Blackwell does, the error of the output is about
+Against quantizing activations in blocks of 32, as Blackwell does, the error of the output is about
 the same: 2.95e-2 against 3.00e-2 on MiniLM's layers.
 
 Rejected: one scale for the whole matrix, or the largest scale without shifting the codes.
@@ -30,8 +30,8 @@ SMALLEST_AMAX = 2.0**-100  # of a row of activations: 448 / amax is finite
 _SLAB = 1 << 22  # values at a time
 
 
-def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, row scales) of an MXFP8 matrix; the bits of `reference.fold_rows`.
+def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, row scales) of an MXFP8 matrix; the bits of `reference.to_rowwise`.
 
     Args:
         qdata: float8_e4m3fn (or its bytes) [N', K']; scale: its tiled scales.
@@ -54,8 +54,8 @@ def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return code, eager.decode_e8m0(largest)
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scales) of the rows of x [M, K]; the bits of `reference.quantize_tokens`.
+def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales) of the rows of x [M, K]; the bits of `reference.quantize_rowwise`.
 
     Returns:
         float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero, and float32 [M].

@@ -1,7 +1,7 @@
 """The fast linear on Blackwell: block-scaled tensor cores, by torch (cuBLASLt).
 
-Activations are quantised to MXFP8 in one pass, tiled scales included, and torch multiplies the two
-as they are stored. That is also what stock ComfyUI runs there; the quantiser is ours. comfy-kitchen
+Activations are quantized to MXFP8 in one pass, tiled scales included, and torch multiplies the two
+as they are stored. That is also what stock ComfyUI runs there; the quantizer is ours. comfy-kitchen
 has one in CUDA: whether it is faster is for `bench/gpu.py` to say (row "quantize", stock); until a
 results file does, it is not used.
 
@@ -29,9 +29,9 @@ from . import fp8_rowwise
 _ALIGNMENT = 16  # rows and columns of a matrix, for cuBLASLt
 
 
-def refuse(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     """Why this cannot run, or None (`dispatch.Problem`)."""
-    reason = fp8_rowwise.refuse_activations(problem)
+    reason = fp8_rowwise.activations_unsupported_reason(problem)
     if reason is not None:
         return reason
     found = device_facts.capability(problem.device)

@@ -3,7 +3,7 @@
 ComfyUI's bar throttles itself; its text does not, so `quant.progress.Pace` does. Every call also
 asks whether the user interrupted: the work calls after each slab, many times a second.
 
-ComfyUI's page makes HTML of the text: as it comes until ComfyUI 0.20, sanitised since, and always
+ComfyUI's page makes HTML of the text: as it comes until ComfyUI 0.20, sanitized since, and always
 with `[[label|url]]` and bare addresses as links. Names of tensors and metadata come from strangers,
 so nothing of that is left to the page: what it would read is sent as character references, which
 every page shows as the characters they stand for.

@@ -20,13 +20,13 @@ from comfy.cli_args import args
 
 logger = logging.getLogger(__name__)
 
-KEEP_FOLDS = "MXFP8.KeepFolds"
-_VARIABLES = {KEEP_FOLDS: "MXFP8_KEEP_FOLDS"}
+KEEP_PREPARED_WEIGHTS = "MXFP8.KeepFolds"
+_VARIABLES = {KEEP_PREPARED_WEIGHTS: "MXFP8_KEEP_PREPARED_WEIGHTS"}
 
 
-def keep_folds() -> bool:
-    """Whether folded weights may be kept between runs (`reuse`): MXFP8_KEEP_FOLDS=0 says no."""
-    return _boolean(KEEP_FOLDS, default=True)
+def keep_prepared_weights() -> bool:
+    """Whether prepared weights may be kept between runs (`runtime.cache`)."""
+    return _boolean(KEEP_PREPARED_WEIGHTS, default=True)
 
 
 def _boolean(key: str, default: bool) -> bool:

@@ -43,7 +43,7 @@ def of_mxfp8(patcher) -> str | None:
 def of_linears(patcher) -> str | None:
     """`calibration.fingerprint` of all linears of a ModelPatcher; None of a patched one.
 
-    Of a weight in another quantised format, the stored codes are hashed.
+    Of a weight in another quantized format, the stored codes are hashed.
     """
     if is_patched(patcher):
         return None

@@ -104,7 +104,7 @@ def load_diffusion_model(path: str, scales: str = format.AUTO, disable_dynamic: 
 
     Raises:
         FormatError: what the file marks as MXFP8 is no linear layer of the model.
-        RuntimeError: stock does not recognise the model.
+        RuntimeError: stock does not recognize the model.
     """
     header = read_header(path)
     if header is None:
@@ -197,7 +197,7 @@ def _text_encoder(*arguments, **options):
 
 def _unknown(path: str) -> RuntimeError:
     return RuntimeError(
-        f"{Path(path).name}: ComfyUI does not recognise this model; it is damaged, of another kind "
+        f"{Path(path).name}: ComfyUI does not recognize this model; it is damaged, of another kind "
         "than this loader is for, or needs a newer ComfyUI"
     )
 
@@ -215,7 +215,7 @@ _PREFIXES = (
 def check_modules(header: Header, *models: torch.nn.Module) -> None:
     """Check that what a file marks as MXFP8 became MXFP8 linears of these models.
 
-    A model uses codes as they are where it has no quantised layer: in an embedding, a convolution
+    A model uses codes as they are where it has no quantized layer: in an embedding, a convolution
     or a bare parameter. Its file does not show which those are; the model that came of it does.
 
     Raises:

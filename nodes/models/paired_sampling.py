@@ -150,7 +150,7 @@ class Sampler:
         described = describe(self.patcher, ROWS, folds=False)
         fingerprint = fingerprints.of_mxfp8 if described.mxfp8 else fingerprints.of_linears
         if any(layer.precision == "fast" for layer in described.mxfp8):
-            note(f"fast holds for inputs of many rows; of few rows they run {described.few}")
+            note(f"fast holds for inputs of many rows; of few rows they run {described.small_m}")
         warm = [s for loading in self._seconds for s in loading[1:]]
         return Side(
             model=described.model,

@@ -2,7 +2,7 @@
 
 Weights come as the model was loaded, whatever is merged into them at the moment: the originals are
 in the patcher's backup while a LoRA is merged. Patches are then applied in float32 and the result
-is handed on in float32 to the quantiser, or rounded once to the weight's own dtype.
+is handed on in float32 to the quantizer, or rounded once to the weight's own dtype.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ModelSource:
         return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
 
     def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """What a file's metadata must say for ComfyUI to recognise this model in it.
+        """What a file's metadata must say for ComfyUI to recognize this model in it.
 
         ComfyUI tells models apart by the shapes of their tensors; of a few (LTX, MiniMax, some
         Wan) it reads the rest from metadata, which a loaded model no longer has.
@@ -117,7 +117,7 @@ class ModelSource:
         yield as_bytes(value.reshape(-1))
 
     def weight(self, layer: str) -> torch.Tensor | None:
-        """A quantised layer's weight in float32 if patches change it, else None."""
+        """A quantized layer's weight in float32 if patches change it, else None."""
         full = f"{PREFIX}{layer}{WEIGHT}"
         if full not in self._patcher.patches:
             return None
@@ -171,7 +171,7 @@ class ModelSource:
 
 
 def _prediction_keys(patcher) -> dict[str, torch.Tensor]:
-    """The marker tensors by which ComfyUI recognises v-prediction models; most have none."""
+    """The marker tensors by which ComfyUI recognizes v-prediction models; most have none."""
     sampling = patcher.get_model_object("model_sampling")
     keys = {}
     if isinstance(sampling, ModelSamplingContinuousEDM) and isinstance(sampling, V_PREDICTION):

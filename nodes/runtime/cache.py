@@ -1,6 +1,6 @@
 """Work that fast layers need not repeat: folded weights, and activations of sibling layers.
 
-A folded weight (`kernels.fold_rows`) is as large as the weight, and is no part of ComfyUI's memory
+A folded weight (`kernels.to_rowwise`) is as large as the weight, and is no part of ComfyUI's memory
 accounting. So one is kept only out of what is free before a run, less what is still to be loaded
 and a reserve for activations and other models: a quarter of the card, 4 GiB at least. All of a
 model's go when ComfyUI unloads it or a part of it, or when the last fast patcher of it goes.
@@ -10,10 +10,10 @@ A fold belongs to a module's weight as an object, and to what is merged into the
 replaces the object when it merges a LoRA, except under dynamic VRAM, where it merges into a copy.
 There, nothing is kept while there is a LoRA.
 
-Activations are quantised once for layers that a block gives one tensor, one after the other: the
+Activations are quantized once for layers that a block gives one tensor, one after the other: the
 siblings q, k and v, or the two halves of a gated feed-forward. Whether a tensor was written to in
 between cannot be seen (tensors made under inference_mode count no versions); between siblings
-nothing is. What was quantised goes with the tensor.
+nothing is. What was quantized goes with the tensor.
 
 torch.compile sees neither: there, the compiler merges equal operations.
 """
@@ -44,7 +44,7 @@ SIBLINGS = (
 )
 
 
-class _Folds:
+class _PreparedWeights:
     """The folded weights of one model.
 
     Attributes:
@@ -66,8 +66,8 @@ class _Folds:
         return freed
 
 
-_folds: dict[torch.nn.Module, _Folds] = weakref.WeakKeyDictionary()  # by linear
-_models: dict[torch.nn.Module, _Folds] = weakref.WeakKeyDictionary()
+_folds: dict[torch.nn.Module, _PreparedWeights] = weakref.WeakKeyDictionary()  # by linear
+_models: dict[torch.nn.Module, _PreparedWeights] = weakref.WeakKeyDictionary()
 _budget: dict[torch.device, int] = {}  # bytes that more folds may take
 
 
@@ -77,11 +77,11 @@ def _nbytes(fold) -> int:
 
 def allow(patcher, linears: Iterable[torch.nn.Module]) -> None:
     """Before a run: let a model keep the folded weights of these linears, as memory reaches."""
-    folds = _models.setdefault(patcher.model, _Folds())
+    folds = _models.setdefault(patcher.model, _PreparedWeights())
     linears = list(linears)
     # Under dynamic VRAM a LoRA is merged into what a layer is given, behind the weight's back.
     merged_unseen = patcher.is_dynamic() and patcher.patches
-    never = merged_unseen or not linears or not settings.keep_folds()
+    never = merged_unseen or not linears or not settings.keep_prepared_weights()
     if folds.patches != patcher.patches_uuid or never:
         folds.drop()
     folds.patches = patcher.patches_uuid
@@ -101,7 +101,7 @@ def allow(patcher, linears: Iterable[torch.nn.Module]) -> None:
     _budget[device] = int(free - to_come - max(RESERVE, total // SHARE))
 
 
-def _leave(folds: _Folds, user: int) -> None:
+def _leave(folds: _PreparedWeights, user: int) -> None:
     folds.users.discard(user)
     if not folds.users:
         folds.drop()
@@ -137,12 +137,12 @@ def folded(module: torch.nn.Module, weight) -> tuple[torch.Tensor, torch.Tensor]
     if size > _budget.get(device, 0):
         return None
     _budget[device] -= size
-    fold = kernels.fold_rows(weight._qdata, weight._params.scale)
+    fold = kernels.to_rowwise(weight._qdata, weight._params.scale)
     folds.kept[module] = weakref.ref(module.weight), device, fold
     return fold
 
 
-class _Family:
+class SharedInput:
     """Layers that share their input, and what was made of the last one they were given.
 
     Each takes it once: a layer that is called again is given a tensor anew, whatever is in it now.
@@ -157,7 +157,7 @@ class _Family:
         if self._source() is not x or self._key != key or module in self._served:
             self._forget()
             self._source, self._key = weakref.ref(x, self._forget), key
-            self._tokens = kernels.quantize_activations(x, kind)
+            self._tokens = kernels.quantize_input(x, kind)
         self._served.add(module)
         tokens = self._tokens
         if len(self._served) == self._size:
@@ -169,23 +169,23 @@ class _Family:
         self._served: set[torch.nn.Module] = set()
 
 
-_families: dict[torch.nn.Module, _Family] = weakref.WeakKeyDictionary()  # by linear
+_shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()  # by linear
 
 
-def find_families(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:
+def find_shared_inputs(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:
     """Register the siblings among the linears of a model."""
     linears = set(linears)
     for owner in model.modules():
         children = dict(owner.named_children())
         for names in SIBLINGS:
             found = [children[n] for n in names if children.get(n) in linears]
-            if len(found) > 1 and not all(module in _families for module in found):
-                family = _Family(len(found))
+            if len(found) > 1 and not all(module in _shared_inputs for module in found):
+                family = SharedInput(len(found))
                 for module in found:
-                    _families[module] = family
+                    _shared_inputs[module] = family
 
 
 def tokens(module: torch.nn.Module, x: torch.Tensor, kind: str):
-    """What `kernels.quantize_activations` made of x for a sibling; None for a layer without."""
-    family = _families.get(module)
+    """What `kernels.quantize_input` made of x for a sibling; None for a layer without."""
+    family = _shared_inputs.get(module)
     return None if family is None else family.tokens(module, x, kind)

@@ -1,7 +1,7 @@
 """A loaded model as a passport: how each of its linears runs here, and where its bytes are.
 
 Nothing is decided here. A layer's forward is the patch that is on it, what that does is for
-`forward` to say, and what multiplies for `kernels.explain`.
+`forward` to say, and what multiplies for `kernels.execution_path`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from ... import kernels
 from ...kernels.backends import fp8_rowwise
 from ...quant.reports import execution
 from ...quant.reports.conversion import MXFP8
-from ...quant.reports.execution import STOCK, LayerPassport, Memory, Passport, Timing
+from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
 from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from ..models.source import PREFIX
 from . import cache, forward
-from .patch import MOST_FOLDED, allow_folds, compute_dtype, fold_changes, mxfp8_linears
+from .patch import (
+    MAX_ROWWISE_CHANGE,
+    allow_prepared_weights,
+    compute_dtype,
+    mxfp8_linears,
+    rowwise_changes,
+)
 
 # Most rows that a layer is timed for on a CPU: a call takes a part of a second even of the largest
 # layers, and an interrupt is heeded between two calls.
@@ -33,7 +39,7 @@ _CPU_ROWS = 256
 
 @dataclass(frozen=True)
 class _Way:
-    """How a layer runs: what a `LayerPassport` says of that."""
+    """How a layer runs: what a `LayerExecution` says of that."""
 
     backend: str
     precision: str | None
@@ -41,7 +47,7 @@ class _Way:
 
 
 def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of every linear with a 2-D weight, quantised or not, in module order."""
+    """(name, module) of every linear with a 2-D weight, quantized or not, in module order."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features") and getattr(weight, "ndim", None) == 2:
@@ -53,7 +59,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return HEADER_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def describe(patcher, rows: int, folds: bool = True) -> Passport:
+def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
     """The passport of a ModelPatcher, nothing measured.
 
     Args:
@@ -63,20 +69,22 @@ def describe(patcher, rows: int, folds: bool = True) -> Passport:
     device, dtype = patcher.load_device, compute_dtype(patcher)
     found = list(linears(patcher.model))
     quantized = list(mxfp8_linears(patcher.model)) if folds else []
-    changes = fold_changes(patcher, quantized, "auto")
+    changes = rowwise_changes(patcher, quantized, "auto")
     layers = [_layer(patcher, name, module, rows, changes.get(name)) for name, module in found]
     asked = _asked(patcher)
-    many = kernels.explain(device, dtype, asked)
-    few = kernels.explain(device, dtype, asked, 1)
+    many = kernels.execution_path(device, dtype, asked)
+    small_m = kernels.execution_path(device, dtype, asked, 1)
     because = execution.because(device.type, many, asked, _is_encoder(patcher))
     ours = any(x.backend != STOCK for x in layers)
-    return Passport(
+    return BackendReport(
         model=type(patcher.model).__name__,
         machine=kernels.machine(),
         device=str(device),
         dtype=dtype_name(dtype),
         rows=rows,
-        few=f"{few.backend}, {few.precision} (up to {fp8_rowwise.FEW_ROWS})" if ours else STOCK,
+        small_m=f"{small_m.backend}, {small_m.precision} (up to {fp8_rowwise.SMALL_M})"
+        if ours
+        else STOCK,
         refused=tuple(f"{name}: {reason}" for name, reason in many.refused),
         because=because if ours else None,
         memory=_memory(patcher),
@@ -96,7 +104,7 @@ def _is_encoder(patcher) -> bool:
     return not isinstance(patcher.model, BaseModel)
 
 
-def _layer(patcher, name: str, module, rows: int, change: float | None) -> LayerPassport:
+def _layer(patcher, name: str, module, rows: int, change: float | None) -> LayerExecution:
     weight = module.weight
     dtype = dtype_name(weight.dtype)
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
@@ -107,7 +115,7 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
         way = _Way(STOCK, None, f"{reason}, patched by another node")
     else:
         way = _Way(STOCK, None, reason)
-    return LayerPassport(
+    return LayerExecution(
         name=name.removeprefix(PREFIX),
         shape=tuple(weight.shape),
         decision=decision,
@@ -139,13 +147,13 @@ def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
     held = None if encoder else forward.held_exact(module)
     if held is None and function is forward.UNFIT:
         by = "" if change is None else f" by {change:.1g}"
-        held = f"folding could change it{by}, more than {MOST_FOLDED:g}"
+        held = f"folding could change it{by}, more than {MAX_ROWWISE_CHANGE:g}"
     if held is not None:
         asked = "exact"
     device, dtype = patcher.load_device, compute_dtype(patcher)
-    choice = kernels.explain(device, dtype, asked, rows)
+    choice = kernels.execution_path(device, dtype, asked, rows)
     if held is None:
-        many = kernels.explain(device, dtype, asked)
+        many = kernels.execution_path(device, dtype, asked)
         reason = execution.reason(choice, many, asked, change, encoder)
     else:
         reason = f"exact: {held}"
@@ -195,17 +203,17 @@ def _tensors(patches) -> Iterator[torch.Tensor]:
 def load(patcher) -> None:
     """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
     comfy.model_management.load_models_gpu([patcher])
-    allow_folds(patcher)
+    allow_prepared_weights(patcher)
 
 
-def measure(patcher, found: Passport, progress: Progress) -> Passport:
+def measure(patcher, found: BackendReport, progress: Progress) -> BackendReport:
     """The passport with times: of one MXFP8 layer of each size, as the patch on it runs it.
 
     Args:
         found: of the model after `load`. A layer that stays offloaded is timed with its way to the
             device.
     """
-    groups: dict[tuple, list[LayerPassport]] = {}
+    groups: dict[tuple, list[LayerExecution]] = {}
     for layer in found.mxfp8:
         if layer.backend != STOCK:
             groups.setdefault((layer.shape, layer.backend, layer.precision), []).append(layer)

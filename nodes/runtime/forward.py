@@ -1,7 +1,8 @@
 """The forward of an MXFP8 linear, and what decides how it runs: read by whoever says so, too.
 
-What is decided here is decided once: `_forward` runs by the same functions that the passport
-(`describing`) reads, so the two cannot disagree. Which backend multiplies is for `kernels.explain`.
+What is decided here is decided once: `_forward` runs by the same functions that the backend report
+(`describe`) reads, so the two cannot disagree. `kernels.execution_path` says which backend
+multiplies.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def held_exact(module) -> str | None:
 
 
 def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
-    """The forward of stock's quantised Linear, with `kernels.linear` as its matmul.
+    """The forward of stock's quantized Linear, with `kernels.linear` as its matmul.
 
     What stock does apart from that is left to stock: training, weights that it patches on the fly
     (a LoRA on an offloaded layer), smoothed inputs. Under dynamic VRAM that patch is applied while
@@ -55,19 +56,19 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     weight, bias, stream = comfy.ops.cast_bias_weight(
         module,
         input=None,
-        dtype=module.weight.dtype,  # another dtype would hand back a dequantised weight
+        dtype=module.weight.dtype,  # another dtype would hand back a dequantized weight
         device=x.device,
         bias_dtype=x.dtype,
         offloadable=True,
         compute_dtype=x.dtype,
-        want_requant=False,  # requantising a patched weight would lose 3% on every forward
+        want_requant=False,  # requantizing a patched weight would lose 3% on every forward
     )
     if isinstance(weight, QuantizedTensor):
         fold = tokens = None
-        kind = None if torch.compiler.is_compiling() else kernels.steps_here(x, precision)
+        kind = None if torch.compiler.is_compiling() else kernels.input_form(x, precision)
         if kind is not None:
             tokens = cache.tokens(module, x, kind)
-        if kind == "rows":
+        if kind == "rowwise":
             fold = cache.folded(module, weight)
         out = kernels.linear(
             x,
@@ -76,8 +77,8 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
             bias,
             shape=tuple(weight.shape),
             precision=precision,
-            folded=fold,
-            tokens=tokens,
+            prepared_weight=fold,
+            quantized_input=tokens,
         )
     else:  # a LoRA was merged into it on the way
         out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)

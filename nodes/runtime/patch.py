@@ -10,7 +10,7 @@ An object patch is bound to a module, and a clone can get a fresh model (`clone(
 weights. A callback on every clone binds them to the new modules.
 
 The clone's class is a subclass of the patcher's own, because merging models and hook LoRAs fail in
-stock on a quantised weight: they look for its scales on the module and write into it in place.
+stock on a quantized weight: they look for its scales on the module and write into it in place.
 
 Rejected: a subclass of stock's Linear as `custom_operations`. Stock then skips the markers in a
 file's header, and a file that has only those runs raw codes without an error.
@@ -40,12 +40,14 @@ from ...kernels.ops import FLOATS
 from ...quant.container.header import quoted
 from ...quant.format import AGAIN, MARKER
 from . import forward
-from .cache import allow, drop, find_families
+from .cache import allow, drop, find_shared_inputs
 
 logger = logging.getLogger(__name__)
 
 _KEY = "mxfp8"
-MOST_FOLDED = 0.01  # change by folding above which a layer runs exact; MXFP8 itself rounds by 0.027
+MAX_ROWWISE_CHANGE = (
+    0.01  # change by folding above which a layer runs exact; MXFP8 itself rounds by 0.027
+)
 
 
 def is_mxfp8_linear(module: torch.nn.Module) -> bool:
@@ -95,8 +97,8 @@ def accelerate(patcher, precision: str):
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
     foreign = clone.object_patches.keys() - our_patches(clone)
-    changes = fold_changes(clone, linears, precision)
-    unfit = {name for name, change in changes.items() if change > MOST_FOLDED}
+    changes = rowwise_changes(clone, linears, precision)
+    unfit = {name for name, change in changes.items() if change > MAX_ROWWISE_CHANGE}
     if unfit:
         _warn_unfit(unfit, changes)
     for name, module in linears:
@@ -109,7 +111,7 @@ def accelerate(patcher, precision: str):
         clone.__class__ = _patcher_class(type(clone))
         if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
             clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
-        find_families(clone.model, [module for _, module in linears])
+        find_shared_inputs(clone.model, [module for _, module in linears])
         sample = torch.empty(0, dtype=compute_dtype(clone), device=clone.load_device)
         backend, _ = choose("linear", sample, precision)
         logger.info(
@@ -127,13 +129,13 @@ def accelerate(patcher, precision: str):
     return clone
 
 
-def fold_changes(patcher, linears, precision: str) -> dict[str, float]:
+def rowwise_changes(patcher, linears, precision: str) -> dict[str, float]:
     """How much folding changes each layer at most; empty where no layer is folded."""
-    found = kernels.explain(patcher.load_device, compute_dtype(patcher), precision)
-    if found.steps != "rows":
+    found = kernels.execution_path(patcher.load_device, compute_dtype(patcher), precision)
+    if found.input_form != "rowwise":
         return {}
     return {
-        name: kernels.fold_bound(module.weight._qdata.shape, module.weight._params.scale)
+        name: kernels.rowwise_error_bound(module.weight._qdata.shape, module.weight._params.scale)
         for name, module in linears
     }
 
@@ -143,7 +145,7 @@ def _warn_unfit(unfit: set[str], changes: dict[str, float]) -> None:
     logger.warning(
         "MXFP8: %d of %d layers run exact: one scale per row, which FP8 tensor cores need, "
         "could change them by more than %g (%s by %.2g).",
-        len(unfit), len(changes), MOST_FOLDED, quoted(worst), changes[worst],
+        len(unfit), len(changes), MAX_ROWWISE_CHANGE, quoted(worst), changes[worst],
     )  # fmt: skip
 
 
@@ -159,11 +161,14 @@ def our_patches(patcher) -> list[str]:
     return [n for n, p in patches if getattr(p, "__func__", None) in forward.PRECISION_OF]
 
 
-def allow_folds(patcher) -> None:
+def allow_prepared_weights(patcher) -> None:
     """Before a run: let fast layers keep their folded weights (`reuse`)."""
     fast = forward.FORWARDS["auto"], forward.FORWARDS["fast"]
     patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
-    folds = kernels.explain(patcher.load_device, compute_dtype(patcher), "auto").steps == "rows"
+    folds = (
+        kernels.execution_path(patcher.load_device, compute_dtype(patcher), "auto").input_form
+        == "rowwise"
+    )
     allow(patcher, [patch.__self__ for patch in patches] if folds else ())
 
 
@@ -175,7 +180,7 @@ class _QuantizedWeights:
     """
 
     def model_state_dict(self, filter_prefix=None):
-        """Without the scales and markers of quantised weights: no module has them by name, and so
+        """Without the scales and markers of quantized weights: no module has them by name, and so
         merging and hooks, which ask every key's module for its value, would fail."""
         modules = dict(self.model.named_modules())
 
@@ -190,7 +195,7 @@ class _QuantizedWeights:
 
     def pre_run(self):
         super().pre_run()
-        allow_folds(self)
+        allow_prepared_weights(self)
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **options):
         freed = drop(self.model)
@@ -209,7 +214,7 @@ class _QuantizedWeights:
         codes = next((key for key in patches or () if key.endswith(MARKER)), None)
         if codes is not None:
             raise ValueError(
-                f"the checkpoint of this model-as-LoRA hook is quantised (it holds {codes!r}), "
+                f"the checkpoint of this model-as-LoRA hook is quantized (it holds {codes!r}), "
                 "and its raw codes would be taken for weights; use its BF16 original"
             )
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
@@ -217,7 +222,7 @@ class _QuantizedWeights:
     def patch_hook_weight_to_device(
         self, hooks, combined_patches, key, original_weights, memory_counter
     ):
-        """The hooks' LoRAs in one weight, requantised as stock requantises a merged LoRA."""
+        """The hooks' LoRAs in one weight, requantized as stock requantizes a merged LoRA."""
         weight = comfy.utils.get_attr(self.model, key)
         if key not in combined_patches or not self._replaces(weight):
             return super().patch_hook_weight_to_device(
@@ -293,7 +298,7 @@ def _rebind(old, new) -> None:
             new.object_patches[name] = MethodType(new.object_patches[name].__func__, module)
         else:
             del new.object_patches[name]
-    find_families(new.model, [module for _, module in mxfp8_linears(new.model)])
+    find_shared_inputs(new.model, [module for _, module in mxfp8_linears(new.model)])
 
 
 def check_movable(patcher) -> None:
@@ -345,6 +350,6 @@ def give_model(patcher, fresh):
     if clone.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         logger.warning(
-            "MXFP8: torch.compile on the input does not carry over; compile the quantised model."
+            "MXFP8: torch.compile on the input does not carry over; compile the quantized model."
         )
     return clone

@@ -17,7 +17,7 @@ from ..conversion import policy
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
 from ..reports import comparison, metadata
-from ..reports.comparison import Certificate
+from ..reports.comparison import Comparison
 from ..reports.conversion import KEPT, MXFP8, Report, gigabytes
 from ..sources import unsupported
 
@@ -76,7 +76,7 @@ class Inspection:
     warnings: list[str] = field(default_factory=list)
     layers: list[LayerInspection] = field(default_factory=list, repr=False)
     report: Report | None = None
-    comparison: Certificate | None = None
+    comparison: Comparison | None = None
 
     @property
     def mxfp8(self) -> list[LayerInspection]:
@@ -90,12 +90,12 @@ class Inspection:
         """A few lines for a terminal or a node."""
         return "\n".join([
             f"{self.file}: {gigabytes(self.bytes)}, {self.tensors} tensors",
-            f"architecture: {self.architecture or 'not recognised'}",
-            *(self.counted() or ["no layer is quantised, as far as its markers say"]),
+            f"architecture: {self.architecture or 'not recognized'}",
+            *(self.counted() or ["no layer is quantized, as far as its markers say"]),
             f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
             f"metadata: {', '.join(self.metadata) or 'none'}",
             self._verdict(),
-            *metadata.lines(self.report, self.certificate),
+            *metadata.lines(self.report, self.comparison),
         ])  # fmt: skip
 
     def counted(self) -> list[str]:
@@ -153,7 +153,7 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
         layers=[*_layers(header)],
         warnings=list(said.warnings),
         report=said.report,
-        certificate=said.certificate,
+        comparison=said.comparison,
     )
 
 
@@ -209,17 +209,17 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
             layer.padding, layer.scale_order = found.padding, found.order.order
             result.problems += [f"{quoted(layer.name)}: {p}" for p in found.problems]
             result.warnings += [f"{quoted(layer.name)}: {w}" for w in found.warnings]
-        if result.certificate is not None:
-            _check_certificate(source, result)
+        if result.comparison is not None:
+            _check_comparison(source, result)
 
 
-def _check_certificate(source, result: Inspection) -> None:
+def _check_comparison(source, result: Inspection) -> None:
     """Warn of a certificate that was measured on other weights."""
     from ..sources.file import as_bytes
 
     rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
     found = comparison.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
-    if result.certificate.model.fingerprint != found:
+    if result.comparison.model.fingerprint != found:
         result.warnings.append(
             "the certificate in the header was measured on other weights than the file's"
         )

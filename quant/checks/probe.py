@@ -10,7 +10,7 @@ The tool knows Z-Image and Wan; other models are scored with its settings for Z-
 step, which can level what was recommended for a kind of layer over the depth of a model, is left
 out.
 
-A weight is read twice, some rows at a time: for its moments, then to count outliers and quantise.
+A weight is read twice, some rows at a time: for its moments, then to count outliers and quantize.
 The tool makes float32 copies of whole weights. What fits in one slab is computed as it does that,
 to the last bit, because the layer that is itself the quantile of the scores falls on this side or
 that by the last bit. Larger weights get power sums in float64, as precise and in little memory;
@@ -35,7 +35,7 @@ from ..conversion import policy
 from ..conversion.calibration import Calibration, check_model
 from ..format import DTYPES, FLOATS, WEIGHT, bare, numel
 from ..progress import Meter, Progress
-from ..reports.conversion import Energy
+from ..reports.conversion import SqnrAccumulator
 from ..sources.file import Source
 from ..sources.open import open_source
 
@@ -154,12 +154,12 @@ def probe_file(
     """Score and measure the weights inside a model's numbered blocks.
 
     Args:
-        path: a model that is not quantised, as for `convert_file`.
+        path: a model that is not quantized, as for `convert_file`.
         calibration: what its layers are given, for the error of their outputs.
         progress: called after every slab, of which there are twice as many as the model has.
 
     Raises:
-        FormatError: the file is damaged, quantised, or has no numbered blocks.
+        FormatError: the file is damaged, quantized, or has no numbered blocks.
         ValueError: a weight holds NaN or Inf, or the calibration is another model's.
         OSError: it cannot be read.
     """
@@ -263,13 +263,13 @@ def _measure(source: Source, key: str, place, calibration, advance: Callable) ->
     rows, cols = source.tensors[key][1]
     slabs = (weight for _, weight in _slabs(source, key, advance))
     spread = _spread_of(*slabs) if rows * cols <= _SLAB else _spread_over(slabs)
-    energy, outliers = Energy(), 0
+    energy, outliers = SqnrAccumulator(), 0
     moments = calibration and calibration.of(key.removesuffix(WEIGHT))
     second = moments.second if moments else None
     lost = size = 0.0
     for first, weight in _slabs(source, key, advance):
         outliers += int(((weight.float() - spread.mean).abs_() > _OUTLIER * spread.std).sum())
-        qdata, scale, signal, noise = kernels.quantize_measured(weight)
+        qdata, scale, signal, noise = kernels.quantize_and_measure(weight)
         energy.add(first, signal, noise)
         if second is not None:
             weight = weight.float()

@@ -3,7 +3,7 @@
 A matrix is taken for an MXFP8 layer if it is F8_E4M3 with sizes that fit, its scales are there as
 U8 or F8_E8M0 in a shape that fits, and its codes bear the mark of the format (`scan`). Markers that
 exist are kept. A new one leaves out what cannot be known any more, the shape and the dtype before
-quantising; readers take the shape from the model.
+quantizing; readers take the shape from the model.
 
 Where row-major scales have a shape of their own they are tiled without asking. Where the shape fits
 both orders, the padding and statistics decide, or the caller does.
@@ -105,7 +105,7 @@ def repair_file(
 
 
 def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
-    """Marked and recognised layers by name; scales may have either order and dtype."""
+    """Marked and recognized layers by name; scales may have either order and dtype."""
     header, found = source.header, {}
     header.check_formats(formats)
     _ = header.experts

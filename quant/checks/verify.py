@@ -9,7 +9,7 @@ from ...kernels import layout
 from ..container.header import advising, quoted
 from ..format import DTYPES, MARKER, SCALE, WEIGHT, bare, numel
 from ..progress import Meter
-from ..reports.conversion import MIN_SQNR, Energy, total_sqnr
+from ..reports.conversion import MIN_SQNR, SqnrAccumulator, total_sqnr
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
 from .scan import scan_layer
@@ -26,7 +26,7 @@ class Verification:
         problems: sentences; empty where the file is sound.
     """
 
-    layers: dict[str, Energy] = field(default_factory=dict)
+    layers: dict[str, SqnrAccumulator] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -41,9 +41,9 @@ class Verification:
 
 
 def verify_file(path, source, progress=None) -> Verification:
-    """Dequantise every MXFP8 layer of `path` and compare it with `source`, block by block.
+    """Dequantize every MXFP8 layer of `path` and compare it with `source`, block by block.
 
-    Tensors that are not quantised must be equal byte for byte. Key prefixes may differ.
+    Tensors that are not quantized must be equal byte for byte. Key prefixes may differ.
 
     Args:
         source: path of a file, an index of several, or a folder, as for `convert_file`.
@@ -110,7 +110,7 @@ def _nbytes(source: StoredSource, key: str) -> int:
     return numel(shape) * DTYPES[dtype] // 8
 
 
-def _compare_layer(stored, original, layer, original_key, result) -> Energy | None:
+def _compare_layer(stored, original, layer, original_key, result) -> SqnrAccumulator | None:
     shape = original.tensors[original_key][1]
     if not layer.holds(shape):
         result.problems.append(
@@ -120,13 +120,15 @@ def _compare_layer(stored, original, layer, original_key, result) -> Energy | No
     found = scan_layer(stored, layer)
     result.problems += [f"{quoted(layer.name)}: {s}" for s in (*found.problems, *found.warnings)]
     rows, cols = shape
-    energy = Energy()
+    energy = SqnrAccumulator()
     for first, last in layout.slabs(rows, cols, _SLAB):
         end = min(layer.weight.shape[0], layout.round_up(last, layout.ROW_PAD))
         qdata = stored.rows(layer.weight.name, first, end)
         tiles = layout.round_up(last, layout.TILE_ROWS)
         scale = stored.rows(layer.scale.name, first, tiles)
-        signal, noise = kernels.block_energy(original.rows(original_key, first, last), qdata, scale)
+        signal, noise = kernels.signal_and_noise(
+            original.rows(original_key, first, last), qdata, scale
+        )
         if not noise.isfinite().all():
             if not found.problems:
                 result.problems.append(f"{quoted(layer.name)} decodes to infinity")

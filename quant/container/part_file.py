@@ -34,7 +34,7 @@ except ModuleNotFoundError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 2.0  # seconds for another claim in the same folder to end; it takes milliseconds
+_TIMEOUT = 2.0  # seconds for another claim in the same folder to end; it takes milliseconds
 
 _ADVICE = {
     errno.ENOENT: "there is no such folder; make it first",
@@ -151,7 +151,7 @@ def _turn(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(error.errno, _ADVICE.get(error.errno, error.strerror), str(folder)) from error
     try:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """Work on several threads, results in order, and no more bytes under way than were allowed.
 
-A thread takes a piece of work whole (quantise, checksum, write), so reading, arithmetic and the
+A thread takes a piece of work whole (quantize, checksum, write), so reading, arithmetic and the
 disk overlap, and threads need not wait for each other. Torch's own threads split every operation
 and meet after each: on a machine that does something else as well, they were 4 to 10 times slower
 (two cores, load 5).

@@ -24,9 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .. import format
-from ..format import DTYPES, FormatError, TensorInfo
-from .header import quoted
+from .header import DTYPES, FormatError, TensorInfo, numel, quoted, read_container
 from .part_file import claim
 from .pipeline import Pipeline, cores
 
@@ -165,7 +163,7 @@ class Writer:
 
     def _verify(self) -> None:
         """Read the file back: its header as any reader would, its data against the checksums."""
-        header = format.read_header(self.temporary)
+        header = read_container(self.temporary)
         if dict(header.tensors) != self.tensors:
             raise FormatError(f"{self.target.name}: the header read back differs from the plan")
         workers = min(_READERS, cores())
@@ -271,14 +269,14 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
     def key(tensor):
         _, dtype, shape = tensor
         bits = DTYPES[dtype]
-        whole = format.numel(shape) * bits // 8 % ALIGNMENT == 0
+        whole = numel(shape) * bits // 8 % ALIGNMENT == 0
         return not whole, 0 if whole else -bits
 
     entries, offset = {}, 0
     for name, dtype, shape in sorted(tensors, key=key):
         if name in entries:
             raise FormatError(f"two tensors are called {quoted(name)}")
-        size = format.numel(shape) * DTYPES[dtype] // 8
+        size = numel(shape) * DTYPES[dtype] // 8
         entries[name] = {
             "dtype": dtype,
             "shape": list(shape),

@@ -259,7 +259,7 @@ def nbytes(width: int) -> int:
     return 4 * width * (width + 3)
 
 
-class Sum:
+class HessianAccumulator:
     """Adds up the moments of one layer's inputs, until they are taken.
 
     Attributes:
@@ -332,17 +332,19 @@ def has_float64(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def watch(module: nn.Module, select: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, Sum]]:
+def watch(
+    module: nn.Module, select: Callable[[str, nn.Module], bool]
+) -> Iterator[dict[str, HessianAccumulator]]:
     """Within the context, gather what the linear layers of a module are given.
 
     Args:
         select: (name, layer) -> whether to gather for it.
     """
-    sums: dict[str, Sum] = {}
+    sums: dict[str, HessianAccumulator] = {}
     hooks = []
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and select(name, layer):
-            found = sums[name] = Sum()
+            found = sums[name] = HessianAccumulator()
             hooks.append(layer.register_forward_pre_hook(_noting(found), with_kwargs=True))
     try:
         yield sums
@@ -351,7 +353,7 @@ def watch(module: nn.Module, select: Callable[[str, nn.Module], bool]) -> Iterat
             hook.remove()
 
 
-def _noting(found: Sum) -> Callable:
+def _noting(found: HessianAccumulator) -> Callable:
     def note(layer: nn.Module, args: tuple, options: dict) -> None:
         found.add(args[0] if args else options["input"])
 

@@ -1,10 +1,10 @@
-"""Convert a model to MXFP8: plan it, stream it through the quantiser, write it, report on it.
+"""Convert a model to MXFP8: plan it, stream it through the quantizer, write it, report on it.
 
 Tensors pass through in slabs of rows, so memory does not grow with the model nor with its largest
 tensor. Slabs are whole tiles of 128 rows, because the scales of such a slab are contiguous in the
 file. Several threads work on slabs, each from reading to writing (`pipeline`), on the CPU or on the
 device that torch has.
-Every weight is quantised from the precision it is stored in, and everything that is not quantised
+Every weight is quantized from the precision it is stored in, and everything that is not quantized
 keeps its dtype and its bytes. Biases stay as they are: the "bias correction" of other tools has
 the wrong sign and doubles the mean output error on its own calibration data.
 """
@@ -30,7 +30,15 @@ from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
 from ..memory import is_out_of_memory
 from ..progress import Meter, Progress
-from ..reports.conversion import KEPT, MIN_SQNR, MXFP8, Energy, LayerReport, Report, total_sqnr
+from ..reports.conversion import (
+    KEPT,
+    MIN_SQNR,
+    MXFP8,
+    LayerReport,
+    Report,
+    SqnrAccumulator,
+    total_sqnr,
+)
 from ..sources import unsupported
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
@@ -38,7 +46,7 @@ from . import gptq, policy
 from .calibration import Calibration, Moments, check_model, has_float64
 from .policy import Decision, Plan
 
-_SLAB = 1 << 21  # values quantised at a time
+_SLAB = 1 << 21  # values quantized at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
 _WORKERS = 16  # at most; each takes about 10 MB for scratch and results
 _NEEDED = 1 << 28  # bytes of address space, mostly stacks and heaps of threads
@@ -67,15 +75,15 @@ def convert_file(
         overwrite: whether an existing target may be replaced.
         progress: called after every slab, and many times within a layer that is calibrated, which
             is not counted before it is done; an exception it raises stops the conversion cleanly.
-        device: where to quantise ("cpu", "cuda:1", ...); default: the accelerator that torch has,
+        device: where to quantize ("cpu", "cuda:1", ...); default: the accelerator that torch has,
             else the CPU. Without a calibration the bytes are the same; with one they may differ,
             because sums round differently there. Not run on an accelerator so far.
         calibration: what layers are given; those in it are rounded for that (`gptq`). For a layer
             [N, K] that needs memory for about seven float32 matrices [K, K] and nine [N, K].
 
     Raises:
-        FormatError: the source is damaged or already quantised.
-        ValueError: a weight holds NaN or Inf, no layer would be quantised, or the calibration is
+        FormatError: the source is damaged or already quantized.
+        ValueError: a weight holds NaN or Inf, no layer would be quantized, or the calibration is
             another model's.
         OSError: reading or writing failed, or another conversion is writing the target.
         MemoryError: there is too little memory. In every case the target is as it was before.
@@ -94,7 +102,7 @@ def convert_file(
 
 
 def plan_source(source: Source, **options) -> Plan:
-    """`policy.plan` for a source, refusing one that is quantised already."""
+    """`policy.plan` for a source, refusing one that is quantized already."""
     unsupported.check_unquantized(source)
     plan = policy.plan(source.tensors, **options)
     for decision in plan.quantized:
@@ -120,7 +128,7 @@ def convert(
     """Carry out a plan. Arguments and errors as for `convert_file`."""
     if not plan.quantized:
         raise ValueError(
-            f"{source.name}: no layer to quantise: preset {plan.preset!r} and exclude keep all "
+            f"{source.name}: no layer to quantize: preset {plan.preset!r} and exclude keep all "
             "of them (on the command line, --dry-run lists the reasons)"
         )
     for decision in plan.quantized:
@@ -199,9 +207,9 @@ def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]
 
 def _stream(
     source: Source, plan: Plan, others: Iterable[str], writer: Writer, device, advance
-) -> dict[str, Energy]:
-    """Read every tensor but `others` once and have it quantised or copied into the file."""
-    energies = {decision.key: Energy() for decision in plan.quantized}
+) -> dict[str, SqnrAccumulator]:
+    """Read every tensor but `others` once and have it quantized or copied into the file."""
+    energies = {decision.key: SqnrAccumulator() for decision in plan.quantized}
     workers = min(_WORKERS, cores())
     alone = functools.partial(_compute_alone, torch.get_num_threads())
     with Pipeline(workers, _BUDGET, alone) as pipeline:
@@ -210,7 +218,7 @@ def _stream(
                 continue
             for work, read, size, place in _work(_Reader(source, decision.key), decision):
 
-                def finish(energy: Energy | None, key=decision.key, size=size) -> None:
+                def finish(energy: SqnrAccumulator | None, key=decision.key, size=size) -> None:
                     if energy is not None:
                         energies[key].merge(energy)
                     advance(size, key)
@@ -220,7 +228,7 @@ def _stream(
     return energies
 
 
-def _check_energies(source: Source, energies: dict[str, Energy]) -> None:
+def _check_energies(source: Source, energies: dict[str, SqnrAccumulator]) -> None:
     """Raise ValueError for a layer that would lose more than rounding explains."""
     for key, energy in energies.items():
         if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
@@ -257,16 +265,16 @@ def _copy(name: str, decision: Decision, writer: Writer, device, read, offset: i
 @torch.inference_mode()
 def _quantize(
     name: str, decision: Decision, writer: Writer, device, read: Callable, first: int
-) -> Energy:
-    """Quantise a slab of whole tiles, straight into the file."""
-    qdata, scale, signal, noise = kernels.quantize_measured(read().to(device))
+) -> SqnrAccumulator:
+    """Quantize a slab of whole tiles, straight into the file."""
+    qdata, scale, signal, noise = kernels.quantize_and_measure(read().to(device))
     where = f"{name}: {quoted(decision.key)}"
     if (scale == layout.E8M0_NAN).any():
         _refuse_not_finite(where, signal, first)
     _refuse_overflow(where, qdata, scale, first)
     for part, data in ((WEIGHT, qdata), (SCALE, scale)):
         writer.write(decision.layer + part, as_bytes(data.cpu()), first * data.shape[1])
-    energy = Energy()
+    energy = SqnrAccumulator()
     energy.add(first, signal, noise)
     return energy
 
@@ -299,7 +307,7 @@ def _refuse_overflow(where: str, qdata, scale, first: int) -> None:
 def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies, tick):
     """Round a whole layer for what it is given; returns (output error, that of plain rounding).
 
-    On the CPU where the device has no float64, in which `gptq` factorises and energies are summed.
+    On the CPU where the device has no float64, in which `gptq` factorizes and energies are summed.
     """
     tick()
     device = device if has_float64(device) else torch.device("cpu")
@@ -310,11 +318,11 @@ def _round(source: Source, decision: Decision, moments: Moments, writer, device,
     found = gptq.round_weight(
         weight, moments.second, moments.rows, name=quoted(decision.key), tick=tick
     )
-    stored, error, energy = (found.qdata, found.scale), found.error, Energy()
-    energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))
+    stored, error, energy = (found.qdata, found.scale), found.error, SqnrAccumulator()
+    energy.add(0, *(part.cpu() for part in kernels.signal_and_noise(weight, *stored)))
     if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:  # `verify` would not believe it
-        stored, error, energy = kernels.quantize(weight), found.nearest, Energy()
-        energy.add(0, *(part.cpu() for part in kernels.block_energy(weight, *stored)))
+        stored, error, energy = kernels.quantize(weight), found.nearest, SqnrAccumulator()
+        energy.add(0, *(part.cpu() for part in kernels.signal_and_noise(weight, *stored)))
     for part, data in zip((WEIGHT, SCALE), stored, strict=True):
         writer.write(decision.layer + part, as_bytes(data.cpu()), 0)
     energies[decision.key] = energy
@@ -370,7 +378,7 @@ _one_at_a_time = threading.Lock()
 
 
 def _device(name: str | None) -> torch.device:
-    """The device to quantise on."""
+    """The device to quantize on."""
     if name is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found and found.type != "mps" else torch.device("cpu")  # MPS has no float8

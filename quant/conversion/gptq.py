@@ -1,4 +1,4 @@
-"""Calibrated rounding: which of the neighbouring codes, when a layer's inputs are known.
+"""Calibrated rounding: which of the neighboring codes, when a layer's inputs are known.
 
 Rounding each weight to nearest is best for the weights, not for what they are multiplied with. Of a
 layer's inputs X [n, K] this uses H = X.T X / n: the output's squared error is e H e.T, summed over
@@ -8,7 +8,7 @@ stock format and at its size:
 1. Error feedback along K (GPTQ, https://arxiv.org/abs/2210.17323, as LDLQ,
    https://arxiv.org/abs/2307.13304): columns are rounded one after the other, and each takes over
    what the earlier ones got wrong. With H = R R.T, R upper triangular, column j is given the errors
-   before it times R[:, j] / R[j, j]: one Cholesky factorisation, no inverse. A block's scale is
+   before it times R[:, j] / R[j, j]: one Cholesky factorization, no inverse. A block's scale is
    chosen by the usual rule when its first column is reached. Blocks with large inputs come first,
    and so do the columns within a block, which the format allows: scales go with the block.
 2. Coordinate descent: column by column once more, each to the code that is best with all others as
@@ -25,7 +25,7 @@ Rejected, after trials on MiniLM with the texts of bench/quality.py: a search ov
 down by a power of two (no gain); no order of blocks and columns (4% worse); layer after layer, each
 on what the layers before it put out once they are rounded (the layers' error the same, end to end
 0.99 of it, for as many calibrations as the model has steps); and, for the fast path, the original's
-output as target on activations that are quantised per token (there, the layers' error 1.01 and end
+output as target on activations that are quantized per token (there, the layers' error 1.01 and end
 to end 1.04 of it; on plain activations 1.08 and 1.21).
 """
 
@@ -81,7 +81,7 @@ def round_weight(
         sweeps: of coordinate descent.
         tick: called before every span of columns, in the feedback, in each sweep and where errors
             are measured: at least once a second on a layer of 3840 x 10240. But the Cholesky
-            factorisation is a single call, of seconds for 10240 columns. What `tick` raises passes
+            factorization is a single call, of seconds for 10240 columns. What `tick` raises passes
             through.
 
     Raises:

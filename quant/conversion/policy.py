@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 NONE = "none"
 
-_PATIENCE = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
+_TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
 _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
 _MOST_REPEATS = 10_000  # `regex` writes out nested repetitions of a letter, to fill any memory
 
-# Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantised one without
+# Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantized one without
 # an error and then looks up raw codes. These are tables in every model:
 TABLES = frozenset({
     "word_embeddings", "wte", "wpe", "tok_embeddings", "token_embedding", "position_embedding",
@@ -44,7 +44,7 @@ TABLES = frozenset({
 })  # fmt: skip
 # These are linear layers in some models, where they are small:
 VOCABULARIES = frozenset({"embed_tokens", "embed"})
-# Whatever may be one is not quantised by name alone.
+# Whatever may be one is not quantized by name alone.
 EMBEDDINGS = TABLES | VOCABULARIES | {
     "emb", "label_emb", "label_embed", "query_embed", "cls_embed", "no_mask_embed",
     "not_a_point_embed", "lyric_embs", "embedding_table", "codebook", "style_embedder",
@@ -53,7 +53,7 @@ EMBEDDINGS = TABLES | VOCABULARIES | {
     "reference_points",
 }  # fmt: skip
 
-# What stock never builds as quantised layers: it would run raw codes, or take the padded shape for
+# What stock never builds as quantized layers: it would run raw codes, or take the padded shape for
 # the true one. The pattern is searched in the layer's name.
 _NEVER = (
     (re.compile(r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\."), "part of the VAE"),
@@ -72,7 +72,7 @@ _NEVER = (
     (re.compile(r"(^|\.)x_embedder\.proj\.1$"), "the layer whose width tells what model it is"),
 )
 _T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
-_T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantised
+_T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantized
 
 # Architecture -> (preset, keys that must all be there). The first match counts.
 ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -137,7 +137,7 @@ class Plan:
     """Decisions for every tensor, in the order given.
 
     Attributes:
-        preset: the preset used, after "auto" was resolved; "default" where nothing was recognised.
+        preset: the preset used, after "auto" was resolved; "default" where nothing was recognized.
         architecture: what the keys showed, or None.
         include, exclude: the expressions given; None for none.
     """
@@ -192,7 +192,7 @@ def plan(
     Args:
         tensors: key -> (header dtype such as "BF16", shape).
         preset: a name from `presets()`.
-        include: regular expression; keys it finds are quantised even where the preset keeps them.
+        include: regular expression; keys it finds are quantized even where the preset keeps them.
         exclude: regular expression; keys it finds stay, whatever else is asked.
         is_linear: tells linear layers apart by name where the modules are at hand; without it,
             every 2-D float "*.weight" that is no known embedding counts as one.
@@ -241,15 +241,15 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     if len(shape) != 2:
         return f"{len(shape)}-D; MXFP8 is for matrices"
     if dtype not in FLOATS:
-        return f"{dtype}; only F32, F16 and BF16 weights are quantised"
+        return f"{dtype}; only F32, F16 and BF16 weights are quantized"
     if numel(shape) == 0:
         return "empty"
     layer = key.removesuffix(WEIGHT)
     for pattern, what in _NEVER:
         if pattern.search(layer):
-            return f"{what}: stock ComfyUI cannot run it quantised"
+            return f"{what}: stock ComfyUI cannot run it quantized"
     if _T5.search(layer) and _T5_WIDTH not in shape:
-        return "part of a small T5: stock ComfyUI runs only T5-XXL quantised"
+        return "part of a small T5: stock ComfyUI runs only T5-XXL quantized"
     if is_linear is not None and not is_linear(layer):
         return "not a linear layer"
     if is_linear is None and layer.rsplit(".", 1)[-1] in EMBEDDINGS:
@@ -279,7 +279,7 @@ def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
             f"{option} {quoted(expression)} is no regular expression: {error}"
         ) from error
     if pattern is not None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
 
         def find(key: str):
             left = max(0.01, deadline - time.monotonic())

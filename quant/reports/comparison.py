@@ -137,7 +137,7 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Comparison:
     """A whole comparison.
 
     Attributes:
@@ -176,7 +176,7 @@ class Certificate:
         return json.dumps({KEY: VERSION, **asdict(self)}, indent=indent, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Certificate:
+    def from_json(cls, text: str) -> Comparison:
         """Read a certificate back.
 
         Raises:

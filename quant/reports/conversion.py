@@ -1,7 +1,7 @@
 """What a conversion did, layer by layer, as data: the one contract with the browser and scripts.
 
-A report is plain JSON with a version. SQNR, the signal-to-quantisation-noise ratio, is
-10 log10(sum x^2 / sum (dequantised - x)^2) in dB over a layer's weights; higher is better, and
+A report is plain JSON with a version. SQNR, the signal-to-quantization-noise ratio, is
+10 log10(sum x^2 / sum (dequantized - x)^2) in dB over a layer's weights; higher is better, and
 MXFP8 of trained weights has about 31.5. null means that nothing was lost.
 """
 
@@ -38,7 +38,7 @@ class LayerReport:
         reason: why, in words.
         dtype: of the source ("BF16", ...); shape: unpadded (N, K).
         bytes_before, bytes_after: of the weight with its scales and marker.
-        sqnr_db: of a quantised layer; None where nothing was lost or nothing was quantised.
+        sqnr_db: of a quantized layer; None where nothing was lost or nothing was quantized.
         output_error: relative error of the layer's output on the inputs of a calibration, and
             nearest_error, what rounding to nearest has there; None without one.
     """
@@ -63,7 +63,7 @@ class Report:
     Attributes:
         bytes_before, bytes_after: of all tensors, layers or not.
         seconds: wall time, writing and verification included.
-        sqnr_db: over all quantised weights together.
+        sqnr_db: over all quantized weights together.
         min_sqnr_db: what a sound layer has at least; for who draws the report.
         include, exclude: the expressions that were given beside the preset.
         calibration: what the weights were rounded for: the "model" that was run, as its
@@ -91,7 +91,7 @@ class Report:
 
     @property
     def worst(self) -> LayerReport | None:
-        """The quantised layer with the lowest SQNR."""
+        """The quantized layer with the lowest SQNR."""
         lossy = [layer for layer in self.quantized if layer.sqnr_db is not None]
         return min(lossy, key=lambda layer: layer.sqnr_db, default=None)
 
@@ -127,7 +127,7 @@ class Report:
             f"{gigabytes(self.bytes_before)} -> {gigabytes(self.bytes_after)} "
             f"({100 * self.bytes_after / max(self.bytes_before, 1):.1f}%) in {self.seconds:.1f} s",
             f"{len(self.quantized)} layers MXFP8, {kept} kept (preset {self.preset}, "
-            f"{self.architecture or 'architecture not recognised'})",
+            f"{self.architecture or 'architecture not recognized'})",
         ]
         if self.sqnr_db is not None:
             lines.append(
@@ -183,7 +183,7 @@ def sqnr_db(signal: float, noise: float) -> float | None:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-class Energy:
+class SqnrAccumulator:
     """Adds up signal and noise over the slabs of one layer, remembering its worst block."""
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class Energy:
             if self.worst is None or value < self.worst.sqnr_db:
                 self.worst = Block(first_row + row, block, value)
 
-    def merge(self, later: Energy) -> None:
+    def merge(self, later: SqnrAccumulator) -> None:
         """Account for what was added up over rows further down."""
         self.signal += later.signal
         self.noise += later.noise
@@ -215,7 +215,7 @@ class Energy:
         return sqnr_db(self.signal, self.noise)
 
 
-def total_sqnr(energies: Iterable[Energy]) -> float | None:
+def total_sqnr(energies: Iterable[SqnrAccumulator]) -> float | None:
     """SQNR over several layers together."""
     energies = list(energies)
     return sqnr_db(sum(e.signal for e in energies), sum(e.noise for e in energies))

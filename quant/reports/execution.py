@@ -1,9 +1,9 @@
 """How a model runs on this machine, layer by layer, as data: the passport.
 
 It says which backend runs each linear, at what precision and why, where the bytes are, and, if
-measured, how long a layer of each size takes against a dense one and against stock's way. What is
-in it was asked of the code that runs the layers (`kernels.explain`), never worked out a second
-time. It is plain JSON with a version, as a conversion's report is.
+measured, how long a layer of each size takes against a dense one and against stock's way. All of
+it is asked of the code that runs the layers (`kernels.execution_path`), never worked out again. It
+is plain JSON with a version, as a conversion's report is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from ...kernels import Choice
+from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
 from .conversion import KEPT, MXFP8, gigabytes
 
@@ -30,13 +30,13 @@ _LONG = 1.0  # seconds for one call, above which two are measured and no more
 
 
 @dataclass(frozen=True)
-class LayerPassport:
+class LayerExecution:
     """One linear.
 
     Attributes:
         decision: "mxfp8", the name of another format, or "kept".
         reason: why it runs as it does, in words.
-        dtype: of the weight ("BF16"; of a quantised one, what it computes in).
+        dtype: of the weight ("BF16"; of a quantized one, what it computes in).
         bytes: of the weight with its scales; device: where they are now.
         backend: a name from `kernels.backends`, or "stock"; precision: "exact" or "fast", None
             where that is for stock to say.
@@ -61,7 +61,7 @@ class Timing:
 
     Attributes:
         layers: how many there are; rows: of the input that one was timed on.
-        dense_microseconds: of a weight that is not quantised, in the model's dtype.
+        dense_microseconds: of a weight that is not quantized, in the model's dtype.
         stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight.
     """
 
@@ -92,7 +92,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Passport:
+class BackendReport:
     """A whole model on this machine.
 
     Attributes:
@@ -110,15 +110,15 @@ class Passport:
     device: str
     dtype: str
     rows: int
-    few: str
+    small_m: str
     refused: tuple[str, ...]
     because: str | None
     memory: dict[str, Memory]
-    layers: tuple[LayerPassport, ...] = field(repr=False)
+    layers: tuple[LayerExecution, ...] = field(repr=False)
     timings: tuple[Timing, ...] = ()
 
     @property
-    def mxfp8(self) -> list[LayerPassport]:
+    def mxfp8(self) -> list[LayerExecution]:
         return [layer for layer in self.layers if layer.decision == MXFP8]
 
     def ways(self) -> list[tuple[str, int]]:
@@ -142,8 +142,8 @@ class Passport:
         lines = [f"{self.model} on {self.device}: {self.line()}"]
         reasons = Counter(layer.reason for layer in self.layers)
         lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
-        lines.append(f"inputs of few rows: {self.few}")
-        lines += [f"not used: {refusal}" for refusal in self.refused]
+        lines.append(f"inputs of few rows: {self.small_m}")
+        lines += [f"not used: {reason}" for reason in self.refused]
         sizes = [f"{kind} {gigabytes(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
         lines.append(f"on {self.device}: {', '.join(sizes) or 'nothing yet'}")
@@ -159,7 +159,7 @@ class Passport:
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
-        data = {"mxfp8_passport": VERSION, **asdict(self)}
+        data = {"mxfp8_backend_report": VERSION, **asdict(self)}
         for entry, timing in zip(data["timings"], self.timings, strict=True):
             entry["faster_than_dense"] = timing.faster_than_dense
             entry["faster_than_stock"] = timing.faster_than_stock
@@ -167,11 +167,11 @@ class Passport:
 
 
 def kept(dtype: str) -> tuple[str, str]:
-    """(decision, reason) of a linear that is not quantised."""
+    """(decision, reason) of a linear that is not quantized."""
     return KEPT, f"not MXFP8: {dtype}"
 
 
-def because(device: str, choice: Choice, asked: str, encoder: bool = False) -> str | None:
+def because(device: str, choice: ExecutionPath, asked: str, encoder: bool = False) -> str | None:
     """Why nothing faster runs, in a few words; `device` is its type, the rest as of `reason`."""
     if device == "cpu":
         return "no GPU"
@@ -181,7 +181,11 @@ def because(device: str, choice: Choice, asked: str, encoder: bool = False) -> s
 
 
 def reason(
-    choice: Choice, many: Choice, asked: str, change: float | None, encoder: bool = False
+    choice: ExecutionPath,
+    many: ExecutionPath,
+    asked: str,
+    change: float | None,
+    encoder: bool = False,
 ) -> str:
     """Why an MXFP8 linear that nothing holds back runs as it does.
 
@@ -191,19 +195,19 @@ def reason(
         encoder: whether it is a text encoder's, whose precision nobody chooses.
     """
     if choice.precision == "fast":
-        if choice.steps == "rows":
+        if choice.input_form == "rowwise":
             said = "" if change is None else f", changes weights by at most {change:.1g}"
             return f"row fold{said}"
-        return "activations quantised in blocks, weights as they are"
+        return "activations quantized in blocks, weights as they are"
     if many.precision == "fast":
-        return f"exact: {fp8_rowwise.FEW_ROWS} rows or fewer"
+        return f"exact: {fp8_rowwise.SMALL_M} rows or fewer"
     if asked == "exact" and choice.backend != _SLOWEST:
         return "exact, as text encoders run in ComfyUI" if encoder else "exact, as was chosen"
     # Of many: with few rows, FP8 backends refuse for that.
     return f"{choice.backend}: {_lacking(many) or 'nothing faster is here'}"
 
 
-def _lacking(choice: Choice) -> str | None:
+def _lacking(choice: ExecutionPath) -> str | None:
     """Why what would be faster was refused."""
     why = dict(choice.refused)
     return next((why[name] for name in _LACKING if name in why), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..container.header import quoted
 from .comparison import KEY as CERTIFICATE
-from .comparison import Certificate
+from .comparison import Comparison
 from .conversion import Report
 
 REPORT = "mxfp8_report"
@@ -27,38 +27,38 @@ class Provenance:
     """What was found; warnings are sentences."""
 
     report: Report | None
-    certificate: Certificate | None
+    comparison: Comparison | None
     warnings: tuple[str, ...]
 
 
-def lines(report: Report | None, certificate: Certificate | None) -> list[str]:
+def lines(report: Report | None, comparison: Comparison | None) -> list[str]:
     """Both for people, indented under a heading each."""
     found = []
-    for heading, part in (("conversion", report), ("certificate", certificate)):
+    for heading, part in (("conversion", report), ("certificate", comparison)):
         if part is not None:
             said = part.summary().splitlines()[:_MOST_LINES]
             found += [f"{heading}, as the file says:", *(f"  {_plain(line)}" for line in said)]
-    note = note_on_seeds(report, certificate)
+    note = note_on_seeds(report, comparison)
     return [*found, f"  NOTE: {note}"] if note else found
 
 
-def note_on_seeds(report: Report | None, certificate: Certificate | None) -> str | None:
+def note_on_seeds(report: Report | None, comparison: Comparison | None) -> str | None:
     """What is wrong with the seeds of a certificate: the weights were rounded for these very runs.
 
     None also where the report does not say what its calibration sampled.
     """
-    about = report.calibration if report and certificate else None
-    if not about or about.get("sampler") != certificate.setting.sampler:
+    about = report.calibration if report and comparison else None
+    if not about or about.get("sampler") != comparison.setting.sampler:
         return None
     first, count = about.get("first_seed"), about.get("seeds")
     if type(first) is not int or type(count) is not int:
         return None
-    shared = [s.seed for s in certificate.seeds if (s.seed - first) % 2**64 < count]
+    shared = [s.seed for s in comparison.seeds if (s.seed - first) % 2**64 < count]
     if not shared:
         return None
     return (
         f"measured on seeds that the calibration sampled ({len(shared)} of "
-        f"{len(certificate.seeds)}, first {shared[0]}): other seeds may be off by more"
+        f"{len(comparison.seeds)}, first {shared[0]}): other seeds may be off by more"
     )
 
 
@@ -78,7 +78,7 @@ def read(metadata: Mapping[str, str]) -> Provenance:
     """Both entries of a file's metadata, as far as they are there and whole."""
     found: dict[str, object] = {REPORT: None, CERTIFICATE: None}
     warnings = []
-    for key, kind in ((REPORT, Report), (CERTIFICATE, Certificate)):
+    for key, kind in ((REPORT, Report), (CERTIFICATE, Comparison)):
         if key not in metadata:
             continue
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .comparison import Certificate, interval
+from .comparison import Comparison, interval
 
 WIDTH = 1536  # pixels, as everything below
 _TITLES, _CHART, _STRIP = 96, 400, 512
@@ -93,15 +93,15 @@ def _scaled(point) -> tuple[float, float]:
     return point[0] * _SCALE, point[1] * _SCALE
 
 
-def draw(certificate: Certificate, strip: Strip | None = None) -> Image.Image:
+def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
     """The picture, WIDTH pixels wide."""
     below = _strip_height(strip) if strip else 0
     page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN + below)
-    _draw_titles(page, certificate)
+    _draw_titles(page, comparison)
     top, bottom = _TITLES + 60, _TITLES + _CHART
     middle = WIDTH * 0.56
-    _draw_steps(page, certificate, (_MARGIN + 72, top, middle, bottom))
-    _draw_seeds(page, certificate, (middle + 120, top, WIDTH - _MARGIN, bottom))
+    _draw_steps(page, comparison, (_MARGIN + 72, top, middle, bottom))
+    _draw_seeds(page, comparison, (middle + 120, top, WIDTH - _MARGIN, bottom))
     image = page.finished()
     if strip:
         _paste_strip(image, strip, _TITLES + _CHART + 2 * _MARGIN)
@@ -118,7 +118,7 @@ def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
     return Strip(reference, model, difference.point(lambda value: value * factor), factor)
 
 
-def _draw_titles(page: _Page, found: Certificate) -> None:
+def _draw_titles(page: _Page, found: Comparison) -> None:
     setting = found.setting
     room = WIDTH - 2 * _MARGIN
     page.fitted((_MARGIN, _MARGIN - 8), found.title(), room, 24)
@@ -132,7 +132,7 @@ def _draw_titles(page: _Page, found: Certificate) -> None:
         page.fitted((_MARGIN, _MARGIN + 50), "; ".join(found.problems), room, 16, "#b42318")
 
 
-def _draw_steps(page: _Page, found: Certificate, box) -> None:
+def _draw_steps(page: _Page, found: Comparison, box) -> None:
     """Divergence over steps, from 0: the mean as a line, the worst seed paler."""
     left, top, *_ = box
     page.text((left - 72, top - 44), "Relative difference of the predictions", 18)
@@ -156,7 +156,7 @@ def _draw_steps(page: _Page, found: Certificate, box) -> None:
     page.text((axes.right, top - 40), legend, 14, _PALE, "ra")
 
 
-def _draw_seeds(page: _Page, found: Certificate, box) -> None:
+def _draw_seeds(page: _Page, found: Comparison, box) -> None:
     """Latent SNR: one dot for each seed, the mean as a line, its interval as a band."""
     left, top, *_ = box
     page.text((left - 72, top - 44), "Latent SNR by seed", 18)

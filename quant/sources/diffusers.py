@@ -2,7 +2,7 @@
 
 ComfyUI reads some of them: it renames the tensors while it loads, joins q, k and v into one, and
 knows nothing of scales and markers, so an MXFP8 file with such names would silently run raw codes.
-Hence tensors get ComfyUI's own names here, before they are quantised. Blocks of MXFP8 run along K,
+Hence tensors get ComfyUI's own names here, before they are quantized. Blocks of MXFP8 run along K,
 so rows of q, k and v below each other become the same bytes as a tensor that was joined before.
 
 A table per model says what each of ComfyUI's layers is made of. A model that no table knows, and
@@ -217,7 +217,7 @@ def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part,
     Raises:
         FormatError: ComfyUI could not use the result, or part of the model is missing.
     """
-    for prefix, model, known in _recognised(tensors):
+    for prefix, model, known in _recognized(tensors):
         if isinstance(known, _Names):
             return model, _Renaming(name, tensors, prefix, known).parts()
         raise FormatError(f"{name}: {model} under the names of diffusers: {known}; {_INSTEAD}")
@@ -225,12 +225,12 @@ def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part,
 
 
 def check_names(name: str, keys: Iterable[str]) -> None:
-    """Raise FormatError if ComfyUI would rename a quantised model's tensors while loading.
+    """Raise FormatError if ComfyUI would rename a quantized model's tensors while loading.
 
     Args:
         name: of the file, for the message; keys: of its tensors.
     """
-    for _, model, known in _recognised(keys):
+    for _, model, known in _recognized(keys):
         if known != _UNKNOWN:  # else ComfyUI itself says that it does not know the model
             raise FormatError(
                 f"{name}: MXFP8 layers of {model} under the names of diffusers: {_RENAMED}; "
@@ -238,7 +238,7 @@ def check_names(name: str, keys: Iterable[str]) -> None:
             )
 
 
-def _recognised(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
+def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
     """(prefix, model, its table or the reason why it is refused), for names of diffusers' only."""
     keys = list(keys)
     for prefix in PREFIXES:

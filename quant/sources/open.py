@@ -31,7 +31,7 @@ def open_source(path) -> StoredSource:
             of these; or a diffusers pipeline, whose transformer or UNet is taken.
 
     Raises:
-        FormatError: it is none of these, damaged, or quantised already; the message says what it
+        FormatError: it is none of these, damaged, or quantized already; the message says what it
             is and what to do.
         OSError: it cannot be read.
     """

@@ -1,7 +1,7 @@
-"""What cannot become MXFP8, by name: files of other kinds, and models that are quantised already.
+"""What cannot become MXFP8, by name: files of other kinds, and models that are quantized already.
 
 Both are told by content, since names lie: a file by its first bytes, a model by its markers, dtypes
-and the tensors that other quantisers leave beside a weight. To quantise codes as if they were
+and the tensors that other quantizers leave beside a weight. To quantize codes as if they were
 weights gives a file that loads and is silently wrong; the alternative, to decode every known format
 first, would pass on the loss of the first format as if it were a new original.
 """
@@ -28,8 +28,8 @@ _TORCH = "which can run code when read: take the model as .safetensors"
 _KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), text)
     for pattern, text in (
-        (rb"GGUF", f"a GGUF file, quantised already; {_TAKE}"),
-        (rb"GGML|ggml|lmgg|tjgg|fmgg", f"a GGML file, quantised already; {_TAKE}"),
+        (rb"GGUF", f"a GGUF file, quantized already; {_TAKE}"),
+        (rb"GGML|ggml|lmgg|tjgg|fmgg", f"a GGML file, quantized already; {_TAKE}"),
         (rb"PK\x03\x04", f"a zip archive, such as a .ckpt, .pt, .pth or .bin of torch, {_TORCH}"),
         (rb"\x80[\x02-\x05][^\0]", f"a pickle, such as an old .ckpt, .pt or .bin, {_TORCH}"),
         (rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]", f"an ONNX file; {_TAKE}"),
@@ -55,7 +55,7 @@ _FORMATS = {
     "int8_tensorwise": "INT8",
     "convrot_w4a4": "INT4 with ConvRot",
 }
-# Tensors that only a quantised model has, by their names.
+# Tensors that only a quantized model has, by their names.
 _TRACES = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
@@ -106,7 +106,7 @@ _LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|dow
 
 
 def check_unquantized(source: Source) -> None:
-    """Raise FormatError, naming the format and its sign, if a source is quantised already, or no
+    """Raise FormatError, naming the format and its sign, if a source is quantized already, or no
     model but a LoRA for one."""
     lora = next(filter(_LORA.search, source.tensors), None)
     if lora is not None:
@@ -121,7 +121,7 @@ def check_unquantized(source: Source) -> None:
     advice = _ORIGINAL
     if what == "MXFP8" and not sign.endswith("says so"):
         advice = "its markers are missing, and `mxfp8 repair` puts them back"
-    raise FormatError(f"{source.name}: already quantised as {what} ({sign}); {advice}")
+    raise FormatError(f"{source.name}: already quantized as {what} ({sign}); {advice}")
 
 
 def _signs(source: Source) -> Iterator[tuple[str, str]]:

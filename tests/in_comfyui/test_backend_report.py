@@ -44,7 +44,7 @@ def card(comfy):
 
 
 def passport(graph: Graph, model: list, rows: int = MANY, **options) -> list:
-    return graph.add("MXFP8Passport", model=model, rows=rows, **{"measure": False, **options})
+    return graph.add("MXFP8BackendReport", model=model, rows=rows, **{"measure": False, **options})
 
 
 def document(outputs: dict, node: list) -> dict:
@@ -59,14 +59,14 @@ def told_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict
     """({layer: what the passport says} for many rows, the same for one, {layer: what ran})."""
     graph = Graph()
     model = make(graph)
-    few = passport(graph, model, rows=1)
+    small_m = passport(graph, model, rows=1)
     many = passport(graph, model)
     recording = graph.add("TestRecord", model=model, name="recorded")
     samples = graph.sample(recording, kind, steps=1)
     recorded = graph.add("TestRecorded", samples=samples, name="recorded")
     outputs = comfy.run(graph)
     ran = json.loads(outputs[recorded[0]]["result"][0])
-    told = [by_name(document(outputs, node)) for node in (many, few)]
+    told = [by_name(document(outputs, node)) for node in (many, small_m)]
     assert len(ran) > 15
     assert ran.keys() <= told[0].keys()
     return *told, ran
@@ -89,16 +89,16 @@ def said(layer: dict) -> str:
     return ", ".join(filter(None, (layer["backend"], layer["precision"])))
 
 
-def check_all(many: dict, few: dict, ran: dict) -> None:
+def check_all(many: dict, small_m: dict, ran: dict) -> None:
     for name, entry in ran.items():
-        told = few if entry["rows"] == [1] else many
+        told = small_m if entry["rows"] == [1] else many
         assert said(told[name]) == really(entry), name
 
 
 @pytest.mark.parametrize("precision", ["auto", "exact", "fast"])
 def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
-    many, few, ran = told_and_recorded(comfy, lambda graph: ours(graph, precision=precision))
-    check_all(many, few, ran)
+    many, small_m, ran = told_and_recorded(comfy, lambda graph: ours(graph, precision=precision))
+    check_all(many, small_m, ran)
     layer = many[LAYER]
     assert said(layer) == really(ran[LAYER]) == "eager, exact"
     assert layer["reason"] == "eager: needs an NVIDIA or AMD GPU; this is cpu"
@@ -107,8 +107,8 @@ def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
 
 
 def test_what_is_kept_runs_as_stock_runs_it(comfy):
-    many, few, ran = told_and_recorded(comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2")
-    check_all(many, few, ran)
+    many, small_m, ran = told_and_recorded(comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2")
+    check_all(many, small_m, ran)
     kept = many["img_in"]
     assert (kept["decision"], kept["backend"]) == ("kept", "stock")
     assert kept["reason"] == "not MXFP8: F32"
@@ -124,24 +124,24 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
     graph = Graph()
     node = passport(graph, graph.loader("flux-mxfp8.safetensors"))
     whole = document(comfy.run(graph), node)
-    assert (whole["because"], whole["few"]) == (None, "stock")  # nothing of ours runs
+    assert (whole["because"], whole["small_m"]) == (None, "stock")  # nothing of ours runs
 
 
 def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
-    many, few, ran = told_and_recorded(comfy, fast)
-    check_all(many, few, ran)
+    many, small_m, ran = told_and_recorded(comfy, fast)
+    check_all(many, small_m, ran)
     assert really(ran[LAYER]) == "fp8, fast"
     assert many[LAYER]["reason"].startswith("row fold, changes weights by at most ")
     assert float(many[LAYER]["reason"].rpartition(" ")[2]) < 1e-4
-    assert few[LAYER]["reason"] == "exact: 1 rows or fewer"
+    assert small_m[LAYER]["reason"] == "exact: 1 rows or fewer"
     single = [n for n, e in ran.items() if e["rows"] == [1] and many[n]["decision"] == "mxfp8"]
     assert single  # the modulations
     assert {really(ran[n]) for n in single} == {"eager, exact"}
 
 
 def test_layers_that_folding_would_change_too_much_are_exact(comfy, card):
-    many, few, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_folded=-1.0))
-    check_all(many, few, ran)
+    many, small_m, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_folded=-1.0))
+    check_all(many, small_m, ran)
     assert said(many[LAYER]) == really(ran[LAYER]) == "eager, exact"
     assert many[LAYER]["reason"].startswith("exact: folding could change it by ")
 
@@ -157,9 +157,9 @@ def test_a_layer_marked_full_precision_is_exact(comfy, card):
         fast(graph)
         return graph.add("MXFP8Accelerate", model=graph.loader(path.name), precision="auto")
 
-    many, few, ran = told_and_recorded(comfy, marked)
+    many, small_m, ran = told_and_recorded(comfy, marked)
     path.unlink()
-    check_all(many, few, ran)
+    check_all(many, small_m, ran)
     assert many[LAYER]["reason"] == "exact: marked full precision in the file"
     assert really(ran[LAYER]) == "eager, exact"
 
@@ -171,8 +171,8 @@ def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
         )
         return graph.add("MXFP8Accelerate", model=model, precision="auto")
 
-    many, few, ran = told_and_recorded(comfy, patched)
-    check_all(many, few, ran)
+    many, small_m, ran = told_and_recorded(comfy, patched)
+    check_all(many, small_m, ran)
     assert many[LAYER]["reason"] == "patched by another node"
     assert really(ran[LAYER]) == "stock"
 
@@ -274,7 +274,7 @@ def sum_bytes(layer: dict) -> int:
 
 def test_a_passport_wants_one_model(comfy):
     graph = Graph()
-    graph.add("MXFP8Passport", measure=False, rows=1)
+    graph.add("MXFP8BackendReport", measure=False, rows=1)
     with pytest.raises(PromptError, match="connect a model or a text encoder"):
         comfy.run(graph)
 
@@ -364,7 +364,7 @@ logging.basicConfig(stream=sys.stdout, format="%(message)s")
 from mxfp8.nodes import settings
 settings._stored = None
 for _ in range(3):
-    print(settings.keep_folds())
+    print(settings.keep_prepared_weights())
 """
 
 
@@ -373,10 +373,10 @@ def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, 
     said = subprocess.check_output(
         [sys.executable, "-c", SEVERAL_USERS, comfyui_path(), "--multi-user"],
         text=True,
-        env={**os.environ, "MXFP8_KEEP_FOLDS": variable},
+        env={**os.environ, "MXFP8_KEEP_PREPARED_WEIGHTS": variable},
     ).splitlines()
     notice = (
         "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepFolds is ignored; "
-        "set MXFP8_KEEP_FOLDS=0 or 1 for all."
+        "set MXFP8_KEEP_PREPARED_WEIGHTS=0 or 1 for all."
     )
     assert said == [notice] * (not variable) + [kept] * 3

@@ -88,7 +88,7 @@ def test_no_conversion_takes_it_for_an_original(comfy, bad, defect):
     bad_file = BAD_FILES[defect]
     said = bad_file.rule
     if bad_file.quantized:
-        said += "|already quantised|quantised already"
+        said += "|already quantized|quantized already"
     assert re.search(said, message), message
     assert ADVICE.search(message), message
     assert not list((comfy.base / "models").rglob("from bad*"))

@@ -1,4 +1,4 @@
-"""From calibration to a better quantised model, in the real ComfyUI."""
+"""From calibration to a better quantized model, in the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     graph = Graph()
     found = calibrated(graph, graph.loader("flux-mxfp8.safetensors"), "flux")
     graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
-    with pytest.raises(PromptError, match="quantised already; calibrate the BF16"):
+    with pytest.raises(PromptError, match="quantized already; calibrate the BF16"):
         comfy.run(graph)
     graph = Graph()
     found = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")

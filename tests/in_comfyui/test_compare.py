@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.format import read_header
-from mxfp8.quant.reports.comparison import Certificate
+from mxfp8.quant.reports.comparison import Comparison
 from mxfp8.quant.reports.conversion import Report
 
 pytestmark = pytest.mark.comfy
@@ -51,8 +51,8 @@ def compare(graph: Graph, reference: list, model: list, kind: str = "flux", **op
     )  # fmt: skip
 
 
-def certificate(outputs: dict, node: list) -> Certificate:
-    return Certificate.from_json(outputs[node[0]]["mxfp8_report"][0])
+def comparison(outputs: dict, node: list) -> Comparison:
+    return Comparison.from_json(outputs[node[0]]["mxfp8_report"][0])
 
 
 def sampled(graph: Graph, model: list, kind: str) -> list[list]:
@@ -76,7 +76,7 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
     node = compare(graph, original, made, kind, **vae)
     save = graph.add(
         "MXFP8SaveModel", model=made, filename_prefix=f"diffusion_models/certified-{kind}",
-        certificate=[node[0], 3], report=[made[0], 1],
+        comparison=[node[0], 3], report=[made[0], 1],
     )  # fmt: skip
     runs = {name: sampled(graph, m, kind) for name, m in (("r", original), ("m", made))}
     saved = {name: [graph.save_latent(latent) for latent in found] for name, found in runs.items()}
@@ -85,7 +85,7 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
         graph.add("TestSaveTensor", tensor=image, name=f"compare-{name}")
     outputs = comfy.run(graph)
 
-    found = certificate(outputs, node)
+    found = comparison(outputs, node)
     latent = {k: [latents(outputs, n, comfy.base).double() for n in v] for k, v in saved.items()}
     expected = [snr(r, m) for r, m in zip(latent["r"], latent["m"], strict=True)]
     assert [seed.seed for seed in found.seeds] == list(SEEDS)
@@ -102,7 +102,7 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
     assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
 
 
-def check_steps(found: Certificate, latent: dict) -> None:
+def check_steps(found: Comparison, latent: dict) -> None:
     """Euler's last prediction is its latent, but for the scale and shift of the latent's format."""
     assert [step.step for step in found.steps] == [1, 2]
     sigmas = [step.sigma for step in found.steps]
@@ -112,7 +112,7 @@ def check_steps(found: Certificate, latent: dict) -> None:
     assert found.steps[-1].divergence == pytest.approx(sum(errors) / 4, rel=0.3)
 
 
-def check_words(found: Certificate, text: str, kind: str) -> None:
+def check_words(found: Comparison, text: str, kind: str) -> None:
     assert text == found.summary() and "lossless" not in text.lower()
     assert (
         f"latent SNR {found.latent_snr_db.mean:.2f} dB (bootstrap 95%, too narrow for n = 4" in text
@@ -128,7 +128,7 @@ def check_words(found: Certificate, text: str, kind: str) -> None:
     assert (found.psnr_db is None) == (kind != "flux")
 
 
-def check_picture(found: Certificate, outputs: dict, node: list, base) -> None:
+def check_picture(found: Comparison, outputs: dict, node: list, base) -> None:
     (entry,) = outputs[node[0]]["images"]
     picture = Image.open(base / entry["type"] / entry["subfolder"] / entry["filename"])
     assert picture.width == 1536
@@ -142,10 +142,10 @@ def check_picture(found: Certificate, outputs: dict, node: list, base) -> None:
     assert 0.5 < found.seeds[0].ssim < 1
 
 
-def check_file(comfy, found: Certificate, conversion: dict, kind: str) -> None:
+def check_file(comfy, found: Comparison, conversion: dict, kind: str) -> None:
     path = comfy.base / "output" / "diffusion_models" / f"certified-{kind}_00001_.safetensors"
     inspected = inspect_file(path)
-    assert inspected.certificate == found and inspected.warnings == inspected.problems == []
+    assert inspected.comparison == found and inspected.warnings == inspected.problems == []
     assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
     assert f"  latent SNR {found.latent_snr_db.mean:.2f} dB" in inspected.summary()
     assert "layers calibrated" in inspected.summary()
@@ -157,7 +157,7 @@ def check_file(comfy, found: Certificate, conversion: dict, kind: str) -> None:
     model = graph.loader(path.name)
     ours = graph.add("MXFP8Accelerate", model=model, precision="exact")
     node = compare(graph, model, ours, kind, steps=1)
-    again = certificate(comfy.run(graph), node)
+    again = comparison(comfy.run(graph), node)
     assert again.model.fingerprint == again.reference.fingerprint == found.model.fingerprint
     assert again.identical or again.lowest.latent_snr_db > -20 * math.log10(SAME)
     path.unlink()
@@ -170,7 +170,7 @@ def test_a_model_is_identical_to_itself_and_offloaded(comfy):
     nodes = [compare(graph, model, m, steps=1) for m in (model, offloaded)]
     outputs = comfy.run(graph)
     for node in nodes:
-        found = certificate(outputs, node)
+        found = comparison(outputs, node)
         assert found.identical and found.latent_snr_db is None
         assert all(seed.latent_snr_db is None and seed.identical for seed in found.seeds)
         assert all(step.divergence == 0 for step in found.steps)
@@ -186,7 +186,7 @@ def test_a_sampler_that_draws_noise_has_a_floor_beside_its_number(comfy, sampler
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, original, model, sampler_name=sampler)
     outputs = comfy.run(graph)
-    found = certificate(outputs, node)
+    found = comparison(outputs, node)
     assert found.floor.draws and found.floor.repeats
     assert all(seed.other_noise_snr_db is not None for seed in found.seeds)
     assert found.floor.other_noise_snr_db.count == len(SEEDS)
@@ -200,7 +200,7 @@ def test_a_sampler_that_chooses_its_steps_is_compared_without_them(comfy):
     graph = Graph()
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, original, model, sampler_name="dpm_adaptive")
-    found = certificate(comfy.run(graph), node)
+    found = comparison(comfy.run(graph), node)
     assert found.steps == () and found.latent_snr_db.count == len(SEEDS)
     assert any("chooses its own steps" in note for note in found.notes)
 
@@ -217,7 +217,7 @@ def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
         text = outputs[node[0]]["text"][0]
         for seed in SEEDS:
             assert f"PROBLEM: seed {seed}: the {side}: its latent holds NaN (1024 of 1024" in text
-        found = certificate(outputs, node)
+        found = comparison(outputs, node)
         assert found.latent_snr_db is None and not found.identical and found.steps == ()
     assert "identical" not in text
     assert "no noise floor was measured" in text
@@ -240,7 +240,7 @@ def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
         graph = Graph()
         took_for_a_card(graph, False)
         comfy.run(graph)
-    fast, plain = (certificate(outputs, node) for node in nodes)
+    fast, plain = (comparison(outputs, node) for node in nodes)
     note = "fast holds for inputs of many rows; of few rows they run eager, exact (up to 1)"
     assert fast.model.ways == {"fp8, fast": 19} and note in fast.notes
     assert plain.model.ways == {"eager, exact": 19} and note not in plain.notes
@@ -263,7 +263,7 @@ def test_a_reference_is_known_again_by_its_weights(comfy):
     references = (original, with_lora(graph, original))
     nodes = [compare(graph, m, original, steps=1) for m in references]
     outputs = comfy.run(graph)
-    plain, patched = (certificate(outputs, node) for node in nodes)
+    plain, patched = (comparison(outputs, node) for node in nodes)
     assert plain.reference.fingerprint == plain.model.fingerprint == patched.model.fingerprint
     assert len(plain.reference.fingerprint) == 64 and patched.reference.fingerprint is None
 
@@ -306,7 +306,7 @@ def test_a_certificate_of_other_weights_is_refused_with_the_file(comfy):
     for sentence, other in words:
         save = graph.add(
             "MXFP8SaveModel", model=other, filename_prefix="diffusion_models/never",
-            certificate=[node[0], 3],
+            comparison=[node[0], 3],
         )  # fmt: skip
         refused(comfy, graph, sentence)
         del graph[save[0]]

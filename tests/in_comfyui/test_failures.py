@@ -160,7 +160,7 @@ def write(node: str, name: str = "failing"):
         if node == "MXFP8SaveModel":
             save(graph, loaded["ours"], f"diffusion_models/{name}")
         elif node == "MXFP8QuantizeModel":
-            # A model of its own: the other one is quantised and kept.
+            # A model of its own: the other one is quantized and kept.
             other = graph.add("ModelSamplingAuraFlow", model=loaded["bf16"], shift=5.0)
             quantized = graph.add(node, model=other, preset="auto", precision="exact")
             graph.save_latent(graph.sample(quantized, "flux", 1))

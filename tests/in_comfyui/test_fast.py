@@ -134,13 +134,13 @@ def test_layers_that_folding_would_change_too_much_run_exact_and_say_so(comfy, e
     assert "layers run exact: one scale per row, which FP8 tensor cores need" in said
 
 
-def test_siblings_quantise_their_input_once(comfy):
+def test_siblings_quantize_their_input_once(comfy):
     """Of one Wan block: q, k and v share an input, and so do k and v of what it attends to."""
     graph = Graph()
     model = fast(graph, "wan", keep=False)
     samples = graph.sample(model, "wan", steps=2)
     counted = graph.add("TestReuse", model=model, samples=samples)
-    kept, folded, quantised = comfy.run(graph)[counted[0]]["result"]
+    kept, folded, quantized = comfy.run(graph)[counted[0]]["result"]
     assert kept == 0
-    assert folded - quantised == 2 * 3
-    assert quantised == 2 * (FOLDED["wan"] - 3)
+    assert folded - quantized == 2 * 3
+    assert quantized == 2 * (FOLDED["wan"] - 3)

@@ -34,7 +34,7 @@ def other(comfy):
 
 
 def plain(path) -> dict[str, torch.Tensor]:
-    """The tensors of an MXFP8 file, dequantised."""
+    """The tensors of an MXFP8 file, dequantized."""
     stored, metadata = load(path)
     layers = json.loads(metadata["_quantization_metadata"])["layers"]
     state = {k: v for k, v in stored.items() if k.rpartition(".")[0] not in layers}
@@ -78,7 +78,7 @@ def test_merges_take_the_weights_that_mxfp8_stands_for(comfy, other, node):
     assert difference(found["ours"], found["unmerged"]) > 1e-3
 
 
-def test_a_merge_on_an_offloaded_layer_is_not_requantised(comfy, other):
+def test_a_merge_on_an_offloaded_layer_is_not_requantized(comfy, other):
     graph = Graph()
     pairs = {
         "ours": (ours, "-mxfp8"),
@@ -160,11 +160,11 @@ def sample(graph: Graph, model: list, positive: list, cfg: float = 1.0, steps: i
     return samples
 
 
-@pytest.mark.parametrize("how", ["loaded", "quantised", "deep clone", "low VRAM"])
+@pytest.mark.parametrize("how", ["loaded", "quantized", "deep clone", "low VRAM"])
 def test_a_hook_lora_is_the_lora_that_stock_merges(comfy, how):
     graph = Graph()
     stock, model = graph.loader("flux-mxfp8.safetensors"), load_ours(graph, "flux")
-    if how == "quantised":  # the same bits
+    if how == "quantized":  # the same bits
         model = graph.add(
             "MXFP8QuantizeModel", model=graph.loader("flux.safetensors"),
             preset="auto", precision="exact",
@@ -244,7 +244,7 @@ def test_scheduled_hooks_change_between_steps(comfy):
 
 
 def test_a_model_as_lora_is_added_or_refused(comfy):
-    """The checkpoint has the same weights in BF16: at strength 1 it undoes the quantisation."""
+    """The checkpoint has the same weights in BF16: at strength 1 it undoes the quantization."""
     graph = Graph()
     model = load_ours(graph, "flux")
     saved = {"plain": graph.save_latent(graph.sample(model, "flux", 3))}

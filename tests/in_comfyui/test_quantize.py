@@ -1,4 +1,4 @@
-"""Quantise a model in the graph, save it, load it again: in the real ComfyUI."""
+"""Quantize a model in the graph, save it, load it again: in the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save(graph: Graph, model: list, name: str) -> list:
 
 
 @pytest.mark.parametrize("kind", ["flux", "flux2", "wan"])
-def test_quantised_saved_and_reloaded_models_sample_alike(comfy, kind):
+def test_quantized_saved_and_reloaded_models_sample_alike(comfy, kind):
     graph = Graph()
     quantized = quantize(graph, graph.loader(f"{kind}.safetensors"))
     saving = save(graph, quantized, kind)
@@ -165,7 +165,7 @@ def test_model_sampling_and_deep_clones_carry_over(comfy):
     assert difference(found["plain"], found["after"]) > 1e-3
 
 
-def test_settings_that_only_metadata_tells_reach_the_quantised_model_and_its_file(comfy):
+def test_settings_that_only_metadata_tells_reach_the_quantized_model_and_its_file(comfy):
     graph = Graph()
     model = graph.loader("ltxv.safetensors")
     quantized = quantize(graph, model, include="attn|ff")
@@ -185,7 +185,7 @@ def test_settings_that_only_metadata_tells_reach_the_quantised_model_and_its_fil
     assert reloaded == wanted
 
 
-def test_methods_patched_by_other_nodes_are_bound_to_the_quantised_model(comfy):
+def test_methods_patched_by_other_nodes_are_bound_to_the_quantized_model(comfy):
     graph = Graph()
     model = graph.add("TestPatch", model=graph.loader("flux.safetensors"), kind="method")
     quantized = quantize(graph, model)
@@ -229,12 +229,12 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("flux-mxfp8", {}, r"this Flux is quantised already \('[\w.]+' is mxfp8\)"),
-        ("flux", {"exclude": "."}, "no layer to quantise"),
+        ("flux-mxfp8", {}, r"this Flux is quantized already \('[\w.]+' is mxfp8\)"),
+        ("flux", {"exclude": "."}, "no layer to quantize"),
         ("flux", {"include": "("}, "is no regular expression"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(comfy, name, options, message):
+def test_what_cannot_be_quantized_is_refused(comfy, name, options, message):
     graph = Graph()
     save(graph, quantize(graph, graph.loader(f"{name}.safetensors"), **options), "refused")
     with pytest.raises(PromptError, match=message):

@@ -1,4 +1,4 @@
-"""Load, quantise, sample and unload, fifty times: nothing is left behind in the real ComfyUI."""
+"""Load, quantize, sample and unload, fifty times: nothing is left behind in the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unload(comfy) -> None:
         time.sleep(0.02)
 
 
-def test_fifty_rounds_of_load_quantise_sample_unload_leave_nothing(comfy, record_property):
+def test_fifty_rounds_of_load_quantize_sample_unload_leave_nothing(comfy, record_property):
     found, first = [], None
     for index in range(ROUNDS):
         graph = Graph()

@@ -106,7 +106,7 @@ def test_a_tensor_kept_once_for_two_names_is_there_under_both(comfy):
     assert not torch.equal(both, other)
 
 
-def test_a_file_quantised_under_diffusers_names_is_refused(comfy):
+def test_a_file_quantized_under_diffusers_names_is_refused(comfy):
     """As other tools make them; stock runs the raw codes."""
     path = models(comfy) / "renamed.safetensors"
     save_file(rename("flux", load_file(models(comfy) / "flux.safetensors")), path)
@@ -139,7 +139,7 @@ def wan(folder):
     ("make", "words"),
     [
         (outside, "must be a file in the index's own folder"),
-        (fp8, r"already quantised as FP8 \(E4M3\) .*; convert the BF16, F16 or F32 original"),
+        (fp8, r"already quantized as FP8 \(E4M3\) .*; convert the BF16, F16 or F32 original"),
         (wan, "Wan under the names of diffusers: .*; convert the model's file for ComfyUI"),
     ],
 )

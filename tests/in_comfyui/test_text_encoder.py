@@ -62,7 +62,7 @@ def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
 
 def test_a_text_encoder_has_a_passport(comfy, encoder):
     graph = Graph()
-    node = graph.add("MXFP8Passport", clip=load(graph), measure=False, rows=77)
+    node = graph.add("MXFP8BackendReport", clip=load(graph), measure=False, rows=77)
     found = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
     ours = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
     assert len(ours) == 28 * 7
@@ -75,9 +75,11 @@ def test_nobody_chose_that_it_runs_exact(comfy, encoder):
     model = load_ours(graph, "flux")
     forced, free = (graph.add("TestBackend", model=model, name=n) for n in ("reference", ""))
     nodes = {
-        "exact, as was chosen": graph.add("MXFP8Passport", model=forced, measure=False, rows=77),
+        "exact, as was chosen": graph.add(
+            "MXFP8BackendReport", model=forced, measure=False, rows=77
+        ),
         "exact, as text encoders run in ComfyUI": graph.add(
-            "MXFP8Passport", clip=load(graph), measure=False, rows=77
+            "MXFP8BackendReport", clip=load(graph), measure=False, rows=77
         ),
     }
     comfy.run(graph, only=[forced[0]])
@@ -91,7 +93,7 @@ def test_nobody_chose_that_it_runs_exact(comfy, encoder):
 
 
 def test_text_encoders_merge(comfy, encoder):
-    """With itself, so that the sum is the stored weight. Requantising finds the same codes, but
+    """With itself, so that the sum is the stored weight. Requantizing finds the same codes, but
     for ComfyUI before 0.24."""
     graph = Graph()
     clip = load(graph)

@@ -35,8 +35,8 @@ RESERVED = 1_024  # bytes of shared memory that each block takes besides its own
 @pytest.fixture
 def dsl():
     """Skips where CuTe DSL cannot be: CI has it."""
-    if mx.refusal() is not None:
-        pytest.skip(mx.refusal())
+    if mx.dsl_unsupported_reason() is not None:
+        pytest.skip(mx.dsl_unsupported_reason())
 
 
 @cache
@@ -98,7 +98,7 @@ def test_no_type_of_result_spills(arch, dtype, dsl, tmp_path):
     assert not [name for name in code if name.startswith(("LDL", "STL"))]
 
 
-def test_datacentre_cards_fetch_by_their_memory_accelerator(dsl, tmp_path):
+def test_datacenter_cards_fetch_by_their_memory_accelerator(dsl, tmp_path):
     code = code_of(disassembled(compiled("sm_100a").cubin, tmp_path, "-sass"))
     codes = sum(n for name, n in code.items() if name.startswith("UTMALDG"))
     scales = sum(n for name, n in code.items() if name.startswith("UBLKCP"))
@@ -210,7 +210,7 @@ def test_the_compiled_kernel_computes_what_the_oracle_does(arch, M, N, K, dtype,
     [*(c[:5] for c in CASES), (300, 400, 4096, torch.float32, True)],
 )
 def test_a_card_computes_what_the_oracle_does(M, N, K, dtype, bias):
-    reason = mx.refuse(LINEAR) if torch.cuda.is_available() else "needs a CUDA GPU"
+    reason = mx.unsupported_reason(LINEAR) if torch.cuda.is_available() else "needs a CUDA GPU"
     if reason is not None:
         pytest.skip(reason)
     tokens, weight, added, wanted = problem(M, N, K, dtype, bias)
@@ -262,36 +262,36 @@ def card(monkeypatch):
 @pytest.mark.parametrize("found", mx.ARCHITECTURES)
 def test_blackwell_is_accepted(found, card, dsl):
     card(found)
-    assert mx.refuse(LINEAR) is None
+    assert mx.unsupported_reason(LINEAR) is None
 
 
 @pytest.mark.parametrize("found", [(9, 0), (8, 9), (11, 0), (12, 2), (13, 0), (20, 0), None])
 def test_every_other_card_is_refused_by_what_it_is(found, card):
     card(found)
     have = f"this one has {found[0]}.{found[1]}" if found else "this is cuda"
-    assert mx.refuse(LINEAR) == (
+    assert mx.unsupported_reason(LINEAR) == (
         f"needs NVIDIA Blackwell, compute capability 10.0, 10.3, 12.0 or 12.1; {have}"
     )
 
 
 def test_it_only_multiplies_and_only_fast(card):
     card((12, 0))
-    assert mx.refuse(dispatch.replace(LINEAR, op="quantize")) == "multiplies only"
-    assert "exact rules out" in mx.refuse(dispatch.replace(LINEAR, precision="exact"))
+    assert mx.unsupported_reason(dispatch.replace(LINEAR, op="quantize")) == "multiplies only"
+    assert "exact rules out" in mx.unsupported_reason(dispatch.replace(LINEAR, precision="exact"))
 
 
 @pytest.fixture
 def package(monkeypatch):
     """package(module or None): what `import cutlass` finds."""
-    mx.refusal.cache_clear()
+    mx.dsl_unsupported_reason.cache_clear()
     yield lambda module: monkeypatch.setitem(sys.modules, "cutlass", module)
-    mx.refusal.cache_clear()
+    mx.dsl_unsupported_reason.cache_clear()
 
 
 def test_without_the_package_it_says_what_to_install(package, card):
     card((12, 0))
     package(None)
-    assert mx.refuse(LINEAR) == "needs CuTe DSL: pip install nvidia-cutlass-dsl"
+    assert mx.unsupported_reason(LINEAR) == "needs CuTe DSL: pip install nvidia-cutlass-dsl"
 
 
 def test_an_old_package_is_refused(package, monkeypatch):
@@ -299,19 +299,19 @@ def test_an_old_package_is_refused(package, monkeypatch):
     old.__version__, old.__path__ = "4.2.0", []
     package(old)
     monkeypatch.setitem(sys.modules, "cutlass.cute", types.ModuleType("cutlass.cute"))
-    assert mx.refusal() == "CuTe DSL 4.2.0 is too old; 4.8 or later works"
+    assert mx.dsl_unsupported_reason() == "CuTe DSL 4.2.0 is too old; 4.8 or later works"
 
 
 def test_a_broken_package_is_refused_with_what_it_says(package):
     package(types.ModuleType("cutlass"))  # no package: nothing can be in it
-    assert "CuTe DSL" in mx.refusal()
+    assert "CuTe DSL" in mx.dsl_unsupported_reason()
 
 
 def test_it_never_runs_unless_it_is_named(card, monkeypatch):
     card((12, 0))
     backend = dispatch.named("cute_mx")
     assert not backend.automatic
-    monkeypatch.setattr(mx, "refusal", lambda: None)
+    monkeypatch.setattr(mx, "dsl_unsupported_reason", lambda: None)
     tested = []
     monkeypatch.setattr(dispatch, "_test", lambda backend, device: tested.append(backend.name))
     listed = {status.name: status for status in kernels.list_backends(DEVICE)}

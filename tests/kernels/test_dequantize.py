@@ -1,4 +1,4 @@
-"""Dequantising: every code with every scale, exactly, and the error of a round trip."""
+"""Dequantizing: every code with every scale, exactly, and the error of a round trip."""
 
 import pytest
 import torch

@@ -39,10 +39,10 @@ def standing_on(monkeypatch, forget):
 
     def stand(name, triton="3.9.0"):
         kind, capability, architecture = DEVICES[name]
-        refusal = triton if triton.startswith("needs") else None
+        unsupported_reason = triton if triton.startswith("needs") else None
         monkeypatch.setattr(device_facts, "capability", lambda device: capability)
         monkeypatch.setattr(device_facts, "amd_architecture", lambda device: architecture)
-        monkeypatch.setattr(device_facts, "refusal", lambda: refusal)
+        monkeypatch.setattr(device_facts, "triton_unsupported_reason", lambda: unsupported_reason)
         monkeypatch.setattr("triton.__version__", triton)
         monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
         monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: True)
@@ -58,11 +58,11 @@ def test_every_device_has_a_backend_for_everything(name, has_triton, standing_on
     device = standing_on(name, "3.9.0" if has_triton else NO_TRITON)
     exact = "triton" if has_triton and device.type == "cuda" else "eager"
     fast = {**dict.fromkeys(FP8_CARDS, "fp8"), **dict.fromkeys(BLOCK_CARDS, "torch_mx")}
-    for few in (False, True):
+    for small_m in (False, True):
         for precision in dispatch.PRECISIONS:
-            problem = Problem("linear", device, torch.bfloat16, precision, few)
-            wanted = exact if few or precision == "exact" else fast.get(name, exact)
-            assert dispatch._choose(problem, None)[0].name == wanted, (precision, few)
+            problem = Problem("linear", device, torch.bfloat16, precision, small_m)
+            wanted = exact if small_m or precision == "exact" else fast.get(name, exact)
+            assert dispatch._choose(problem, None)[0].name == wanted, (precision, small_m)
     for op in ("quantize", "dequantize"):
         assert dispatch._choose(Problem(op, device, torch.bfloat16), None)[0].name == exact
     for status in kernels.list_backends(device):
@@ -71,7 +71,7 @@ def test_every_device_has_a_backend_for_everything(name, has_triton, standing_on
 
 def reasons(device) -> dict[str, str]:
     problem = Problem("linear", device, torch.bfloat16, "fast")
-    return {b.name: b.refuse(problem) for b in dispatch.BACKENDS}
+    return {b.name: b.unsupported_reason(problem) for b in dispatch.BACKENDS}
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -114,7 +114,7 @@ def test_a_triton_that_would_not_scale_blocks_is_refused(name, triton, refused, 
 @pytest.mark.parametrize("name", ["sm_130", "sm_142"])
 def test_a_card_of_the_future_that_fails_its_self_test_runs_exact(name, standing_on, monkeypatch):
     device = standing_on(name)
-    monkeypatch.setattr(dispatch, "_test", lambda b, d: "no kernel image" if b.steps else None)
+    monkeypatch.setattr(dispatch, "_test", lambda b, d: "no kernel image" if b.input_form else None)
     backend, precision = dispatch._choose(
         Problem("linear", device, torch.bfloat16, "auto"), None
     )  # fmt: skip
@@ -135,7 +135,7 @@ def test_what_comes_first_by_itself_is_backed_by_a_results_file():
             assert report.prefers(result, name, capability) is None, (name, file)
     measured = {name for preferred in dispatch.MEASURED.values() for name in preferred}
     for backend in dispatch.BACKENDS:  # of those in blocks, only torch's needs no file
-        if backend.steps == "blocks" and backend.name not in measured:
+        if backend.input_form == "mxfp8" and backend.name not in measured:
             assert backend.automatic == (backend.name == "torch_mx"), backend.name
 
 

@@ -38,14 +38,14 @@ class Recorder:
         self.asked = []
 
     def backend(self, name, refuses=(), automatic=True):
-        def refuse(problem):
+        def unsupported_reason(problem):
             self.asked.append((name, problem))
             return f"{name} cannot" if problem.precision in refuses else None
 
         def linear(x, qdata, scale, bias, rows, cols, precision):
             return torch.full((x.shape[0], rows), {"exact": 1.0, "fast": 2.0}[precision])
 
-        return Backend(name, "made up", None, None, linear, refuse, automatic)
+        return Backend(name, "made up", None, None, linear, unsupported_reason, automatic)
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ def test_the_reference_runs_when_named(precision):
 def test_a_backend_that_only_multiplies_leaves_the_rest_to_others(name, monkeypatch):
     made = [
         dispatch.replace(
-            b, refuse=lambda problem: None if problem.precision == "fast" else "no", test=None,
+            b, test=None,
+            unsupported_reason=lambda problem: None if problem.precision == "fast" else "no",
             matmul=lambda x, w, bias, dtype, M, N: reference.linear(X, *w, bias, N, 512).to(dtype),
             linear=lambda x, q, s, bias, rows, cols, precision: reference.linear(
                 x, q, s, bias, rows, cols
@@ -144,7 +145,7 @@ def test_the_reference_never_runs_unnamed():
 def test_the_first_that_does_not_refuse_is_chosen(offer):
     recorder = offer(a=("exact", "fast"), b=(), c=())
     assert ran("exact") == "exact"
-    problem = Problem("linear", X.device, X.dtype, "exact", few=True)
+    problem = Problem("linear", X.device, X.dtype, "exact", small_m=True)
     assert recorder.asked == [("a", problem), ("b", problem)]
 
 

@@ -36,14 +36,14 @@ def test_a_fold_has_the_bits_of_the_oracle(shape):
     stored = reference.quantize(all_magnitudes(*shape, torch.float32)) if shape[0] else (
         torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(0, 4, dtype=torch.uint8)
     )  # fmt: skip
-    assert equal(row_fold.fold_rows(*stored), reference.fold_rows(*stored))
+    assert equal(row_fold.to_rowwise(*stored), reference.to_rowwise(*stored))
 
 
 def test_a_fold_changes_only_what_is_far_below_its_row():
     weight = normal(64, 256)
     weight[:, :128] *= torch.exp2(-torch.arange(64.0) / 4)[:, None]
     qdata, scale = reference.quantize(weight)
-    code, row_scale = row_fold.fold_rows(qdata, scale)
+    code, row_scale = row_fold.to_rowwise(qdata, scale)
     folded = code.double() * row_scale.double()[:, None]
     plain = reference.dequantize_exact(qdata, scale, 64, 256)
     size = plain.abs().amax(-1, keepdim=True)
@@ -57,8 +57,8 @@ def test_a_fold_changes_only_what_is_far_below_its_row():
 def test_tokens_have_the_bits_of_the_oracle(shape, dtype):
     x = all_magnitudes(*shape, dtype) if 0 not in shape else torch.empty(shape, dtype=dtype)
     if shape[1]:
-        assert equal(row_fold.quantize_tokens(x), reference.quantize_tokens(x))
-    codes, scale = row_fold.quantize_tokens(x)
+        assert equal(row_fold.quantize_rowwise(x), reference.quantize_rowwise(x))
+    codes, scale = row_fold.quantize_rowwise(x)
     assert codes.shape[0] == scale.shape[0] == shape[0]
 
 
@@ -123,7 +123,7 @@ def test_folding_trained_layers_changes_less_than_a_millionth():
     changes = []
     for weight, _ in minilm.layers().values():
         qdata, scale = reference.quantize(weight)
-        code, row_scale = row_fold.fold_rows(qdata, scale)
+        code, row_scale = row_fold.to_rowwise(qdata, scale)
         plain = reference.dequantize_exact(qdata, scale, *qdata.shape)
         folded = code.double() * row_scale.double()[:, None]
         changes.append(float((folded - plain).norm() / plain.norm()))
@@ -150,16 +150,20 @@ def test_the_matmul_is_that_of_torch():
 @pytest.fixture
 def here(monkeypatch, forget):
     """Fast on the CPU, by plain torch."""
-    record = next(b for b in dispatch.BACKENDS if b.steps == "rows")
-    others = tuple(b for b in dispatch.BACKENDS if b.steps != "rows")
+    record = next(b for b in dispatch.BACKENDS if b.input_form == "rowwise")
+    others = tuple(b for b in dispatch.BACKENDS if b.input_form != "rowwise")
 
-    def refuse(problem):
-        return "no" if problem.op != "linear" or problem.precision == "exact" else few(problem)
+    def unsupported_reason(problem):
+        return "no" if problem.op != "linear" or problem.precision == "exact" else small_m(problem)
 
-    def few(problem):
-        return "few" if problem.few else None
+    def small_m(problem):
+        return "few" if problem.small_m else None
 
-    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.replace(record, refuse=refuse), *others))
+    monkeypatch.setattr(
+        dispatch,
+        "BACKENDS",
+        (dispatch.replace(record, unsupported_reason=unsupported_reason), *others),
+    )
     forget()
 
 
@@ -186,16 +190,16 @@ def test_few_rows_run_exact_without_a_word(here, caplog):
     assert caplog.records == []
 
 
-def test_a_folded_weight_and_quantised_activations_are_taken_as_they_are(here):
+def test_a_folded_weight_and_quantized_activations_are_taken_as_they_are(here):
     wanted = kernels.linear(X, *STORED, shape=(70, 96))
-    folded, tokens = kernels.fold_rows(*STORED), kernels.quantize_activations(X, "rows")
-    given = {"folded": folded, "tokens": tokens, "shape": (70, 96)}
+    folded, tokens = kernels.to_rowwise(*STORED), kernels.quantize_input(X, "rowwise")
+    given = {"prepared_weight": folded, "quantized_input": tokens, "shape": (70, 96)}
     assert torch.equal(kernels.linear(X, *STORED, **given), wanted)
     nothing = torch.zeros_like(STORED[0].view(torch.uint8)).view(torch.float8_e4m3fn)
     assert torch.equal(kernels.linear(X, nothing, STORED[1], **given), wanted)
 
 
-def test_compiled_layers_share_one_quantisation_of_their_input(here):
+def test_compiled_layers_share_one_quantization_of_their_input(here):
     others = [reference.quantize(normal(70, 96, seed=s)) for s in (6, 7)]
 
     def attention(x):
@@ -209,12 +213,12 @@ def test_compiled_layers_share_one_quantisation_of_their_input(here):
     targets = [str(node.target) for node in recorder.fw_graphs[0].graph.nodes]
     name = ops.NAMESPACE
     assert sum(t.startswith(f"{name}.scaled_matmul") for t in targets) == 3
-    assert sum(t.startswith(f"{name}.fold_rows") for t in targets) == 3
+    assert sum(t.startswith(f"{name}.to_rowwise") for t in targets) == 3
     # Three in the trace, one after common subexpressions are merged, as inductor does it.
     from torch._functorch.compile_utils import fx_graph_cse
 
     merged = fx_graph_cse(recorder.fw_graphs[0].graph)
-    assert sum(str(n.target).startswith(f"{name}.quantize_tokens") for n in merged.nodes) == 1
+    assert sum(str(n.target).startswith(f"{name}.quantize_rowwise") for n in merged.nodes) == 1
 
 
 def test_gradients_pass_straight_through(here):
@@ -224,13 +228,13 @@ def test_gradients_pass_straight_through(here):
     assert torch.allclose(x.grad, weight.sum(0).expand_as(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["fold_rows", "quantize_tokens", "scaled_matmul"])
+@pytest.mark.parametrize("op", ["to_rowwise", "quantize_rowwise", "scaled_matmul"])
 def test_ops_are_what_their_fakes_say(op):
     function = getattr(getattr(torch.ops, ops.NAMESPACE), op).default
-    tokens, folded = reference.quantize_tokens(X[0]), reference.fold_rows(*STORED)
+    tokens, folded = reference.quantize_rowwise(X[0]), reference.to_rowwise(*STORED)
     given = {
-        "fold_rows": STORED,
-        "quantize_tokens": (X[0],),
+        "to_rowwise": STORED,
+        "quantize_rowwise": (X[0],),
         "scaled_matmul": (*tokens, *folded, BIAS, torch.bfloat16, 70),
     }
     torch.library.opcheck(function, given[op], test_utils="test_faketensor")
@@ -254,8 +258,8 @@ CHOSEN = {
 }
 
 
-def chosen(op="linear", precision="exact", few=False, dtype=torch.bfloat16) -> str:
-    problem = dispatch.Problem(op, torch.device("cuda", 0), dtype, precision, few)
+def chosen(op="linear", precision="exact", small_m=False, dtype=torch.bfloat16) -> str:
+    problem = dispatch.Problem(op, torch.device("cuda", 0), dtype, precision, small_m)
     return dispatch._choose(problem, None)[0].name
 
 
@@ -264,7 +268,7 @@ def chosen(op="linear", precision="exact", few=False, dtype=torch.bfloat16) -> s
 def test_each_card_has_its_backends(name, has_triton, card):
     card(CARDS[name], None if has_triton else "needs Triton")
     wanted = CHOSEN[name][0 if has_triton else 1]
-    assert [chosen(precision=p, few=few) for p, few in LINEAR] == wanted
+    assert [chosen(precision=p, small_m=small_m) for p, small_m in LINEAR] == wanted
     for op in ("quantize", "dequantize"):
         assert chosen(op) == (TRITON if has_triton else EAGER)
 
@@ -273,18 +277,23 @@ def test_each_card_has_its_backends(name, has_triton, card):
 def test_blackwell_says_what_block_scaled_matmuls_lack(capability, card, monkeypatch):
     card(capability)
     problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
-    assert torch_mx.refuse(problem) is None
+    assert torch_mx.unsupported_reason(problem) is None
     assert chosen(precision="auto", dtype=torch.float32) == FP8
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    assert "needs a torch for CUDA 12.8 or later; this one is for 12.6" in torch_mx.refuse(problem)
+    assert (
+        "needs a torch for CUDA 12.8 or later; this one is for 12.6"
+        in torch_mx.unsupported_reason(problem)
+    )
     card(capability)
     assert chosen(precision="auto") == FP8
     card(capability, "needs Triton")
     assert chosen(precision="auto") == EAGER
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
-    assert "CUDA 12.8" in torch_mx.refuse(problem)  # and not torch: 2.7 has a private form
+    assert "CUDA 12.8" in torch_mx.unsupported_reason(
+        problem
+    )  # and not torch: 2.7 has a private form
     monkeypatch.delattr(torch, "float8_e8m0fnu")
-    assert "needs torch 2.10 or later" in torch_mx.refuse(problem)
+    assert "needs torch 2.10 or later" in torch_mx.unsupported_reason(problem)
 
 
 def test_triton_multiplies_blocks_only_when_named(card):
@@ -333,7 +342,9 @@ def test_refusals_are_told_in_words(card):
 def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypatch, caplog):
     card((9, 0))
     monkeypatch.setattr(
-        dispatch, "_test", lambda b, d: "it folds rows wrongly" if b.steps == "rows" else None
+        dispatch,
+        "_test",
+        lambda b, d: "it folds rows wrongly" if b.input_form == "rowwise" else None,
     )
     assert chosen(precision="auto") == TRITON
     said = {status.name: status for status in kernels.list_backends("cuda:0")}
@@ -365,8 +376,10 @@ def test_activations_in_blocks_are_those_of_the_oracle(blocks_here, dtype):
         x.reshape(100, 96), *STORED, BIAS.to(dtype), 70, 96, "fast"
     ).reshape(2, 50, 70)  # fmt: skip
     assert torch.equal(found, wanted)
-    tokens = kernels.quantize_activations(x, kernels.steps_here(x, "auto"))
-    assert torch.equal(kernels.linear(x, *STORED, BIAS, shape=(70, 96), tokens=tokens), wanted)
+    tokens = kernels.quantize_input(x, kernels.input_form(x, "auto"))
+    assert torch.equal(
+        kernels.linear(x, *STORED, BIAS, shape=(70, 96), quantized_input=tokens), wanted
+    )
 
 
 def test_compiled_layers_share_their_blocks_too(blocks_here):
@@ -387,11 +400,11 @@ def test_the_bound_on_folding_holds_and_is_not_far_off(spread):
     factor = torch.exp2(-spread * torch.rand(64, 16, generator=torch.Generator().manual_seed(1)))
     weight = normal(64, 512) * factor.repeat_interleave(32, 1)
     qdata, scale = reference.quantize(weight)
-    code, row_scale = row_fold.fold_rows(qdata, scale)
+    code, row_scale = row_fold.to_rowwise(qdata, scale)
     plain = reference.dequantize_exact(qdata, scale, 64, 512)
     change = (code.double() * row_scale.double()[:, None] - plain).view(64, 16, 32).norm(dim=-1)
     found = float((change / plain.view(64, 16, 32).norm(dim=-1)).square().mean().sqrt())
-    bound = kernels.fold_bound(qdata.shape, scale)
+    bound = kernels.rowwise_error_bound(qdata.shape, scale)
     assert found <= bound
     if spread >= 14:  # where it comes near the limit at which layers run exact
         assert bound <= 10 * found
@@ -399,4 +412,4 @@ def test_the_bound_on_folding_holds_and_is_not_far_off(spread):
 
 def test_a_zero_matrix_is_not_changed_by_folding():
     qdata, scale = reference.quantize(torch.zeros(40, 64))
-    assert kernels.fold_bound(qdata.shape, scale) == 0
+    assert kernels.rowwise_error_bound(qdata.shape, scale) == 0

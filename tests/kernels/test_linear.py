@@ -47,8 +47,8 @@ def assert_close_to_float64(got, x, dense, bias=None):
 def test_the_oracle_is_the_float64_product_rounded_once(dtype):
     stored, dense = weight()
     x, bias = numbers(5, K, dtype=dtype), numbers(N, dtype=dtype, seed=2)
-    quantised = reference.dequantize_exact(*reference.quantize(x), 5, K)
-    for precision, value in (("exact", x.double()), ("fast", quantised)):
+    quantized = reference.dequantize_exact(*reference.quantize(x), 5, K)
+    for precision, value in (("exact", x.double()), ("fast", quantized)):
         expected = value @ dense.t()
         got = reference.linear(x, *stored, None, N, K, precision)
         assert torch.equal(got, expected.to(dtype))

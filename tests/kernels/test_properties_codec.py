@@ -1,4 +1,4 @@
-"""What holds for every matrix that is quantised: the codec, against arithmetic with fractions."""
+"""What holds for every matrix that is quantized: the codec, against arithmetic with fractions."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_what_is_stored_is_stored_again_without_loss(x):
 
 @QUICK
 @given(matrices(anything, cols=100))
-def test_an_error_is_half_the_distance_of_its_neighbours_at_most(x):
+def test_an_error_is_half_the_distance_of_its_neighbors_at_most(x):
     code, scale = parts(x)
     rows, cols = x.shape
     blocks = scale[:rows].repeat_interleave(BLOCK, 1)[:, :cols]

@@ -15,7 +15,7 @@ QUICK = settings(max_examples=100, deadline=None)
 
 
 def numbered(rows: int, cols: int) -> torch.Tensor:
-    """Bytes 1 to 251, neighbours all different, along rows and columns of tiles too."""
+    """Bytes 1 to 251, neighbors all different, along rows and columns of tiles too."""
     return (torch.arange(rows * cols) % 251 + 1).to(torch.uint8).reshape(rows, cols)
 
 
@@ -41,7 +41,7 @@ def test_whole_tiles_come_back_as_they_were(row_tiles, col_tiles):
 
 @settings(QUICK, max_examples=30)
 @given(st.integers(1, 600), st.integers(1, 70), st.integers(0, 1 << 14))
-def test_slabs_of_a_matrix_quantise_to_slabs_of_the_file(rows, cols, size):
+def test_slabs_of_a_matrix_quantize_to_slabs_of_the_file(rows, cols, size):
     x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
     qdata, scale = kernels.quantize(x)
     spans = list(layout.slabs(rows, cols, size))

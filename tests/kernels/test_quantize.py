@@ -1,4 +1,4 @@
-"""Quantising: the oracle against the specification, and the fast path against the oracle."""
+"""Quantizing: the oracle against the specification, and the fast path against the oracle."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def every_scale_boundary():
 
 
 def every_tie():
-    """Blocks of scale 1 holding the midpoints between neighbouring codes and their neighbours."""
+    """Blocks of scale 1 holding the midpoints between neighboring codes and their neighbors."""
     magnitude = reference.e4m3_magnitudes()
     middle = ((magnitude[1:] + magnitude[:-1]) / 2).float()
     infinity = torch.tensor(torch.inf)
@@ -242,17 +242,17 @@ def energy_by_oracle(x):
 
 @pytest.mark.parametrize("size", [1.0, 1e-37, 1e-30, 1e25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("measured", ["while quantising", "afterwards"])
+@pytest.mark.parametrize("measured", ["while quantizing", "afterwards"])
 def test_energy_is_that_of_float64(measured, dtype, size):
     """32 squares rounded and added in float32 are off by less than 64 * 2**-24 of their sum."""
     x = (numbers(33, 70) * size).to(dtype)
     qdata, scale = eager.quantize(x)
-    if measured == "while quantising":
-        got_qdata, got_scale, *energy = kernels.quantize_measured(x)
+    if measured == "while quantizing":
+        got_qdata, got_scale, *energy = kernels.quantize_and_measure(x)
         assert torch.equal(got_qdata.view(torch.uint8), qdata.view(torch.uint8))
         assert torch.equal(got_scale, scale)
     else:
-        energy = kernels.block_energy(x, qdata, scale)
+        energy = kernels.signal_and_noise(x, qdata, scale)
     for got, expected in zip(energy, energy_by_oracle(x), strict=True):
         assert (got.dtype, got.shape) == (torch.float64, (33, 3))
         assert ((got - expected).abs() / expected).max() <= 2.0**-18
@@ -263,33 +263,33 @@ def test_energy_of_bad_blocks_is_nan_and_of_zero_blocks_zero():
     x[0, 0], x[1, 40], x[2, 64:] = torch.nan, torch.inf, 0
     expected = torch.zeros(4, 3, dtype=torch.bool)
     expected[0, 0] = expected[1, 1] = True
-    for energy in kernels.quantize_measured(x)[2:]:
+    for energy in kernels.quantize_and_measure(x)[2:]:
         assert torch.equal(energy.isnan(), expected)
         assert energy[2, 2] == 0
 
 
 def test_energy_does_not_depend_on_chunks_or_slabs(monkeypatch):
     x = numbers(300, 130)
-    whole = kernels.quantize_measured(x)
-    after = kernels.block_energy(x, *whole[:2])
+    whole = kernels.quantize_and_measure(x)
+    after = kernels.signal_and_noise(x, *whole[:2])
     monkeypatch.setattr(eager, "_CPU_CHUNK", 96)
     monkeypatch.setattr(sqnr, "_SLAB", 1)
-    assert all(map(torch.equal, kernels.quantize_measured(x)[2:], whole[2:]))
-    assert all(map(torch.equal, kernels.block_energy(x, *whole[:2]), after))
+    assert all(map(torch.equal, kernels.quantize_and_measure(x)[2:], whole[2:]))
+    assert all(map(torch.equal, kernels.signal_and_noise(x, *whole[:2]), after))
 
 
-@pytest.mark.parametrize("quantize", [kernels.quantize, kernels.quantize_measured])
+@pytest.mark.parametrize("quantize", [kernels.quantize, kernels.quantize_and_measure])
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(32), r"quantises matrices; x has shape \[32\]"),
-        (torch.zeros(2, 3, 32), r"quantises matrices; x has shape \[2, 3, 32\]"),
+        (torch.zeros(32), r"quantizes matrices; x has shape \[32\]"),
+        (torch.zeros(2, 3, 32), r"quantizes matrices; x has shape \[2, 3, 32\]"),
         (torch.zeros(32, 32, dtype=torch.float64), "x is torch.float64; it must be one of float32"),
         (torch.zeros(32, 32, dtype=torch.int8), "x is torch.int8; it must be one of float32"),
         (torch.zeros(32, 32).to(torch.float8_e4m3fn), "x is torch.float8_e4m3fn"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(quantize, x, message):
+def test_what_cannot_be_quantized_is_refused(quantize, x, message):
     with pytest.raises(ValueError, match=message):
         quantize(x)
 

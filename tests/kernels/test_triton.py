@@ -66,7 +66,7 @@ def test_no_kernel_spills_or_takes_more_memory_than_there_is(arch):
 
 # Kernel -> the matrix instruction that it must have on an architecture.
 MATRIX = {
-    "few_rows_kernel": dict.fromkeys((80, 86, 89, 90, 100, 120), "HMMA"),
+    "small_m_kernel": dict.fromkeys((80, 86, 89, 90, 100, 120), "HMMA"),
     "copy_kernel": {89: "QMMA", 100: "UTCQMMA", 120: "QMMA"},
     "tma_kernel": {90: "QGMMA"},
     "mx_kernel": {100: "UTCQMMA", 120: "QMMA"},
@@ -82,7 +82,7 @@ def test_kernels_use_the_matrix_instructions_that_are_meant(arch):
     assert {kernel for kernel, mnemonic in meant.items() if mnemonic} == found & meant.keys()
     for (name, config), binary in binaries(arch).items():
         wanted = meant.get(name)
-        if name == "few_rows_kernel" and "<= 64" in config:
+        if name == "small_m_kernel" and "<= 64" in config:
             wanted = FEW.get(arch, wanted)
         assert binary.matrix.keys() == ({wanted} if wanted else set()), (name, config)
 
@@ -266,16 +266,16 @@ def test_every_size_of_matmul_has_tiles(arch):
 
 
 def test_why_there_is_no_triton_is_told(monkeypatch):
-    device_facts.refusal.cache_clear()
-    assert device_facts.refusal() is None
-    device_facts.refusal.cache_clear()
+    device_facts.triton_unsupported_reason.cache_clear()
+    assert device_facts.triton_unsupported_reason() is None
+    device_facts.triton_unsupported_reason.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert device_facts.refusal() == "needs Triton: pip install triton"
-    device_facts.refusal.cache_clear()
+    assert device_facts.triton_unsupported_reason() == "needs Triton: pip install triton"
+    device_facts.triton_unsupported_reason.cache_clear()
     monkeypatch.setattr("os.name", "nt")
-    assert device_facts.refusal() == "needs Triton: pip install triton-windows"
-    device_facts.refusal.cache_clear()
+    assert device_facts.triton_unsupported_reason() == "needs Triton: pip install triton-windows"
+    device_facts.triton_unsupported_reason.cache_clear()
     monkeypatch.undo()
     monkeypatch.setattr("triton.__version__", "2.1.0")
-    assert device_facts.refusal() == "Triton 2.1.0 is too old; 3.3 or later works"
-    device_facts.refusal.cache_clear()
+    assert device_facts.triton_unsupported_reason() == "Triton 2.1.0 is too old; 3.3 or later works"
+    device_facts.triton_unsupported_reason.cache_clear()

@@ -57,7 +57,7 @@ def test_convert_prints_a_summary_and_writes_the_file(source, run):
     status, out, _ = run("convert", source, source.with_name("target"))
     assert status == 0
     assert out.startswith("source -> target\n")
-    assert "3 layers MXFP8, 0 kept (preset default, architecture not recognised)" in out
+    assert "3 layers MXFP8, 0 kept (preset default, architecture not recognized)" in out
     assert read_header(source.with_name("target")).layers.keys() == {"a", "b", "zero"}
 
 
@@ -97,7 +97,7 @@ def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 
 
-def test_dry_run_gives_the_reasons_where_nothing_would_be_quantised(source, run):
+def test_dry_run_gives_the_reasons_where_nothing_would_be_quantized(source, run):
     words = ("convert", "--dry-run", source, source.with_name("target"), "--exclude", ".")
     assert "keep   a.weight  BF16 40x64  excluded by '.'" in run(*words)[1]
 
@@ -106,7 +106,7 @@ def test_inspect_says_what_a_file_holds(target, run):
     status, out, _ = run("inspect", target)
     assert status == 0
     assert out.splitlines()[0].startswith("target: ")
-    assert "architecture: not recognised" in out
+    assert "architecture: not recognized" in out
     assert "mxfp8: 3 layers" in out
     assert "metadata: _quantization_metadata, format" in out
 
@@ -170,7 +170,7 @@ def test_a_file_without_markers_is_inspected_repaired_and_verified(source, targe
     assert (status, "nothing to repair" in err) == (1, True)
 
 
-def test_inspect_recognises_an_architecture(run):
+def test_inspect_recognizes_an_architecture(run):
     assert "architecture: Z-Image" in run("inspect", ZIMAGE)[1]
 
 

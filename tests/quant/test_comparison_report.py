@@ -19,7 +19,7 @@ from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.reports import comparison, metadata, metrics, plot
 from mxfp8.quant.reports.comparison import (
-    Certificate,
+    Comparison,
     Floor,
     Mean,
     Seed,
@@ -35,7 +35,7 @@ VALUES = [31.9, 32.0, 31.0, 30.5]
 SETTING = Setting(
     "euler", "simple", 3, 1.0, 1.0, (1, 16, 8, 8), "cpu", {"torch": "2.11.0", "ComfyUI": "0.30.0"}
 )
-CERTIFICATE = Certificate(
+CERTIFICATE = Comparison(
     reference=Side("Flux", {}, "cd" * 32, "BF16", 2.0, 14_000_000_000),
     model=Side("Flux", {"triton, exact": 52}, "ab" * 32, "BF16", 1.0, 8_100_000_000),
     setting=SETTING,
@@ -80,8 +80,8 @@ def test_the_interval_of_four_seeds_is_as_narrow_as_it_says():
     found = [mean_of(list(values)) for values in drawn]
     share = sum(mean.low <= 31 <= mean.high for mean in found) / len(found)
     assert share == pytest.approx(0.8, abs=0.12)  # three deviations of a share of 100
-    few, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
-    assert comparison.interval(few, "dB").endswith(
+    small_m, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
+    assert comparison.interval(small_m, "dB").endswith(
         "(bootstrap 95%, too narrow for n = 9: 30.00 to 32.00)"
     )
     assert comparison.interval(many, "").endswith(
@@ -148,14 +148,14 @@ def test_psnr_and_ssim_are_those_of_their_papers():
     "found", [CERTIFICATE, SAME, replace(CERTIFICATE, floor=None, notes=("a", "b"))]
 )
 def test_json_comes_back_as_it_was(found):
-    assert Certificate.from_json(found.to_json()) == found
-    assert Certificate.from_json(found.to_json(indent=None)) == found
+    assert Comparison.from_json(found.to_json()) == found
+    assert Comparison.from_json(found.to_json(indent=None)) == found
 
 
 def test_json_names_its_version_its_steps_and_its_seeds():
     data = json.loads(CERTIFICATE.to_json())
     assert data.pop("mxfp8_certificate") == 1
-    assert data.keys() == Certificate.__dataclass_fields__.keys()
+    assert data.keys() == Comparison.__dataclass_fields__.keys()
     assert data["steps"][1] == {"step": 2, "sigma": 1 - 1 / 3, "divergence": 0.02, "worst": 0.04}
     assert data["seeds"][3]["latent_snr_db"] == 30.5
     assert json.loads(SAME.to_json())["seeds"][0]["latent_snr_db"] is None
@@ -187,9 +187,9 @@ DAMAGED = {
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_what_is_no_certificate_is_refused_and_only_warned_of_in_a_file(text):
     with pytest.raises(ValueError):
-        Certificate.from_json(text)
+        Comparison.from_json(text)
     found = metadata.read({"mxfp8_certificate": text, "mxfp8_report": text})
-    assert (found.certificate, found.report) == (None, None)
+    assert (found.comparison, found.report) == (None, None)
     assert [w.partition(" in the header cannot be read")[0] for w in found.warnings] == [
         "mxfp8_report", "mxfp8_certificate",
     ]  # fmt: skip
@@ -300,7 +300,7 @@ def rgb(color: str) -> tuple[int, ...]:
 
 
 def pixels(image: Image.Image, color: str, near: int = 3) -> numpy.ndarray:
-    """Where an image has a colour: [n, 2] of row and column."""
+    """Where an image has a color: [n, 2] of row and column."""
     off = numpy.abs(numpy.asarray(image).astype(int) - rgb(color)).max(-1)
     return numpy.argwhere(off <= near)
 
@@ -397,14 +397,14 @@ def test_inspect_prints_a_certificate_and_knows_whose_it_is(tmp_path, capsys):
     ours = replace(CERTIFICATE, model=side)
     path, _ = embedded(tmp_path, ours.to_json(indent=None))
     found = inspect_file(path)
-    assert found.certificate == ours and found.warnings == found.problems == []
+    assert found.comparison == ours and found.warnings == found.problems == []
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
     assert "certificate, as the file says:" in out
     assert "  latent SNR 31.35 dB" in out and "WARNING" not in out
     assert main(["inspect", "--json", str(path)]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["certificate"]["seeds"][3]["latent_snr_db"] == 30.5 and data["report"] is None
+    assert data["comparison"]["seeds"][3]["latent_snr_db"] == 30.5 and data["report"] is None
 
 
 def test_inspect_warns_of_a_certificate_that_is_damaged(tmp_path, capsys):

@@ -13,9 +13,9 @@ from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.reports.conversion import (
     Block,
-    Energy,
     LayerReport,
     Report,
+    SqnrAccumulator,
     gigabytes,
     sqnr_db,
     total_sqnr,
@@ -161,10 +161,10 @@ def test_the_summary_says_what_matters():
     ]
 
 
-def test_the_summary_of_a_lossless_unrecognised_model():
+def test_the_summary_of_a_lossless_unrecognized_model():
     report = replace(REPORT, architecture=None, sqnr_db=None, layers=(LOSSLESS,))
     assert report.summary().splitlines()[2:] == [
-        "1 layers MXFP8, 0 kept (preset zimage, architecture not recognised)"
+        "1 layers MXFP8, 0 kept (preset zimage, architecture not recognized)"
     ]
 
 
@@ -184,21 +184,21 @@ def test_sqnr_in_db_is_none_without_noise(signal, noise, value):
     assert sqnr_db(signal, noise) == value
 
 
-def add(energy, first_row, signal, noise) -> Energy:
+def add(energy, first_row, signal, noise) -> SqnrAccumulator:
     energy.add(first_row, torch.tensor(signal).double(), torch.tensor(noise).double())
     return energy
 
 
 def test_layers_add_up_by_energy_not_by_db():
-    exact = add(Energy(), 0, [[900.0]], [[0.0]])
-    lossy = add(Energy(), 0, [[100.0]], [[10.0]])
+    exact = add(SqnrAccumulator(), 0, [[900.0]], [[0.0]])
+    lossy = add(SqnrAccumulator(), 0, [[100.0]], [[10.0]])
     assert total_sqnr([exact, lossy]) == pytest.approx(20.0)
     assert total_sqnr([exact]) is None
     assert total_sqnr([]) is None
 
 
 def test_the_worst_block_is_relative_to_its_own_size_over_all_slabs():
-    energy = add(Energy(), 0, [[1e6, 1.0], [1.0, 0.0]], [[10.0, 1e-2], [0.0, 0.0]])
+    energy = add(SqnrAccumulator(), 0, [[1e6, 1.0], [1.0, 0.0]], [[10.0, 1e-2], [0.0, 0.0]])
     assert energy.worst == Block(0, 1, pytest.approx(20.0))
     add(energy, 128, [[1.0, 1.0]], [[1e-3, 1e-1]])
     assert energy.worst == Block(128, 1, pytest.approx(10.0))

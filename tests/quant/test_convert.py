@@ -165,7 +165,7 @@ def test_a_source_that_is_cut_short_meanwhile_is_an_error(tmp_path, monkeypatch)
 
 
 MARK = {"_quantization_metadata": json.dumps({"layers": {"old": {"format": "int8_tensorwise"}}})}
-QUANTISED = {
+QUANTIZED = {
     "fp8": ({"old.weight": torch.zeros(32, 32, dtype=torch.float8_e4m3fn)}, None),
     "e5m2": ({"old.weight": torch.zeros(32, 32, dtype=torch.float8_e5m2)}, None),
     "marked": ({"old.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, None),
@@ -173,17 +173,17 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize(("tensors", "metadata"), QUANTISED.values(), ids=QUANTISED)
-def test_a_source_that_is_quantised_already_is_refused(tmp_path, tensors, metadata):
+@pytest.mark.parametrize(("tensors", "metadata"), QUANTIZED.values(), ids=QUANTIZED)
+def test_a_source_that_is_quantized_already_is_refused(tmp_path, tensors, metadata):
     save_file({"a.weight": matrix(32, 32), **tensors}, tmp_path / "source", metadata)
-    with pytest.raises(FormatError, match=r"source: already quantised .*'old"):
+    with pytest.raises(FormatError, match=r"source: already quantized .*'old"):
         convert_file(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_our_own_output_is_refused_as_a_source(tmp_path):
     converted(tmp_path, MODEL)
-    with pytest.raises(FormatError, match="target: already quantised"):
+    with pytest.raises(FormatError, match="target: already quantized"):
         convert_file(tmp_path / "target", tmp_path / "again")
 
 
@@ -191,9 +191,9 @@ def test_our_own_output_is_refused_as_a_source(tmp_path):
     ("tensors", "options"),
     [(OTHERS, {}), ({"a.weight": matrix(32, 32)}, {"exclude": "a"}), ({}, {})],
 )
-def test_nothing_to_quantise_is_refused(tmp_path, tensors, options):
+def test_nothing_to_quantize_is_refused(tmp_path, tensors, options):
     save_file(tensors, tmp_path / "source")
-    with pytest.raises(ValueError, match="source: no layer to quantise: preset 'default'"):
+    with pytest.raises(ValueError, match="source: no layer to quantize: preset 'default'"):
         convert_file(tmp_path / "source", tmp_path / "target", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -275,7 +275,7 @@ def test_the_report_lists_every_matrix_with_its_decision(done):
     assert {name for name, layer in found.items() if layer.decision == "mxfp8"} == LINEARS.keys()
     assert {layer.decision for layer in found.values()} == {"mxfp8", "kept"}
     assert (found["double"].reason, found["double"].dtype) == (
-        "F64; only F32, F16 and BF16 weights are quantised",
+        "F64; only F32, F16 and BF16 weights are quantized",
         "F64",
     )
     assert found["blocks.0.lin"].shape == (33, 100)

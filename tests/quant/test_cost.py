@@ -159,7 +159,7 @@ def test_the_accelerator_that_torch_has_is_used(monkeypatch, found, used):
     assert converting._device(None) == torch.device(used)
 
 
-def test_slabs_are_quantised_where_they_are_sent(tmp_path, monkeypatch):
+def test_slabs_are_quantized_where_they_are_sent(tmp_path, monkeypatch):
     """No accelerator here: what is checked is that every slab goes through the device."""
     sent = []
 
@@ -178,9 +178,9 @@ def test_slabs_are_quantised_where_they_are_sent(tmp_path, monkeypatch):
 
 def test_a_backend_that_measures_afterwards_gives_the_same():
     x = matrix(70, 130)
-    at_once = sqnr.quantize_measured(x)
+    at_once = sqnr.quantize_and_measure(x)
     with use_backend("reference"):
-        afterwards = sqnr.quantize_measured(x)
+        afterwards = sqnr.quantize_and_measure(x)
     for one, other in zip(at_once[:2], afterwards[:2], strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     for one, other in zip(at_once[2:], afterwards[2:], strict=True):
@@ -205,8 +205,8 @@ def test_workers_leave_torch_one_thread_each(tmp_path, monkeypatch):
         seen.add((threading.current_thread(), torch.get_num_threads()))
         return original(x)
 
-    original = sqnr.quantize_measured
-    monkeypatch.setattr("mxfp8.kernels.quantize_measured", watched)
+    original = sqnr.quantize_and_measure
+    monkeypatch.setattr("mxfp8.kernels.quantize_and_measure", watched)
     save_file(MODEL, tmp_path / "source")
     convert_file(tmp_path / "source", tmp_path / "target")
     assert {count for _, count in seen} == {1}

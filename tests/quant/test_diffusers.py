@@ -1,4 +1,4 @@
-"""Models under the names of diffusers: ComfyUI's names before quantising, or a refusal."""
+"""Models under the names of diffusers: ComfyUI's names before quantizing, or a refusal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parts_of_several_precisions_are_joined_exactly(tmp_path):
     qkv = joined["layers.0.attention.qkv.weight"].float()
     qkv[: len(state[q])] = state[q]
     save_file({**joined, "layers.0.attention.qkv.weight": qkv}, tmp_path / "original")
-    for exclude in (None, "qkv"):  # quantised, and kept
+    for exclude in (None, "qkv"):  # quantized, and kept
         found = converted(tmp_path / "renamed", exclude=exclude, overwrite=True)
         wanted = converted(tmp_path / "original", exclude=exclude, overwrite=True)
         assert equal(found[0], wanted[0])
@@ -118,7 +118,7 @@ def test_halves_that_are_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_what_stock_would_rename_is_known_before_it_is_loaded(prefix):
-    """Other tools quantise such files as they are; stock ran raw codes, 1e9 times too large."""
+    """Other tools quantize such files as they are; stock ran raw codes, 1e9 times too large."""
     for name, make_model in MODELS.items():
         state = make_model()
         check_names("x", [prefix + key for key in state])
@@ -142,9 +142,9 @@ def test_names_that_both_share_stay():
         assert comfy_names("original", tensors) is None
 
 
-def test_a_quantised_model_with_diffusers_names_is_refused_as_quantised(tmp_path):
+def test_a_quantized_model_with_diffusers_names_is_refused_as_quantized(tmp_path):
     state = {k: v.to(torch.float8_e4m3fn) for k, v in rename("flux", flux_state()).items()}
     state["transformer_blocks.0.attn.to_q.weight_scale"] = torch.ones(())
     write_shards(tmp_path / "flux", state)
-    with pytest.raises(FormatError, match=r"^flux: already quantised as FP8 \(E4M3\)"):
+    with pytest.raises(FormatError, match=r"^flux: already quantized as FP8 \(E4M3\)"):
         convert_file(tmp_path / "flux", tmp_path / "target")

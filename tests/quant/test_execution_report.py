@@ -12,20 +12,20 @@ from mxfp8 import kernels
 from mxfp8.kernels import dispatch
 from mxfp8.kernels.backends import fp8_rowwise
 from mxfp8.quant.reports import execution
-from mxfp8.quant.reports.execution import STOCK, LayerPassport, Memory, Passport, Timing
+from mxfp8.quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
 
 CUDA = torch.device("cuda", 0)
 
 
 def reason(precision="auto", rows=4096, change=2e-7) -> str:
-    choice = kernels.explain(CUDA, torch.bfloat16, precision, rows)
-    many = kernels.explain(CUDA, torch.bfloat16, precision)
+    choice = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
+    many = kernels.execution_path(CUDA, torch.bfloat16, precision)
     return execution.reason(choice, many, precision, change)
 
 
 FOLD = "row fold, changes weights by at most 2e-07"
 FEW = "exact: 64 rows or fewer"
-BLOCKS = "activations quantised in blocks, weights as they are"
+BLOCKS = "activations quantized in blocks, weights as they are"
 CHOSEN = "exact, as was chosen"
 NO_FP8 = "triton: needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; this one"
 # What is said of a layer with precision auto and many rows, auto and few, exact and many.
@@ -55,11 +55,15 @@ def test_without_triton_the_reason_is_that(card):
 @pytest.mark.parametrize("precision", dispatch.PRECISIONS)
 def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
     card(CARDS[name])
-    few = rows is not None and rows <= fp8_rowwise.FEW_ROWS
-    problem = dispatch.Problem("linear", CUDA, torch.bfloat16, precision, few)
+    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
+    problem = dispatch.Problem("linear", CUDA, torch.bfloat16, precision, small_m)
     backend, runs_as = dispatch._choose(problem, None)
-    found = kernels.explain(CUDA, torch.bfloat16, precision, rows)
-    assert (found.backend, found.precision, found.steps) == (backend.name, runs_as, backend.steps)
+    found = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
+    assert (found.backend, found.precision, found.input_form) == (
+        backend.name,
+        runs_as,
+        backend.input_form,
+    )
     assert found.backend not in dict(found.refused)
     before = [b.name for b in dispatch.BACKENDS if b.automatic]
     assert before[: before.index(backend.name)] == [name for name, _ in found.refused]
@@ -70,7 +74,7 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
 @pytest.mark.parametrize("precision", ["auto", "fast"])
 def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
     card(CARDS[name], triton)
-    many = kernels.explain(CUDA, torch.bfloat16, precision)
+    many = kernels.execution_path(CUDA, torch.bfloat16, precision)
     because = execution.because("cuda", many, precision)
     if many.precision == "fast":
         assert because is None
@@ -81,7 +85,7 @@ def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
 
 def test_nobody_chose_that_text_encoders_run_exact(card):
     card(CARDS["Ampere"])
-    found = kernels.explain(CUDA, torch.bfloat16, "exact")
+    found = kernels.execution_path(CUDA, torch.bfloat16, "exact")
     assert execution.because("cuda", found, "exact") == "exact was chosen"
     said = execution.because("cuda", found, "exact", encoder=True)
     assert said == "text encoders run exact, as in ComfyUI"
@@ -90,7 +94,7 @@ def test_nobody_chose_that_text_encoders_run_exact(card):
 
 
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
-    found = kernels.explain(torch.device("cpu"), torch.bfloat16, "auto")
+    found = kernels.execution_path(torch.device("cpu"), torch.bfloat16, "auto")
     assert (found.backend, found.precision) == ("eager", "exact")
     why = dict(found.refused)
     assert why.keys() == {"torch_mx", "fp8", "triton"}
@@ -101,24 +105,24 @@ def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
 
 def test_a_forced_backend_is_explained():
     with kernels.use_backend("reference"):
-        found = kernels.explain(torch.device("cpu"), torch.float32, "fast")
+        found = kernels.execution_path(torch.device("cpu"), torch.float32, "fast")
     assert (found.backend, found.precision) == ("reference", "fast")
 
 
 def layer(name: str, backend="fp8", precision="fast", decision="mxfp8", **options):
-    return LayerPassport(
+    return LayerExecution(
         name=name, shape=(64, 32), decision=decision, reason="because", dtype="BF16",
         bytes=2_000_000, device="cuda:0", backend=backend, precision=precision, **options,
     )  # fmt: skip
 
 
-def made(*layers, **options) -> Passport:
+def made(*layers, **options) -> BackendReport:
     about = {
         "model": "Flux", "machine": "torch", "device": "cuda:0", "dtype": "BF16", "rows": 4096,
-        "few": "triton, exact (up to 64)", "refused": ("torch_mx: no",), "because": None,
+        "small_m": "triton, exact (up to 64)", "refused": ("torch_mx: no",), "because": None,
         "memory": {"codes": Memory(3_000_000, 1_000_000), "scales": Memory()},
     }  # fmt: skip
-    return Passport(**{**about, **options}, layers=layers)
+    return BackendReport(**{**about, **options}, layers=layers)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_json_and_words_have_everything():
     timing = Timing((64, 32), "fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
     found = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
     data = json.loads(found.to_json())
-    assert data["mxfp8_passport"] == execution.VERSION
+    assert data["mxfp8_backend_report"] == execution.VERSION
     assert data["layers"][0]["microseconds"] == 10.0
     assert (data["rows"], data["timings"][0]["rows"]) == (4096, 256)
     assert data["timings"][0]["faster_than_dense"] == 2.0

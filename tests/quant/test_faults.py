@@ -46,7 +46,7 @@ def warm():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """10 slabs to quantise and some pieces to copy, 48 MB."""
+    """10 slabs to quantize and some pieces to copy, 48 MB."""
     path = tmp_path_factory.mktemp("source") / "source.safetensors"
     tensors = {f"blocks.{i}.lin.weight": matrix(1024, 2048, seed=i) for i in range(10)}
     tensors |= {"norm.weight": matrix(1, 2048)[0], "kept.weight": matrix(1024, 3072).view(3, 2, -1)}
@@ -164,7 +164,7 @@ def test_kill_at_the_moment_of_replacing(warm, source, whole, target, when):
     ("step", "call"),
     [
         ("mxfp8.quant.container.part_file._create", 1),
-        ("mxfp8.kernels.quantize_measured", 3),
+        ("mxfp8.kernels.quantize_and_measure", 3),
         ("mxfp8.quant.container.writer.Writer._compare", 2),
         ("os.replace", 1),
     ],
@@ -224,8 +224,8 @@ def test_a_second_interrupt_does_not_cut_the_cleaning_short(source, tmp_path, mo
     def stop(*_):
         raise RuntimeError
 
-    original, quantize = time.sleep, kernels.quantize_measured
-    monkeypatch.setattr("mxfp8.kernels.quantize_measured", slow)
+    original, quantize = time.sleep, kernels.quantize_and_measure
+    monkeypatch.setattr("mxfp8.kernels.quantize_and_measure", slow)
     monkeypatch.setattr(time, "sleep", sleep)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
@@ -368,7 +368,7 @@ def test_memory_of_any_kind(source, target, monkeypatch, error):
     def fail(slab):
         raise error
 
-    monkeypatch.setattr("mxfp8.kernels.quantize_measured", fail)
+    monkeypatch.setattr("mxfp8.kernels.quantize_and_measure", fail)
     with pytest.raises(MemoryError, match=r"source\.safetensors: out of memory .* close other"):
         convert_file(source, target)
     assert names(target.parent) == []

@@ -38,7 +38,7 @@ CASES = [
     ("e_values_fp16_simple", {}),
     ("e_values_fp32_simple", {}),
 ]
-# Lookup tables that the tool quantises and stock ComfyUI would then read raw codes from.
+# Lookup tables that the tool quantizes and stock ComfyUI would then read raw codes from.
 KEPT_ON_PURPOSE = {"d_odd_simple": {"tok_embeddings"}}
 
 
@@ -57,7 +57,7 @@ def pair(request, tmp_path_factory):
     source, metadata = load(GOLDEN / FILES[f"{name}.safetensors"]["source"])
     theirs, their_metadata = load(GOLDEN / f"{name}.safetensors")
     given = {key: tensor.clone() for key, tensor in source.items()}
-    for layer in markers(theirs, their_metadata):  # the tool rounds what it quantises to BF16 first
+    for layer in markers(theirs, their_metadata):  # the tool rounds what it quantizes to BF16 first
         given[f"{layer}.weight"] = source[f"{layer}.weight"].bfloat16()
     save_file(given, folder / "source", metadata)
     convert_file(folder / "source", folder / "ours", **options)
@@ -74,7 +74,7 @@ def pair(request, tmp_path_factory):
     )
 
 
-def test_the_same_layers_are_quantised_but_for_embeddings(pair):
+def test_the_same_layers_are_quantized_but_for_embeddings(pair):
     assert pair.our_markers.keys() == pair.their_markers.keys() - pair.kept_on_purpose
     assert pair.kept_on_purpose <= pair.their_markers.keys()
 

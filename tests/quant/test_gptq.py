@@ -227,7 +227,7 @@ def test_means_and_largest_magnitudes_are_kept_beside_the_moments(tmp_path):
 
 
 def test_a_sum_that_was_taken_holds_nothing_and_takes_nothing():
-    one = calibration.Sum()
+    one = calibration.HessianAccumulator()
     one.add(torch.ones(2, 3, 4))
     found = one.take()
     one.add(torch.ones(2, 3, 4))
@@ -236,14 +236,14 @@ def test_a_sum_that_was_taken_holds_nothing_and_takes_nothing():
 
 
 def test_inputs_whose_squares_are_infinite_count_as_nothing():
-    one = calibration.Sum()
+    one = calibration.HessianAccumulator()
     one.add(torch.full((2, 4), 1e30))
     assert one.take() is None
     assert (one.rows, one.given) == (2, "values whose squares float32 cannot hold")
 
 
 def test_rows_that_are_not_finite_are_counted():
-    one = calibration.Sum()
+    one = calibration.HessianAccumulator()
     assert one.given == "nothing"
     one.add(torch.full((2, 4), torch.nan))
     assert (one.rows, one.dropped, one.given) == (0, 2, "nothing finite")
@@ -252,7 +252,7 @@ def test_rows_that_are_not_finite_are_counted():
 
 
 def test_memory_that_was_reserved_is_what_inputs_are_added_to():
-    one = calibration.Sum()
+    one = calibration.HessianAccumulator()
     one.reserve(4, torch.device("cpu"))
     place = one._second.data_ptr()
     one.add(torch.ones(2, 3, 4, dtype=torch.float16))
@@ -488,7 +488,7 @@ def test_a_value_that_reads_back_as_infinity_is_refused_by_row(model):
 
 
 def test_moments_that_no_inputs_have_are_refused_by_layer(model):
-    """Finite, but no X.T X: a square below zero, or a factorisation that fails half-way."""
+    """Finite, but no X.T X: a square below zero, or a factorization that fails half-way."""
     found = calibration.load(model / "calibration.safetensors")
     second, rows = found.of("2").second, found.of("2").rows
     negative, indefinite = second.clone(), second.clone()

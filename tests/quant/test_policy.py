@@ -1,4 +1,4 @@
-"""Which tensors a plan quantises, which it keeps, and the reasons it gives."""
+"""Which tensors a plan quantizes, which it keeps, and the reasons it gives."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("key", "dtype", "shape", "words"), IMPOSSIBLE)
 @pytest.mark.parametrize("include", [None, "."])
-def test_what_stock_cannot_run_is_never_quantised(key, dtype, shape, words, include):
+def test_what_stock_cannot_run_is_never_quantized(key, dtype, shape, words, include):
     decision = decide(key, dtype, shape, include=include)
     assert not decision.quantize
     assert words in decision.reason
@@ -88,7 +88,7 @@ def test_what_stock_cannot_run_is_never_quantised(key, dtype, shape, words, incl
 @pytest.mark.parametrize(
     "key", ["vae_proj.weight", "time_embed.0.weight", "embed.proj.weight", "text_model.proj.weight"]
 )
-def test_names_that_only_resemble_those_are_quantised(key):
+def test_names_that_only_resemble_those_are_quantized(key):
     assert decide(key).quantize
 
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_probed_is_refused_in_words(model, tmp_path, capsys):
     save_file({"blocks.0.a.weight": torch.full((8, 32), torch.nan)}, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match=r"'blocks.0.a.weight' holds NaN or Inf in row 0"):
         probe_file(tmp_path / "nan.safetensors")
-    with pytest.raises(FormatError, match="already quantised as MXFP8"):
+    with pytest.raises(FormatError, match="already quantized as MXFP8"):
         probe_file(GOLDEN / "a_zimage_simple.safetensors")
     with pytest.raises(ValueError, match="belongs to another model"):
         probe_file(ZIMAGE, calibration=calibration.load(model / "calibration.safetensors"))

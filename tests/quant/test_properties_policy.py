@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from mxfp8.quant.container.header import DTYPES
 from mxfp8.quant.conversion import policy
 from mxfp8.quant.conversion.policy import plan, presets
-from mxfp8.quant.reports.conversion import KEPT, MXFP8, Block, Energy, LayerReport, Report
+from mxfp8.quant.reports.conversion import KEPT, MXFP8, Block, LayerReport, Report, SqnrAccumulator
 
 QUICK = settings(max_examples=150, deadline=None)
 
 # ---- any model ---------------------------------------------------------------------------------
 
-# Stock ComfyUI runs none of these quantised: no option may have them quantised.
+# Stock ComfyUI runs none of these quantized: no option may have them quantized.
 NEVER = ("first_stage_model.q", "vae.mid.q", "text_model.encoder.layers.0.fc1", "text_projection",
          "transformer.resblocks.0.c_fc", "a.moe.gate", "mlp.router", "motion_encoder.dec.0",
          "x_embedder.proj.1", "model.embed_tokens", "shared", "wte", "label_emb")  # fmt: skip
@@ -54,7 +54,7 @@ def flags(found: policy.Plan) -> dict[str, bool]:
 
 
 def could_be(key: str, dtype: str, shape: tuple[int, ...]) -> bool:
-    """What a tensor must be for any option to quantise it; not all of what it must be."""
+    """What a tensor must be for any option to quantize it; not all of what it must be."""
     return (
         key.endswith(".weight")
         and dtype in ("F32", "F16", "BF16")
@@ -135,7 +135,7 @@ def test_auto_is_the_preset_of_the_architecture(model, architecture):
 @QUICK
 @given(models)
 def test_modules_at_hand_replace_the_list_of_embeddings_alone(model):
-    """With every module a linear layer, more is quantised than by names; with none, nothing."""
+    """With every module a linear layer, more is quantized than by names; with none, nothing."""
     by_name = flags(plan(model, policy.NONE))
     by_module = flags(plan(model, policy.NONE, is_linear=lambda layer: True))
     assert all(by_module[key] for key, quantize in by_name.items() if quantize)
@@ -185,7 +185,7 @@ def test_a_report_with_a_field_less_or_of_another_version_is_refused(report, nam
 
 @QUICK
 @given(reports)
-def test_the_worst_layer_has_the_lowest_sqnr_of_those_that_were_quantised(report):
+def test_the_worst_layer_has_the_lowest_sqnr_of_those_that_were_quantized(report):
     lossy = [x.sqnr_db for x in report.layers if x.decision == MXFP8 and x.sqnr_db is not None]
     assert (report.worst.sqnr_db if report.worst else None) == min(lossy, default=None)
     kept = replace(report, layers=tuple(replace(x, decision=KEPT) for x in report.layers))
@@ -200,11 +200,11 @@ energies = st.tuples(st.floats(1e-60, 1e60), st.floats(0, 1e60))
 @given(st.lists(st.tuples(energies, energies), min_size=1, max_size=20), st.data())
 def test_energy_added_in_parts_is_that_of_the_whole(values, data):
     table = torch.tensor(values, dtype=torch.float64)  # [rows, 2 blocks, signal and noise]
-    whole, parts = Energy(), Energy()
+    whole, parts = SqnrAccumulator(), SqnrAccumulator()
     whole.add(0, table[..., 0], table[..., 1])
     cut = data.draw(st.integers(0, len(table)))
     for first, last in ((0, cut), (cut, len(table))):
-        part = Energy()
+        part = SqnrAccumulator()
         part.add(first, table[first:last, :, 0], table[first:last, :, 1])
         parts.merge(part)
     assert parts.worst == whole.worst

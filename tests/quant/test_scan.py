@@ -145,7 +145,7 @@ def test_an_embedding_is_refused_by_its_name(tmp_path, name, rows, refused):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_codes_whose_markers_are_lost_are_recognised(tmp_path, kind):
+def test_codes_whose_markers_are_lost_are_recognized(tmp_path, kind):
     tensors, _ = model({"a.b": WEIGHTS[kind](128, 96)})
     with pytest.raises(FormatError, match=r"'a.b.weight' .*its scales are there: .mxfp8 repair"):
         scan.check_file(save(tmp_path, tensors))

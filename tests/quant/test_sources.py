@@ -50,7 +50,7 @@ def array():
 
 
 FOREIGN = {
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file, quantised already; convert the BF16"),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file, quantized already; convert the BF16"),
     "ggml": (b"lmgg" + bytes(64), "a GGML file"),
     "torch": (torch_file(True), "a zip archive, such as a .ckpt.*take the model as .safetensors"),
     "torch, old": (torch_file(False), "a pickle, such as an old .ckpt"),
@@ -90,7 +90,7 @@ def test_a_header_whose_length_looks_like_another_kind_is_read(tmp_path, start):
         assert source.tensors == {"a": ("U8", (1,))}
 
 
-# Models that are quantised already
+# Models that are quantized already
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 
@@ -104,7 +104,7 @@ def marker(**conf):
 
 
 ONE = torch.ones(())
-QUANTISED = {
+QUANTIZED = {
     "FP8 E4M3": ({"w.weight": codes(E4M3)}, r"FP8 \(E4M3\) \('w\.weight' is F8_E4M3 \[32, 32\]"),
     "FP8 E5M2": ({"w.weight": codes(E5M2)}, r"FP8 \(E5M2\)"),
     "FP8, not a weight": ({"experts.up": codes(E4M3)}, r"FP8 \(E4M3\)"),
@@ -158,10 +158,10 @@ QUANTISED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("tensors", "words"), QUANTISED.values(), ids=QUANTISED)
-def test_a_quantised_model_is_refused_by_the_name_of_its_format(tmp_path, tensors, words):
+@pytest.mark.parametrize(("tensors", "words"), QUANTIZED.values(), ids=QUANTIZED)
+def test_a_quantized_model_is_refused_by_the_name_of_its_format(tmp_path, tensors, words):
     save_file({"a.weight": matrix(32, 32), **tensors}, tmp_path / "source")
-    with pytest.raises(FormatError, match=f"^source: already quantised as {words}"):
+    with pytest.raises(FormatError, match=f"^source: already quantized as {words}"):
         convert_file(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -172,7 +172,7 @@ def test_fewer_bits_are_refused_by_name_too(tmp_path, dtype):
     end = 32 * 32 * bits // 8
     header = {"w.weight": {"dtype": dtype, "shape": [32, 32], "data_offsets": [0, end]}}
     write_raw(tmp_path / "source", header, bytes(end))
-    with pytest.raises(FormatError, match=f"already quantised as FP{bits}"):
+    with pytest.raises(FormatError, match=f"already quantized as FP{bits}"):
         convert_file(tmp_path / "source", tmp_path / "target")
 
 

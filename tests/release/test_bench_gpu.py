@@ -45,7 +45,7 @@ def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
     assert [list(row) for row in kernels["rows"]] == [COLUMNS] * len(kernels["rows"])
     ops = {row["op"] for row in kernels["rows"]}
     assert ops == {
-        "dequantize", "quantize", "fold_rows", "quantize_tokens", "linear", "host_us",
+        "dequantize", "quantize", "to_rowwise", "quantize_rowwise", "linear", "host_us",
         "block_matmul",
         "Z-Image block", "Flux double block",
     }  # fmt: skip
@@ -114,6 +114,6 @@ def test_the_models_sample_in_the_real_comfyui(tmp_path):
     for row in rows.values():
         assert row["wrong"] is None
         assert row["seconds_per_step"] > 0
-    # ComfyUI computes in float32 on a CPU: roundings are far below what quantising changes.
-    assert rows["exact"]["difference"] < 1e-5 < 1e-3 < rows["exact"]["quantised_by"]
+    # ComfyUI computes in float32 on a CPU: roundings are far below what quantizing changes.
+    assert rows["exact"]["difference"] < 1e-5 < 1e-3 < rows["exact"]["quantized_by"]
     assert found["not_run"] == [{"mode": "dynamic VRAM", "reason": "needs a GPU"}]

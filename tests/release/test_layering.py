@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("kernels", "quant", "nodes")  # each may import itself and those before it
+ROOMS = ("kernels", "quant", "nodes")
+# What a floor may import of this package beside itself.
+FLOORS = {
+    "mxfp8.kernels": (),
+    "mxfp8.kernels.layout": (),
+    "mxfp8.quant": ("mxfp8.kernels",),
+    "mxfp8.quant.container": (),
+    "mxfp8.nodes": ("mxfp8.quant", "mxfp8.kernels"),
+    "mxfp8.nodes.host": ("mxfp8.quant", "mxfp8.kernels"),
+}
+# What a room must not import although its floor may.
+WALLS = {
+    "mxfp8.kernels.backends": ("mxfp8.kernels.dispatch", "mxfp8.kernels.ops"),
+}
 KERNELS_MAY_IMPORT = {"torch", "triton", "comfy_kitchen", "cutlass", *sys.stdlib_module_names}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
@@ -19,7 +32,15 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 def sources(*folders):
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     assert paths, f"no Python files in {folders}"
-    return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in paths}
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
+
+
+def module_of(path):
+    """(module, package that its relative imports start from) of a file's path."""
+    parts = ["mxfp8", *path.removesuffix(".py").split("/")]
+    if parts[-1] == "__init__":
+        return ".".join(parts[:-1]), ".".join(parts[:-1])
+    return ".".join(parts), ".".join(parts[:-1])
 
 
 def imported(source, package):
@@ -34,19 +55,30 @@ def imported(source, package):
     return names
 
 
-def allowed(room, name):
-    top, *rest = name.split(".")
-    if room == "nodes":
+def is_inside(name, *folders):
+    return any(name == folder or name.startswith(f"{folder}.") for folder in folders)
+
+
+def is_allowed(module, name):
+    """Whether `module` may import `name`: both absolute."""
+    ours = is_inside(name, "mxfp8")
+    for floor, below in FLOORS.items():
+        if is_inside(module, floor) and ours and not is_inside(name, floor, *below):
+            return False
+    for room, walled in WALLS.items():
+        if is_inside(module, room) and is_inside(name, *walled):
+            return False
+    if ours or is_inside(module, "mxfp8.nodes"):
         return True
-    if top == "mxfp8":
-        return rest[:1] in [[below] for below in ROOMS[: ROOMS.index(room) + 1]]
-    if room == "kernels":
+    top = name.split(".")[0]
+    if is_inside(module, "mxfp8.kernels"):
         return top in KERNELS_MAY_IMPORT
     return not top.startswith("comfy") and top not in ("nodes", "folder_paths")
 
 
-def violations(source, room):
-    return sorted(n for n in imported(source, f"mxfp8.{room}") if not allowed(room, n))
+def violations(path, source):
+    module, package = module_of(path)
+    return sorted(n for n in imported(source, package) if not is_allowed(module, n))
 
 
 def absolute_imports_of_the_package(source):
@@ -70,44 +102,57 @@ def imports_outside_functions(source):
     return found
 
 
-@pytest.mark.parametrize("room", ["kernels", "quant"])
-def test_a_room_imports_only_itself_and_the_rooms_below(room):
-    found = {path: violations(source, room) for path, source in sources(room).items()}
+def test_rooms_and_floors_import_only_what_is_below_them():
+    found = {path: violations(path, source) for path, source in sources(*ROOMS).items()}
     assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
-    ("room", "source", "names"),
+    ("path", "source", "names"),
     [
-        ("kernels", "from .. import quant", ["mxfp8.quant"]),
-        ("kernels", "from ..quant import format", ["mxfp8.quant.format"]),
-        ("kernels", "import mxfp8.quant.format", ["mxfp8.quant.format"]),
-        ("kernels", "def f():\n    from mxfp8 import nodes", ["mxfp8.nodes"]),
-        ("kernels", "try:\n    import numpy as np\nexcept ImportError:\n    pass", ["numpy"]),
-        ("kernels", "import comfy.ops", ["comfy.ops"]),
-        ("kernels", "import mxfp8", ["mxfp8"]),
-        ("quant", "from ..nodes import files", ["mxfp8.nodes.host.paths"]),
-        ("quant", "class A:\n    from .. import nodes", ["mxfp8.nodes"]),
-        ("quant", "import nodes, folder_paths", ["folder_paths", "nodes"]),
-        ("quant", "from comfy_api.latest import io", ["comfy_api.latest.io"]),
-        ("quant", "from comfy import ops", ["comfy.ops"]),
+        ("kernels/ops.py", "from .. import quant", ["mxfp8.quant"]),
+        ("kernels/ops.py", "from ..quant import format", ["mxfp8.quant.format"]),
+        ("kernels/ops.py", "import mxfp8.quant.format", ["mxfp8.quant.format"]),
+        ("kernels/ops.py", "def f():\n    from mxfp8 import nodes", ["mxfp8.nodes"]),
+        ("kernels/ops.py", "try:\n    import numpy\nexcept ImportError:\n    pass", ["numpy"]),
+        ("kernels/ops.py", "import comfy.ops", ["comfy.ops"]),
+        ("kernels/ops.py", "import mxfp8", ["mxfp8"]),
+        ("kernels/layout.py", "from .ops import linear", ["mxfp8.kernels.ops.linear"]),
+        ("kernels/backends/eager.py", "from .. import dispatch", ["mxfp8.kernels.dispatch"]),
+        (
+            "kernels/backends/triton/cast.py",
+            "from ...dispatch import choose",
+            ["mxfp8.kernels.dispatch.choose"],
+        ),
+        ("quant/format.py", "from ..nodes import loading", ["mxfp8.nodes.loading"]),
+        ("quant/format.py", "class A:\n    from .. import nodes", ["mxfp8.nodes"]),
+        ("quant/format.py", "import nodes, folder_paths", ["folder_paths", "nodes"]),
+        ("quant/checks/scan.py", "from comfy_api.latest import io", ["comfy_api.latest.io"]),
+        ("quant/checks/scan.py", "from ...nodes import loading", ["mxfp8.nodes.loading"]),
+        ("quant/container/header.py", "from .. import format", ["mxfp8.quant.format"]),
+        ("quant/container/writer.py", "from ...kernels import layout", ["mxfp8.kernels.layout"]),
+        ("nodes/host/paths.py", "from ..runtime import patch", ["mxfp8.nodes.runtime.patch"]),
+        ("nodes/host/paths.py", "from .. import widgets", ["mxfp8.nodes.widgets"]),
     ],
 )
-def test_the_check_catches_an_import_upwards(room, source, names):
-    assert violations(source, room) == names
+def test_the_check_catches_an_import_upwards(path, source, names):
+    assert violations(path, source) == names
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("path", "source"),
     [
-        ("kernels", "import math, torch.nn, triton\nfrom . import layout\nimport comfy_kitchen"),
-        ("kernels", "from mxfp8.kernels import layout\nfrom .layout import BLOCK"),
-        ("quant", "import torch\nfrom .. import kernels\nfrom ..kernels import layout\n"),
-        ("nodes", "import comfy.ops, folder_paths\nfrom .. import kernels, quant"),
+        ("kernels/ops.py", "import math, torch.nn, triton\nfrom . import layout"),
+        ("kernels/ops.py", "from mxfp8.kernels import layout\nfrom .layout import BLOCK"),
+        ("kernels/backends/eager.py", "import comfy_kitchen\nfrom ..layout import BLOCK"),
+        ("quant/format.py", "import torch\nfrom .. import kernels\nfrom ..kernels import layout"),
+        ("quant/container/writer.py", "from . import header\nfrom .header import quoted"),
+        ("nodes/saving.py", "import comfy.ops, folder_paths\nfrom .. import kernels, quant"),
+        ("nodes/host/progress.py", "import comfy.utils\nfrom ...quant.progress import Pace"),
     ],
 )
-def test_the_check_passes_an_import_downwards(room, source):
-    assert violations(source, room) == []
+def test_the_check_passes_an_import_downwards(path, source):
+    assert violations(path, source) == []
 
 
 def test_rooms_name_each_other_relatively_because_comfyui_renames_the_package():

@@ -72,9 +72,9 @@ def without(found, arch: str, kernel: str, config: str) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("backend", "arch", "kernel"),
     [
-        ("triton", "sm_80", "few_rows_kernel"), ("triton", "sm_110", "one_row_kernel"),
-        ("triton", "gfx950", "quantize_kernel"), ("fp8", "sm_89", "fold_kernel"),
-        ("fp8", "sm_90", "tma_kernel"), ("fp8", "sm_103", "token_kernel"),
+        ("triton", "sm_80", "small_m_kernel"), ("triton", "sm_110", "one_row_kernel"),
+        ("triton", "gfx950", "quantize_kernel"), ("fp8", "sm_89", "rowwise_weight_kernel"),
+        ("fp8", "sm_90", "tma_kernel"), ("fp8", "sm_103", "rowwise_input_kernel"),
         ("triton_mx", "sm_121", "mx_kernel"),
     ],
 )  # fmt: skip

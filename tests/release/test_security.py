@@ -75,7 +75,8 @@ import json, os, sys
 from pathlib import Path
 from mxfp8.quant.cli import main
 import torch, tqdm
-from mxfp8.quant import convert, inspection, repair, scan, verify
+from mxfp8.quant.checks import inspect, repair, scan, verify
+from mxfp8.quant.conversion import convert
 from mxfp8 import kernels
 kernels.quantize(torch.zeros(32, 32))  # what torch does on first use is no doing of ours
 

@@ -89,7 +89,7 @@ class BadFile:
     Attributes:
         edit: changes a draft; may return the bytes of the file instead.
         rule: an expression for the error, after the file's name.
-        quantized: whether it still looks quantised, and is refused as a source for that.
+        quantized: whether it still looks quantized, and is refused as a source for that.
     """
 
     edit: Callable[[Draft], bytes | None]

@@ -1,4 +1,4 @@
-"""The main job, shown: quantise a model inside the real ComfyUI, save it, load it, compare.
+"""The main job, shown: quantize a model inside the real ComfyUI, save it, load it, compare.
 
     make demo
 
@@ -53,12 +53,12 @@ def main() -> None:
 
         with step("load the BF16 model, sample and decode"):
             original = picture(server, graph, images["z_image_bf16"])
-        with step("quantise it in the graph and save it"):
+        with step("quantize it in the graph and save it"):
             outputs = server.run(graph, only=saving)
         saved = BASE / "output" / "diffusion_models" / outputs[saving[0]]["text"][0].split(":")[0]
         report = BASE / "report.json"
         report.write_text(outputs[quantizing[0]]["mxfp8_report"][0], encoding="utf-8")
-        with step("sample and decode with the quantised model"):
+        with step("sample and decode with the quantized model"):
             quantized = picture(server, graph, images["z_image_mxfp8"])
 
         graph = load_example("load_mxfp8", server.get("/object_info"))
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{'reloaded image':15} {same:>9}  {reloaded}")
     print(f"{'report':15} {'':9}  {report}")
     plain = psnr(original, original, flat=True)
-    print(f"\ndB: PSNR against the original image; one flat colour would have {plain:.1f} dB.")
+    print(f"\ndB: PSNR against the original image; one flat color would have {plain:.1f} dB.")
 
 
 @contextlib.contextmanager

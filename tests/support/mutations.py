@@ -328,7 +328,7 @@ def attempt(action, path: Path, new: Path) -> str | None:
         action(path, new)
     except FormatError as error:
         message = str(error)
-    except ValueError as error:  # from a conversion: NaN, nothing to quantise
+    except ValueError as error:  # from a conversion: NaN, nothing to quantize
         if action is not converted:
             raise
         message = str(error)

@@ -43,7 +43,7 @@ def row_major(scale: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
 
 
 def model(weights: dict[str, torch.Tensor], marked=True, order=lambda scale, qdata: scale, **more):
-    """Tensors and metadata of a file with these layers quantised."""
+    """Tensors and metadata of a file with these layers quantized."""
     tensors, markers = {}, {}
     for name, weight in weights.items():
         qdata, scale = kernels.quantize(weight)

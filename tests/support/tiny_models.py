@@ -6,7 +6,7 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
 
 NAME: flux, flux2, wan, wan260 (its feed-forward is no multiple of 32), ltxv, zimage, qwen3,
 checkpoint, vae, lora. Files go into the model folders of a ComfyUI base folder. zimage and qwen3
-have their real widths: ComfyUI recognises no others.
+have their real widths: ComfyUI recognizes no others.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def zimage_shapes(layers: int = 1, width: int = 3840, hidden: int = 10240, text:
 
 
 def qwen3() -> dict[str, torch.Tensor]:
-    """Qwen3 0.6B, the smallest text encoder that ComfyUI runs quantised; all layers alike."""
+    """Qwen3 0.6B, the smallest text encoder that ComfyUI runs quantized; all layers alike."""
     width, hidden, heads, groups, head = 1024, 3072, 16, 8, 128
-    layer = randomise({
+    layer = randomize({
         "self_attn.q_proj.weight": (heads * head, width),
         "self_attn.k_proj.weight": (groups * head, width),
         "self_attn.v_proj.weight": (groups * head, width),
@@ -120,13 +120,13 @@ def qwen3() -> dict[str, torch.Tensor]:
         "mlp.down_proj.weight": (width, hidden),
         "input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,),
     })  # fmt: skip
-    state = randomise({"model.embed_tokens.weight": (151936, width), "model.norm.weight": (width,)})
+    state = randomize({"model.embed_tokens.weight": (151936, width), "model.norm.weight": (width,)})
     for index in range(28):  # clones: the file format shares no memory
         state |= {f"model.layers.{index}.{key}": value.clone() for key, value in layer.items()}
     return state
 
 
-def randomise(shapes: dict) -> dict[str, torch.Tensor]:
+def randomize(shapes: dict) -> dict[str, torch.Tensor]:
     """Random BF16 weights, each layer's output about as large as its input; norms are 1.
 
     Values come from one pool of 4 million, read from another start each time: drawing 900 million
@@ -166,7 +166,7 @@ def vae() -> dict[str, torch.Tensor]:
     from comfy.taesd.taesd import TAESD
 
     model = TAESD(latent_channels=16)
-    state = randomise({k: v.shape for k, v in model.state_dict().items()})
+    state = randomize({k: v.shape for k, v in model.state_dict().items()})
     state = {k: v.float() for k, v in state.items()}
     model.load_state_dict(state)
     latent = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -194,17 +194,17 @@ def main() -> None:
         if name == "vae":
             state = vae()
         elif name == "zimage":
-            state = randomise(zimage_shapes())
+            state = randomize(zimage_shapes())
         elif name == "qwen3":
             state = qwen3()
         elif name == "checkpoint":
-            model = randomise({k: v.shape for k, v in flux().state_dict().items()})
+            model = randomize({k: v.shape for k, v in flux().state_dict().items()})
             state = {f"model.diffusion_model.{k}": v for k, v in model.items()}
             state |= {f"vae.{k}": v for k, v in vae().items()}
         elif name == "lora":
-            state = lora(randomise({k: v.shape for k, v in flux().state_dict().items()}))
+            state = lora(randomize({k: v.shape for k, v in flux().state_dict().items()}))
         else:
-            state = randomise({k: v.shape for k, v in makers[name]().state_dict().items()})
+            state = randomize({k: v.shape for k, v in makers[name]().state_dict().items()})
         # ComfyUI reads this part of LTX's settings from metadata; it cannot be seen in the shapes.
         config = {"config": json.dumps({"transformer": LTXV_CONFIG})} if name == "ltxv" else None
         save_file(state, target, config)

@@ -24,7 +24,7 @@ from comfyui import ROOT, TESTS, Release, fetch, fetch_package, releases
 VERSIONS = "MXFP8_TEST_VERSIONS"
 ASKS_THE_SERVER = "in_comfyui/test_versions.py::test_the_server_runs_the_versions_that_were_meant"
 
-# Load, accelerate, LoRAs, clones, compile; quantise, save, reload; convert.
+# Load, accelerate, LoRAs, clones, compile; quantize, save, reload; convert.
 FILES = (
     "in_comfyui/test_models.py", "in_comfyui/test_quantize.py", "in_comfyui/test_files.py",
 )  # fmt: skip

@@ -60,7 +60,7 @@ def shown(comfy, browser):
 
 
 def take(shown, node: int, path: Path) -> None:
-    """A picture of one node. It has to have more than a few colours to show anything."""
+    """A picture of one node. It has to have more than a few colors to show anything."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shown.page.evaluate(
         """(id) => {
@@ -122,7 +122,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
 def test_a_passport(shown, pictures):
     shown.clear()
     load = shown.add("MXFP8LoadDiffusionModel", (60, 120), model_name="flux-mxfp8.safetensors")
-    node = shown.add("MXFP8Passport", (420, 120), measure=True, rows=256)
+    node = shown.add("MXFP8BackendReport", (420, 120), measure=True, rows=256)
     shown.link(load, node, "model")
     shown.queue()
     shown.page.locator(".mxfp8-report .bar").first.wait_for()

@@ -222,16 +222,16 @@ def test_text_and_bars_stand_out_in_both_themes(comfy, browser, theme):
 
 
 def contrast(a: str, b: str) -> float:
-    """The contrast ratio of WCAG 2 of two colours of a style sheet."""
+    """The contrast ratio of WCAG 2 of two colors of a style sheet."""
     low, high = sorted((_luminance(a), _luminance(b)))
     return (high + 0.05) / (low + 0.05)
 
 
-def _luminance(colour: str) -> float:
-    if colour.startswith("#"):
-        parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def _luminance(color: str) -> float:
+    if color.startswith("#"):
+        parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     else:
-        parts = [float(p) for p in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        parts = [float(p) for p in color[color.index("(") + 1 : -1].split(",")[:3]]
     linear = [p / 3294.6 if p <= 10.31 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -266,10 +266,10 @@ def test_every_kind_of_document_is_shown(comfy, browser, renderer):
             "source": "diffusion_models/flux2.safetensors", "target": "seen", "overwrite": True,
         },
         "MXFP8Inspect": {"file": "diffusion_models/flux2-mxfp8.safetensors"},
-        "MXFP8Passport": {"rows": 128 + len(renderer)},
+        "MXFP8BackendReport": {"rows": 128 + len(renderer)},
     }  # fmt: skip
     nodes = {name: shown.add(name, (500, 100), **widgets) for name, widgets in kinds.items()}
-    shown.link(load, nodes["MXFP8Passport"], "model")
+    shown.link(load, nodes["MXFP8BackendReport"], "model")
     shown.queue()
     for name, node in nodes.items():
         counted, layers = shown.page.evaluate(
@@ -337,9 +337,9 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown.link(node, shown.add("PreviewAny", (900, 100)), "source", slot=1)
     shown.queue(ends="execution_error")
     shown.page.get_by_role("button", name="View details").click()
-    said = shown.page.get_by_text("quantise the BF16, FP16 or FP32 original").first
+    said = shown.page.get_by_text("quantize the BF16, FP16 or FP32 original").first
     said.wait_for(state="visible", timeout=10_000)
-    assert "is quantised already ('" in said.inner_text()
+    assert "is quantized already ('" in said.inner_text()
     shown.close()
 
 

@@ -183,7 +183,7 @@ def test_every_long_node_shows_its_progress(comfy):
                   scales="auto", overwrite=True),
         graph.add("MXFP8Inspect", file="diffusion_models/flux-mxfp8.safetensors",
                   every_byte=True),
-        graph.add("MXFP8Passport", model=quantized, measure=True, rows=2),
+        graph.add("MXFP8BackendReport", model=quantized, measure=True, rows=2),
     ]  # fmt: skip
     seen = watch(comfy, graph)
     path.unlink()

@@ -13,11 +13,11 @@ from mxfp8.quant.reports.conversion import MIN_SQNR, Block, LayerReport, Report
 pytestmark = pytest.mark.comfy
 
 LAYERS = (
-    LayerReport("a.1", "mxfp8", "quantised", "BF16", (64, 32), 4096, 2200, 31.0,
+    LayerReport("a.1", "mxfp8", "quantized", "BF16", (64, 32), 4096, 2200, 31.0,
                 Block(3, 0, 26.5), 1.2e-2, 2.1e-2),
     LayerReport("a.2", "kept", "excluded by preset", "BF16", (64, 32), 4096, 4096),
-    LayerReport("a.10", "mxfp8", "quantised", "BF16", (64, 64), 8192, 4300, 22.5),
-    LayerReport("b", "mxfp8", "quantised", "BF16", (32, 32), 2048, 1100, None),
+    LayerReport("a.10", "mxfp8", "quantized", "BF16", (64, 64), 8192, 4300, 22.5),
+    LayerReport("b", "mxfp8", "quantized", "BF16", (32, 32), 2048, 1100, None),
 )  # fmt: skip
 REPORT = Report("x", "y", "auto", None, 18432, 11696, 1.0, 30.0, LAYERS)
 
@@ -84,7 +84,7 @@ def drawn(view, document: str, measure: str, width: int = 400) -> dict:
             const m = measures.find((m) => m.key === key);
             const all = rows[m.rows];
             const at = charts.scale(all, m, data, 150);
-            const svg = charts.bars(all, m, at, charts.colours(all), width);
+            const svg = charts.bars(all, m, at, charts.colors(all), width);
             const number = (e, name) => Number(e.getAttribute(name));
             return {
                 low: at.low, high: at.high, threshold: at.threshold, width: number(svg, "width"),
@@ -139,19 +139,19 @@ def test_bars_stay_wide_enough_to_point_at(view):
 def test_a_row_is_described_whole(view):
     found = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
     assert found == {
-        "shape": "64 x 32 BF16", "became": "mxfp8", "why": "quantised",
+        "shape": "64 x 32 BF16", "became": "mxfp8", "why": "quantized",
         "size": "4.10 kB to 2.20 kB", "SQNR": "31.00 dB", "Output error": "1.20e-2",
         "rounded to nearest": "2.10e-2", "worst block": "row 3, block 0: 26.50 dB",
     }  # fmt: skip
 
 
-def test_paths_have_colours_of_their_own(view):
+def test_paths_have_colors_of_their_own(view):
     layers = [
         {"name": n, "shape": [1, 1], "bytes": 9, "decision": d, "backend": b, "microseconds": t}
         for n, d, b, t in (("a", "mxfp8", "triton", 5.0), ("b", "mxfp8", "eager", 2500.0),
                            ("c", "kept", None, None))
     ]  # fmt: skip
-    text = json.dumps({"mxfp8_passport": 1, "layers": layers})
+    text = json.dumps({"mxfp8_backend_report": 1, "layers": layers})
     found = drawn(view, text, "microseconds")
     assert len({bar["fill"] for bar in found["bars"]}) == 3
     assert "Time 2.50 ms" in found["bars"][1]["label"]
@@ -203,12 +203,12 @@ def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
     assert found == axis
 
 
-def test_a_picture_has_its_text_whole_and_its_colours_named(view):
+def test_a_picture_has_its_text_whole_and_its_colors_named(view):
     found = view(
         """(text) => {
             const { rows, measures, data } = read(text);
             const at = charts.scale(rows.layers, measures[0], data, 150);
-            const palette = charts.colours(rows.layers);
+            const palette = charts.colors(rows.layers);
             const parts = { palette, axis: charts.axis(measures[0], at),
                 bars: charts.bars(rows.layers, measures[0], at, palette, 300) };
             const title = "word ".repeat(60).trim() + "\\nlast line";

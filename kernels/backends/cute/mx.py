@@ -1,12 +1,12 @@
 """Block-scaled matmul in CuTe DSL: MXFP8 times MXFP8 by kernels of our own. Compiled, never run.
 
-`cute_mx_sm100` is the kernel for datacentre Blackwell, `cute_mx_sm120` the one for GeForce, each a
+`cute_mx_sm100` is the kernel for data center Blackwell, `cute_mx_sm120` the one for GeForce, each a
 page that says what the hardware does; this module compiles and launches them. They have never been
 on a GPU. Tests compile them, and run their PTX on the CPU, instruction by instruction: that shows
 right addresses, layouts, scales, barriers and tails, if the PTX ISA was read right. So this backend
 runs only when it is named, after its self-test on the card.
 
-The package `nvidia-cutlass-dsl` has a licence of NVIDIA's own, and is large: it is optional, and
+The package `nvidia-cutlass-dsl` has a license of NVIDIA's own, and is large: it is optional, and
 not imported before it is asked for. A kernel is compiled once for each type of result.
 
 Rejected: the GEMMs of NVIDIA's examples, tuned, and each longer than all of this; who wants that
@@ -58,24 +58,24 @@ class Compiled:
 
 
 @cache
-def refusal() -> str | None:
+def dsl_unsupported_reason() -> str | None:
     """Why there is no CuTe DSL here, or None."""
     # Another package is called cutlass too; it has no cute.
-    return device_facts.import_refusal(
+    return device_facts.package_unsupported_reason(
         "CuTe DSL", "nvidia-cutlass-dsl", OLDEST, "cutlass", "cutlass.cute"
     )
 
 
-def refuse(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     """Why this cannot run, or None (`dispatch.Problem`)."""
-    reason = fp8_rowwise.refuse_activations(replace(problem, few=False))
+    reason = fp8_rowwise.activations_unsupported_reason(replace(problem, small_m=False))
     if reason is not None:
         return reason
     if device_facts.capability(problem.device) not in ARCHITECTURES:
         *most, last = (f"{major}.{minor}" for major, minor in ARCHITECTURES)
         have = device_facts.described(problem.device)
         return f"needs NVIDIA Blackwell, compute capability {', '.join(most)} or {last}; {have}"
-    return refusal()
+    return dsl_unsupported_reason()
 
 
 def compile_for(arch: str, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Compiled:

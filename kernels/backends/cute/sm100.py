@@ -1,4 +1,4 @@
-"""MXFP8 times MXFP8 on datacentre Blackwell (sm_100a, sm_103a), in CuTe DSL. Compiled, never run.
+"""MXFP8 times MXFP8 on data center Blackwell (sm_100a, sm_103a), in CuTe DSL. Compiled, never run.
 
 One block of 4 warps computes 128 by 128 results. One warp fetches, by the tensor memory
 accelerator; another has the tensor cores multiply (`tcgen05.mma`, which applies block scales) into

@@ -1,4 +1,4 @@
-"""Quantise and dequantise in Triton: one pass over memory, the tiled scales used in place.
+"""Quantize and dequantize in Triton: one pass over memory, the tiled scales used in place.
 
 The bits are those of `reference`, NaN, Inf and tiny blocks included. A program has a tile of 128
 rows and 128 columns, so that its scales are one stretch of 512 bytes of the tiled order. Exponents

@@ -1,6 +1,6 @@
 """Block-scaled matmul in Triton (`tl.dot_scaled`): MXFP8 times MXFP8, scales read in tiled order.
 
-Both matrices are quantised along K in blocks of 32, and the tensor cores apply the scales: those of
+Both matrices are quantized along K in blocks of 32, and the tensor cores apply the scales: those of
 Blackwell, and of CDNA4 (gfx950). One kernel computes tiles of A [rows, K] times B [columns, K].T:
 
 * many tokens: A are the tokens, B the weights;
@@ -32,9 +32,9 @@ from ...device_facts import capability, on_device
 from .cast import scale_offset
 from .fp8_gemm import multiprocessors, tile_of
 
-FEW_ROWS = 64
+SMALL_M = 64
 # Tiles per architecture, compiled without spills, chosen by counting, not by timing: the first up
-# to FEW_ROWS tokens (A are the weights), then more. sm_120 has 99 KiB of shared memory.
+# to SMALL_M tokens (A are the weights), then more. sm_120 has 99 KiB of shared memory.
 CONFIGS = {
     100: (
         {"BA": 128, "BB": 64, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": 6},
@@ -141,8 +141,8 @@ def mx_kernel(
 
 def config_for(arch: int, M: int) -> dict[str, int]:
     """Tile sizes and options for an architecture (compute capability times 10) and M tokens."""
-    few, many = CONFIGS[100] if 100 <= arch < 120 else CONFIGS[120]
-    return few if M <= FEW_ROWS else many
+    small_m, many = CONFIGS[100] if 100 <= arch < 120 else CONFIGS[120]
+    return small_m if M <= SMALL_M else many
 
 
 def uses_tma(arch: int) -> bool:
@@ -162,9 +162,9 @@ def matmul(tokens, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Te
         return out
     major, minor = capability(out.device) or (0, 0)
     config = config_for(major * 10 + minor, M)
-    few = M <= FEW_ROWS
-    (a, a_scale), (b, b_scale) = (weight, tokens) if few else (tokens, weight)
-    shape, strides = ((N, M), (1, N)) if few else ((M, N), (N, 1))
+    small_m = M <= SMALL_M
+    (a, a_scale), (b, b_scale) = (weight, tokens) if small_m else (tokens, weight)
+    shape, strides = ((N, M), (1, N)) if small_m else ((M, N), (N, 1))
     tma = uses_tma(major * 10 + minor)
     grid = (-(-a.shape[0] // config["BA"]) * -(-b.shape[0] // config["BB"]),)
     sizes = a.shape[0], b.shape[0], a.shape[1], a_scale.shape[1] // 4
@@ -179,7 +179,7 @@ def matmul(tokens, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Te
     with on_device(out):
         mx_kernel[(min(*grid, multiprocessors(out.device)),)](
             a, b, *scales, out if bias is None else bias, out, *sizes, *strides, *shape,
-            HAS_BIAS=bias is not None, TRANSPOSED=few, TMA=tma, **config,
+            HAS_BIAS=bias is not None, TRANSPOSED=small_m, TMA=tma, **config,
         )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
-"""Row fold and per-token quantiser (`row_fold`) in Triton, each in one pass over its matrix.
+"""Row fold and per-token quantizer (`row_fold`) in Triton, each in one pass over its matrix.
 
 A program of the fold has a few rows: it reads all their scales, which are 1/32 of the bytes, then
-their codes. A program of the quantiser holds a whole row in registers, so that nothing is read
+their codes. A program of the quantizer holds a whole row in registers, so that nothing is read
 twice.
 """
 
@@ -21,7 +21,7 @@ FOLD = {"R": 8, "C": 1024, "num_warps": 8}
 
 
 @triton.jit
-def fold_kernel(
+def rowwise_weight_kernel(
     code_ptr, scale_ptr, folded_ptr, row_scale_ptr, rows, stored, tiles,
     R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def fold_kernel(
 
 
 @triton.jit
-def token_kernel(
+def rowwise_input_kernel(
     x_ptr, code_ptr, scale_ptr, cols, row_stride, stored,
     C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -77,20 +77,20 @@ def token_kernel(
     tl.store(scale_ptr + row, tl.where(finite, tl.div_rn(amax, 448.0), float("nan")))
 
 
-def token_config(stored: int) -> dict[str, int]:
-    """Constants and options of `token_kernel` for rows of `stored` values."""
+def rowwise_input_config(stored: int) -> dict[str, int]:
+    """Constants and options of `rowwise_input_kernel` for rows of `stored` values."""
     width = triton.next_power_of_2(stored)
     return {"C": width, "num_warps": max(1, min(16, width // 512))}
 
 
-def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_fold.fold_rows`."""
+def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `row_fold.to_rowwise`."""
     rows, stored = qdata.shape
     code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
     if code.numel():
         with on_device(qdata):
-            fold_kernel[(-(-rows // FOLD["R"]),)](
+            rowwise_weight_kernel[(-(-rows // FOLD["R"]),)](
                 qdata.view(torch.uint8), scale.view(torch.uint8), code, row_scale,
                 rows, stored, scale.shape[1] // 4,
                 HARDWARE=hardware_e4m3(qdata.device), **FOLD,
@@ -98,8 +98,8 @@ def fold_rows(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return code.view(torch.float8_e4m3fn), row_scale
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_fold.quantize_tokens`; K at most `WIDEST`."""
+def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `row_fold.quantize_rowwise`; K at most `WIDEST`."""
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     if x.stride(1) != 1:
@@ -108,8 +108,8 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         with on_device(x):
-            token_kernel[(rows,)](
+            rowwise_input_kernel[(rows,)](
                 x, code, scale, cols, x.stride(0), stored,
-                HARDWARE=hardware_e4m3(x.device), **token_config(max(stored, BLOCK)),
+                HARDWARE=hardware_e4m3(x.device), **rowwise_input_config(max(stored, BLOCK)),
             )  # fmt: skip
     return code.view(torch.float8_e4m3fn), scale

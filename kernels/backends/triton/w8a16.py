@@ -48,7 +48,7 @@ def one_row_kernel(
 
 
 @triton.jit
-def few_rows_kernel(
+def small_m_kernel(
     x_ptr, code_ptr, scale_ptr, bias_ptr, out_ptr, M, rows, cols, x_stride, stored, tiles,
     BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HARDWARE: tl.constexpr,
@@ -82,7 +82,7 @@ def few_rows_kernel(
 # counting, not yet by timing: enough programs for every multiprocessor at N = 3072, and 64 to 128
 # bytes of a weight's row per load.
 ONE_ROW = {"N": 8, "K": 512, "num_warps": 4, "num_stages": 3}
-FEW_ROWS = (
+SMALL_M = (
     (16, {"BM": 16, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
     (32, {"BM": 32, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
     (64, {"BM": 64, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
@@ -110,9 +110,9 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
             grid = (-(-rows // ONE_ROW["N"]),)
             one_row_kernel[grid](x, code, byte, bias, out, *sizes, **ONE_ROW, **options)
         else:
-            config = next(c for most, c in FEW_ROWS if most >= M)
+            config = next(c for most, c in SMALL_M if most >= M)
             grid = (-(-rows // config["N"]), -(-M // config["BM"]))
-            few_rows_kernel[grid](
+            small_m_kernel[grid](
                 x, code, byte, bias, out, M, rows, cols, x.stride(0), *sizes[2:],
                 **config, **options,
             )  # fmt: skip

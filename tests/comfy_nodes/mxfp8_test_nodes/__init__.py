@@ -327,7 +327,7 @@ class TestSums(_Node):
 
 def _held_sums() -> int:
     gc.collect()
-    kind = _pack("quant.conversion.calibration").Sum
+    kind = _pack("quant.conversion.calibration").HessianAccumulator
     return sum(isinstance(o, kind) and o._second is not None for o in gc.get_objects())
 
 
@@ -379,25 +379,29 @@ class TestFast(_Node):
     def run(self, model, on, keep, most_folded):
         dispatch, reuse = _pack("kernels.dispatch"), _pack("nodes.runtime.cache")
 
-        def refuse(problem):
+        def unsupported_reason(problem):
             linear = problem.op == "linear" and problem.precision == "fast"
-            return None if linear and not problem.few else "not here"
+            return None if linear and not problem.small_m else "not here"
 
         fast_linear = dispatch.fp8_rowwise
         dispatch.BACKENDS = tuple(
-            dataclasses.replace(b, refuse=refuse if on else fast_linear.refuse)
-            if (b.steps == "rows")
+            dataclasses.replace(
+                b, unsupported_reason=unsupported_reason if on else fast_linear.unsupported_reason
+            )
+            if (b.input_form == "rowwise")
             else b
             for b in dispatch.BACKENDS
         )
-        fast_linear.FEW_ROWS = 1 if on else 64
+        fast_linear.SMALL_M = 1 if on else 64
         reuse.RESERVE = -(1 << 60) if keep else 1 << 60
         reuse.SHARE = 1 << 62
-        _pack("nodes.runtime.patch").MOST_FOLDED = most_folded
+        _pack("nodes.runtime.patch").MAX_ROWWISE_CHANGE = most_folded
         for cache in (dispatch._choose, dispatch._test):
             cache.cache_clear()
-        dispatch.steps(torch.device("cpu"), torch.float32, "auto")  # its self-test is not counted
-        for name in ("fold_rows", "quantize_tokens"):
+        dispatch.input_form(
+            torch.device("cpu"), torch.float32, "auto"
+        )  # its self-test is not counted
+        for name in ("to_rowwise", "quantize_rowwise"):
             _count(_pack("kernels.backends.row_fold"), name)
         return (model,)
 
@@ -430,7 +434,7 @@ class TestBackend(_Node):
 
 class TestReuse(_Node):
     """How many folded weights a model keeps once `samples` are there, how often weights were
-    folded since the last TestFast, and how often activations were quantised."""
+    folded since the last TestFast, and how often activations were quantized."""
 
     INPUTS = {"model": "MODEL", "samples": "LATENT"}
     OUTPUT_NODE = True
@@ -443,7 +447,9 @@ class TestReuse(_Node):
         folds = _pack("nodes.runtime.cache")._models.get(model.model)
         kept = 0 if folds is None else len(folds.kept)
         row_fold = _pack("kernels.backends.row_fold")
-        return {"ui": {"result": [kept, row_fold.fold_rows.calls, row_fold.quantize_tokens.calls]}}
+        return {
+            "ui": {"result": [kept, row_fold.to_rowwise.calls, row_fold.quantize_rowwise.calls]}
+        }
 
 
 class TestKeeping(_Node):

@@ -1,4 +1,4 @@
-"""Triton's quantise and dequantise: the oracle's bits, for whatever a matrix may hold."""
+"""Triton's quantize and dequantize: the oracle's bits, for whatever a matrix may hold."""
 
 from __future__ import annotations
 

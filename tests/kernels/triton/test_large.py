@@ -50,8 +50,8 @@ def test_quantize_reads_columns_beyond_two_billion_values(spread):
 
 def test_tokens_are_read_beyond_two_billion_values(spread):
     x = normal(4, 96)
-    codes, scale = rowwise.quantize_tokens(spread(x))
-    wanted = reference.quantize_tokens(x)
+    codes, scale = rowwise.quantize_rowwise(spread(x))
+    wanted = reference.quantize_rowwise(x)
     assert torch.equal(codes.cpu().view(torch.uint8), wanted[0].view(torch.uint8))
     assert torch.equal(scale.cpu(), wanted[1])
 

@@ -1,4 +1,4 @@
-"""Linears in Triton: exact for few rows, and the FP8 matmul with its folds and quantisers."""
+"""Linears in Triton: exact for few rows, and the FP8 matmul with its folds and quantizers."""
 
 from __future__ import annotations
 
@@ -97,24 +97,24 @@ def test_a_fold_has_the_bits_of_the_oracle(shape, decoding, device):
     padding = layout.untile(stored[1], *stored[1].shape).clone()
     padding[:, byte.shape[1] :] = 200  # which no one reads
     stored = stored[0], layout.tile(padding)
-    found = rowwise.fold_rows(*(part.to(device) for part in stored))
-    assert equal(found, reference.fold_rows(*stored))
-    assert equal(row_fold.fold_rows(*stored), reference.fold_rows(*stored))
+    found = rowwise.to_rowwise(*(part.to(device) for part in stored))
+    assert equal(found, reference.to_rowwise(*stored))
+    assert equal(row_fold.to_rowwise(*stored), reference.to_rowwise(*stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 100), (9, 4095), (5, 15360)])
 def test_tokens_have_the_bits_of_the_oracle(shape, dtype, decoding, device):
     x = all_magnitudes(*shape, dtype)
-    found = rowwise.quantize_tokens(x.to(device))
-    assert equal(found, reference.quantize_tokens(x))
-    assert equal(row_fold.quantize_tokens(x), reference.quantize_tokens(x))
+    found = rowwise.quantize_rowwise(x.to(device))
+    assert equal(found, reference.quantize_rowwise(x))
+    assert equal(row_fold.quantize_rowwise(x), reference.quantize_rowwise(x))
 
 
 def check_matmul(M, N, K, dtype, bias, columns, device):
     """A scaled matmul, rows and columns of all magnitudes, is that of its operands."""
-    a, a_scale = reference.quantize_tokens(normal(M, K, seed=1))
-    b, b_scale = reference.fold_rows(*stored_weight(N, K, seed=2))
+    a, a_scale = reference.quantize_rowwise(normal(M, K, seed=1))
+    b, b_scale = reference.to_rowwise(*stored_weight(N, K, seed=2))
     a_scale = a_scale * torch.exp2(normal(M, seed=3) * 4)
     added = normal(columns, seed=4, dtype=dtype) if bias else None
     parts = [t.to(device) for t in (a, a_scale, b.contiguous(), b_scale)]
@@ -156,7 +156,7 @@ def test_self_tests_pass(device):
 
 
 def test_self_tests_name_what_is_wrong(device, monkeypatch):
-    monkeypatch.setattr(rowwise, "fold_rows", row_fold.quantize_tokens)
+    monkeypatch.setattr(rowwise, "to_rowwise", row_fold.quantize_rowwise)
     assert self_test.fast(device).startswith("its self-test failed (TypeError: ")
     right = w8a16.linear
     monkeypatch.setattr(w8a16, "linear", lambda *a: right(*a) * 1.1)
