@@ -101,7 +101,7 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewrite an MXFP8 weight as E4M3 with one scale per row, as `linear` takes it (`row_fold`).
+    """Rewrite an MXFP8 weight as E4M3 with one scale per row, as `linear` takes it (`fp8_rowwise`).
 
     Args:
         qdata, scale: as for `dequantize`.

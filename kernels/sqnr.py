@@ -65,7 +65,7 @@ def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch
 
 
 def rowwise_error_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
-    """How much folding changes a weight at most, from its scales alone (`row_fold`).
+    """How much folding changes a weight at most, from its scales alone (`fp8_rowwise`).
 
     Folding shifts the codes of a block whose scale is 2**d below the largest of its row, and rounds
     away at most half of E4M3's smallest step, 2**-10, of each; the block's largest code is 224 or

@@ -19,7 +19,7 @@ from gpu.shapes import numbers, weight
 
 from mxfp8 import kernels
 from mxfp8.kernels import device_facts, layout
-from mxfp8.kernels.backends import eager, fp8_rowwise, reference, row_fold
+from mxfp8.kernels.backends import eager, fp8_rowwise, reference
 
 _SLAB = 128  # rows that the oracle does at either end: a whole tile of scales
 _EXACT = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}  # roundings are 2**-9 and 2**-12
@@ -156,7 +156,7 @@ def _fold(device, N: int, K: int) -> str | None:
     code = _random_bytes(device, N, K).view(torch.float8_e4m3fn)
     scale = _random_bytes(device, *layout.scale_shape(N, K), seed=1)
     scale[: layout.TILE_ROWS] = scale[: layout.TILE_ROWS].remainder(24) + 100  # as weights have it
-    wanted = row_fold.to_rowwise(code, scale)
+    wanted = fp8_rowwise.to_rowwise_eager(code, scale)
     poison(device, *(t.nbytes for t in wanted))
     found = fp8_rowwise.to_rowwise(code, scale)
     wrong = next(filter(None, map(same_bits, found, wanted)), None)
@@ -180,7 +180,7 @@ def _tokens_checks(device, quick: bool) -> Iterator[Check]:
 
 def _tokens(device, M: int, K: int, dtype) -> str | None:
     x = hard_values(device, M, K, dtype)
-    wanted = row_fold.quantize_rowwise(x)
+    wanted = fp8_rowwise.quantize_rowwise_eager(x)
     poison(device, *(t.nbytes for t in wanted))
     found = fp8_rowwise.quantize_rowwise(x)
     wrong = next(filter(None, map(same_bits, found, wanted)), None)
@@ -323,8 +323,8 @@ def _product(device, M, N, K, product, biased: bool, padding: int = 0) -> str | 
     half of the last bit for each of these, and the rounding to BF16.
     """
     x, w = numbers(device, M, K, seed=M), weight(device, N, K, seed=M + 1)
-    a, a_scale = row_fold.quantize_rowwise(x)
-    b, b_scale = row_fold.to_rowwise(*eager.quantize(w))
+    a, a_scale = fp8_rowwise.quantize_rowwise_eager(x)
+    b, b_scale = fp8_rowwise.to_rowwise_eager(*eager.quantize(w))
     columns = N - padding
     bias = numbers(device, columns, seed=3) if biased else None
     wanted = (a.double() * a_scale.double()[:, None]) @ (b.double() * b_scale.double()[:, None]).t()

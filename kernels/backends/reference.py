@@ -200,7 +200,7 @@ def _cut_to_float32(value: torch.Tensor) -> torch.Tensor:
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewrite an MXFP8 matrix as E4M3 with one power of two per row; see `row_fold`.
+    """Rewrite an MXFP8 matrix as E4M3 with one power of two per row; see `fp8_rowwise`.
 
     The row's scale is the largest of its blocks', byte 255 left out, and at least 2**-126. Codes
     are rounded once more where they are shifted down; NaN stays NaN.

@@ -11,7 +11,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from mxfp8 import kernels
 from mxfp8.kernels import dispatch, ops
-from mxfp8.kernels.backends import fp8_rowwise, reference, row_fold, torch_mx
+from mxfp8.kernels.backends import fp8_rowwise, reference, torch_mx
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,14 +36,14 @@ def test_a_fold_has_the_bits_of_the_oracle(shape):
     stored = reference.quantize(all_magnitudes(*shape, torch.float32)) if shape[0] else (
         torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(0, 4, dtype=torch.uint8)
     )  # fmt: skip
-    assert equal(row_fold.to_rowwise(*stored), reference.to_rowwise(*stored))
+    assert equal(fp8_rowwise.to_rowwise_eager(*stored), reference.to_rowwise(*stored))
 
 
 def test_a_fold_changes_only_what_is_far_below_its_row():
     weight = normal(64, 256)
     weight[:, :128] *= torch.exp2(-torch.arange(64.0) / 4)[:, None]
     qdata, scale = reference.quantize(weight)
-    code, row_scale = row_fold.to_rowwise(qdata, scale)
+    code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
     folded = code.double() * row_scale.double()[:, None]
     plain = reference.dequantize_exact(qdata, scale, 64, 256)
     size = plain.abs().amax(-1, keepdim=True)
@@ -57,8 +57,8 @@ def test_a_fold_changes_only_what_is_far_below_its_row():
 def test_tokens_have_the_bits_of_the_oracle(shape, dtype):
     x = all_magnitudes(*shape, dtype) if 0 not in shape else torch.empty(shape, dtype=dtype)
     if shape[1]:
-        assert equal(row_fold.quantize_rowwise(x), reference.quantize_rowwise(x))
-    codes, scale = row_fold.quantize_rowwise(x)
+        assert equal(fp8_rowwise.quantize_rowwise_eager(x), reference.quantize_rowwise(x))
+    codes, scale = fp8_rowwise.quantize_rowwise_eager(x)
     assert codes.shape[0] == scale.shape[0] == shape[0]
 
 
@@ -123,7 +123,7 @@ def test_folding_trained_layers_changes_less_than_a_millionth():
     changes = []
     for weight, _ in minilm.layers().values():
         qdata, scale = reference.quantize(weight)
-        code, row_scale = row_fold.to_rowwise(qdata, scale)
+        code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
         plain = reference.dequantize_exact(qdata, scale, *qdata.shape)
         folded = code.double() * row_scale.double()[:, None]
         changes.append(float((folded - plain).norm() / plain.norm()))
@@ -400,7 +400,7 @@ def test_the_bound_on_folding_holds_and_is_not_far_off(spread):
     factor = torch.exp2(-spread * torch.rand(64, 16, generator=torch.Generator().manual_seed(1)))
     weight = normal(64, 512) * factor.repeat_interleave(32, 1)
     qdata, scale = reference.quantize(weight)
-    code, row_scale = row_fold.to_rowwise(qdata, scale)
+    code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
     plain = reference.dequantize_exact(qdata, scale, 64, 512)
     change = (code.double() * row_scale.double()[:, None] - plain).view(64, 16, 32).norm(dim=-1)
     found = float((change / plain.view(64, 16, 32).norm(dim=-1)).square().mean().sqrt())

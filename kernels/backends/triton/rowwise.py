@@ -1,4 +1,4 @@
-"""Row fold and per-token quantizer (`row_fold`) in Triton, each in one pass over its matrix.
+"""Row fold and per-token quantizer (`fp8_rowwise`) in Triton, each in one pass over its matrix.
 
 A program of the fold has a few rows: it reads all their scales, which are 1/32 of the bytes, then
 their codes. A program of the quantizer holds a whole row in registers, so that nothing is read
@@ -84,7 +84,7 @@ def rowwise_input_config(stored: int) -> dict[str, int]:
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_fold.to_rowwise`."""
+    """As `fp8_rowwise.to_rowwise`."""
     rows, stored = qdata.shape
     code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
@@ -99,7 +99,7 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_fold.quantize_rowwise`; K at most `WIDEST`."""
+    """As `fp8_rowwise.quantize_rowwise`; K at most `WIDEST`."""
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     if x.stride(1) != 1:

@@ -401,8 +401,8 @@ class TestFast(_Node):
         dispatch.input_form(
             torch.device("cpu"), torch.float32, "auto"
         )  # its self-test is not counted
-        for name in ("to_rowwise", "quantize_rowwise"):
-            _count(_pack("kernels.backends.row_fold"), name)
+        for name in ("to_rowwise_eager", "quantize_rowwise_eager"):
+            _count(_pack("kernels.backends.fp8_rowwise"), name)
         return (model,)
 
 
@@ -446,10 +446,9 @@ class TestReuse(_Node):
     def run(self, model, samples):
         folds = _pack("nodes.runtime.cache")._models.get(model.model)
         kept = 0 if folds is None else len(folds.kept)
-        row_fold = _pack("kernels.backends.row_fold")
-        return {
-            "ui": {"result": [kept, row_fold.to_rowwise.calls, row_fold.quantize_rowwise.calls]}
-        }
+        module = _pack("kernels.backends.fp8_rowwise")
+        calls = [module.to_rowwise_eager.calls, module.quantize_rowwise_eager.calls]
+        return {"ui": {"result": [kept, *calls]}}
 
 
 class TestKeeping(_Node):

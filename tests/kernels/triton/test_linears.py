@@ -9,7 +9,7 @@ import torch
 from arithmetic import all_magnitudes
 
 from mxfp8.kernels import device_facts, layout, self_test
-from mxfp8.kernels.backends import reference, row_fold
+from mxfp8.kernels.backends import fp8_rowwise, reference
 from mxfp8.kernels.backends.triton import exact, fp8_gemm, rowwise, w8a16
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -99,7 +99,7 @@ def test_a_fold_has_the_bits_of_the_oracle(shape, decoding, device):
     stored = stored[0], layout.tile(padding)
     found = rowwise.to_rowwise(*(part.to(device) for part in stored))
     assert equal(found, reference.to_rowwise(*stored))
-    assert equal(row_fold.to_rowwise(*stored), reference.to_rowwise(*stored))
+    assert equal(fp8_rowwise.to_rowwise_eager(*stored), reference.to_rowwise(*stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -108,7 +108,7 @@ def test_tokens_have_the_bits_of_the_oracle(shape, dtype, decoding, device):
     x = all_magnitudes(*shape, dtype)
     found = rowwise.quantize_rowwise(x.to(device))
     assert equal(found, reference.quantize_rowwise(x))
-    assert equal(row_fold.quantize_rowwise(x), reference.quantize_rowwise(x))
+    assert equal(fp8_rowwise.quantize_rowwise_eager(x), reference.quantize_rowwise(x))
 
 
 def check_matmul(M, N, K, dtype, bias, columns, device):
@@ -156,7 +156,7 @@ def test_self_tests_pass(device):
 
 
 def test_self_tests_name_what_is_wrong(device, monkeypatch):
-    monkeypatch.setattr(rowwise, "to_rowwise", row_fold.quantize_rowwise)
+    monkeypatch.setattr(rowwise, "to_rowwise", fp8_rowwise.quantize_rowwise_eager)
     assert self_test.fast(device).startswith("its self-test failed (TypeError: ")
     right = w8a16.linear
     monkeypatch.setattr(w8a16, "linear", lambda *a: right(*a) * 1.1)
