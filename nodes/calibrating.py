@@ -27,6 +27,7 @@ from ..quant.container.header import quoted
 from ..quant.conversion import calibration
 from ..quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
 from ..quant.conversion.convert import plan_source
+from ..quant.conversion.policy import Selection
 from ..quant.format import WEIGHT
 from ..quant.memory import is_out_of_memory
 from ..quant.progress import duration
@@ -109,9 +110,7 @@ class MXFP8Calibrate(io.ComfyNode):
                 f"this {source.name} is quantized already; calibrate the BF16, FP16 or FP32 "
                 "original"
             )
-        plan = plan_source(
-            source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
-        )
+        plan = plan_source(source, Selection(preset, include, exclude), is_linear=source.is_linear)
         widths = {d.layer: d.shape[1] for d in plan.quantized}
         groups = list(_groups(widths, int(memory_gb * _GB)))
         _check_disk(source.name, groups)

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..kernels import layout
 from ..quant.conversion.convert import convert, convert_file, plan_source
+from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from .calibrating import CalibrationType
 from .host import paths
@@ -65,7 +66,9 @@ class MXFP8QuantizeModel(io.ComfyNode):
     def execute(
         cls, model, preset, precision, include="", exclude="", calibration=None
     ) -> io.NodeOutput:
-        quantized, report = quantize_model(cls, model, preset, include, exclude, calibration)
+        quantized, report = quantize_model(
+            cls, model, Selection(preset, include, exclude), calibration
+        )
         quantized = accelerate(quantized, precision)
         return output(cls, report, describe(quantized, ROWS, folds=False).line(), quantized)
 
@@ -122,9 +125,7 @@ class MXFP8ConvertFile(io.ComfyNode):
             report = convert_file(
                 path,
                 found,
-                preset=preset,
-                include=include,
-                exclude=exclude,
+                Selection(preset, include, exclude),
                 overwrite=overwrite,
                 progress=Progress(cls),
                 device=device(),
@@ -151,9 +152,7 @@ def device() -> str:
     return "cpu" if chosen.type == "mps" else str(chosen)
 
 
-def quantize_model(
-    node: type[io.ComfyNode], patcher, preset: str, include: str, exclude: str, calibration=None
-):
+def quantize_model(node: type[io.ComfyNode], patcher, selection: Selection, calibration=None):
     """A MODEL's MXFP8 twin and the report on it; `node` shows the progress.
 
     The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
@@ -168,9 +167,7 @@ def quantize_model(
             f"this {source.name} is quantized already ({name!r} is {module.quant_format}); "
             "quantize the BF16, FP16 or FP32 original"
         )
-    plan = plan_source(
-        source, preset=preset, include=include, exclude=exclude, is_linear=source.is_linear
-    )
+    plan = plan_source(source, selection, is_linear=source.is_linear)
     source.metadata = source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )

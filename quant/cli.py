@@ -223,13 +223,11 @@ def _progress(label: str) -> Iterator:
 
 
 def _convert(arguments) -> int:
-    options = {
-        "preset": arguments.preset,
-        "include": _any_of(arguments.include),
-        "exclude": _any_of(arguments.exclude),
-    }
+    selection = policy.Selection(
+        arguments.preset, _any_of(arguments.include), _any_of(arguments.exclude)
+    )
     if arguments.dry_run:
-        return _dry_run(arguments, options)
+        return _dry_run(arguments, selection)
 
     from .container.pipeline import keep_freed_memory
     from .conversion.convert import convert_file
@@ -240,7 +238,7 @@ def _convert(arguments) -> int:
     keep_freed_memory()
     with _progress("convert") as progress:
         report = convert_file(
-            arguments.source, arguments.target, **options, overwrite=arguments.overwrite,
+            arguments.source, arguments.target, selection, overwrite=arguments.overwrite,
             progress=progress, device=arguments.device, calibration=calibration,
         )  # fmt: skip
     print(report.summary())
@@ -284,14 +282,14 @@ def _check_output(arguments, option: str, kind: str = "json") -> None:
         raise ValueError(f"--{option} {path} would replace the model; give a .{kind} name")
 
 
-def _dry_run(arguments, options: dict) -> int:
+def _dry_run(arguments, selection: policy.Selection) -> int:
     from .conversion.calibration import check_model
     from .conversion.convert import plan_source
     from .sources.open import open_source
 
     calibration = _calibration(arguments)
     with open_source(arguments.source) as opened:
-        plan = plan_source(opened, **options)
+        plan = plan_source(opened, selection)
         if calibration is not None:
             check_model(calibration, opened)
     for decision in plan.decisions:

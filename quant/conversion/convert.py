@@ -44,7 +44,7 @@ from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
 from . import gptq, policy
 from .calibration import Calibration, Moments, check_model, has_float64
-from .policy import Decision, Plan
+from .policy import Decision, Plan, Selection
 
 _SLAB = 1 << 21  # values quantized at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
@@ -57,10 +57,8 @@ _WIDEST = 1 << 18  # columns; 128 rows of float32 fill the budget
 def convert_file(
     source,
     target,
+    selection: Selection = policy.DEFAULT,
     *,
-    preset: str = policy.AUTO,
-    include: str | None = None,
-    exclude: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     device: str | None = None,
@@ -71,7 +69,7 @@ def convert_file(
     Args:
         source: path of a file, an index of several, or a folder; see `opening.open_source`.
         target: path; it appears whole or not at all.
-        preset, include, exclude: see `policy.plan`.
+        selection: which layers to quantize.
         overwrite: whether an existing target may be replaced.
         progress: called after every slab, and many times within a layer that is calibrated, which
             is not counted before it is done; an exception it raises stops the conversion cleanly.
@@ -94,17 +92,21 @@ def convert_file(
                 f"{os.path.basename(target)}: the target is the source; give another name "
                 "(the original cannot be rebuilt from MXFP8)"
             )
-        plan = plan_source(opened, preset=preset, include=include, exclude=exclude)
+        plan = plan_source(opened, selection)
         return convert(
             opened, target, plan, overwrite=overwrite, progress=progress, device=device,
             calibration=calibration,
         )  # fmt: skip
 
 
-def plan_source(source: Source, **options) -> Plan:
+def plan_source(
+    source: Source,
+    selection: Selection = policy.DEFAULT,
+    is_linear: Callable[[str], bool] | None = None,
+) -> Plan:
     """`policy.plan` for a source, refusing one that is quantized already."""
     unsupported.check_unquantized(source)
-    plan = policy.plan(source.tensors, **options)
+    plan = policy.plan(source.tensors, selection, is_linear)
     for decision in plan.quantized:
         for key in (decision.layer + SCALE, decision.layer + MARKER):
             if key in source.tensors:
@@ -176,8 +178,8 @@ def convert(
         seconds=time.perf_counter() - start,
         sqnr_db=total_sqnr(energies.values()),
         layers=_layer_reports(plan, writer, energies, errors),
-        include=plan.include,
-        exclude=plan.exclude,
+        include=plan.selection.include,
+        exclude=plan.selection.exclude,
         calibration=None if calibration is None else _about(calibration),
     )
 

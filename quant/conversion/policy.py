@@ -118,6 +118,30 @@ _LANGUAGE_LAYER = re.compile(
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which layers a user asks for.
+
+    Attributes:
+        preset: a name from `presets()`.
+        include: regular expression; matching keys are quantized even where the preset keeps them.
+        exclude: regular expression; matching keys are kept, whatever else is asked for.
+
+    An empty expression is None.
+    """
+
+    preset: str = AUTO
+    include: str | None = None
+    exclude: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "include", self.include or None)
+        object.__setattr__(self, "exclude", self.exclude or None)
+
+
+DEFAULT = Selection()
+
+
+@dataclass(frozen=True)
 class Decision:
     """What becomes of one tensor, and the reason in words for the user."""
 
@@ -139,14 +163,13 @@ class Plan:
     Attributes:
         preset: the preset used, after "auto" was resolved; "default" where nothing was recognized.
         architecture: what the keys showed, or None.
-        include, exclude: the expressions given; None for none.
+        selection: what was asked for.
     """
 
     decisions: tuple[Decision, ...]
     preset: str
     architecture: str | None
-    include: str | None = None
-    exclude: str | None = None
+    selection: Selection
 
     @property
     def quantized(self) -> list[Decision]:
@@ -182,29 +205,23 @@ def detect_architecture(keys: Iterable[str]) -> tuple[str, str] | None:
 
 def plan(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    preset: str = AUTO,
-    include: str | None = None,
-    exclude: str | None = None,
+    selection: Selection = DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
 ) -> Plan:
     """Decide for every tensor whether it becomes MXFP8.
 
     Args:
         tensors: key -> (header dtype such as "BF16", shape).
-        preset: a name from `presets()`.
-        include: regular expression; keys it finds are quantized even where the preset keeps them.
-        exclude: regular expression; keys it finds stay, whatever else is asked.
         is_linear: tells linear layers apart by name where the modules are at hand; without it,
             every 2-D float "*.weight" that is no known embedding counts as one.
 
     Raises:
         ValueError: unknown preset, or an expression that does not compile or takes too long.
     """
-    found = detect_architecture(tensors)
-    name = preset
-    if preset == AUTO:
-        name = found[1] if found else "default"
-    keeps = _keep_rules(name, tensors)
+    architecture, detected = detect_architecture(tensors) or (None, "default")
+    preset = detected if selection.preset == AUTO else selection.preset
+    keeps = _keep_rules(preset, tensors)
+    include, exclude = selection.include, selection.exclude
     included, excluded = _searcher("include", include), _searcher("exclude", exclude)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
@@ -231,7 +248,7 @@ def plan(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
     )
-    return Plan(decisions, name, found[0] if found else None, include or None, exclude or None)
+    return Plan(decisions, preset, architecture, selection)
 
 
 def _impossible(key, dtype, shape, is_linear) -> str | None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.reports.conversion import (
     Block,
     LayerReport,
@@ -99,7 +100,7 @@ def test_a_conversion_says_what_it_was_given(tmp_path):
     save_file(net.state_dict(), tmp_path / "source")
     found = calibrate(net, [torch.ones(7, 64)], lambda module, batch: module(batch))
     report = convert_file(
-        tmp_path / "source", tmp_path / "target", include="0", exclude="nothing",
+        tmp_path / "source", tmp_path / "target", Selection(include="0", exclude="nothing"),
         calibration=replace(found, about=RUN),
     )  # fmt: skip
     assert (report.include, report.exclude) == ("0", "nothing")

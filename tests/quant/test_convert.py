@@ -15,6 +15,7 @@ from mxfp8.kernels import layout
 from mxfp8.kernels.backends import reference
 from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import FormatError, read_header
 
 PARTS = ("weight", "weight_scale", "comfy_quant")
@@ -131,7 +132,7 @@ def test_a_layer_too_small_for_mxfp8_is_refused_by_name(tmp_path):
     save_file({"some.weight": tiny, "other.weight": matrix(32, 32)}, tmp_path / "source")
     with pytest.raises(ValueError, match=r"'some.weight' would be 0.0 dB .* exclude this layer"):
         convert_file(tmp_path / "source", tmp_path / "target")
-    convert_file(tmp_path / "source", tmp_path / "target", exclude="some")
+    convert_file(tmp_path / "source", tmp_path / "target", Selection(exclude="some"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -194,7 +195,7 @@ def test_our_own_output_is_refused_as_a_source(tmp_path):
 def test_nothing_to_quantize_is_refused(tmp_path, tensors, options):
     save_file(tensors, tmp_path / "source")
     with pytest.raises(ValueError, match="source: no layer to quantize: preset 'default'"):
-        convert_file(tmp_path / "source", tmp_path / "target", **options)
+        convert_file(tmp_path / "source", tmp_path / "target", Selection(**options))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -239,7 +240,7 @@ def test_a_source_is_never_replaced_by_its_conversion(tmp_path, target):
     ],
 )
 def test_options_reach_the_plan(tmp_path, options, layers):
-    found = converted(tmp_path, MODEL, **options)
+    found = converted(tmp_path, MODEL, selection=Selection(**options))
     assert read_header(tmp_path / "target").layers.keys() == layers
     assert {layer.name for layer in found.report.quantized} == layers
 

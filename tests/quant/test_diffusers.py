@@ -10,6 +10,7 @@ from model_folders import converted, equal, parsed, write_shards
 from safetensors.torch import save_file
 
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import FormatError
 from mxfp8.quant.sources.diffusers import check_names, comfy_names
 from mxfp8.quant.sources.file import HEADER_DTYPES
@@ -45,8 +46,9 @@ def test_parts_of_several_precisions_are_joined_exactly(tmp_path):
     qkv[: len(state[q])] = state[q]
     save_file({**joined, "layers.0.attention.qkv.weight": qkv}, tmp_path / "original")
     for exclude in (None, "qkv"):  # quantized, and kept
-        found = converted(tmp_path / "renamed", exclude=exclude, overwrite=True)
-        wanted = converted(tmp_path / "original", exclude=exclude, overwrite=True)
+        options = {"selection": Selection(exclude=exclude), "overwrite": True}
+        found = converted(tmp_path / "renamed", **options)
+        wanted = converted(tmp_path / "original", **options)
         assert equal(found[0], wanted[0])
 
 

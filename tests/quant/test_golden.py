@@ -15,6 +15,7 @@ from mxfp8.kernels import layout
 from mxfp8.kernels.backends import reference
 from mxfp8.quant.conversion import policy
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.conversion.policy import Selection
 
 FILES = json.loads((GOLDEN / "files.json").read_text())
 THEIRS = json.loads((GOLDEN / "presets.json").read_text())
@@ -60,7 +61,7 @@ def pair(request, tmp_path_factory):
     for layer in markers(theirs, their_metadata):  # the tool rounds what it quantizes to BF16 first
         given[f"{layer}.weight"] = source[f"{layer}.weight"].bfloat16()
     save_file(given, folder / "source", metadata)
-    convert_file(folder / "source", folder / "ours", **options)
+    convert_file(folder / "source", folder / "ours", Selection(**options))
     ours, our_metadata = load(folder / "ours")
     return SimpleNamespace(
         source=given,
@@ -162,9 +163,9 @@ KEYS = {f"q{text}q.weight" for part in PARTS for text in (part, part[1:], part[:
 @pytest.mark.parametrize("preset", THEIRS["presets"])
 def test_every_preset_of_the_tool_keeps_the_same_keys(preset):
     tensors = dict.fromkeys(sorted(KEYS), ("BF16", (32, 32)))
-    everything = policy.plan(tensors, preset=policy.NONE)
+    everything = policy.plan(tensors, Selection(policy.NONE))
     assert {d.key for d in everything.quantized} == KEYS
-    plan = policy.plan(tensors, preset=preset)
+    plan = policy.plan(tensors, Selection(preset))
     kept = {key for key in KEYS if any(part in key for part in their_substrings(preset))}
     assert KEYS - {d.key for d in plan.quantized} == kept
     assert preset in policy.presets()
@@ -177,7 +178,7 @@ def test_zimage_turbo_selects_what_the_cards_command_selects():
     parts += [f"feed_forward.w{i}" for i in (1, 2, 3)]
     tensors = {f"{b}.{p}.weight": ("BF16", (32, 32)) for b in blocks for p in parts}
     card, turbo, plain = (
-        {d.key for d in policy.plan(tensors, **options).quantized}
+        {d.key for d in policy.plan(tensors, Selection(**options)).quantized}
         for options in (CARD, {"preset": "zimage-turbo"}, {"preset": "zimage"})
     )
     assert turbo == card < plain

@@ -5,20 +5,22 @@ from __future__ import annotations
 import pytest
 
 from mxfp8.quant.conversion import policy
-from mxfp8.quant.conversion.policy import detect_architecture, plan, presets
+from mxfp8.quant.conversion.policy import Selection, detect_architecture, plan, presets
 
 MATRIX = ("BF16", (64, 32))
 
 
-def decide(key, dtype="BF16", shape=(64, 32), **options):
-    """The decision on one tensor, with nothing else in the model and no preset."""
-    options.setdefault("preset", policy.NONE)
-    (decision,) = plan({key: (dtype, shape)}, **options).decisions
+def decide(key, dtype="BF16", shape=(64, 32), is_linear=None, preset=policy.NONE, **selection):
+    """The decision on one tensor, with nothing else in the model."""
+    (decision,) = plan(
+        {key: (dtype, shape)}, Selection(preset, **selection), is_linear=is_linear
+    ).decisions
     return decision
 
 
-def chosen(keys, **options) -> set[str]:
-    return {d.key for d in plan(dict.fromkeys(keys, MATRIX), **options).quantized}
+def chosen(keys, is_linear=None, **selection) -> set[str]:
+    found = plan(dict.fromkeys(keys, MATRIX), Selection(**selection), is_linear=is_linear)
+    return {d.key for d in found.quantized}
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -30,10 +32,9 @@ def test_a_float_matrix_is_a_linear_layer(dtype, shape):
 
 
 def test_a_plan_keeps_what_was_asked_for():
-    found = plan({"a.weight": MATRIX, "b.weight": MATRIX}, include="a", exclude="b")
-    assert (found.include, found.exclude) == ("a", "b")
-    plain = plan({"a.weight": MATRIX}, include="", exclude=None)
-    assert (plain.include, plain.exclude) == (None, None)
+    selection = Selection(include="a", exclude="b")
+    assert plan({"a.weight": MATRIX, "b.weight": MATRIX}, selection).selection == selection
+    assert Selection(include="", exclude="") == Selection()
 
 
 IMPOSSIBLE = [
@@ -141,7 +142,7 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are():
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_offered_can_be_asked_for_and_says_what_it_is(name):
-    assert plan({"a.weight": MATRIX}, preset=name).quantized
+    assert plan({"a.weight": MATRIX}, Selection(name)).quantized
     assert presets()[name]
 
 
@@ -178,9 +179,9 @@ def test_every_tensor_gets_a_decision_in_the_order_given():
 
 def test_an_expression_that_finds_nothing_is_told(caplog):
     tensors = {"a.weight": ("BF16", (32, 32))}
-    plan(tensors, exclude="^a")
+    plan(tensors, Selection(exclude="^a"))
     assert caplog.records == []
-    plan(tensors, exclude="nosuchlayer", include="neither")
+    plan(tensors, Selection(exclude="nosuchlayer", include="neither"))
     assert [r.getMessage() for r in caplog.records] == [
         "MXFP8: include 'neither' finds no key.",
         "MXFP8: exclude 'nosuchlayer' finds no key.",
@@ -270,7 +271,7 @@ def test_the_table_of_architectures_is_complete():
 
 
 def test_a_named_preset_is_used_whatever_the_keys_show():
-    result = plan({"head.modulation": ("F32", (1, 2, 8)), "a.weight": MATRIX}, preset="flux2")
+    result = plan({"head.modulation": ("F32", (1, 2, 8)), "a.weight": MATRIX}, Selection("flux2"))
     assert (result.preset, result.architecture) == ("flux2", "Wan")
 
 
@@ -284,7 +285,7 @@ def test_an_unknown_model_gets_the_default_selection():
 def test_an_expression_that_never_ends_is_stopped(option, expression):
     key = "double_blocks.0.img_attn.proj.weight"
     with pytest.raises(ValueError, match=f"{option} .* takes too long on '{key}'"):
-        policy.plan({key: ("BF16", (64, 64))}, **{option: expression})
+        plan({key: ("BF16", (64, 64))}, Selection(**{option: expression}))
 
 
 @pytest.mark.parametrize("expression", [
@@ -293,10 +294,10 @@ def test_an_expression_that_never_ends_is_stopped(option, expression):
 ])  # fmt: skip
 def test_an_expression_that_would_fill_the_memory_is_refused(expression):
     with pytest.raises(ValueError, match="repeats more than 10000 times"):
-        policy.plan({}, include=expression)
+        plan({}, Selection(include=expression))
 
 
 def test_counted_repetitions_work():
     tensors = {f"blocks.{i}.lin.weight": ("BF16", (64, 64)) for i in (3, 33, 333)}
-    plan = policy.plan(tensors, exclude=r"blocks\.\d{2,3}\.")
-    assert [d.quantize for d in plan.decisions] == [True, False, False]
+    found = plan(tensors, Selection(exclude=r"blocks\.\d{2,3}\."))
+    assert [d.quantize for d in found.decisions] == [True, False, False]

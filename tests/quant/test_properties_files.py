@@ -21,10 +21,11 @@ from mxfp8.quant.checks.scan import check_file
 from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.container.header import parse_object, read_container
 from mxfp8.quant.conversion.convert import convert_file
-from mxfp8.quant.conversion.policy import plan
+from mxfp8.quant.conversion.policy import Selection, plan
 from mxfp8.quant.linear import MXFP8Linear
 from mxfp8.quant.reports.conversion import Report
 
+NONE = Selection("none")
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN = sorted(set(DTYPES) - set(CODES))
@@ -78,10 +79,10 @@ def test_any_model_converts_to_what_the_oracle_says(folder, weights, others, met
     source, target = folder / "source.safetensors", folder / "target.safetensors"
     save_file(tensors, source, metadata)
     shapes = {t.name: (t.dtype, t.shape) for t in read_container(source).tensors.values()}
-    chosen = {d.key for d in plan(shapes, "none").quantized}
+    chosen = {d.key for d in plan(shapes, NONE).quantized}
     assume(chosen)
 
-    report = convert_file(source, target, preset="none", overwrite=True)
+    report = convert_file(source, target, NONE, overwrite=True)
     stored, header = load(target)
     markers = json.loads(header.pop("_quantization_metadata"))["layers"]
     assert header == metadata
@@ -115,7 +116,7 @@ def test_rounding_at_its_worst_is_no_problem(folder, value):
     """Half a spacing of a value just above a power of two is 24.6 dB from it."""
     source, target = folder / "source.safetensors", folder / "target.safetensors"
     save_file({"a.weight": torch.full((1, 1), value)}, source)
-    convert_file(source, target, preset="none", overwrite=True)
+    convert_file(source, target, NONE, overwrite=True)
     assert verify_file(target, source).problems == []
 
 
@@ -133,7 +134,7 @@ def test_tensors_under_names_that_conversion_uses_are_kept_or_refused(folder, ex
     save_file({"a.weight": weight, **others}, source)
     target.unlink(missing_ok=True)
     try:
-        convert_file(source, target, preset="none")
+        convert_file(source, target, NONE)
     except ValueError as error:
         assert re.search(r"'a\.(weight|weight_scale|comfy_quant|scale_weight)'", str(error))
         assert others.keys() & {"a.weight_scale", "a.comfy_quant"}
@@ -152,7 +153,7 @@ def test_a_name_that_conversion_uses_is_refused_by_file(folder):
     weight = weight_of("BF16", (33, 70), 0)
     save_file({"a.weight": weight, "a.weight_scale": torch.zeros(1)}, source)
     with pytest.raises(ValueError, match=r"(source|target)\.safetensors"):
-        convert_file(source, target, preset="none", overwrite=True)
+        convert_file(source, target, NONE, overwrite=True)
 
 
 @QUICK

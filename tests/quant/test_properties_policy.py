@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mxfp8.quant.container.header import DTYPES
 from mxfp8.quant.conversion import policy
-from mxfp8.quant.conversion.policy import plan, presets
+from mxfp8.quant.conversion.policy import Selection, plan, presets
 from mxfp8.quant.reports.conversion import KEPT, MXFP8, Block, LayerReport, Report, SqnrAccumulator
 
 QUICK = settings(max_examples=150, deadline=None)
@@ -47,6 +47,8 @@ expressions = st.one_of(
     st.sampled_from([".", "", r"blocks\.\d+\.", "weight$", "^model", "q|fc1", "(?i)EMB", "norm"]),
     words.map(re.escape),
 )
+selections = st.builds(Selection, names, expressions, expressions)
+NONE = Selection(policy.NONE)
 
 
 def flags(found: policy.Plan) -> dict[str, bool]:
@@ -68,43 +70,44 @@ def could_be(key: str, dtype: str, shape: tuple[int, ...]) -> bool:
 
 
 @QUICK
-@given(models, names, expressions, expressions)
-def test_every_tensor_has_one_decision_with_a_reason(model, preset, include, exclude):
-    found = plan(model, preset, include, exclude)
+@given(models, selections)
+def test_every_tensor_has_one_decision_with_a_reason(model, selection):
+    found = plan(model, selection)
     assert [d.key for d in found.decisions] == list(model)
     assert [(d.dtype, d.shape) for d in found.decisions] == [*model.values()]
     assert all(d.reason.strip() for d in found.decisions)
     assert found.quantized == [d for d in found.decisions if d.quantize]
     assert found.preset in presets() or found.preset == "default"
-    assert plan(model, preset, include, exclude) == found
+    assert plan(model, selection) == found
 
 
 @QUICK
-@given(models, names, expressions, expressions)
-def test_nothing_overrides_what_stock_cannot_run(model, preset, include, exclude):
-    for options in ((preset, include, exclude), (policy.NONE, ".", None)):
-        for decision in plan(model, *options).quantized:
+@given(models, selections)
+def test_nothing_overrides_what_stock_cannot_run(model, selection):
+    for asked in (selection, Selection(policy.NONE, include=".")):
+        for decision in plan(model, asked).quantized:
             assert could_be(decision.key, decision.dtype, decision.shape)
 
 
 @QUICK
-@given(models, names, expressions, expressions)
-def test_exclude_beats_include_and_include_beats_the_preset(model, preset, include, exclude):
-    possible = flags(plan(model, policy.NONE))
-    plain = flags(plan(model, preset))
-    for key, quantize in flags(plan(model, preset, include, exclude)).items():
+@given(models, selections)
+def test_exclude_beats_include_and_include_beats_the_preset(model, selection):
+    possible = flags(plan(model, NONE))
+    plain = flags(plan(model, Selection(selection.preset)))
+    include, exclude = selection.include, selection.exclude
+    for key, quantize in flags(plan(model, selection)).items():
         excluded = bool(exclude) and re.search(exclude, key) is not None
         included = bool(include) and re.search(include, key) is not None
         assert quantize == (possible[key] and not excluded and (included or plain[key]))
 
 
 @QUICK
-@given(models, names, expressions, expressions, st.randoms())
-def test_the_order_of_keys_does_not_matter(model, preset, include, exclude, places):
+@given(models, selections, st.randoms())
+def test_the_order_of_keys_does_not_matter(model, selection, places):
     shuffled = list(model.items())
     places.shuffle(shuffled)
-    found = plan(model, preset, include, exclude)
-    other = plan(dict(shuffled), preset, include, exclude)
+    found = plan(model, selection)
+    other = plan(dict(shuffled), selection)
     assert (other.preset, other.architecture) == (found.preset, found.architecture)
     assert {d.key: d for d in other.decisions} == {d.key: d for d in found.decisions}
 
@@ -114,8 +117,8 @@ def test_the_order_of_keys_does_not_matter(model, preset, include, exclude, plac
 def test_the_prefix_of_a_diffusion_model_does_not_matter(model, preset):
     prefix = "model.diffusion_model."
     assume(not any(key.startswith(policy.PREFIXES[:-1]) for key in model))
-    found = plan(model, preset)
-    other = plan({prefix + key: info for key, info in model.items()}, preset)
+    found = plan(model, Selection(preset))
+    other = plan({prefix + key: info for key, info in model.items()}, Selection(preset))
     assert (other.preset, other.architecture) == (found.preset, found.architecture)
     assert flags(other) == {prefix + key: quantize for key, quantize in flags(found).items()}
 
@@ -129,20 +132,22 @@ def test_auto_is_the_preset_of_the_architecture(model, architecture):
     earlier = [a[0] for a in policy.ARCHITECTURES[: policy.ARCHITECTURES.index(architecture)]]
     assert found.architecture in (name, *earlier)
     if found.architecture == name:
-        assert flags(found) == flags(plan(model, preset))
+        assert flags(found) == flags(plan(model, Selection(preset)))
 
 
 @QUICK
 @given(models)
 def test_modules_at_hand_replace_the_list_of_embeddings_alone(model):
     """With every module a linear layer, more is quantized than by names; with none, nothing."""
-    by_name = flags(plan(model, policy.NONE))
-    by_module = flags(plan(model, policy.NONE, is_linear=lambda layer: True))
+    by_name = flags(plan(model, NONE))
+    by_module = flags(plan(model, NONE, is_linear=lambda layer: True))
     assert all(by_module[key] for key, quantize in by_name.items() if quantize)
     embeddings = {key for key in model if by_module[key] and not by_name[key]}
     leaves = {key.removesuffix(".weight").rpartition(".")[2] for key in embeddings}
     assert leaves <= policy.EMBEDDINGS
-    assert not plan(model, policy.NONE, ".", is_linear=lambda layer: False).quantized
+    assert not plan(
+        model, Selection(policy.NONE, include="."), is_linear=lambda layer: False
+    ).quantized
 
 
 # ---- reports -----------------------------------------------------------------------------------
