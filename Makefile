@@ -15,7 +15,7 @@ setup: $(STAMP)
 $(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tests/support/comfyui.py setup
-	$(BIN)/python tests/support/versions.py fetch
+	$(BIN)/python bench/versions.py --fetch
 	@touch $@
 
 demo: setup

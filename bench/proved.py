@@ -44,7 +44,7 @@ SOURCES = {
 }
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
 PARTS = (*SOURCES, "interpreter")
-sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "bench")]  # which have a versions.py each
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "bench")]
 
 
 def label(arch: str) -> str:
