@@ -21,15 +21,15 @@ class MXFP8BackendReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MXFP8BackendReport",
-            display_name="Passport (MXFP8)",
+            display_name="Backend Report (MXFP8)",
             category=CATEGORY,
             description=(
                 "Says how a model runs on this machine: the backend and precision of every layer "
                 "with the reason, what faster backends lack here, and the bytes of codes, scales, "
-                "other weights, kept folds and LoRAs. If asked, it measures how long layers take, "
-                "against dense ones and against ComfyUI's own way."
+                "other weights, prepared weights and LoRAs. If asked, it measures how long layers "
+                "take, against dense ones and against ComfyUI's own way."
             ),
-            search_aliases=["mxfp8", "passport", "backend", "precision", "memory", "benchmark"],
+            search_aliases=["mxfp8", "report", "backend", "precision", "memory", "benchmark"],
             inputs=[
                 io.Model.Input("model", optional=True, tooltip="A diffusion model, from any node."),
                 io.Clip.Input("clip", optional=True, tooltip="A text encoder, instead of a model."),
@@ -53,8 +53,8 @@ class MXFP8BackendReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="summary", tooltip="The passport in words."),
-                io.String.Output(display_name="passport", tooltip="Every layer: JSON."),
+                io.String.Output(display_name="summary", tooltip="The report in words."),
+                io.String.Output(display_name="report", tooltip="Every layer: JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -62,14 +62,14 @@ class MXFP8BackendReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_):
-        """Never what it was: a passport tells what is loaded, which no input shows."""
+        """Never what it was: a report tells what is loaded, which no input shows."""
         return float("nan")
 
     @classmethod
     def execute(cls, measure, rows, model=None, clip=None) -> io.NodeOutput:
         if (model is None) == (clip is None):
             raise ValueError("connect a model or a text encoder to this node, one of the two")
-        found = passport(cls, clip.patcher if model is None else model, rows, measure)
+        found = make_report(cls, clip.patcher if model is None else model, rows, measure)
         summary, text = found.summary(), found.to_json()
         logger.info("MXFP8: %s", summary)
         show(cls, found.line())
@@ -77,8 +77,8 @@ class MXFP8BackendReport(io.ComfyNode):
         return io.NodeOutput(summary, text, ui=shown)
 
 
-def passport(node: type[io.ComfyNode], patcher, rows: int, timed: bool):
-    """The passport of a ModelPatcher, measured if asked."""
+def make_report(node: type[io.ComfyNode], patcher, rows: int, timed: bool):
+    """The backend report of a ModelPatcher, measured if asked."""
     if not timed:
         return describe(patcher, rows)
     load(patcher)

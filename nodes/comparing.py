@@ -1,4 +1,4 @@
-"""A node that certifies how near a model's output is to that of another, on seeds of both."""
+"""A node that compares two models on the same seeds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MXFP8Compare(io.ComfyNode):
                 "the reference differs from itself by. Save Model (MXFP8) can keep the result in "
                 "the file."
             ),
-            search_aliases=["mxfp8", "compare", "certificate", "quality", "psnr", "ssim", "snr"],
+            search_aliases=["mxfp8", "compare", "quality", "psnr", "ssim", "snr"],
             inputs=[
                 io.Model.Input("reference", tooltip="The original model."),
                 io.Model.Input("model", tooltip="The model to hold against it."),
@@ -74,7 +74,7 @@ class MXFP8Compare(io.ComfyNode):
                 ),
                 io.String.Output(display_name="summary", tooltip="The result in words."),
                 io.String.Output(display_name="json", tooltip="Every seed and step: JSON."),
-                ComparisonType.Output(display_name="certificate", tooltip="For Save Model."),
+                ComparisonType.Output(display_name="comparison", tooltip="For Save Model."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -143,14 +143,14 @@ def compare(paired: Paired, settings: Settings, patcher) -> Comparison:
 
 
 def check_comparison(comparison, patcher_fingerprint: str | None) -> None:
-    """Check that a certificate was measured on these weights.
+    """Check that a comparison was measured on these weights.
 
     Raises:
         ValueError: it was measured on others, or the weights are not those that a file would hold.
     """
     if patcher_fingerprint is None:
         raise ValueError(
-            "a certificate belongs to MXFP8 layers as they are; this model has none, or LoRAs or "
+            "a comparison belongs to MXFP8 layers as they are; this model has none, or LoRAs or "
             "patches on it that saving bakes in. Save it, load that file, and compare that"
         )
     if comparison.model.fingerprint != patcher_fingerprint:

@@ -17,7 +17,7 @@ from ..quant.container.writer import Writer
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
 from ..quant.reports.conversion import Report, gigabytes
-from ..quant.reports.metadata import CERTIFICATE, REPORT, check_size, note_on_seeds
+from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from ..quant.sources.file import HEADER_DTYPES, as_bytes
 from .comparing import ComparisonType, check_comparison
 from .host import filenames, paths
@@ -56,7 +56,7 @@ class MXFP8SaveModel(io.ComfyNode):
                     ),
                 ),
                 ComparisonType.Input(
-                    "certificate",
+                    "comparison",
                     optional=True,
                     tooltip=(
                         "From Compare Models (MXFP8), of this model: kept in the file's header, "
@@ -67,7 +67,7 @@ class MXFP8SaveModel(io.ComfyNode):
                     "report",
                     optional=True,
                     force_input=True,
-                    tooltip="From Quantize Model (MXFP8): kept in the header, as the certificate.",
+                    tooltip="From Quantize Model (MXFP8): kept in the header, as the comparison.",
                 ),
             ],
             outputs=[],
@@ -86,8 +86,8 @@ class MXFP8SaveModel(io.ComfyNode):
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {gigabytes(size)}"
         if note := note_on_seeds(report, comparison):
-            logger.warning("MXFP8: the certificate in %s was %s", path.name, note)
-            text += f"\nWARNING: the certificate was {note}"
+            logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
+            text += f"\nWARNING: the comparison was {note}"
         show(cls, text)
         return io.NodeOutput(ui={"text": [text]})
 
@@ -104,13 +104,13 @@ def _provenance(patcher, comparison, report: Report | None) -> dict[str, str]:
     """What the file says of how it was made, and of how near it is to the original.
 
     Raises:
-        ValueError: the certificate was measured on other weights, the report is another model's, or
+        ValueError: the comparison was measured on other weights, the report is another model's, or
             one of them is too long for a header.
     """
     metadata = {}
     if comparison is not None:
         check_comparison(comparison, fingerprints.of_mxfp8(patcher))
-        metadata[CERTIFICATE] = comparison.to_json(indent=None)
+        metadata[COMPARISON] = comparison.to_json(indent=None)
     if report is not None:
         _check_report(patcher, report)
         data = json.loads(report.to_json())

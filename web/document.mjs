@@ -9,8 +9,9 @@
 const KINDS = {
   mxfp8_report: "Conversion",
   mxfp8_inspection: "Inspection",
-  mxfp8_backend_report: "Passport",
-  mxfp8_certificate: "Comparison",
+  mxfp8_backend_report: "Backend report",
+  mxfp8_comparison: "Comparison",
+  mxfp8_certificate: "Comparison", // its name in older files
 };
 const VERSION = 1;
 

@@ -1,6 +1,6 @@
 """Whose weights a MODEL holds: hashes by which they are known again, and whether patches change it.
 
-What is said of weights, in a certificate or a report, holds for those weights alone. Save Model
+What is said of weights, in a comparison or a report, holds for those weights alone. Save Model
 bakes in whatever is patched, also on layers that are kept and on biases: so a model with any patch
 on it has no fingerprint.
 """
@@ -30,7 +30,7 @@ def plain(name: str) -> str:
 
 
 def of_mxfp8(patcher) -> str | None:
-    """`certificate.fingerprint` of a ModelPatcher; None of a patched one or without MXFP8."""
+    """`comparison.fingerprint` of a ModelPatcher; None of a patched one or without MXFP8."""
     if is_patched(patcher):
         return None
     rows = []

@@ -1,4 +1,4 @@
-"""Two models on the same seeds, through ComfyUI's own KSampler: what a certificate is made of.
+"""Two models on the same seeds, through ComfyUI's own KSampler: what a comparison is made of.
 
 A wrapper on a clone of each model notes what the sampler predicts at every step, the noise levels
 it was given and the time it took. So models run with whatever is on them: LoRAs, other packs'
@@ -154,7 +154,7 @@ class Sampler:
         warm = [s for loading in self._seconds for s in loading[1:]]
         return Side(
             model=described.model,
-            ways=dict(described.ways()),
+            paths=dict(described.paths()),
             fingerprint=fingerprint(self.patcher),
             dtype=described.dtype,
             seconds=statistics.median(warm or [s for loading in self._seconds for s in loading]),

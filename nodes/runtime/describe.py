@@ -1,4 +1,4 @@
-"""A loaded model as a passport: how each of its linears runs here, and where its bytes are.
+"""A loaded model as a backend report: how each of its linears runs here, and where its bytes are.
 
 Nothing is decided here. A layer's forward is the patch that is on it, what that does is for
 `forward` to say, and what multiplies for `kernels.execution_path`.
@@ -60,7 +60,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
-    """The passport of a ModelPatcher, nothing measured.
+    """The backend report of a ModelPatcher, nothing measured.
 
     Args:
         rows: of the inputs for which layers are described.
@@ -74,7 +74,7 @@ def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
     asked = _asked(patcher)
     many = kernels.execution_path(device, dtype, asked)
     small_m = kernels.execution_path(device, dtype, asked, 1)
-    because = execution.because(device.type, many, asked, _is_encoder(patcher))
+    limited_by = execution.limiting_reason(device.type, many, asked, _is_encoder(patcher))
     ours = any(x.backend != STOCK for x in layers)
     return BackendReport(
         model=type(patcher.model).__name__,
@@ -85,8 +85,8 @@ def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
         small_m=f"{small_m.backend}, {small_m.precision} (up to {fp8_rowwise.SMALL_M})"
         if ours
         else STOCK,
-        refused=tuple(f"{name}: {reason}" for name, reason in many.refused),
-        because=because if ours else None,
+        unsupported=tuple(f"{name}: {reason}" for name, reason in many.refused),
+        limited_by=limited_by if ours else None,
         memory=_memory(patcher),
         layers=tuple(layers),
     )
@@ -154,7 +154,7 @@ def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
     choice = kernels.execution_path(device, dtype, asked, rows)
     if held is None:
         many = kernels.execution_path(device, dtype, asked)
-        reason = execution.reason(choice, many, asked, change, encoder)
+        reason = execution.layer_reason(choice, many, asked, change, encoder)
     else:
         reason = f"exact: {held}"
     return _Way(choice.backend, choice.precision, reason)
@@ -176,7 +176,7 @@ def _memory(patcher) -> dict[str, Memory]:
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):
             sizes[kind][_is_away(part, patcher)] += part.nbytes
-    sizes["kept folds"] = [cache.kept_bytes(model), 0]
+    sizes["prepared weights"] = [cache.kept_bytes(model), 0]
     sizes["LoRA patches"] = [0, 0]
     for part in _tensors(list(patcher.patches.values())):
         sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
@@ -207,7 +207,7 @@ def load(patcher) -> None:
 
 
 def measure(patcher, found: BackendReport, progress: Progress) -> BackendReport:
-    """The passport with times: of one MXFP8 layer of each size, as the patch on it runs it.
+    """The backend report with times: of one MXFP8 layer of each size, as the patch on it runs it.
 
     Args:
         found: of the model after `load`. A layer that stays offloaded is timed with its way to the

@@ -57,7 +57,7 @@ class Inspection:
 
     Attributes:
         formats: format of a marker -> number of layers.
-        report, certificate: what the header says of its conversion and of a comparison, as those
+        report, comparison: what the header says of its conversion and of a comparison, as those
             modules have it; None where it says nothing that can be read.
         every_byte: whether the layers were read, or only the header.
         problems, warnings: sentences; a file with problems should not be used.
@@ -214,12 +214,12 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
 
 
 def _check_comparison(source, result: Inspection) -> None:
-    """Warn of a certificate that was measured on other weights."""
+    """Warn of a comparison that was measured on other weights."""
     from ..sources.file import as_bytes
 
     rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
     found = comparison.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
     if result.comparison.model.fingerprint != found:
         result.warnings.append(
-            "the certificate in the header was measured on other weights than the file's"
+            "the comparison in the header was measured on other weights than the file's"
         )

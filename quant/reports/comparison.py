@@ -6,7 +6,7 @@ is nearer, and null means that the two are identical. Means carry a bootstrap in
 and what the reference differs from itself by (`Floor`) stands beside them: without it no number
 says whether the model or the sampler made the difference.
 
-A certificate is plain JSON with a version, as a conversion's report is. It may come from anyone's
+A comparison is plain JSON with a version, as a conversion's report is. It may come from anyone's
 file, so `from_json` checks the type of every field. There are no images in it, and nothing here
 needs torch: `inspection` reads it from a header.
 """
@@ -26,7 +26,8 @@ from ..format import bare
 from .conversion import gigabytes
 
 VERSION = 1
-KEY = "mxfp8_certificate"
+KEY = "mxfp8_comparison"
+OLD_KEY = "mxfp8_certificate"  # in older files, where paths were "ways"
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _FEW = 10  # seeds; below, `interval` says that it is narrow
@@ -89,7 +90,7 @@ class Side:
     """One of the two models.
 
     Attributes:
-        ways: "backend, precision" of MXFP8 layers, given many rows -> how many run so.
+        paths: "backend, precision" of MXFP8 layers, given many rows -> how many run so.
         fingerprint: of its MXFP8 layers (see `fingerprint`), or, in a model that has none, of all
             its linears (`calibration.fingerprint`); None where LoRAs or patches change weights.
         dtype: that it computes in.
@@ -99,7 +100,7 @@ class Side:
     """
 
     model: str
-    ways: dict[str, int]
+    paths: dict[str, int]
     fingerprint: str | None
     dtype: str
     seconds: float | None = None
@@ -177,19 +178,21 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """Read a certificate back.
+        """Read a comparison back, also in its older form.
 
         Raises:
-            ValueError: no certificate, one of another version, or a field is not what it must be.
+            ValueError: no comparison, one of another version, or a field is not what it must be.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
         except RecursionError as error:
-            raise ValueError("nested too deeply for an MXFP8 certificate") from error
+            raise ValueError("nested too deeply for an MXFP8 comparison") from error
+        if isinstance(data, dict) and OLD_KEY in data:
+            _update(data)
         version = data.pop(KEY, None) if isinstance(data, dict) else None
         if version != VERSION:
-            raise ValueError(f"not an MXFP8 certificate of version {VERSION} (found {version!r})")
-        return _read(cls, data, "certificate")
+            raise ValueError(f"not an MXFP8 comparison of version {VERSION} (found {version!r})")
+        return _read(cls, data, "comparison")
 
     def title(self) -> str:
         return f"{named(self.model)} against {named(self.reference)}"
@@ -266,10 +269,10 @@ def fingerprint(rows: Iterable[tuple[str, bytes]]) -> str | None:
 
 def named(side: Side) -> str:
     """A model in a few words."""
-    if not side.ways:
+    if not side.paths:
         return f"{side.model} ({side.dtype})"
-    ways = "; ".join(f"{count} MXFP8 layers on {way}" for way, count in side.ways.items())
-    return f"{side.model} ({ways}; {side.dtype})"
+    paths = "; ".join(f"{count} MXFP8 layers on {path}" for path, count in side.paths.items())
+    return f"{side.model} ({paths}; {side.dtype})"
 
 
 def interval(mean: Mean, unit: str) -> str:
@@ -313,6 +316,14 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     means = sorted(math.fsum(generator.choices(found, k=n)) / n for _ in range(_RESAMPLES))
     tail = round((1 - _CONFIDENCE) / 2 * _RESAMPLES)
     return Mean(math.fsum(found) / n, means[tail], means[-1 - tail], n)
+
+
+def _update(data: dict) -> None:
+    """Rename what `OLD_KEY` had under other names."""
+    data[KEY] = data.pop(OLD_KEY)
+    for side in (data.get("reference"), data.get("model")):
+        if isinstance(side, dict) and "ways" in side:
+            side["paths"] = side.pop("ways")
 
 
 def _refuse_constant(name: str):

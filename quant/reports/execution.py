@@ -1,4 +1,4 @@
-"""How a model runs on this machine, layer by layer, as data: the passport.
+"""How a model runs on this machine, layer by layer, as data.
 
 It says which backend runs each linear, at what precision and why, where the bytes are, and, if
 measured, how long a layer of each size takes against a dense one and against stock's way. All of
@@ -99,10 +99,11 @@ class BackendReport:
         device, dtype: that it computes on and in; rows: of the inputs that layers are described
             for.
         few: what layers run with few rows, in words.
-        refused: "backend: why not" of what would have come before the backends that run.
-        because: why nothing faster runs, in a few words; None where nothing would be, or where
+        unsupported: "backend: why not" of what would have come before the backends that run.
+        limited_by: why nothing faster runs, in a few words; None where nothing would be, or where
             ComfyUI runs everything.
-        memory: kind ("codes", "scales", "other weights", "kept folds", "LoRA patches") -> bytes.
+        memory: kind ("codes", "scales", "other weights", "prepared weights", "LoRA patches") ->
+            bytes.
     """
 
     model: str
@@ -111,8 +112,8 @@ class BackendReport:
     dtype: str
     rows: int
     small_m: str
-    refused: tuple[str, ...]
-    because: str | None
+    unsupported: tuple[str, ...]
+    limited_by: str | None
     memory: dict[str, Memory]
     layers: tuple[LayerExecution, ...] = field(repr=False)
     timings: tuple[Timing, ...] = ()
@@ -121,21 +122,21 @@ class BackendReport:
     def mxfp8(self) -> list[LayerExecution]:
         return [layer for layer in self.layers if layer.decision == MXFP8]
 
-    def ways(self) -> list[tuple[str, int]]:
-        """("backend, precision", MXFP8 layers) of each way that layers run, most first."""
-        ways = (", ".join(filter(None, (x.backend, x.precision))) for x in self.mxfp8)
-        return Counter(ways).most_common()
+    def paths(self) -> list[tuple[str, int]]:
+        """("backend, precision", number of MXFP8 layers), most layers first."""
+        paths = (", ".join(filter(None, (x.backend, x.precision))) for x in self.mxfp8)
+        return Counter(paths).most_common()
 
     def line(self) -> str:
         """What there is to say on a loader."""
         if not self.mxfp8:
             return "no MXFP8 layers; it runs as ComfyUI loaded it"
-        ways = self.ways()
-        said = ways[0][0] if len(ways) == 1 else "; ".join(f"{n} {way}" for way, n in ways)
-        because = f" ({self.because})" if self.because else ""
+        paths = self.paths()
+        said = paths[0][0] if len(paths) == 1 else "; ".join(f"{n} {path}" for path, n in paths)
+        limit = f" ({self.limited_by})" if self.limited_by else ""
         size = gigabytes(sum(layer.bytes for layer in self.mxfp8))
         noun = "layer" if len(self.mxfp8) == 1 else "layers"
-        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {said}{because}"
+        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {said}{limit}"
 
     def summary(self) -> str:
         """Some lines for a node."""
@@ -143,7 +144,7 @@ class BackendReport:
         reasons = Counter(layer.reason for layer in self.layers)
         lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
         lines.append(f"inputs of few rows: {self.small_m}")
-        lines += [f"not used: {reason}" for reason in self.refused]
+        lines += [f"not used: {reason}" for reason in self.unsupported]
         sizes = [f"{kind} {gigabytes(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
         lines.append(f"on {self.device}: {', '.join(sizes) or 'nothing yet'}")
@@ -171,7 +172,9 @@ def kept(dtype: str) -> tuple[str, str]:
     return KEPT, f"not MXFP8: {dtype}"
 
 
-def because(device: str, choice: ExecutionPath, asked: str, encoder: bool = False) -> str | None:
+def limiting_reason(
+    device: str, choice: ExecutionPath, asked: str, encoder: bool = False
+) -> str | None:
     """Why nothing faster runs, in a few words; `device` is its type, the rest as of `reason`."""
     if device == "cpu":
         return "no GPU"
@@ -180,7 +183,7 @@ def because(device: str, choice: ExecutionPath, asked: str, encoder: bool = Fals
     return _lacking(choice) if choice.precision == "exact" else None
 
 
-def reason(
+def layer_reason(
     choice: ExecutionPath,
     many: ExecutionPath,
     asked: str,

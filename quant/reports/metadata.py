@@ -1,4 +1,4 @@
-"""What a file's header says of its own making: the conversion's report, and a certificate.
+"""What a file's header says of its own making: the conversion's report, and a comparison.
 
 Save Model (MXFP8) writes both as strings of the metadata, which every other reader leaves alone.
 The converter itself writes neither: what it makes holds nothing beside the format, and whoever
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..container.header import quoted
-from .comparison import KEY as CERTIFICATE
+from .comparison import KEY as COMPARISON
+from .comparison import OLD_KEY as OLD_COMPARISON
 from .comparison import Comparison
 from .conversion import Report
 
@@ -34,7 +35,7 @@ class Provenance:
 def lines(report: Report | None, comparison: Comparison | None) -> list[str]:
     """Both for people, indented under a heading each."""
     found = []
-    for heading, part in (("conversion", report), ("certificate", comparison)):
+    for heading, part in (("conversion", report), ("comparison", comparison)):
         if part is not None:
             said = part.summary().splitlines()[:_MOST_LINES]
             found += [f"{heading}, as the file says:", *(f"  {_plain(line)}" for line in said)]
@@ -43,7 +44,7 @@ def lines(report: Report | None, comparison: Comparison | None) -> list[str]:
 
 
 def note_on_seeds(report: Report | None, comparison: Comparison | None) -> str | None:
-    """What is wrong with the seeds of a certificate: the weights were rounded for these very runs.
+    """What is wrong with the seeds of a comparison: the weights were rounded for these very runs.
 
     None also where the report does not say what its calibration sampled.
     """
@@ -76,20 +77,25 @@ def check_size(key: str, text: str) -> None:
 
 def read(metadata: Mapping[str, str]) -> Provenance:
     """Both entries of a file's metadata, as far as they are there and whole."""
-    found: dict[str, object] = {REPORT: None, CERTIFICATE: None}
     warnings = []
-    for key, kind in ((REPORT, Report), (CERTIFICATE, Comparison)):
-        if key not in metadata:
-            continue
+
+    def parse(kind, *keys: str):
+        """The entry under the first of the keys that is there."""
+        key = next((key for key in keys if key in metadata), None)
+        if key is None:
+            return None
         try:
             check_size(key, metadata[key])
-            part = kind.from_json(metadata[key])
-            part.summary(), part.to_json()  # a report's fields may be of other types
-            found[key] = part
+            entry = kind.from_json(metadata[key])
+            entry.summary(), entry.to_json()  # a report's fields may be of other types
+            return entry
         except _DAMAGE as error:
             warnings.append(f"{key} in the header cannot be read: {quoted(str(error))}")
-    return Provenance(found[REPORT], found[CERTIFICATE], tuple(warnings))
+
+    report = parse(Report, REPORT)
+    comparison = parse(Comparison, COMPARISON, OLD_COMPARISON)
+    return Provenance(report, comparison, tuple(warnings))
 
 
-# What a report raises whose fields are of other types: those of a certificate are checked.
+# What a report raises whose fields are of other types: those of a comparison are checked.
 _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError)

@@ -1,4 +1,4 @@
-"""The arithmetic of a comparison: two latents or two images, as numbers (`certificate`).
+"""The arithmetic of a comparison: two latents or two images, as numbers (see `comparison`).
 
 Everything is summed in float64 on the CPU, so that a number does not depend on the device that
 sampled. PSNR and SSIM are kornia's, which ComfyUI brings and which has the usual Gaussian window of

@@ -1,4 +1,4 @@
-"""A certificate as one picture: two charts, and a strip of images if there were any.
+"""A comparison as one picture: two charts, and a strip of images if there were any.
 
 Drawn with Pillow, which ComfyUI brings; it does not bring matplotlib. Everything is drawn at twice
 the size and scaled down, because Pillow's lines have hard edges.

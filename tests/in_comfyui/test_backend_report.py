@@ -1,4 +1,4 @@
-"""Passport and Inspect in the real ComfyUI: what is said of a layer is what really ran."""
+"""Backend Report and Inspect in the real ComfyUI: what is said of a layer is what really ran."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def card(comfy):
     comfy.run(graph)
 
 
-def passport(graph: Graph, model: list, rows: int = MANY, **options) -> list:
+def backend_report(graph: Graph, model: list, rows: int = MANY, **options) -> list:
     return graph.add("MXFP8BackendReport", model=model, rows=rows, **{"measure": False, **options})
 
 
@@ -56,11 +56,11 @@ def by_name(found: dict) -> dict:
 
 
 def told_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict]:
-    """({layer: what the passport says} for many rows, the same for one, {layer: what ran})."""
+    """({layer: what the report says} for many rows, the same for one, {layer: what ran})."""
     graph = Graph()
     model = make(graph)
-    small_m = passport(graph, model, rows=1)
-    many = passport(graph, model)
+    small_m = backend_report(graph, model, rows=1)
+    many = backend_report(graph, model)
     recording = graph.add("TestRecord", model=model, name="recorded")
     samples = graph.sample(recording, kind, steps=1)
     recorded = graph.add("TestRecorded", samples=samples, name="recorded")
@@ -122,9 +122,9 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
     assert really(ran[LAYER]) == "stock"
     assert "Accelerate Model (MXFP8) is not on it" in many[LAYER]["reason"]
     graph = Graph()
-    node = passport(graph, graph.loader("flux-mxfp8.safetensors"))
+    node = backend_report(graph, graph.loader("flux-mxfp8.safetensors"))
     whole = document(comfy.run(graph), node)
-    assert (whole["because"], whole["small_m"]) == (None, "stock")  # nothing of ours runs
+    assert (whole["limited_by"], whole["small_m"]) == (None, "stock")  # nothing of ours runs
 
 
 def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
@@ -150,7 +150,7 @@ def test_a_layer_marked_full_precision_is_exact(comfy, card):
     folder = comfy.base / "models" / "diffusion_models"
     whole = draft(folder / "flux-mxfp8.safetensors")
     whole.mark(LAYER, full_precision_matrix_mult=True)
-    path = folder / "passport-full.safetensors"
+    path = folder / "report-full.safetensors"
     path.write_bytes(whole.encode())
 
     def marked(graph):
@@ -191,7 +191,7 @@ def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
     samples = graph.sample(recording, "flux", steps=1)
     recorded = graph.add("TestRecorded", samples=samples, name="offloaded")
     ran = json.loads(comfy.run(graph)[recorded[0]]["result"][0])
-    node = passport(graph, model)  # now that it is loaded
+    node = backend_report(graph, model)  # now that it is loaded
     found = document(comfy.run(graph), node)
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     told = by_name(found)
@@ -210,7 +210,7 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
     graph = Graph()
     model = lora_on_offloaded(graph)
     nodes = [
-        passport(graph, model),
+        backend_report(graph, model),
         graph.add("MXFP8Inspect", file="none", every_byte=True, model=model),
     ]
     saved = graph.save_latent(graph.sample(model, "flux", steps=1))
@@ -225,7 +225,7 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
 
 def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
     graph = Graph()
-    node = passport(graph, lora_on_offloaded(graph), measure=True, rows=1)
+    node = backend_report(graph, lora_on_offloaded(graph), measure=True, rows=1)
     found = document(comfy.run(graph), node)
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     assert left_to_stock(found)
@@ -234,7 +234,7 @@ def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
 
 def test_on_a_cpu_few_rows_are_timed_and_it_is_said_how_many(comfy):
     graph = Graph()
-    node = passport(graph, ours(graph), measure=True)
+    node = backend_report(graph, ours(graph), measure=True)
     outputs = comfy.run(graph)
     found = document(outputs, node)
     assert found["rows"] == MANY
@@ -244,7 +244,7 @@ def test_on_a_cpu_few_rows_are_timed_and_it_is_said_how_many(comfy):
 
 def test_measured_times_memory_and_what_is_not_used(comfy):
     graph = Graph()
-    node = passport(graph, ours(graph), rows=32, measure=True)
+    node = backend_report(graph, ours(graph), rows=32, measure=True)
     outputs = comfy.run(graph)
     found = document(outputs, node)
     layers = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
@@ -261,8 +261,8 @@ def test_measured_times_memory_and_what_is_not_used(comfy):
     )
     assert found["rows"] == 32
     assert {timing["rows"] for timing in found["timings"]} == {32}
-    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in found["refused"])
-    assert any(line.startswith("triton: needs an NVIDIA") for line in found["refused"])
+    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in found["unsupported"])
+    assert any(line.startswith("triton: needs an NVIDIA") for line in found["unsupported"])
     text = outputs[node[0]]["text"][0]
     assert text.splitlines()[0].startswith("Flux on cpu: 19 MXFP8 layers, ")
     assert text.count("times as fast as stock") == len(sizes)
@@ -272,7 +272,7 @@ def sum_bytes(layer: dict) -> int:
     return layer["bytes"]
 
 
-def test_a_passport_wants_one_model(comfy):
+def test_a_backend_report_wants_one_model(comfy):
     graph = Graph()
     graph.add("MXFP8BackendReport", measure=False, rows=1)
     with pytest.raises(PromptError, match="connect a model or a text encoder"):

@@ -1,4 +1,4 @@
-"""From calibration to a certificate in the file, in the real ComfyUI."""
+"""From calibration to a comparison in the file, in the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def snr(reference, other) -> float:
 
 
 @pytest.mark.parametrize("kind", ["flux", "flux2", "wan"])
-def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(comfy, kind):
+def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(comfy, kind):
     graph = Graph()
     original = graph.loader(f"{kind}.safetensors")
     first = SEEDS[-1] if kind == "wan" else 100
@@ -75,7 +75,7 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
     vae = {"vae": graph.add("VAELoader", vae_name="vae.safetensors")} if kind == "flux" else {}
     node = compare(graph, original, made, kind, **vae)
     save = graph.add(
-        "MXFP8SaveModel", model=made, filename_prefix=f"diffusion_models/certified-{kind}",
+        "MXFP8SaveModel", model=made, filename_prefix=f"diffusion_models/compared-{kind}",
         comparison=[node[0], 3], report=[made[0], 1],
     )  # fmt: skip
     runs = {name: sampled(graph, m, kind) for name, m in (("r", original), ("m", made))}
@@ -98,7 +98,7 @@ def test_a_certificate_says_what_stock_samplers_put_out_and_goes_into_the_file(c
     check_words(found, outputs[node[0]]["text"][0], kind)
     check_picture(found, outputs, node, comfy.base)
     check_file(comfy, found, outputs[made[0]], kind)
-    warned = "the certificate was measured on seeds that the calibration sampled (1 of 4"
+    warned = "the comparison was measured on seeds that the calibration sampled (1 of 4"
     assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
 
 
@@ -118,8 +118,8 @@ def check_words(found: Comparison, text: str, kind: str) -> None:
         f"latent SNR {found.latent_snr_db.mean:.2f} dB (bootstrap 95%, too narrow for n = 4" in text
     )
     assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
-    assert sum(found.model.ways.values()) >= 10
-    assert found.reference.ways == {} and found.reference.fingerprint != found.model.fingerprint
+    assert sum(found.model.paths.values()) >= 10
+    assert found.reference.paths == {} and found.reference.fingerprint != found.model.fingerprint
     assert f"reference: fingerprint {found.reference.fingerprint[:12]}, " in text
     assert found.setting.versions.keys() == {"torch", "ComfyUI", "MXFP8"}
     assert "unknown" not in found.setting.versions.values()
@@ -143,7 +143,7 @@ def check_picture(found: Comparison, outputs: dict, node: list, base) -> None:
 
 
 def check_file(comfy, found: Comparison, conversion: dict, kind: str) -> None:
-    path = comfy.base / "output" / "diffusion_models" / f"certified-{kind}_00001_.safetensors"
+    path = comfy.base / "output" / "diffusion_models" / f"compared-{kind}_00001_.safetensors"
     inspected = inspect_file(path)
     assert inspected.comparison == found and inspected.warnings == inspected.problems == []
     assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
@@ -223,7 +223,7 @@ def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
     assert "no noise floor was measured" in text
 
 
-def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
+def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
     def took_for_a_card(graph: Graph, on: bool) -> list:
         return graph.add(
             "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=on, keep=False,
@@ -242,8 +242,8 @@ def test_a_certificate_says_for_which_rows_its_layers_are_fast(comfy):
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
     note = "fast holds for inputs of many rows; of few rows they run eager, exact (up to 1)"
-    assert fast.model.ways == {"fp8, fast": 19} and note in fast.notes
-    assert plain.model.ways == {"eager, exact": 19} and note not in plain.notes
+    assert fast.model.paths == {"fp8, fast": 19} and note in fast.notes
+    assert plain.model.paths == {"eager, exact": 19} and note not in plain.notes
 
 
 def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:
@@ -291,7 +291,7 @@ def test_models_that_are_no_pair_are_refused(comfy):
     refused(comfy, graph, "interrupted")
 
 
-def test_a_certificate_of_other_weights_is_refused_with_the_file(comfy):
+def test_a_comparison_of_other_weights_is_refused_with_the_file(comfy):
     graph = Graph()
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, model, model, steps=1)

@@ -31,4 +31,4 @@ def test_an_example_runs(comfy, name):
     for key in find(graph, "MXFP8SaveModel"):
         named = outputs[key]["text"][0].partition(":")[0]
         metadata = read_header(comfy.base / "output" / "diffusion_models" / named).metadata
-        assert ("mxfp8_certificate" in metadata) == bool(find(graph, "MXFP8Compare"))
+        assert ("mxfp8_comparison" in metadata) == bool(find(graph, "MXFP8Compare"))

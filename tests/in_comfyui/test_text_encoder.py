@@ -60,7 +60,7 @@ def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
     return {name: saved_tensor(comfy.base, f"text {name}") for name in clips}
 
 
-def test_a_text_encoder_has_a_passport(comfy, encoder):
+def test_a_text_encoder_has_a_backend_report(comfy, encoder):
     graph = Graph()
     node = graph.add("MXFP8BackendReport", clip=load(graph), measure=False, rows=77)
     found = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])

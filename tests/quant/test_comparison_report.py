@@ -1,10 +1,11 @@
-"""The certificate: statistics against known cases, JSON that comes back, numbers, the picture."""
+"""A comparison: statistics against known cases, JSON that comes back, numbers, the picture."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -35,7 +36,7 @@ VALUES = [31.9, 32.0, 31.0, 30.5]
 SETTING = Setting(
     "euler", "simple", 3, 1.0, 1.0, (1, 16, 8, 8), "cpu", {"torch": "2.11.0", "ComfyUI": "0.30.0"}
 )
-CERTIFICATE = Comparison(
+COMPARISON = Comparison(
     reference=Side("Flux", {}, "cd" * 32, "BF16", 2.0, 14_000_000_000),
     model=Side("Flux", {"triton, exact": 52}, "ab" * 32, "BF16", 1.0, 8_100_000_000),
     setting=SETTING,
@@ -47,7 +48,7 @@ CERTIFICATE = Comparison(
     seeds=tuple(Seed(i, False, value, 38.0, 0.98) for i, value in enumerate(VALUES)),
 )
 SAME = replace(
-    CERTIFICATE,
+    COMPARISON,
     latent_snr_db=None,
     psnr_db=None,
     ssim=None,
@@ -145,7 +146,7 @@ def test_psnr_and_ssim_are_those_of_their_papers():
 
 
 @pytest.mark.parametrize(
-    "found", [CERTIFICATE, SAME, replace(CERTIFICATE, floor=None, notes=("a", "b"))]
+    "found", [COMPARISON, SAME, replace(COMPARISON, floor=None, notes=("a", "b"))]
 )
 def test_json_comes_back_as_it_was(found):
     assert Comparison.from_json(found.to_json()) == found
@@ -153,8 +154,8 @@ def test_json_comes_back_as_it_was(found):
 
 
 def test_json_names_its_version_its_steps_and_its_seeds():
-    data = json.loads(CERTIFICATE.to_json())
-    assert data.pop("mxfp8_certificate") == 1
+    data = json.loads(COMPARISON.to_json())
+    assert data.pop("mxfp8_comparison") == 1
     assert data.keys() == Comparison.__dataclass_fields__.keys()
     assert data["steps"][1] == {"step": 2, "sigma": 1 - 1 / 3, "divergence": 0.02, "worst": 0.04}
     assert data["seeds"][3]["latent_snr_db"] == 30.5
@@ -162,7 +163,7 @@ def test_json_names_its_version_its_steps_and_its_seeds():
 
 
 def changed(change) -> str:
-    data = json.loads(CERTIFICATE.to_json())
+    data = json.loads(COMPARISON.to_json())
     change(data)
     return json.dumps(data)
 
@@ -170,7 +171,7 @@ def changed(change) -> str:
 DAMAGED = {
     "nothing": "",
     "no object": "[]",
-    "another version": changed(lambda d: d.update(mxfp8_certificate=2)),
+    "another version": changed(lambda d: d.update(mxfp8_comparison=2)),
     "a field less": changed(lambda d: d.pop("steps")),
     "a field more": changed(lambda d: d.update(more=1)),
     "text for a number": changed(lambda d: d["seeds"][0].update(latent_snr_db="31")),
@@ -180,18 +181,18 @@ DAMAGED = {
     "null for an object": changed(lambda d: d.update(setting=None)),
     "not a number": changed(lambda d: d["setting"].update(cfg=math.nan)),
     "infinite": changed(lambda d: d["setting"].update(cfg=0)).replace('"cfg": 0', '"cfg": 1e999'),
-    "deep": '{"mxfp8_certificate": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "deep": '{"mxfp8_comparison": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
 }
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
-def test_what_is_no_certificate_is_refused_and_only_warned_of_in_a_file(text):
+def test_what_is_no_comparison_is_refused_and_only_warned_of_in_a_file(text):
     with pytest.raises(ValueError):
         Comparison.from_json(text)
-    found = metadata.read({"mxfp8_certificate": text, "mxfp8_report": text})
+    found = metadata.read({"mxfp8_comparison": text, "mxfp8_report": text})
     assert (found.comparison, found.report) == (None, None)
     assert [w.partition(" in the header cannot be read")[0] for w in found.warnings] == [
-        "mxfp8_report", "mxfp8_certificate",
+        "mxfp8_report", "mxfp8_comparison",
     ]  # fmt: skip
     assert all(len(warning) < 400 for warning in found.warnings)
 
@@ -223,11 +224,11 @@ def test_an_entry_that_is_too_long_is_refused_and_warned_of(monkeypatch):
     assert found.report is None and "at most 100" in found.warnings[0]
 
 
-def test_a_strangers_certificate_moves_no_cursor():
-    hostile = replace(CERTIFICATE, notes=("\x1b[2J" + "x" * 1000,))
+def test_a_strangers_comparison_moves_no_cursor():
+    hostile = replace(COMPARISON, notes=("\x1b[2J" + "x" * 1000,))
     lines = metadata.lines(None, hostile)
     assert "\x1b" not in "".join(lines) and max(map(len, lines)) < 310
-    assert lines[0] == "certificate, as the file says:"
+    assert lines[0] == "comparison, as the file says:"
 
 
 RUN = {"first_seed": 2**64 - 1, "seeds": 2, "sampler": "euler"}
@@ -250,16 +251,16 @@ RUN = {"first_seed": 2**64 - 1, "seeds": 2, "sampler": "euler"}
 def test_seeds_that_the_calibration_sampled_are_noted(about, shared):
     report = replace(REPORT, calibration=about)
     note = f"measured on seeds that the calibration sampled ({shared}"
-    assert (note in "\n".join(metadata.lines(report, CERTIFICATE))) == (shared is not None)
-    assert "NOTE" not in "".join(metadata.lines(None, CERTIFICATE) + metadata.lines(report, None))
+    assert (note in "\n".join(metadata.lines(report, COMPARISON))) == (shared is not None)
+    assert "NOTE" not in "".join(metadata.lines(None, COMPARISON) + metadata.lines(report, None))
 
 
 def test_the_summary_says_what_matters():
-    assert CERTIFICATE.summary().splitlines() == [
+    assert COMPARISON.summary().splitlines() == [
         "Flux (52 MXFP8 layers on triton, exact; BF16) against Flux (BF16)",
         "4 seeds, 3 steps of euler/simple, cfg 1, denoise 1, latent [1, 16, 8, 8]",
         "latent SNR 31.35 dB (bootstrap 95%, too narrow for n = 4: "
-        f"{CERTIFICATE.latent_snr_db.low:.2f} to {CERTIFICATE.latent_snr_db.high:.2f}); lowest "
+        f"{COMPARISON.latent_snr_db.low:.2f} to {COMPARISON.latent_snr_db.high:.2f}); lowest "
         "30.50 dB, seed 3",
         "PSNR of the images 38.00 dB (bootstrap 95%, too narrow for n = 4: 37.00 to 39.00)",
         "SSIM of the images 0.9800 (bootstrap 95%, too narrow for n = 4: 0.9700 to 0.9900)",
@@ -274,13 +275,13 @@ def test_the_summary_says_what_matters():
 def test_the_summary_of_what_is_identical_and_of_what_is_not_on_every_seed():
     assert "latents: identical on every seed, bit for bit" in SAME.summary()
     assert "dB" not in SAME.summary()
-    some = replace(CERTIFICATE, seeds=(Seed(9, True), *CERTIFICATE.seeds[1:]))
+    some = replace(COMPARISON, seeds=(Seed(9, True), *COMPARISON.seeds[1:]))
     assert "latents: identical on 1 of 4 seeds" in some.summary()
-    noisy = replace(CERTIFICATE, floor=Floor(False, True, Mean(40, 39, 41, 4), Mean(3, 2, 4, 4)))
+    noisy = replace(COMPARISON, floor=Floor(False, True, Mean(40, 39, 41, 4), Mean(3, 2, 4, 4)))
     assert "its second run has an SNR of 40.00 dB (bootstrap 95%, too" in noisy.summary()
     assert "narrow for n = 4: 39.00 to 41.00)" in noisy.summary()
     assert "the reference itself has an SNR of 3.00 dB" in noisy.summary()
-    bad = replace(CERTIFICATE, seeds=(Seed(9, False, problems=("the model: its image is black",)),))
+    bad = replace(COMPARISON, seeds=(Seed(9, False, problems=("the model: its image is black",)),))
     assert "PROBLEM: seed 9: the model: its image is black" in bad.summary()
 
 
@@ -306,7 +307,7 @@ def pixels(image: Image.Image, color: str, near: int = 3) -> numpy.ndarray:
 
 
 def test_the_picture_has_the_mean_within_its_band_and_a_line_that_rises():
-    image = plot.draw(CERTIFICATE)
+    image = plot.draw(COMPARISON)
     assert image.width == plot.WIDTH
     band, line = pixels(image, plot._BAND), pixels(image, plot._LINE)
     left, right = (line[(line[:, 1] < 860) == side] for side in (True, False))
@@ -314,7 +315,7 @@ def test_the_picture_has_the_mean_within_its_band_and_a_line_that_rises():
     first, last = left[left[:, 1].argmin()], left[left[:, 1].argmax()]
     assert first[0] > last[0] + 20, "the divergence grows, so the line rises"
     assert len(pixels(image, "#9fc3f2")) > 500, "the worst seed has a line of its own"
-    flat = pixels(plot.draw(replace(CERTIFICATE, steps=SAME.steps)), plot._LINE)
+    flat = pixels(plot.draw(replace(COMPARISON, steps=SAME.steps)), plot._LINE)
     flat = flat[flat[:, 1] < 860]
     assert numpy.ptp(flat[:, 0]) < 16, "no divergence, no rise"
 
@@ -327,7 +328,7 @@ def test_the_picture_of_an_identical_model_has_no_band():
 @pytest.mark.parametrize("value", [9.5, 31.35, 108.42])
 def test_the_interval_fits_beside_its_title(value):
     """The title is dark and the interval pale: between the two there is paper."""
-    found = replace(CERTIFICATE, latent_snr_db=Mean(value, value - 1, value + 1, 4))
+    found = replace(COMPARISON, latent_snr_db=Mean(value, value - 1, value + 1, 4))
     line = numpy.asarray(plot.draw(found).convert("L"))[112:132, 900:]
     title, text = numpy.argwhere(line < 60)[:, 1], numpy.argwhere(line < 130)[:, 1]
     assert (text > title.max() + 1).any()
@@ -338,7 +339,7 @@ def test_the_interval_fits_beside_its_title(value):
 @pytest.mark.parametrize("count", [1, 4, 64])
 def test_any_number_of_seeds_and_steps_is_drawn(count):
     found = replace(
-        CERTIFICATE,
+        COMPARISON,
         steps=tuple(Step(i + 1, 1.0, 0.1, 0.2) for i in range(count)),
         seeds=tuple(Seed(2**64 - 1 - i, False, 30.0 + i) for i in range(count)),
         notes=("note",),
@@ -353,8 +354,8 @@ def test_the_strip_shows_both_images_and_their_difference_amplified():
     model = Image.new("RGB", (64, 64), (103, 100, 100))
     strip = plot.make_strip(reference, model)
     assert strip.factor == 64 and strip.difference.getpixel((5, 5)) == (192, 0, 0)
-    image = plot.draw(CERTIFICATE, strip)
-    plain = plot.draw(CERTIFICATE)
+    image = plot.draw(COMPARISON, strip)
+    plain = plot.draw(COMPARISON)
     y = plain.height + 100
     third = plot.WIDTH // 3
     found = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
@@ -372,42 +373,60 @@ def test_ticks_are_round_and_enclose_the_range(low, high):
     assert f"{steps[0]:.0e}"[0] in "125"
 
 
-def test_the_certificate_never_promises_too_much():
-    for found in (CERTIFICATE, SAME):
+def test_the_comparison_never_promises_too_much():
+    for found in (COMPARISON, SAME):
         assert "lossless" not in found.summary().lower()
     assert "lossless" not in (comparison.__doc__ or "")
 
 
 def embedded(folder, text: str):
-    """A converted file with a text as its certificate."""
+    """A converted file with a text as its comparison."""
     save_file({"a.weight": matrix(64, 64), "b": matrix(3, 3)}, folder / "source")
     convert_file(folder / "source", folder / "plain", overwrite=True)
     tensors, metadata = load(folder / "plain")
-    save_file(tensors, folder / "certified", {**metadata, "mxfp8_certificate": text})
-    return folder / "certified", bytes(tensors["a.weight"][0].view(torch.uint8).numpy())
+    save_file(tensors, folder / "compared", {**metadata, "mxfp8_comparison": text})
+    return folder / "compared", bytes(tensors["a.weight"][0].view(torch.uint8).numpy())
 
 
-def test_inspect_prints_a_certificate_and_knows_whose_it_is(tmp_path, capsys):
-    path, codes = embedded(tmp_path, CERTIFICATE.to_json())
+def test_inspect_prints_a_comparison_and_knows_whose_it_is(tmp_path, capsys):
+    path, codes = embedded(tmp_path, COMPARISON.to_json())
     assert inspect_file(path, every_byte=False).warnings == []  # no weights were read
     (warning,) = inspect_file(path).warnings
     assert "measured on other weights than the file's" in warning
 
-    side = replace(CERTIFICATE.model, fingerprint=fingerprint([("a", codes)]))
-    ours = replace(CERTIFICATE, model=side)
+    side = replace(COMPARISON.model, fingerprint=fingerprint([("a", codes)]))
+    ours = replace(COMPARISON, model=side)
     path, _ = embedded(tmp_path, ours.to_json(indent=None))
     found = inspect_file(path)
     assert found.comparison == ours and found.warnings == found.problems == []
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "certificate, as the file says:" in out
+    assert "comparison, as the file says:" in out
     assert "  latent SNR 31.35 dB" in out and "WARNING" not in out
     assert main(["inspect", "--json", str(path)]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["comparison"]["seeds"][3]["latent_snr_db"] == 30.5 and data["report"] is None
 
 
-def test_inspect_warns_of_a_certificate_that_is_damaged(tmp_path, capsys):
-    path, _ = embedded(tmp_path, CERTIFICATE.to_json()[:-40])
+def test_inspect_reads_a_comparison_under_its_former_name(capsys):
+    """Commit b709552 wrote the file: a comparison was a certificate then, its paths ways."""
+    path = Path(__file__).parent / "fixtures" / "certificate.safetensors"
+    _, header = load(path)
+    report, certificate = (json.loads(header[f"mxfp8_{key}"]) for key in ("report", "certificate"))
+    for side in (certificate["reference"], certificate["model"]):
+        side["paths"] = side.pop("ways")
+    certificate["mxfp8_comparison"] = certificate.pop("mxfp8_certificate")
+    found = inspect_file(path)
+    assert found.warnings == found.problems == []  # so the fingerprint is still the same, too
+    assert json.loads(found.report.to_json()) == report
+    assert json.loads(found.comparison.to_json()) == certificate
+    assert found.comparison.model.paths == {"triton, exact": 52, "fp8, fast": 3}
     assert main(["inspect", str(path)]) == 0
-    assert "WARNING: mxfp8_certificate in the header cannot be read" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "conversion, as the file says:" in shown and "comparison, as the file says:" in shown
+
+
+def test_inspect_warns_of_a_comparison_that_is_damaged(tmp_path, capsys):
+    path, _ = embedded(tmp_path, COMPARISON.to_json()[:-40])
+    assert main(["inspect", str(path)]) == 0
+    assert "WARNING: mxfp8_comparison in the header cannot be read" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The passport as data: reasons on cards that are not there, its words, and how it times."""
+"""The backend report as data: reasons on cards that are not there, its words, and how it times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda", 0)
 def reason(precision="auto", rows=4096, change=2e-7) -> str:
     choice = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
     many = kernels.execution_path(CUDA, torch.bfloat16, precision)
-    return execution.reason(choice, many, precision, change)
+    return execution.layer_reason(choice, many, precision, change)
 
 
 FOLD = "row fold, changes weights by at most 2e-07"
@@ -75,7 +75,7 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
 def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
     card(CARDS[name], triton)
     many = kernels.execution_path(CUDA, torch.bfloat16, precision)
-    because = execution.because("cuda", many, precision)
+    because = execution.limiting_reason("cuda", many, precision)
     if many.precision == "fast":
         assert because is None
     else:
@@ -86,10 +86,10 @@ def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
 def test_nobody_chose_that_text_encoders_run_exact(card):
     card(CARDS["Ampere"])
     found = kernels.execution_path(CUDA, torch.bfloat16, "exact")
-    assert execution.because("cuda", found, "exact") == "exact was chosen"
-    said = execution.because("cuda", found, "exact", encoder=True)
+    assert execution.limiting_reason("cuda", found, "exact") == "exact was chosen"
+    said = execution.limiting_reason("cuda", found, "exact", encoder=True)
     assert said == "text encoders run exact, as in ComfyUI"
-    said = execution.reason(found, found, "exact", None, encoder=True)
+    said = execution.layer_reason(found, found, "exact", None, encoder=True)
     assert said == "exact, as text encoders run in ComfyUI"
 
 
@@ -100,7 +100,7 @@ def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
     assert why.keys() == {"torch_mx", "fp8", "triton"}
     assert why["triton"] == "needs an NVIDIA or AMD GPU; this is cpu"
     assert why["fp8"].endswith("or later; this is cpu")
-    assert execution.because("cpu", found, "auto") == "no GPU"
+    assert execution.limiting_reason("cpu", found, "auto") == "no GPU"
 
 
 def test_a_forced_backend_is_explained():
@@ -119,7 +119,7 @@ def layer(name: str, backend="fp8", precision="fast", decision="mxfp8", **option
 def made(*layers, **options) -> BackendReport:
     about = {
         "model": "Flux", "machine": "torch", "device": "cuda:0", "dtype": "BF16", "rows": 4096,
-        "small_m": "triton, exact (up to 64)", "refused": ("torch_mx: no",), "because": None,
+        "small_m": "triton, exact (up to 64)", "unsupported": ("torch_mx: no",), "limited_by": None,
         "memory": {"codes": Memory(3_000_000, 1_000_000), "scales": Memory()},
     }  # fmt: skip
     return BackendReport(**{**about, **options}, layers=layers)
@@ -129,7 +129,7 @@ def made(*layers, **options) -> BackendReport:
     ("found", "line"),
     [
         (made(layer("a"), layer("b")), "2 MXFP8 layers, 4.00 MB: fp8, fast"),
-        (made(layer("a"), because="no GPU"), "1 MXFP8 layer, 2.00 MB: fp8, fast (no GPU)"),
+        (made(layer("a"), limited_by="no GPU"), "1 MXFP8 layer, 2.00 MB: fp8, fast (no GPU)"),
         (
             made(layer("a"), layer("b"), layer("c", STOCK, None)),
             "3 MXFP8 layers, 6.00 MB: 2 fp8, fast; 1 stock",

@@ -119,14 +119,14 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     shown.close()
 
 
-def test_a_passport(shown, pictures):
+def test_a_backend_report(shown, pictures):
     shown.clear()
     load = shown.add("MXFP8LoadDiffusionModel", (60, 120), model_name="flux-mxfp8.safetensors")
     node = shown.add("MXFP8BackendReport", (420, 120), measure=True, rows=256)
     shown.link(load, node, "model")
     shown.queue()
     shown.page.locator(".mxfp8-report .bar").first.wait_for()
-    take(shown, node, pictures / "docs" / "gallery" / "passport.png")
+    take(shown, node, pictures / "docs" / "gallery" / "backend-report.png")
 
 
 def test_a_comparison(shown, pictures):

@@ -157,9 +157,9 @@ def test_paths_have_colors_of_their_own(view):
     assert "Time 2.50 ms" in found["bars"][1]["label"]
 
 
-def test_a_certificate_is_drawn_by_step_and_by_seed(view):
+def test_a_comparison_is_drawn_by_step_and_by_seed(view):
     text = json.dumps({
-        "mxfp8_certificate": 1,
+        "mxfp8_comparison": 1,
         "steps": [{"step": 0, "divergence": 1e-3}, {"step": 1, "divergence": 2e-3}],
         "seeds": [{"seed": 7, "latent_snr_db": 30.5, "psnr_db": None}],
     })  # fmt: skip
@@ -171,7 +171,7 @@ def test_a_certificate_is_drawn_by_step_and_by_seed(view):
 
 
 def test_a_large_seed_keeps_its_digits(view):
-    text = '{"mxfp8_certificate": 1, "seeds": [{"seed": 18446744073709551615, "psnr_db": 1.0}]}'
+    text = '{"mxfp8_comparison": 1, "seeds": [{"seed": 18446744073709551615, "psnr_db": 1.0}]}'
     assert view("(t) => read(t).rows.seeds[0].name", text) == "seed 18446744073709551615"
 
 
@@ -187,8 +187,8 @@ def test_a_large_seed_keeps_its_digits(view):
 def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
     kind, rows = {
         "bytes": ("mxfp8_inspection", "layers"),
-        "divergence": ("mxfp8_certificate", "steps"),
-        "latent_snr_db": ("mxfp8_certificate", "seeds"),
+        "divergence": ("mxfp8_comparison", "steps"),
+        "latent_snr_db": ("mxfp8_comparison", "seeds"),
     }[measure]
     text = json.dumps({kind: 1, rows: [{"name": "x", measure: v} for v in values]})
     found = view(
@@ -284,7 +284,7 @@ def test_a_long_summary_opens(view):
 
 
 def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
-    text = json.dumps({"mxfp8_certificate": 1, "steps": [{"step": 1, "divergence": 1e-3}]})
+    text = json.dumps({"mxfp8_comparison": 1, "steps": [{"step": 1, "divergence": 1e-3}]})
     assert showing(view, (text, ""))["orders"] == ["in order", "worst first"]
 
 

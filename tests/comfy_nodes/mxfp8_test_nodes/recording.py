@@ -1,7 +1,7 @@
 """A node that notes which implementation each linear of a model really ran, and with how many rows.
 
 Linears are told apart by hooks, implementations by the ops that torch sees and by the functions of
-the backends, wrapped. What a passport says is held against this.
+the backends, wrapped. What a backend report says is held against this.
 """
 
 import dataclasses
