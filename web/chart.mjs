@@ -1,60 +1,69 @@
 /**
- * Bars as SVG: one column a row, an axis beside them that stays while they scroll, and both in one
- * picture for saving.
+ * The bar chart as SVG: one bar per row, an axis that stays in place while the bars scroll, and both
+ * in one picture for saving.
  *
- * Colors are variables with the values of the page's theme; `picture` writes those out, since a
- * saved picture has no page around it. The palette has at least 3:1 contrast on #f5f5f5 and on #222.
+ * Colors are CSS variables of the page's theme; `picture` writes out their values, since a saved
+ * picture has no page around it. The palette has at least 3:1 contrast on #f5f5f5 and on #222.
  */
 
-import { group, groups, range, sentence, value } from "./document.mjs";
+import { group, groups, sentence, value } from "./document.mjs";
 
 const SVG = "http://www.w3.org/2000/svg";
 export const AXIS = 64; // px
-const TOP = 10; // px above the highest bar, for half a line of text
+const TOP = 10; // px above the highest bar: half a line of text
 const BOTTOM = 6;
-const STUB = 5; // px, the height of a row that has no value
+const STUB = 5; // px, the height of a bar without a value
 const PALETTE = ["#3b8eea", "#14967f", "#9a6dd7", "#c0681a", "#b8568f"];
-const GREY = "#8a8a8a";
+const GRAY = "#8a8a8a";
 
 export const STYLE = `
   text { font: 11px system-ui, sans-serif; fill: var(--mx-text); }
   .line { stroke: var(--mx-line); stroke-width: 1; }
   .threshold { stroke: var(--mx-bad); stroke-width: 1.5; stroke-dasharray: 5 3; }
   .threshold-label { font-weight: bold; }
-  .before { fill: none; stroke: var(--mx-soft); }
+  .outline { fill: none; stroke: var(--mx-soft); }
   .below { stroke: var(--mx-text); stroke-width: 1.5; }
   .chosen { fill: var(--mx-text); fill-opacity: 0.15; }
 `;
 
 /** An SVG element. */
 function element(name, attributes = {}, ...children) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, v] of Object.entries(attributes)) made.setAttribute(key, v);
-  made.append(...children);
-  return made;
+  const node = document.createElementNS(SVG, name);
+  for (const [key, v] of Object.entries(attributes)) node.setAttribute(key, v);
+  node.append(...children);
+  return node;
 }
 
-/** Group -> color, the same for every order and filter of the rows. */
+/** Group -> color, independent of the order and filter of the rows. */
 export function colors(rows) {
   let next = 0;
   return new Map(
-    groups(rows).map(([name]) => [name, name === "kept" ? GREY : PALETTE[next++ % PALETTE.length]]),
+    groups(rows).map(([name]) => [name, name === "kept" ? GRAY : PALETTE[next++ % PALETTE.length]]),
   );
 }
 
-/** How a measure becomes pixels. */
+/** The range of the axis and the mapping from values to pixels. */
 export function scale(rows, measure, data, height) {
-  const { low, high, threshold } = range(rows, measure, data);
+  const threshold = data[measure.threshold];
+  const values = rows.flatMap((row) => [row[measure.key], row[measure.outline]]).concat(threshold)
+    .filter((v) => typeof v === "number" && isFinite(v));
+  let low = 0;
+  let high = Math.max(...values, 0);
+  if (measure.floating && values.length) {
+    low = Math.floor((Math.min(...values) - 1) / 2) * 2;
+    high = Math.ceil(high);
+  }
+  if (high <= low) high = low + 1;
   const y = (v) => TOP + ((high - v) / (high - low)) * (height - TOP - BOTTOM);
   return { low, high, threshold, height, y };
 }
 
-/** A number without the zeros that end its decimals: "32.00 dB" as "32 dB". */
+/** A number without trailing zeros: "32.00 dB" as "32 dB". */
 function short(text) {
   return text.replace(/\.(\d*?)0+(?=\D|$)/, (_, digits) => (digits ? `.${digits}` : ""));
 }
 
-/** The axis: its ends, its middle and the threshold. */
+/** The axis, labeled at its ends, in the middle and at the threshold. */
 export function axis(measure, { low, high, threshold, height, y }) {
   const svg = element("svg", { width: AXIS, height, "aria-hidden": "true" });
   const label = (v, extra = "") => element(
@@ -69,7 +78,7 @@ export function axis(measure, { low, high, threshold, height, y }) {
 }
 
 /**
- * The bars: a list of options of which one can be chosen.
+ * The bars, as a list box.
  *
  * @param {object[]} rows in the order to draw them
  * @param {Map<string, string>} palette from `colors`
@@ -90,10 +99,10 @@ export function bars(rows, measure, at, palette, width) {
   svg.append(element("rect", { class: "chosen", y: 0, width: step, height: at.height, x: -step }));
   rows.forEach((row, index) => {
     const x = index * step + (step - thick) / 2;
-    const before = row[measure.before];
-    if (typeof before === "number") {
+    const outline = row[measure.outline];
+    if (typeof outline === "number") {
       svg.append(element("rect", {
-        class: "before", x, y: at.y(before), width: thick, height: at.y(at.low) - at.y(before),
+        class: "outline", x, y: at.y(outline), width: thick, height: at.y(at.low) - at.y(outline),
       }));
     }
     svg.append(bar(row, measure, at, palette, x, thick, index));
@@ -114,27 +123,27 @@ function bar(row, measure, at, palette, x, thick, index) {
     "aria-label": sentence(row, measure, at.threshold),
     class: below ? "bar below" : "bar",
     x, width: thick, y: at.y(at.low) - height, height,
-    fill: isNaN(v) ? GREY : palette.get(group(row)) ?? PALETTE[0],
+    fill: isNaN(v) ? GRAY : palette.get(group(row)) ?? PALETTE[0],
   });
 }
 
-/** Words in lines of at most so many characters; a line break stays one. */
-export function wrap(text, most) {
+/** Lines of at most `limit` characters, broken between words; line breaks in the text stay. */
+function wrap(text, limit) {
   return text.split("\n").flatMap((line) => {
     const lines = [""];
     for (const word of line.split(" ")) {
       const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
-      if (longer.length > most && lines.at(-1)) lines.push(word);
+      if (longer.length > limit && lines.at(-1)) lines.push(word);
       else lines[lines.length - 1] = longer;
     }
     return lines;
   });
 }
 
-/** Title, colors, axis and bars in one SVG text, its theme's colors written out. */
+/** Title, legend, axis and bars as the text of one SVG, with the theme's colors written out. */
 export function picture(title, { axis, bars, palette }, theme) {
   const width = Math.max(AXIS + Number(bars.getAttribute("width")) + 8, 480);
-  const lines = wrap(title, Math.floor((width - 16) / 6.5)); // px of a character, roughly
+  const lines = wrap(title, Math.floor((width - 16) / 6.5)); // px per character, roughly
   const head = 18 * (lines.length + 1) + 8;
   const height = head + Number(bars.getAttribute("height"));
   const svg = element("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });

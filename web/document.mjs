@@ -1,17 +1,18 @@
 /**
- * What can be drawn of a document that a node sent: its rows, and what is measured on them.
+ * Reads the documents that nodes send: their rows, and the measures that can be drawn of them.
  *
- * The nodes send JSON with a version key, one of `KINDS`. Entries of all kinds share the names of
- * their fields (`quant/report.py`), so that a measure is there when a row has a value for it, and no
- * kind needs code of its own. Nothing here touches the page.
+ * A document is JSON with a version under one of the keys of `KINDS`. The rows of all kinds share
+ * their field names (`quant/reports`), so a measure is offered wherever some row has a value for it,
+ * and no kind needs code of its own. Nothing here touches the page.
  */
 
+// The key that holds a document's version -> what a saved picture of it is called.
 const KINDS = {
-  mxfp8_report: "Conversion",
-  mxfp8_inspection: "Inspection",
-  mxfp8_backend_report: "Backend report",
-  mxfp8_comparison: "Comparison",
-  mxfp8_certificate: "Comparison", // its name in older files
+  mxfp8_report: "conversion",
+  mxfp8_inspection: "inspection",
+  mxfp8_backend_report: "backend-report",
+  mxfp8_comparison: "comparison",
+  mxfp8_certificate: "comparison", // as earlier versions wrote it
 };
 const VERSION = 1;
 
@@ -21,22 +22,24 @@ const VERSION = 1;
  * @typedef {object} Measure
  * @property {string} key the field of a row
  * @property {string} label
- * @property {string} rows which list of the document has it
+ * @property {string} rows the list of the document that has it
  * @property {(value: number) => string} format
- * @property {boolean} [higher] whether more is better
+ * @property {boolean} [higher] whether higher is better
  * @property {boolean} [floating] whether its axis may start above zero (decibels have no zero)
- * @property {string} [before] the field that is drawn as an outline
+ * @property {string} [outline] the field that is drawn as an outline, for comparison
+ * @property {string} [outlineLabel]
  * @property {string} [threshold] the field of the document that is drawn as a line
  * @type {Measure[]}
  */
 const MEASURES = [
   { key: "output_error", label: "Output error", rows: "layers", format: relative,
-    before: "nearest_error" },
+    outline: "nearest_error", outlineLabel: "rounding to nearest" },
   { key: "sqnr_db", label: "SQNR", rows: "layers", format: decibels, higher: true, floating: true,
     threshold: "min_sqnr_db" },
   { key: "microseconds", label: "Time", rows: "layers", format: microseconds },
-  { key: "bytes_after", label: "Bytes", rows: "layers", format: bytes, before: "bytes_before" },
-  { key: "bytes", label: "Bytes", rows: "layers", format: bytes },
+  { key: "bytes_after", label: "Size", rows: "layers", format: bytes, outline: "bytes_before",
+    outlineLabel: "before" },
+  { key: "bytes", label: "Size", rows: "layers", format: bytes },
   { key: "divergence", label: "Divergence by step", rows: "steps", format: relative },
   { key: "latent_snr_db", label: "Latent SNR by seed", rows: "seeds", format: decibels,
     higher: true, floating: true },
@@ -50,13 +53,13 @@ const MEASURES = [
  *
  * @param {string} text JSON
  * @returns {{kind: string, measures: Measure[], rows: Record<string, object[]>, data: object}}
- * @throws {Error} it is none of the kinds, or of another version
+ * @throws {Error} the kind or the version is unknown
  */
 export function read(text) {
   const data = JSON.parse(text, exact);
   const key = Object.keys(KINDS).find((kind) => kind in data);
   if (key === undefined || data[key] !== VERSION) {
-    throw new Error(`not a document that this view can draw (${key ?? "unknown"} ${data[key]})`);
+    throw new Error(`this page cannot show a document of kind ${key}, version ${data[key]}`);
   }
   const rows = {
     layers: data.layers ?? [],
@@ -67,34 +70,34 @@ export function read(text) {
   return { kind: KINDS[key], measures, rows, data };
 }
 
-/** A seed may be larger than what a number of JavaScript holds; it stays text then. */
+/** Seeds beyond the integers that JavaScript represents exactly stay text. */
 function exact(key, v, context) {
   return key === "seed" && !Number.isSafeInteger(v) ? context?.source ?? v : v;
 }
 
-/** The value of a measure on a row; NaN where it has none. */
+/** The value of a measure on a row, or NaN. */
 export function value(row, measure) {
-  const found = row[measure.key];
-  return typeof found === "number" ? found : NaN;
+  const v = row[measure.key];
+  return typeof v === "number" ? v : NaN;
 }
 
-/** Orders of the rows of a measure: steps and seeds have no size, and their names are numbers. */
+/** The sort orders for a measure: steps and seeds have no size, and their names are numbers. */
 export function orders(measure) {
   const all = ["in order", "worst first", "largest first", "by name"];
   return measure?.rows === "layers" ? all : all.slice(0, 2);
 }
 
 /**
- * The rows to draw: those that a filter leaves, in an order.
+ * The rows to draw, filtered and sorted.
  *
  * @param {object[]} rows
  * @param {Measure} measure
  * @param {string} order one of `orders`
- * @param {string} filter words that all have to occur in a row's name, decision, backend or reason
+ * @param {string} filter words that must all occur in a row's name, decision, backend or reason
  */
 export function arrange(rows, measure, order, filter = "") {
   const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = rows.filter((row) => {
+  const matching = rows.filter((row) => {
     const text = [row.name, row.decision, row.backend, row.precision, row.reason, row.dtype]
       .join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
@@ -104,13 +107,15 @@ export function arrange(rows, measure, order, filter = "") {
     const v = value(row, measure);
     return isNaN(v) ? Infinity : measure.higher ? v : -v; // rows without a value come last
   };
-  if (order === "worst first") found.sort((a, b) => badness(a) - badness(b) || 0);
-  if (order === "largest first") found.sort((a, b) => size(b) - size(a));
-  if (order === "by name") found.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
-  return found;
+  const compare = {
+    "worst first": (a, b) => badness(a) - badness(b) || 0,
+    "largest first": (a, b) => size(b) - size(a),
+    "by name": (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }),
+  }[order];
+  return compare ? matching.sort(compare) : matching;
 }
 
-/** What a row is drawn as: the backend that runs it, else what became of it. */
+/** The group that gives a row its color: the backend that runs it, else its format. */
 export function group(row) {
   if (row.decision === "kept") return "kept";
   return row.backend ?? row.decision ?? "";
@@ -124,89 +129,64 @@ export function groups(rows) {
 }
 
 /**
- * The range of the axis.
- *
- * @returns {{low: number, high: number, threshold: number | undefined}}
- */
-export function range(rows, measure, data) {
-  const threshold = measure.threshold && data[measure.threshold];
-  const values = rows.flatMap((row) => [value(row, measure), row[measure.before]])
-    .filter((v) => typeof v === "number" && isFinite(v));
-  if (threshold !== undefined) values.push(threshold);
-  let low = 0;
-  let high = Math.max(...values, 0);
-  if (measure.floating && values.length) {
-    low = Math.floor((Math.min(...values) - 1) / 2) * 2;
-    high = Math.ceil(high);
-  }
-  return { low, high: high > low ? high : low + 1, threshold };
-}
-
-/**
- * All that is known of a row, for people.
+ * Everything known about a row.
  *
  * @returns {[string, string][]} label and text
  */
 export function describe(row) {
-  const text = [];
-  const add = (label, part) => part && text.push([label, part]);
-  add("shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
-  add("became", [row.decision, row.backend, row.precision].filter(Boolean).join(", "));
-  add("why", row.reason);
-  if (row.bytes_before !== undefined) {
-    add("size", `${bytes(row.bytes_before)} to ${bytes(row.bytes_after)}`);
-  } else if (row.bytes !== undefined) {
-    add("size", bytes(row.bytes));
-  }
-  if (row.decision === "mxfp8" && row.sqnr_db === null && row.bytes_before !== undefined) {
-    add("SQNR", "nothing lost");
-  }
+  const lines = [];
+  const add = (label, text) => text && lines.push([label, text]);
+  add("Shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
+  add("Format", [row.decision, row.backend, row.precision].filter(Boolean).join(", "));
+  add("Reason", row.reason);
+  if (row.decision === "mxfp8" && row.sqnr_db === null) add("SQNR", "lossless");
   for (const measure of MEASURES) {
-    if (measure.label !== "Bytes" && isFinite(value(row, measure))) {
-      add(measure.label.replace(/ by .*/, ""), measure.format(row[measure.key]));
-    }
+    if (!isFinite(value(row, measure))) continue;
+    const outline = row[measure.outline];
+    const beside = typeof outline === "number";
+    add(measure.label.replace(/ by .*/, ""), measure.format(row[measure.key])
+      + (beside ? ` (${measure.outlineLabel} ${measure.format(outline)})` : ""));
   }
-  if (row.nearest_error) add("rounded to nearest", relative(row.nearest_error));
   const worst = row.worst_block;
   if (worst) {
-    add("worst block", `row ${worst.row}, block ${worst.block}: ${decibels(worst.sqnr_db)}`);
+    add("Worst block", `row ${worst.row}, block ${worst.block}: ${decibels(worst.sqnr_db)}`);
   }
-  return text;
+  return lines;
 }
 
-/** One sentence on a row, for a screen reader: all that the chart shows of it. */
+/** What the chart shows of a row, as one sentence for a screen reader. */
 export function sentence(row, measure, threshold) {
   const v = value(row, measure);
-  const before = row[measure.before];
+  const outline = row[measure.outline];
   return [
     row.name,
     group(row),
     isNaN(v) ? "" : `${measure.label} ${measure.format(v)}`,
     v < threshold ? `below the threshold of ${measure.format(threshold)}` : "",
-    typeof before === "number" ? `before ${measure.format(before)}` : "",
+    typeof outline === "number" ? `${measure.outlineLabel} ${measure.format(outline)}` : "",
     row.shape ? row.shape.join(" by ") : "",
     isNaN(v) || row.decision === "kept" ? row.reason : "",
   ].filter(Boolean).join(", ");
 }
 
-export function decibels(v) {
+function decibels(v) {
   return `${v.toFixed(2)} dB`;
 }
 
-export function relative(v) {
+function relative(v) {
   return v === 0 ? "0" : v.toExponential(2);
 }
 
-export function ratio(v) {
+function ratio(v) {
   return v.toFixed(4);
 }
 
-export function microseconds(v) {
+function microseconds(v) {
   return v >= 1000 ? `${(v / 1000).toFixed(2)} ms` : `${v.toFixed(1)} \u00b5s`;
 }
 
-/** A size in decimal units, as disks and model pages have it. */
-export function bytes(count) {
+/** A size in decimal units, as on disks and model pages. */
+function bytes(count) {
   for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
     if (count >= size) return `${(count / size).toFixed(2)} ${unit}`;
   }

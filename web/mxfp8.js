@@ -1,28 +1,28 @@
 /**
- * The one seam to ComfyUI's page: a report view on each of our nodes that sends a document, and our
- * settings.
+ * The extension of ComfyUI's page: a report view on each MXFP8 node that sends a document, and the
+ * settings of this pack.
  *
- * The view appears with a node's first document, not before. It is no part of a saved workflow:
- * ComfyUI leaves out a widget whose `serialize` is false, in the workflow by the widget's own, in
- * the prompt by that of its options.
+ * A node's view is created with its first document. It is not saved with a workflow: ComfyUI leaves
+ * a widget out of the workflow if its own `serialize` is false, and out of the prompt if that of its
+ * options is.
  */
 
 import { app } from "../../scripts/app.js";
 import { ReportView } from "./report.mjs";
 
-const NAME = "mxfp8_report"; // the key of a document in a node's output, and the widget's name
+const NAME = "mxfp8_report"; // the key of the document in a node's output, and the widget's name
 const TYPE = "MXFP8_REPORT_VIEW";
 const PREFIX = "MXFP8";
-const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for texts while a node runs
-const WIDTH = 480; // px: the tools are on one line
+const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for progress texts
+const WIDTH = 480; // px: fits the tools on one line
 const PRECISION = "MXFP8.DefaultPrecision";
 
-/** Show what a node's output holds, if it holds a document. */
+/** Show the document in a node's output, if there is one. */
 function show(node, output) {
   const [text] = output?.[NAME] ?? [];
   if (typeof text !== "string") return;
   const progress = node.widgets?.find((w) => w.name === PROGRESS);
-  if (progress) node.removeWidget(progress); // its last text is the view's first
+  if (progress) node.removeWidget(progress); // the view shows its last text, the summary
   const widget = node.widgets?.find((w) => w.name === NAME) ?? addView(node);
   widget.view.show(text, output.text?.[0] ?? "");
 }
@@ -37,7 +37,7 @@ function addView(node) {
   widget.serialize = false;
   widget.view = view;
   view.element.addEventListener("wheel", (event) => {
-    // Nodes 2.0 hands the wheel to the canvas itself.
+    // Nodes 2.0 passes the wheel on to the canvas by itself.
     if (!LiteGraph.vueNodesMode && !view.scrolls()) app.canvas.processMouseWheel(event);
   });
   const removed = widget.onRemove;
@@ -50,7 +50,7 @@ function addView(node) {
   return widget;
 }
 
-/** The node of a key in ComfyUI's table of outputs: "id", or "subgraph:id". */
+/** The node of a key in ComfyUI's node outputs: "id", or "subgraph:id". */
 function nodeOf(key) {
   const parts = String(key).split(":");
   const id = parts.pop();
@@ -65,19 +65,20 @@ app.registerExtension({
       id: PRECISION,
       category: ["MXFP8", "Nodes", "Default precision"],
       name: "Default precision",
-      tooltip: "What `precision` is on nodes that are added from now on.",
+      tooltip: "The initial value of `precision` on nodes that you add.",
       type: "combo",
       options: ["auto", "exact", "fast"],
       defaultValue: "auto",
     },
     {
-      id: "MXFP8.KeepFolds",
-      category: ["MXFP8", "Memory", "Keep folded weights"],
-      name: "Keep folded weights",
+      id: "MXFP8.KeepPreparedWeights",
+      category: ["MXFP8", "Memory", "Keep prepared weights"],
+      name: "Keep prepared weights",
       tooltip:
-        "On Hopper and Ada, weights are rewritten for FP8 tensor cores. Kept, they take free GPU " +
-        "memory, and are given up when it is needed; else they are made again on every step. " +
-        "A server for several users (--multi-user) goes by MXFP8_KEEP_FOLDS=0 instead.",
+        "Hopper and Ada GPUs need the weights in another form to use their FP8 tensor cores. On: " +
+        "prepared weights stay in free GPU memory and are dropped when it is needed. Off: they are " +
+        "prepared again at every step. With --multi-user this setting is ignored; set the " +
+        "environment variable MXFP8_KEEP_PREPARED_WEIGHTS=0 on the server instead.",
       type: "boolean",
       defaultValue: true,
     },
@@ -85,7 +86,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith(PREFIX)) return;
     const precision = node.widgets?.find((widget) => widget.name === "precision");
-    // A node from a workflow gets its saved values after this.
+    // A node in a loaded workflow gets its saved values after this.
     const chosen = app.extensionManager.setting.get(PRECISION);
     if (precision && chosen) precision.value = chosen;
     const executed = node.onExecuted;
@@ -95,7 +96,7 @@ app.registerExtension({
     };
   },
   onNodeOutputsUpdated(outputs) {
-    // Another workflow was opened: what its nodes put out earlier is there, but they did not run.
+    // Another workflow was opened, with the outputs of earlier runs: `onExecuted` is not called.
     for (const [key, output] of Object.entries(outputs)) {
       const node = nodeOf(key);
       if (node?.comfyClass?.startsWith(PREFIX)) show(node, output);

@@ -1,17 +1,17 @@
 /**
- * The report view: summary, bars, and what there is to know of the bar under the pointer.
+ * The report view: a summary, a bar chart, and the details of the bar under the pointer.
  *
- * It is one element with a shadow root, so that its style reaches nothing else and nothing else
- * reaches it; it knows documents (`document.mjs`), not ComfyUI. The bars are a list box: arrow keys
- * walk them, and a screen reader reads each as a sentence. Positions are taken as fractions of what
- * the page measures, since the canvas zooms by scaling elements.
+ * It is one element with a shadow root, which isolates its styles from the page's. It knows documents
+ * (`document.mjs`), not ComfyUI. The bars are a list box: arrow keys move between them, and a screen
+ * reader reads each as a sentence. Positions are fractions of an element's measured size, because the
+ * canvas zooms by scaling elements.
  */
 
 import * as documents from "./document.mjs";
 import * as charts from "./chart.mjs";
 
 const HEIGHT = 150; // px, of the bars
-const FEW_LINES = 6; // of a summary, before "more"
+const SUMMARY_LINES = 6; // shown before "more lines"
 const STYLE = `
   :host {
     --mx-text: var(--input-text, #ddd);
@@ -47,22 +47,21 @@ const STYLE = `
   ${charts.STYLE}
 `;
 const TOOLS = `
-  <select name="measure" aria-label="What the bars show"></select>
-  <select name="order" aria-label="Order of the bars"></select>
-  <input name="filter" type="search" placeholder="filter"
-    aria-label="Show only bars with these words">
+  <select name="measure" aria-label="Measure"></select>
+  <select name="order" aria-label="Sort order"></select>
+  <input name="filter" type="search" placeholder="filter" aria-label="Filter by name or reason">
   <button name="copy" title="Copy the report as JSON">copy JSON</button>
-  <button name="save" title="Save the chart as a picture">save PNG</button>`;
+  <button name="save" title="Save the chart as a PNG image">save PNG</button>`;
 
-/** A custom element would be global; this is a plain div with a shadow root. */
+/** A plain div with a shadow root, since a custom element would be registered globally. */
 export class ReportView {
-  /** Height in px that the view needs to be read without scrolling. */
+  /** Height in px at which the view needs no scrolling. */
   static height = 420;
 
   constructor() {
     this.element = document.createElement("div");
     this.element.className = "mxfp8-report";
-    this.element.dataset.captureWheel = "true"; // of Nodes 2.0: scrolls while it has the focus
+    this.element.dataset.captureWheel = "true"; // Nodes 2.0: scrolls while it has the focus
     this.root = this.element.attachShadow({ mode: "open" });
     this.root.innerHTML = `
       <style>${STYLE}</style>
@@ -85,22 +84,22 @@ export class ReportView {
   }
 
   /**
-   * Show a document. What the user chose of an earlier one stays, where it still is a choice.
+   * Show a document. The measure and order selected for an earlier one are kept if it has them too.
    *
    * @param {string} text JSON from a node
-   * @param {string} summary a few lines for people
+   * @param {string} summary a few lines of text
    */
   show(text, summary) {
     this.json = text;
     this.summary = summary;
     try {
       this.document = documents.read(text);
-    } catch (error) { // an older page on a newer pack
-      this.document = { kind: "unknown", measures: [], rows: {}, data: {} };
+    } catch (error) { // the page is older than the pack
+      this.document = { measures: [], rows: {}, data: {} };
       this.summary = `${summary}\n${error.message}; reload the page`.trim();
     }
     this._expand(false);
-    choices(this.part("[name=measure]"), this.document.measures.map((m) => m.label));
+    setOptions(this.part("[name=measure]"), this.document.measures.map((m) => m.label));
     this._draw();
   }
 
@@ -112,7 +111,7 @@ export class ReportView {
     return this.document.measures[Math.max(this.part("[name=measure]").selectedIndex, 0)];
   }
 
-  /** The rows as drawn. */
+  /** The rows, filtered and sorted. */
   get rows() {
     const order = this.part("[name=order]").value;
     const all = this.document.rows[this.measure.rows];
@@ -131,10 +130,11 @@ export class ReportView {
     this.part("[name=save]").addEventListener("click", () => this._save());
     this.part(".more").addEventListener("click", () => this._expand(!this._expanded));
     const scroll = this.part(".scroll");
-    scroll.addEventListener("pointermove", (event) => this._choose(this._under(event)));
-    scroll.addEventListener("click", (event) => this._choose(this._under(event)));
+    for (const kind of ["pointermove", "click"]) {
+      scroll.addEventListener(kind, (event) => this._choose(this._under(event)));
+    }
     scroll.addEventListener("keydown", (event) => this._key(event));
-    // Outside a shadow root its input looks like a div, and ComfyUI would take keys as shortcuts.
+    // Outside the shadow root, events seem to come from a div, and ComfyUI takes keys as shortcuts.
     for (const kind of ["keydown", "keyup", "keypress"]) {
       this.root.addEventListener(kind, (event) => {
         if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
@@ -145,7 +145,7 @@ export class ReportView {
     }
   }
 
-  /** Whether a turn of the wheel would scroll something in here. */
+  /** Whether the wheel would scroll something in this view. */
   scrolls() {
     const all = this.part(".all");
     const scroll = this.part(".scroll");
@@ -155,11 +155,11 @@ export class ReportView {
   _expand(expanded) {
     this._expanded = expanded;
     const lines = this.summary.split("\n");
-    const shown = expanded ? lines : lines.slice(0, FEW_LINES);
+    const shown = expanded ? lines : lines.slice(0, SUMMARY_LINES);
     const more = this.part(".more");
     this.part(".summary").textContent = shown.join("\n");
-    more.hidden = lines.length <= FEW_LINES;
-    more.textContent = expanded ? "less" : `${lines.length - FEW_LINES} more lines`;
+    more.hidden = lines.length <= SUMMARY_LINES;
+    more.textContent = expanded ? "less" : `${lines.length - SUMMARY_LINES} more lines`;
     more.setAttribute("aria-expanded", expanded);
   }
 
@@ -175,14 +175,13 @@ export class ReportView {
 
   _draw() {
     const { data, measures, rows: all } = this.document;
-    for (const part of [".chart", ".legend", ".details", ".tools > :not([name=copy])"]) {
-      for (const found of this.root.querySelectorAll(part)) found.hidden = !measures.length;
-    }
+    const drawing = ".chart, .legend, .details, .tools > :not([name=copy])";
+    for (const part of this.root.querySelectorAll(drawing)) part.hidden = !measures.length;
     this._drawn = [];
     this._chosen = -1;
     if (!measures.length) return;
     const measure = this.measure;
-    choices(this.part("[name=order]"), documents.orders(measure));
+    setOptions(this.part("[name=order]"), documents.orders(measure));
     this._drawn = this.rows;
     const at = charts.scale(all[measure.rows], measure, data, HEIGHT);
     this._palette = charts.colors(all[measure.rows]);
@@ -194,8 +193,8 @@ export class ReportView {
     scroll.replaceChildren(this._bars);
     this._legend(all[measure.rows]);
     this.part(".details").textContent = this._drawn.length
-      ? "Point at a bar, or walk them with the arrow keys."
-      : "Nothing has these words.";
+      ? "Point at a bar, or use the arrow keys, for details."
+      : "No bar matches the filter.";
   }
 
   _legend(rows) {
@@ -232,7 +231,7 @@ export class ReportView {
     this._scrollTo(this._chosen * step, step);
   }
 
-  /** Make a bar the chosen one and say what is known of it. */
+  /** Select a bar and show its details. */
   _choose(index) {
     const row = this._drawn[index];
     if (!row || index === this._chosen) return;
@@ -246,9 +245,9 @@ export class ReportView {
     name.textContent = row.name;
     this.part(".details").replaceChildren(name, ...documents.describe(row).map(([label, text]) => {
       const line = document.createElement("div");
-      const said = document.createElement("em");
-      said.textContent = text;
-      line.append(`${label}: `, said);
+      const content = document.createElement("em");
+      content.textContent = text;
+      line.append(`${label}: `, content);
       return line;
     }));
   }
@@ -260,18 +259,18 @@ export class ReportView {
     if (right > scroll.scrollLeft) scroll.scrollLeft = right;
   }
 
-  /** For a screen reader, what else would only be seen. */
+  /** Announce to screen readers what would otherwise only be seen. */
   _say(text) {
     this.part(".status").textContent = text;
   }
 
   async _copy() {
     const button = this.part("[name=copy]");
-    // `clipboard` is missing on pages that come neither from localhost nor over https.
+    // `clipboard` exists only on pages from localhost or over https.
     const copied = navigator.clipboard
       ? await navigator.clipboard.writeText(this.json).then(() => true, () => false)
       : copySelected(this.json, this.root);
-    button.textContent = copied ? "copied" : "not allowed by the browser";
+    button.textContent = copied ? "copied" : "blocked by the browser";
     this._say(button.textContent);
     setTimeout(() => { button.textContent = "copy JSON"; }, 2000);
   }
@@ -279,20 +278,20 @@ export class ReportView {
   async _save() {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await this.png());
-    link.download = `mxfp8-${this.document.kind.toLowerCase()}.png`;
+    link.download = `mxfp8-${this.document.kind}.png`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
   /**
-   * The chart as a picture, at twice its size on the page.
+   * The chart as an image, at twice its size on the page.
    *
    * @returns {Promise<Blob>} PNG
    */
   async png() {
-    const found = getComputedStyle(this.element);
+    const style = getComputedStyle(this.element);
     const names = ["--mx-text", "--mx-soft", "--mx-back", "--mx-line", "--mx-bad"];
-    const theme = Object.fromEntries(names.map((n) => [n, found.getPropertyValue(n).trim()]));
+    const theme = Object.fromEntries(names.map((n) => [n, style.getPropertyValue(n).trim()]));
     const { text, width, height } = charts.picture(
       `${this.summary}\n${this.measure.label}`,
       { axis: this._axis, bars: this._bars, palette: this._palette },
@@ -309,8 +308,8 @@ export class ReportView {
   }
 }
 
-/** Give a select these options, and keep what was chosen if it is one of them. */
-function choices(select, labels) {
+/** Replace the options of a select; its value stays if it is among them. */
+function setOptions(select, labels) {
   const chosen = select.value;
   select.replaceChildren(...labels.map((label) => {
     const option = document.createElement("option");
@@ -320,7 +319,7 @@ function choices(select, labels) {
   if (labels.includes(chosen)) select.value = chosen;
 }
 
-/** Copy by way of a selection: the old way, which needs no permission. */
+/** Copy through a selection, which works without the clipboard API. */
 function copySelected(text, root) {
   const area = document.createElement("textarea");
   area.value = text;

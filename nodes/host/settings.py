@@ -20,7 +20,7 @@ from comfy.cli_args import args
 
 logger = logging.getLogger(__name__)
 
-KEEP_PREPARED_WEIGHTS = "MXFP8.KeepFolds"
+KEEP_PREPARED_WEIGHTS = "MXFP8.KeepPreparedWeights"
 _VARIABLES = {KEEP_PREPARED_WEIGHTS: "MXFP8_KEEP_PREPARED_WEIGHTS"}
 
 

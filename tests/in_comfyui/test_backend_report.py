@@ -345,7 +345,7 @@ def test_folds_are_kept_unless_the_user_turned_that_off(comfy, card):
     """The setting as the browser stores it, and the server's next run."""
     kept = []
     for index, value in enumerate((True, False, None)):
-        comfy.post("/api/settings", {"MXFP8.KeepFolds": value})
+        comfy.post("/api/settings", {"MXFP8.KeepPreparedWeights": value})
         graph = Graph()
         model = fast(graph, keep=True)
         samples = graph.sample(model, "flux", steps=1)
@@ -376,7 +376,7 @@ def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, 
         env={**os.environ, "MXFP8_KEEP_PREPARED_WEIGHTS": variable},
     ).splitlines()
     notice = (
-        "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepFolds is ignored; "
+        "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepPreparedWeights is ignored; "
         "set MXFP8_KEEP_PREPARED_WEIGHTS=0 or 1 for all."
     )
     assert said == [notice] * (not variable) + [kept] * 3

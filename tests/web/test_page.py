@@ -62,7 +62,7 @@ def labels(shown) -> list[str]:
 
 def test_every_layer_has_a_bar_of_its_size(quantized):
     layers = report(quantized)["layers"]
-    choose(quantized, "measure", "Bytes")
+    choose(quantized, "measure", "Size")
     found = boxes(quantized)
     assert len(found) == len(layers) > 10
     largest = max(layers, key=lambda layer: layer["bytes_after"])
@@ -113,7 +113,7 @@ def test_layers_are_sorted_and_filtered(quantized):
     assert labels(quantized) == ["img_in", "txt_in"]
     quantized.view.locator("[name=filter]").fill("no such layer")
     assert labels(quantized) == []
-    assert "Nothing" in quantized.view.locator(".details").inner_text()
+    assert "No bar" in quantized.view.locator(".details").inner_text()
     quantized.view.locator("[name=filter]").fill("")
     assert labels(quantized) == [layer["name"] for layer in layers]
 

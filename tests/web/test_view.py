@@ -139,9 +139,9 @@ def test_bars_stay_wide_enough_to_point_at(view):
 def test_a_row_is_described_whole(view):
     found = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
     assert found == {
-        "shape": "64 x 32 BF16", "became": "mxfp8", "why": "quantized",
-        "size": "4.10 kB to 2.20 kB", "SQNR": "31.00 dB", "Output error": "1.20e-2",
-        "rounded to nearest": "2.10e-2", "worst block": "row 3, block 0: 26.50 dB",
+        "Shape": "64 x 32 BF16", "Format": "mxfp8", "Reason": "quantized",
+        "Output error": "1.20e-2 (rounding to nearest 2.10e-2)", "SQNR": "31.00 dB",
+        "Size": "2.20 kB (before 4.10 kB)", "Worst block": "row 3, block 0: 26.50 dB",
     }  # fmt: skip
 
 
@@ -157,9 +157,10 @@ def test_paths_have_colors_of_their_own(view):
     assert "Time 2.50 ms" in found["bars"][1]["label"]
 
 
-def test_a_comparison_is_drawn_by_step_and_by_seed(view):
+@pytest.mark.parametrize("key", ["mxfp8_comparison", "mxfp8_certificate"])  # new and old
+def test_a_comparison_is_drawn_by_step_and_by_seed(view, key):
     text = json.dumps({
-        "mxfp8_comparison": 1,
+        key: 1,
         "steps": [{"step": 0, "divergence": 1e-3}, {"step": 1, "divergence": 2e-3}],
         "seeds": [{"seed": 7, "latent_snr_db": 30.5, "psnr_db": None}],
     })  # fmt: skip
