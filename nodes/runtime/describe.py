@@ -31,6 +31,7 @@ from .patch import (
     mxfp8_linears,
     rowwise_changes,
 )
+from .timer import median_microseconds
 
 # Most rows that a layer is timed for on a CPU: a call takes a part of a second even of the largest
 # layers, and an interrupt is heeded between two calls.
@@ -249,7 +250,7 @@ def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing
     )
     wait = functools.partial(synchronize, device)
     times = [
-        execution.median_microseconds(call, wait, functools.partial(step, part))
+        median_microseconds(call, wait, functools.partial(step, part))
         for part, call in enumerate(calls)
     ]
     return Timing(shape, backend, precision, count, rows, *times)

@@ -9,11 +9,7 @@ is plain JSON with a version, as a conversion's report is.
 from __future__ import annotations
 
 import json
-import math
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from ...kernels import ExecutionPath
@@ -24,9 +20,6 @@ VERSION = 1
 _SLOWEST = "eager"  # the backend that runs where no other does
 _LACKING = ("triton", "fp8")  # the backends to say why not of, the first that was refused
 STOCK = "stock"  # the backend of what ComfyUI itself runs
-_SAMPLE = 0.005  # seconds of calls between two readings of the clock
-_SAMPLES = 5
-_LONG = 1.0  # seconds for one call, above which two are measured and no more
 
 
 @dataclass(frozen=True)
@@ -214,33 +207,3 @@ def _lacking(choice: ExecutionPath) -> str | None:
     """Why what would be faster was refused."""
     why = dict(choice.refused)
     return next((why[name] for name in _LACKING if name in why), None)
-
-
-def median_microseconds(
-    call: Callable[[], object],
-    synchronize: Callable[[], None],
-    tick: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """How long a call takes: the median of some samples, after one to warm up.
-
-    Args:
-        synchronize: waits for what was queued on the device.
-        tick: called between samples; what it raises stops the measurement.
-    """
-
-    def seconds(calls: int) -> float:
-        tick()
-        synchronize()
-        start = clock()
-        for _ in range(calls):
-            call()
-        synchronize()
-        return (clock() - start) / calls
-
-    seconds(1)
-    once = seconds(1)
-    if once > _LONG:
-        return 1e6 * once
-    calls = max(1, math.ceil(_SAMPLE / max(once, 1e-7)))
-    return 1e6 * statistics.median(seconds(calls) for _ in range(_SAMPLES))

@@ -361,7 +361,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import comfy.options
 comfy.options.enable_args_parsing()
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from mxfp8.nodes import settings
+from mxfp8.nodes.host import settings
 settings._stored = None
 for _ in range(3):
     print(settings.keep_prepared_weights())

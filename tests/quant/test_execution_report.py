@@ -1,4 +1,4 @@
-"""The backend report as data: reasons on cards that are not there, its words, and how it times."""
+"""The backend report as data: reasons on cards that are not there, and its words."""
 
 from __future__ import annotations
 
@@ -160,48 +160,3 @@ def test_json_and_words_have_everything():
     assert "offloaded: 1.00 MB" in said
     assert "2 of [64, 32] (fp8), 256 rows: 10 us" in said
     assert "2.00 times as fast as dense BF16, 5.00 times as fast as stock" in said
-
-
-class Clock:
-    """Time that passes when something is called."""
-
-    def __init__(self, *durations: float):
-        self.now = 0.0
-        self.durations = list(durations)
-        self.calls = self.waits = 0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def call(self) -> None:
-        self.calls += 1
-        self.now += self.durations[min(self.calls, len(self.durations)) - 1]
-
-    def wait(self) -> None:
-        self.waits += 1
-
-
-def test_a_time_is_a_median_after_a_call_to_warm_up():
-    clock = Clock(9.0, 0.02, 0.02, 0.03, 0.5, 0.01, 0.03)
-    found = execution.median_microseconds(clock.call, clock.wait, clock=clock)
-    assert found == pytest.approx(30_000)
-    assert clock.waits == 2 * clock.calls  # each reading of the clock is of finished work
-
-
-def test_short_calls_are_timed_together_and_long_ones_twice():
-    short = Clock(1e-5)
-    assert execution.median_microseconds(short.call, short.wait, clock=short) == pytest.approx(10)
-    assert short.waits < 20 < 2000 < short.calls
-    long = Clock(5.0, 4.0)
-    assert execution.median_microseconds(long.call, long.wait, clock=long) == pytest.approx(4e6)
-    assert long.calls == 2
-
-
-def test_what_tick_raises_stops_it():
-    def stop():
-        raise KeyboardInterrupt
-
-    clock = Clock(1.0)
-    with pytest.raises(KeyboardInterrupt):
-        execution.median_microseconds(clock.call, clock.wait, stop, clock)
-    assert clock.calls == 0
