@@ -227,8 +227,10 @@ export class ReportView {
     if (!(event.key in moves)) return;
     event.preventDefault();
     this._choose(Math.min(Math.max(moves[event.key], 0), last));
+    const scroll = this.part(".scroll");
     const step = Number(this._bars.dataset.step);
-    this._scrollTo(this._chosen * step, step);
+    const left = this._chosen * step;
+    scroll.scrollLeft = Math.max(Math.min(scroll.scrollLeft, left), left + step - scroll.clientWidth);
   }
 
   /** Select a bar and show its details. */
@@ -250,13 +252,6 @@ export class ReportView {
       line.append(`${label}: `, content);
       return line;
     }));
-  }
-
-  _scrollTo(x, step) {
-    const scroll = this.part(".scroll");
-    if (x < scroll.scrollLeft) scroll.scrollLeft = x;
-    const right = x + step - scroll.clientWidth;
-    if (right > scroll.scrollLeft) scroll.scrollLeft = right;
   }
 
   /** Announce to screen readers what would otherwise only be seen. */
@@ -311,11 +306,7 @@ export class ReportView {
 /** Replace the options of a select; its value stays if it is among them. */
 function setOptions(select, labels) {
   const chosen = select.value;
-  select.replaceChildren(...labels.map((label) => {
-    const option = document.createElement("option");
-    option.textContent = label;
-    return option;
-  }));
+  select.replaceChildren(...labels.map((label) => new Option(label)));
   if (labels.includes(chosen)) select.value = chosen;
 }
 

@@ -1,4 +1,4 @@
-"""The example workflows, as the browser would send them, on tiny models in the real ComfyUI."""
+"""The example workflows, as the browser would send them, with tiny models in the real ComfyUI."""
 
 from __future__ import annotations
 

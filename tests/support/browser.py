@@ -1,6 +1,6 @@
-"""Chromium on the real ComfyUI's page: what a user sees, and what the page's console says.
+"""The real ComfyUI's page in Chromium, driven by Playwright.
 
-Debian's package `chromium`, or the browser that MXFP8_CHROMIUM names, driven by Playwright.
+The browser is Debian's package `chromium`, or the one that MXFP8_CHROMIUM names.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def chromium() -> Iterator[Browser]:
 
 
 class ComfyPage:
-    """ComfyUI's page in a browser context of its own.
+    """ComfyUI's page.
 
     Attributes:
-        page: Playwright's.
-        complaints: errors and warnings of the console that come from our files, and uncaught ones.
+        page: Playwright's page.
+        complaints: console errors and warnings from this pack's files, and uncaught errors.
     """
 
     def __init__(self, browser: Browser, server: Server, *, nodes2: bool, theme: str = "dark"):
@@ -65,7 +65,7 @@ class ComfyPage:
         )
         self.complaints: list[str] = []
         self.page: Page = browser.new_page(viewport=SIZE)
-        self.page.on("console", self._heard)
+        self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.url)
         self.page.wait_for_function(
@@ -74,13 +74,13 @@ class ComfyPage:
             timeout=60_000,
         )
 
-    def _heard(self, message) -> None:
-        where = (message.location or {}).get("url", "")
-        if message.type in ("error", "warning") and "MXFP8" in where + message.text:
-            self.complaints.append(f"{message.type}: {message.text} ({where})")
+    def _on_console(self, message) -> None:
+        url = (message.location or {}).get("url", "")
+        if message.type in ("error", "warning") and "MXFP8" in url + message.text:
+            self.complaints.append(f"{message.type}: {message.text} ({url})")
 
     def clear(self) -> None:
-        """An empty canvas. Ids go on: the page remembers values by node id and widget name."""
+        """Empty the canvas. Ids keep counting: the page remembers values by node id and widget."""
         self.page.evaluate("() => [...app.graph._nodes].forEach((n) => app.graph.remove(n))")
 
     def add(self, node: str, position=(100, 100), **widgets) -> int:
@@ -110,7 +110,7 @@ class ComfyPage:
         )
 
     def queue(self, seconds: float = 120, ends: str = "execution_success") -> None:
-        """Run the workflow on the canvas and wait until it has ended, in this way."""
+        """Run the workflow on the canvas, wait for its end, and check that it ended with this."""
         self.page.evaluate(
             """() => {
                 window.ended = new Promise((done) => {

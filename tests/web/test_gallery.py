@@ -1,8 +1,8 @@
-"""The pictures of the README, of the help pages and of the templates, taken in Chromium.
+"""The pictures in the README, the help pages and the example workflows, taken in Chromium.
 
-    make gallery     takes them anew into docs/gallery, web/docs and example_workflows
+    make gallery     takes them again, into docs/gallery, web/docs and example_workflows
 
-The test takes them into a temporary folder, and looks whether each shows what it should.
+Otherwise they go into a temporary folder, and the tests check what they show.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.comfy
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATED_ON = 8  # paragraphs
-# Where a loader's files are.
+# The model folder of each loader.
 FOLDERS = {
     "UNETLoader": "diffusion_models",
     "MXFP8LoadDiffusionModel": "diffusion_models",
@@ -33,18 +33,18 @@ FOLDERS = {
     "MXFP8LoadTextEncoder": "text_encoders",
     "VAELoader": "vae",
 }
-# All but the canvas and its nodes.
+# Everything on the page except the canvas and its nodes.
 HIDDEN = """
     .comfyui-body-top, .comfyui-body-left, .comfyui-body-right, .comfyui-body-bottom,
     [class*=minimap], [class*=side-tool], [class*=sidebar], [class*=workflow-tabs],
     [class*=actionbar], .p-toast { visibility: hidden !important }
 """
-TALL = {"width": 1400, "height": 1500}  # px, so that every node is on the page whole
+TALL = {"width": 1400, "height": 1500}  # px, so that every node fits on the page
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Where they go: this checkout's own, if asked for."""
+    """The folder they go to: this checkout with MXFP8_KEEP_PICTURES, else a temporary one."""
     if os.environ.get("MXFP8_KEEP_PICTURES"):
         return ROOT
     return tmp_path_factory.mktemp("pictures")
@@ -60,7 +60,7 @@ def shown(comfy, browser):
 
 
 def take(shown, node: int, path: Path) -> None:
-    """A picture of one node. It has to have more than a few colors to show anything."""
+    """Take a picture of one node and check that it is not blank: it has more than a few colors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shown.page.evaluate(
         """(id) => {
@@ -96,7 +96,7 @@ def trained(comfy) -> str:
 
 
 def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
-    shown = ComfyPage(browser, comfy, nodes2=True)  # anew: its lists of files know the new ones
+    shown = ComfyPage(browser, comfy, nodes2=True)  # a new page lists the new files
     shown.page.set_viewport_size(TALL)
     shown.clear()
     load = shown.add("MXFP8LoadCalibration", (60, 120), calibration_name=trained)
@@ -150,7 +150,7 @@ def test_a_comparison(shown, pictures):
 
 @pytest.fixture(scope="module")
 def examples(comfy, browser):
-    """A page of a ComfyUI that has the files of the examples, by name; theirs are 20 GB."""
+    """A page of a ComfyUI with empty files under the names in the examples (20 GB in reality)."""
     made = []
     for path in EXAMPLES.glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
@@ -194,8 +194,8 @@ def test_an_example_opens_whole(comfy, examples, pictures, name):
         workflow,
     )
     assert not failed
-    ours = to_graph(workflow, comfy.get("/object_info"))  # what the other tests run
-    assert {k: n["inputs"] for k, n in sent.items()} == {k: n["inputs"] for k, n in ours.items()}
+    graph = to_graph(workflow, comfy.get("/object_info"))  # what the other tests run
+    assert {k: n["inputs"] for k, n in sent.items()} == {k: n["inputs"] for k, n in graph.items()}
     examples.page.wait_for_timeout(500)
     box = examples.page.evaluate(
         """() => {

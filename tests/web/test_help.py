@@ -1,4 +1,4 @@
-"""The help pages of nodes and the templates: whole, true to the nodes, and served."""
+"""The nodes' help pages are complete, match the nodes, and are served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ URL = "/extensions/ComfyUI-MXFP8/docs/"
 
 @pytest.fixture(scope="module")
 def ours(comfy) -> dict[str, dict]:
-    """What the server says of our nodes, by name."""
+    """/object_info of the nodes of this pack, by name."""
     info = comfy.get("/object_info")
     return {n: i for n, i in info.items() if i["python_module"] == "custom_nodes.ComfyUI-MXFP8"}
 
@@ -29,10 +29,10 @@ def test_every_node_has_a_page_and_no_page_is_left_over(ours):
 def test_a_page_names_every_input_and_output_of_its_node(ours):
     for name, info in ours.items():
         page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
-        told = set(re.findall(r"\*\*([a-z0-9_]+)\*\*", page))
+        named = set(re.findall(r"\*\*([a-z0-9_]+)\*\*", page))
         inputs = {i for part in ("required", "optional") for i in info["input"].get(part, {})}
-        missing = (inputs | set(info["output_name"])) - told
-        assert not missing, f"{name}.md does not tell of {sorted(missing)}"
+        missing = (inputs | set(info["output_name"])) - named
+        assert not missing, f"{name}.md does not name {sorted(missing)}"
         assert page.startswith(f"# {info['display_name']}\n"), name
         assert "## Example" in page, name
 
@@ -49,7 +49,7 @@ def test_pages_and_their_pictures_are_served(comfy, ours):
                 assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_pages_speak_of_examples_that_there_are():
+def test_the_pages_name_every_example_workflow():
     examples = {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES.glob("*.md"))
     named = set(re.findall(r"example workflow `([a-z0-9_]+)`", text))

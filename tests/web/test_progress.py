@@ -1,4 +1,4 @@
-"""Progress on nodes as the browser gets it, and that an interrupt is heeded within a second."""
+"""Progress texts as the browser receives them, and interrupts, which take effect in a second."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ class Seen:
     """What came over the websocket.
 
     Attributes:
-        texts: (seconds, node, text); end: kind of the last event, and seconds from an interrupt
-            that was posted to it.
+        texts: (time, node, text).
+        end: kind of the last event.
+        delay: seconds from the posted interrupt to the last event.
     """
 
     texts: list[tuple[float, str, str]] = field(default_factory=list)
     end: str = ""
-    heeded: float | None = None
+    delay: float | None = None
 
     def of(self, node: list) -> list[str]:
         return [text for _, name, text in self.texts if name == node[0]]
 
 
 def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
-    """Run a workflow as the browser does; interrupt it when a node says so many percent."""
+    """Run a workflow as the browser does; interrupt it when a node reaches this percentage."""
 
     async def listen() -> Seen:
         seen, asked = Seen(), None
@@ -70,7 +71,7 @@ def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
                 ours = event.get("data", {}).get("prompt_id") == prompt
                 if event.get("type") in DONE and ours:
                     seen.end = event["type"]
-                    seen.heeded = None if asked is None else now - asked
+                    seen.delay = None if asked is None else now - asked
                     return seen
         raise AssertionError("the socket was closed")
 
@@ -78,13 +79,13 @@ def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
 
 
 def percent(text: str) -> int | None:
-    found = re.search(r"(?m)^(\d+)%", text)
-    return found and int(found[1])
+    match = re.search(r"(?m)^(\d+)%", text)
+    return match and int(match[1])
 
 
 @pytest.fixture(scope="module")
 def large(comfy):
-    """A model of a GB that takes no room: a sparse file, all zeros."""
+    """A model of 1 GB in a sparse file, all zeros."""
     path = comfy.base / "models" / "diffusion_models" / "progress-large.safetensors"
     size = 2 * SHAPE[0] * SHAPE[1]
     header = {
@@ -133,7 +134,7 @@ HOSTILE = "<img src=x onerror=alert(1)> & [[a|http://b]] [[[c HTTPS://d WWW.e __
 
 
 def test_names_in_a_file_reach_the_page_as_text(comfy):
-    """What the page would make HTML or links of is in no text that is sent, and is shown still."""
+    """No text that is sent holds what the page would render as HTML or links; names show as is."""
     folder = comfy.base / "models" / "diffusion_models"
     path, made = folder / "progress-hostile.safetensors", folder / "progress-shown.safetensors"
     save_file({f"{HOSTILE}.weight": torch.zeros(64, 64)}, path, {HOSTILE: "a", "format": "pt"})
@@ -147,21 +148,21 @@ def test_names_in_a_file_reach_the_page_as_text(comfy):
     made.unlink()
     assert seen.end == "execution_success"
     for node in nodes:
-        said = seen.of(node)
-        assert any(HOSTILE in html.unescape(text) for text in said), graph[node[0]]["class_type"]
-        for text in said:
+        texts = seen.of(node)
+        assert any(HOSTILE in html.unescape(text) for text in texts), graph[node[0]]["class_type"]
+        for text in texts:
             assert not re.search(r"(?i)[<>]|\[\[|://|www\.|__LNK", text), text
             assert not re.search(r"&(?!amp;|lt;|gt;|#\d+;)", text), text
 
 
-def test_an_interrupt_is_heeded_within_a_second_and_leaves_nothing(comfy, large):
+def test_an_interrupt_takes_effect_within_a_second_and_leaves_nothing(comfy, large):
     folder = comfy.base / "models" / "diffusion_models"
     before = set(folder.rglob("*"))
     graph = Graph()
     convert(graph, large, "new/folder/progress-interrupted")
     seen = watch(comfy, graph, interrupt_at=10)
     assert seen.end == "execution_interrupted"
-    assert seen.heeded < 1
+    assert seen.delay < 1
     assert set(folder.rglob("*")) == before
 
 
@@ -190,12 +191,12 @@ def test_every_long_node_shows_its_progress(comfy):
     path.with_name("progress-lost-repaired.safetensors").unlink()
     assert seen.end == "execution_success"
     for node in nodes:
-        said = [percent(text) for text in seen.of(node)]
-        assert any(p is not None for p in said), graph[node[0]]["class_type"]
-        assert said[-1] is None  # what came of it
+        percents = [percent(text) for text in seen.of(node)]
+        assert any(p is not None for p in percents), graph[node[0]]["class_type"]
+        assert percents[-1] is None  # the last text is the result
 
 
-def test_loaders_say_what_runs(comfy):
+def test_loaders_show_the_backend(comfy):
     graph = Graph()
     ours = graph.add(
         "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="fast"

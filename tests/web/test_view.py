@@ -1,4 +1,4 @@
-"""The browser's pure code, in Chromium: what it reads of a document, draws and says."""
+"""The report view's modules in Chromium: how they read, draw and describe documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPORT = Report("x", "y", "auto", None, 18432, 11696, 1.0, 30.0, LAYERS)
 
 @pytest.fixture(scope="module")
 def view(comfy, browser):
-    """Evaluates JavaScript that has the modules as `documents` and `charts`."""
+    """A function that evaluates JavaScript with the modules in `documents` and `charts`."""
     page = browser.new_page()
     page.goto(f"{comfy.url}/system_stats")
     page.evaluate(
@@ -39,17 +39,16 @@ def view(comfy, browser):
 
 
 def test_a_report_has_the_measures_that_its_layers_have(view):
-    found = view("(t) => read(t).measures.map((m) => m.key)", REPORT.to_json())
-    assert found == ["output_error", "sqnr_db", "bytes_after"]
+    measures = view("(t) => read(t).measures.map((m) => m.key)", REPORT.to_json())
+    assert measures == ["output_error", "sqnr_db", "bytes_after"]
     plain = Report(**{**vars(REPORT), "layers": LAYERS[1:]})
-    found = view("(t) => read(t).measures.map((m) => m.key)", plain.to_json())
-    assert found == ["sqnr_db", "bytes_after"]
+    measures = view("(t) => read(t).measures.map((m) => m.key)", plain.to_json())
+    assert measures == ["sqnr_db", "bytes_after"]
 
 
 @pytest.mark.parametrize("text", ["{}", '{"mxfp8_report": 2, "layers": []}', "[1]", "no JSON"])
-def test_what_is_no_document_is_refused(view, text):
-    refused = view("(t) => { try { read(t); return null } catch (e) { return e.message } }", text)
-    assert refused
+def test_anything_but_a_document_is_an_error(view, text):
+    assert view("(t) => { try { read(t); return null } catch (e) { return e.message } }", text)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_what_is_no_document_is_refused(view, text):
     ],
 )
 def test_rows_are_sorted_and_filtered(view, order, words, names):
-    found = view(
+    arranged = view(
         """([text, order, words]) => {
             const { rows, measures } = read(text);
             const sqnr = measures.find((m) => m.key === "sqnr_db");
@@ -73,11 +72,11 @@ def test_rows_are_sorted_and_filtered(view, order, words, names):
         }""",
         [REPORT.to_json(), order, words],
     )
-    assert found == names
+    assert arranged == names
 
 
 def drawn(view, document: str, measure: str, width: int = 400) -> dict:
-    """Geometry of the bars of a measure."""
+    """The geometry of the bars of a measure."""
     return view(
         """([text, key, width]) => {
             const { rows, measures, data } = read(text);
@@ -102,23 +101,23 @@ def drawn(view, document: str, measure: str, width: int = 400) -> dict:
 
 
 def test_heights_are_the_values(view):
-    found = drawn(view, REPORT.to_json(), "bytes_after")
-    assert found["low"] == 0
-    pixels = (found["bottom"] - found["top"]) / found["high"]
-    for bar, layer in zip(found["bars"], LAYERS, strict=True):
+    chart = drawn(view, REPORT.to_json(), "bytes_after")
+    assert chart["low"] == 0
+    pixels = (chart["bottom"] - chart["top"]) / chart["high"]
+    for bar, layer in zip(chart["bars"], LAYERS, strict=True):
         assert bar["height"] == pytest.approx(layer.bytes_after * pixels, rel=1e-9)
-        assert bar["y"] + bar["height"] == pytest.approx(found["bottom"])
+        assert bar["y"] + bar["height"] == pytest.approx(chart["bottom"])
 
 
 def test_decibels_have_a_threshold_and_no_zero(view):
-    found = drawn(view, REPORT.to_json(), "sqnr_db")
-    assert found["threshold"] == MIN_SQNR
-    assert 0 < found["low"] < 22.5 and found["high"] >= 31
-    assert "24.6 dB" in found["axis"]
-    good, kept, bad, lossless = found["bars"]
-    per_db = (found["bottom"] - found["top"]) / (found["high"] - found["low"])
-    assert good["height"] == pytest.approx((31 - found["low"]) * per_db)
-    assert bad["height"] == pytest.approx((22.5 - found["low"]) * per_db)
+    chart = drawn(view, REPORT.to_json(), "sqnr_db")
+    assert chart["threshold"] == MIN_SQNR
+    assert 0 < chart["low"] < 22.5 and chart["high"] >= 31
+    assert "24.6 dB" in chart["axis"]
+    good, kept, bad, lossless = chart["bars"]
+    per_db = (chart["bottom"] - chart["top"]) / (chart["high"] - chart["low"])
+    assert good["height"] == pytest.approx((31 - chart["low"]) * per_db)
+    assert bad["height"] == pytest.approx((22.5 - chart["low"]) * per_db)
     assert "below" in bad["kind"] and "below" not in good["kind"]
     assert kept["height"] == lossless["height"] == 5
     assert kept["fill"] != good["fill"] == bad["fill"]
@@ -130,31 +129,31 @@ def test_decibels_have_a_threshold_and_no_zero(view):
 def test_bars_stay_wide_enough_to_point_at(view):
     layers = [{**asdict(LAYERS[0]), "name": f"layer.{i}"} for i in range(900)]
     text = json.dumps({"mxfp8_report": 1, "layers": layers})
-    found = drawn(view, text, "sqnr_db")
-    assert found["step"] == 3 and found["width"] == 2700
-    boxes = found["bars"]
+    chart = drawn(view, text, "sqnr_db")
+    assert chart["step"] == 3 and chart["width"] == 2700
+    boxes = chart["bars"]
     assert all(b["x"] + b["width"] <= a["x"] for b, a in pairwise(boxes))
 
 
-def test_a_row_is_described_whole(view):
-    found = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
-    assert found == {
+def test_a_row_is_described_in_full(view):
+    details = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
+    assert details == {
         "Shape": "64 x 32 BF16", "Format": "mxfp8", "Reason": "quantized",
         "Output error": "1.20e-2 (rounding to nearest 2.10e-2)", "SQNR": "31.00 dB",
         "Size": "2.20 kB (before 4.10 kB)", "Worst block": "row 3, block 0: 26.50 dB",
     }  # fmt: skip
 
 
-def test_paths_have_colors_of_their_own(view):
+def test_each_backend_has_its_own_color(view):
     layers = [
         {"name": n, "shape": [1, 1], "bytes": 9, "decision": d, "backend": b, "microseconds": t}
         for n, d, b, t in (("a", "mxfp8", "triton", 5.0), ("b", "mxfp8", "eager", 2500.0),
                            ("c", "kept", None, None))
     ]  # fmt: skip
     text = json.dumps({"mxfp8_backend_report": 1, "layers": layers})
-    found = drawn(view, text, "microseconds")
-    assert len({bar["fill"] for bar in found["bars"]}) == 3
-    assert "Time 2.50 ms" in found["bars"][1]["label"]
+    chart = drawn(view, text, "microseconds")
+    assert len({bar["fill"] for bar in chart["bars"]}) == 3
+    assert "Time 2.50 ms" in chart["bars"][1]["label"]
 
 
 @pytest.mark.parametrize("key", ["mxfp8_comparison", "mxfp8_certificate"])  # new and old
@@ -185,14 +184,14 @@ def test_a_large_seed_keeps_its_digits(view):
         ("latent_snr_db", [30.2, 31.0], ["28 dB", "29.5 dB", "31 dB"]),
     ],
 )
-def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
+def test_the_axis_is_labeled_in_the_units_of_the_measure(view, measure, values, axis):
     kind, rows = {
         "bytes": ("mxfp8_inspection", "layers"),
         "divergence": ("mxfp8_comparison", "steps"),
         "latent_snr_db": ("mxfp8_comparison", "seeds"),
     }[measure]
     text = json.dumps({kind: 1, rows: [{"name": "x", measure: v} for v in values]})
-    found = view(
+    labels = view(
         """([text, key]) => {
             const { rows, measures, data } = read(text);
             const m = measures.find((m) => m.key === key);
@@ -201,11 +200,11 @@ def test_the_axis_says_what_the_bars_are(view, measure, values, axis):
         }""",
         [text, measure],
     )
-    assert found == axis
+    assert labels == axis
 
 
-def test_a_picture_has_its_text_whole_and_its_colors_named(view):
-    found = view(
+def test_a_saved_picture_has_the_whole_title_and_a_legend(view):
+    texts, right, width, parsed = view(
         """(text) => {
             const { rows, measures, data } = read(text);
             const at = charts.scale(rows.layers, measures[0], data, 150);
@@ -224,14 +223,13 @@ def test_a_picture_has_its_text_whole_and_its_colors_named(view):
         }""",
         REPORT.to_json(),
     )
-    texts, right, width, parsed = found
     assert parsed
     assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "kept"]
     assert right <= width
 
 
 def showing(view, *documents: tuple[str, str]) -> dict:
-    """What a view has on it after it was shown these documents, one after the other."""
+    """What a view shows after these documents, one after the other."""
     return view(
         """async (documents) => {
             const { ReportView } = await import("/extensions/ComfyUI-MXFP8/report.mjs");
@@ -242,7 +240,7 @@ def showing(view, *documents: tuple[str, str]) -> dict:
                 view._choose(0);
             }
             const shown = (selector) => view.part(selector).getClientRects().length > 0;
-            const found = {
+            const state = {
                 chart: shown(".chart"), save: shown("[name=save]"), copy: shown("[name=copy]"),
                 legend: shown(".legend"), details: shown(".details"), bars: view._drawn.length,
                 summary: view.part(".summary").textContent, more: shown(".more"),
@@ -252,9 +250,9 @@ def showing(view, *documents: tuple[str, str]) -> dict:
                 measure: view.part("[name=measure]").value,
             };
             view.part(".more").click();
-            found.expanded = view.part(".summary").textContent;
+            state.expanded = view.part(".summary").textContent;
             view.element.remove();
-            return found;
+            return state;
         }""",
         list(map(list, documents)),
     )
@@ -262,25 +260,25 @@ def showing(view, *documents: tuple[str, str]) -> dict:
 
 def test_nothing_of_an_earlier_document_stays(view):
     empty = json.dumps({"mxfp8_inspection": 1, "layers": []})
-    found = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
-    assert found["summary"] == "second" and found["bars"] == 0
-    assert not any(found[part] for part in ("chart", "save", "legend", "details"))
-    assert found["copy"]
+    shown = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
+    assert shown["summary"] == "second" and shown["bars"] == 0
+    assert not any(shown[part] for part in ("chart", "save", "legend", "details"))
+    assert shown["copy"]
     again = showing(view, (empty, "first"), (REPORT.to_json(), "second"))
     assert all(again[part] for part in ("chart", "save", "legend", "details", "copy"))
 
 
-def test_what_cannot_be_read_is_said(view):
-    found = showing(view, (json.dumps({"mxfp8_report": 9}), "summary"))
-    assert "summary" in found["summary"] and "reload the page" in found["summary"]
-    assert not found["chart"]
+def test_an_unreadable_document_asks_for_a_reload(view):
+    shown = showing(view, (json.dumps({"mxfp8_report": 9}), "summary"))
+    assert "summary" in shown["summary"] and "reload the page" in shown["summary"]
+    assert not shown["chart"]
 
 
 def test_a_long_summary_opens(view):
     text = "\n".join(f"line {i}" for i in range(9))
-    found = showing(view, (REPORT.to_json(), text))
-    assert found["more"] and found["summary"] == text[: text.index("\nline 6")]
-    assert found["expanded"] == text
+    shown = showing(view, (REPORT.to_json(), text))
+    assert shown["more"] and shown["summary"] == text[: text.index("\nline 6")]
+    assert shown["expanded"] == text
     assert not showing(view, (REPORT.to_json(), "line\n" * 3))["more"]
 
 
@@ -292,6 +290,6 @@ def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
 def test_hostile_names_are_text(view):
     layer = {**asdict(LAYERS[0]), "name": "<img src=x onerror=alert(1)>"}
     text = json.dumps({"mxfp8_report": 1, "layers": [layer]})
-    found = showing(view, (text, "<b>summary</b>"))
-    assert found["made"] == 0
-    assert found["name"] == layer["name"] and found["summary"] == "<b>summary</b>"
+    shown = showing(view, (text, "<b>summary</b>"))
+    assert shown["made"] == 0
+    assert shown["name"] == layer["name"] and shown["summary"] == "<b>summary</b>"
