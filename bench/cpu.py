@@ -2,9 +2,9 @@
 
     python bench/cpu.py [--rounds 7] [--threads 2] [--check]
 
-Contestants run in turn, round after round, so that a change in the machine's speed meets all of
-them; a figure is the median over the rounds of the ratio within each round. The results go to
-bench/results/cpu.json. --check exits with 1 when a bound that this project holds itself to fails.
+In each round all contestants run in turn, so that a change in the machine's speed affects all of
+them; a figure is the median over the rounds of the ratio within a round. Results go to
+bench/results/cpu.json. --check exits with 1 if one of the bounds below fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BOUNDS = (
 
 
 def measurements() -> dict[str, dict[str, Callable]]:
-    """Measurement -> contestant -> what it runs."""
+    """Measurement -> contestant -> the call to time."""
     import torch
     from comfy_kitchen.backends.eager import quantization as stock
 
@@ -55,7 +55,7 @@ def measurements() -> dict[str, dict[str, Callable]]:
     layer_unpacked = layer_scale.view(torch.float8_e8m0fnu)
 
     def stock_linear():
-        """What stock ComfyUI does on every forward before Blackwell."""
+        """What stock ComfyUI does on every forward on cards before Blackwell."""
         values = stock.dequantize_mxfp8(layer, layer_unpacked, torch.bfloat16)
         return torch.nn.functional.linear(x, values)
 
@@ -94,6 +94,7 @@ def ratio(seconds: dict[str, list[float]], name: str, rival: str) -> float:
 
 
 def machine(threads: int) -> dict[str, str | int]:
+    """The machine and the versions that a results file names."""
     import torch
 
     names = [
@@ -131,10 +132,10 @@ def main() -> int:
         result["figures"][name] = {"milliseconds": medians, "time ratio": ratios}
         print(f"{name:11}", ", ".join(f"{n} {m} ms" for n, m in medians.items()))
     for name, contestant, rival, bound in BOUNDS:
-        found = ratio(timed[name], contestant, rival)
-        failed += found > bound
-        state = "holds" if found <= bound else "FAILS"
-        print(f"{name:11} {found:.3f} of the time of {rival}, bound {bound:.2f}: {state}")
+        measured = ratio(timed[name], contestant, rival)
+        failed += measured > bound
+        state = "holds" if measured <= bound else "FAILS"
+        print(f"{name:11} {measured:.3f} of the time of {rival}, bound {bound:.2f}: {state}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"results: {RESULTS}")
