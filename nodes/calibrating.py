@@ -32,6 +32,7 @@ from ..quant.format import WEIGHT
 from ..quant.memory import is_out_of_memory
 from ..quant.progress import duration
 from ..quant.reports.conversion import gigabytes
+from ..quant.sources.unsupported import check_unquantized
 from .host import paths
 from .host.progress import show
 from .loading import CATEGORY
@@ -110,6 +111,7 @@ class MXFP8Calibrate(io.ComfyNode):
                 f"this {source.name} is quantized already; calibrate the BF16, FP16 or FP32 "
                 "original"
             )
+        check_unquantized(source)
         plan = plan_source(source, Selection(preset, include, exclude), is_linear=source.is_linear)
         widths = {d.layer: d.shape[1] for d in plan.quantized}
         groups = list(_groups(widths, int(memory_gb * _GB)))

@@ -13,6 +13,7 @@ from ..kernels import layout
 from ..quant.conversion.convert import convert, convert_file, plan_source
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
+from ..quant.sources.unsupported import check_unquantized
 from .calibrating import CalibrationType
 from .host import paths
 from .host.progress import Progress, show
@@ -167,6 +168,7 @@ def quantize_model(node: type[io.ComfyNode], patcher, selection: Selection, cali
             f"this {source.name} is quantized already ({name!r} is {module.quant_format}); "
             "quantize the BF16, FP16 or FP32 original"
         )
+    check_unquantized(source)
     plan = plan_source(source, selection, is_linear=source.is_linear)
     source.metadata = source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}

@@ -1,12 +1,12 @@
-"""Work on several threads, results in order, and no more bytes under way than were allowed.
+"""Jobs on several threads, with results in order and a bound on the bytes in flight.
 
-A thread takes a piece of work whole (quantize, checksum, write), so reading, arithmetic and the
-disk overlap, and threads need not wait for each other. Torch's own threads split every operation
-and meet after each: on a machine that does something else as well, they were 4 to 10 times slower
-(two cores, load 5).
+A thread takes a job from start to end (quantize, checksum, write), so reading, arithmetic and the
+disk overlap without threads waiting for each other. Torch's own threads split every operation and
+meet after each: on a machine that was busy with other work they were 4 to 10 times slower (two
+cores, load 5).
 
-The caller's thread submits, and it alone sees results and errors: progress, interrupts and sources
-that are not made for threads stay there.
+Jobs are made and results are seen in the caller's thread alone, so progress, interrupts and sources
+that are not thread-safe stay there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Protocol
 
 _POLL = 0.2  # seconds; Windows cannot interrupt a wait without end
 
@@ -46,80 +47,93 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+class Job(Protocol):
+    """What a pipeline runs; `size` is the bytes that it holds in memory."""
+
+    @property
+    def size(self) -> int: ...
+
+
 @dataclass(eq=False)
 class _Task:
-    """A piece of work, and what became of it once `running` is released."""
+    """A job, and its result or error once `running` is released."""
 
-    function: Callable
-    arguments: tuple
-    size: int
-    done: Callable
+    job: Job
     running: threading.Lock = field(default_factory=threading.Lock)
     result: object = None
     error: BaseException | None = None
 
 
 class Pipeline:
-    """A context manager; leaving it waits for the work, leaving it with an error drops the rest.
+    """Runs a function on jobs; a context manager, after which no thread of it is left.
 
-    Either way no thread works any more after that.
-
-    An interrupt may come between any two steps of the caller's thread. What it shares with the
-    others are therefore locks and queues that the interpreter takes in a single step: a Condition
-    or a Future, written in Python, can be left locked, and then the threads would never end.
+    An interrupt may come between any two steps of the caller's thread. So the threads share only
+    locks and queues that the interpreter takes in a single step: a Condition or a Future, which are
+    written in Python, can be left locked, and then the threads would never end.
 
     Args:
+        function: job -> result, called by any of the threads.
         workers: threads.
-        budget: bytes of work that may be under way or waiting, except that one piece always may.
-        initializer: run by every thread first.
+        budget: bytes of jobs that may be running or waiting, except that one job always may.
+        initializer: called by every thread first.
     """
 
-    def __init__(self, workers: int, budget: int, initializer: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        function: Callable[[Job], object],
+        workers: int,
+        budget: int,
+        initializer: Callable[[], None] = lambda: None,
+    ):
+        self._function = function
         self._workers = workers
         self._budget = budget
         self._initializer = initializer
         self._threads: list[threading.Thread] = []
-        self._queue: deque[_Task] = deque()  # in order, with what is under way
-        self._under_way = 0  # bytes
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()  # not begun
+        self._queue: deque[_Task] = deque()  # in order: waiting, running, and done but not yielded
+        self._in_flight = 0  # bytes of these
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()  # not started
         self._lock = threading.Lock()  # of the two below
         self._working = 0  # threads
         self._stopped = False
 
-    def submit(self, function: Callable, *args, size: int, done: Callable) -> None:
-        """Have `function(*args)` run by a thread, and `done(result)` called here, in order.
-
-        Args:
-            size: bytes that the work holds on to.
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, object]]:
+        """Yield (job, result) in the order of the jobs, which are taken as there is room for them.
 
         Raises:
-            whatever earlier work or its `done` raised.
+            What a job raised, in its turn.
         """
-        while self._queue and (
-            self._under_way + size > self._budget or not self._queue[0].running.locked()
-        ):
-            self._finish_first()
-        task = _Task(function, args, size, done)
+        for job in jobs:
+            while self._queue and (
+                self._in_flight + job.size > self._budget or not self._queue[0].running.locked()
+            ):
+                yield self._finish_first()
+            self._start(job)
+        while self._queue:
+            yield self._finish_first()
+
+    def _start(self, job: Job) -> None:
+        task = _Task(job)
         task.running.acquire()
         self._queue.append(task)
-        self._under_way += size
+        self._in_flight += job.size
         self._tasks.put(task)
         if len(self._threads) < self._workers:
             self._threads.append(threading.Thread(target=self._work, name="mxfp8"))
             self._threads[-1].start()
 
-    def _finish_first(self) -> None:
+    def _finish_first(self) -> tuple[Job, object]:
         task = self._queue[0]
         while not task.running.acquire(timeout=_POLL):
             pass
         self._queue.popleft()
-        self._under_way -= task.size
+        self._in_flight -= task.job.size
         if task.error is not None:
             raise task.error
-        task.done(task.result)
+        return task.job, task.result
 
     def _work(self) -> None:
-        """What a thread does. One that starts when all is over does nothing."""
+        """What a thread does; one that starts after the end does nothing."""
         with self._lock:
             if self._stopped:
                 return
@@ -140,7 +154,7 @@ class Pipeline:
             try:
                 if failed is not None:
                     raise failed
-                task.result = task.function(*task.arguments)
+                task.result = self._function(task.job)
             except BaseException as error:
                 task.error = error
             task.running.release()
@@ -148,14 +162,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            while error is None and self._queue:
-                self._finish_first()
-        finally:
-            self._stop()
-
-    def _stop(self) -> None:
+    def __exit__(self, *_) -> None:
         """Wait for the threads, interrupted or not: they write to files that will be closed."""
         interrupts = []
         while True:

@@ -41,6 +41,11 @@ class _Piece(NamedTuple):
     begin: int
     end: int
     checksum: int
+    tensor: TensorInfo
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
 
 
 class Writer:
@@ -118,13 +123,13 @@ class Writer:
             piece = data[start - begin : start - begin + _PIECE]
             with self._explained():
                 _write_at(self._file.fileno(), piece, info.begin + start)
-            self._remember(name, _Piece(start, start + len(piece), zlib.crc32(piece)))
+            self._remember(_Piece(start, start + len(piece), zlib.crc32(piece), info))
 
-    def _remember(self, name: str, piece: _Piece) -> None:
+    def _remember(self, piece: _Piece) -> None:
         """Note a written piece, and sync now and then: meanwhile other threads go on."""
         with self._lock:
-            self._pieces[name].append(piece)
-            self._unsynced += piece.end - piece.begin
+            self._pieces[piece.tensor.name].append(piece)
+            self._unsynced += piece.size
             due = self._unsynced >= _SYNC_EVERY
             if due:
                 self._unsynced = 0
@@ -167,28 +172,24 @@ class Writer:
         if dict(header.tensors) != self.tensors:
             raise FormatError(f"{self.target.name}: the header read back differs from the plan")
         workers = min(_READERS, cores())
-        with Pipeline(workers, 4 * workers * _PIECE) as pipeline:
-            for name, info in header.tensors.items():
-                for piece in self._pieces[name]:
-                    size = piece.end - piece.begin
-                    pipeline.submit(self._compare, info, piece, size=size, done=self._ticked)
+        pieces = (piece for name in header.tensors for piece in self._pieces[name])
+        with Pipeline(self._compare, workers, 4 * workers * _PIECE) as pipeline:
+            for _ in pipeline.run(pieces):
+                self._tick()
 
-    def _ticked(self, _) -> None:
-        self._tick()
-
-    def _compare(self, info: TensorInfo, piece: _Piece) -> None:
+    def _compare(self, piece: _Piece) -> None:
         """Read a piece back and compare it with its checksum."""
         buffer = memoryview(bytearray(_READ_BACK))
-        left, checksum = piece.end - piece.begin, 0
+        left, checksum = piece.size, 0
         with self.temporary.open("rb", buffering=0) as file:
-            file.seek(info.begin + piece.begin)
+            file.seek(piece.tensor.begin + piece.begin)
             while left and (count := file.readinto(buffer[:left])):
                 checksum = zlib.crc32(buffer[:count], checksum)
                 left -= count
         if left or checksum != piece.checksum:
             raise FormatError(
-                f"{self.target.name}: tensor {quoted(info.name)} reads back differently from what "
-                "was written; check the disk"
+                f"{self.target.name}: tensor {quoted(piece.tensor.name)} reads back differently "
+                "from what was written; check the disk"
             )
 
     def _publish(self) -> None:

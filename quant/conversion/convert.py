@@ -1,12 +1,14 @@
-"""Convert a model to MXFP8: plan it, stream it through the quantizer, write it, report on it.
+"""Convert a model to MXFP8: plan -> jobs -> pipeline -> writer -> report.
 
-Tensors pass through in slabs of rows, so memory does not grow with the model nor with its largest
-tensor. Slabs are whole tiles of 128 rows, because the scales of such a slab are contiguous in the
-file. Several threads work on slabs, each from reading to writing (`pipeline`), on the CPU or on the
-device that torch has.
-Every weight is quantized from the precision it is stored in, and everything that is not quantized
-keeps its dtype and its bytes. Biases stay as they are: the "bias correction" of other tools has
-the wrong sign and doubles the mean output error on its own calibration data.
+A plan has a decision for every tensor (`policy`). Each tensor is cut into jobs: slabs of rows to
+quantize, or pieces of bytes to copy, so memory grows neither with the model nor with its largest
+tensor. A slab is whole tiles of 128 rows, because the scales of such a slab are contiguous in the
+file. Several threads run jobs, each from reading to writing (`container.pipeline`), on the CPU or
+on the device that torch has. Layers with a calibration are rounded whole, one after the other.
+
+Every weight is quantized from the precision in which it is stored, and everything that is not
+quantized keeps its dtype and its bytes. Biases stay as they are: the "bias correction" of other
+tools has the wrong sign and doubles the mean output error on its own calibration data.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,7 +32,7 @@ from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
 from ..memory import is_out_of_memory
-from ..progress import Meter, Progress
+from ..progress import VERIFY, Meter, Progress
 from ..reports.conversion import (
     KEPT,
     MIN_SQNR,
@@ -39,11 +42,10 @@ from ..reports.conversion import (
     SqnrAccumulator,
     total_sqnr,
 )
-from ..sources import unsupported
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
 from . import gptq, policy
-from .calibration import Calibration, Moments, check_model, has_float64
+from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
 from .policy import Decision, Plan, Selection
 
 _SLAB = 1 << 21  # values quantized at a time
@@ -67,17 +69,18 @@ def convert_file(
     """Convert a model on disk to an MXFP8 file.
 
     Args:
-        source: path of a file, an index of several, or a folder; see `opening.open_source`.
+        source: path of a file, an index of several, or a folder; see `sources.open.open_source`.
         target: path; it appears whole or not at all.
         selection: which layers to quantize.
         overwrite: whether an existing target may be replaced.
-        progress: called after every slab, and many times within a layer that is calibrated, which
-            is not counted before it is done; an exception it raises stops the conversion cleanly.
+        progress: called after every job, and many times within a layer that is calibrated, which
+            is counted only when it is done; an exception it raises stops the conversion cleanly.
         device: where to quantize ("cpu", "cuda:1", ...); default: the accelerator that torch has,
-            else the CPU. Without a calibration the bytes are the same; with one they may differ,
-            because sums round differently there. Not run on an accelerator so far.
-        calibration: what layers are given; those in it are rounded for that (`gptq`). For a layer
-            [N, K] that needs memory for about seven float32 matrices [K, K] and nine [N, K].
+            else the CPU. Without a calibration the bytes are the same on every device; with one
+            they may differ, because sums round differently. Not run on an accelerator so far.
+        calibration: statistics of the layers' inputs; layers that have them are rounded for these
+            inputs (`gptq`). A layer [N, K] needs memory for about seven float32 matrices [K, K] and
+            nine [N, K].
 
     Raises:
         FormatError: the source is damaged or already quantized.
@@ -104,15 +107,18 @@ def plan_source(
     selection: Selection = policy.DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
 ) -> Plan:
-    """`policy.plan` for a source, refusing one that is quantized already."""
-    unsupported.check_unquantized(source)
+    """`policy.plan` for a source that is not quantized (`sources.unsupported`).
+
+    Raises:
+        FormatError: the source has a tensor where scales or markers would go; else as `plan`.
+    """
     plan = policy.plan(source.tensors, selection, is_linear)
     for decision in plan.quantized:
         for key in (decision.layer + SCALE, decision.layer + MARKER):
             if key in source.tensors:
                 raise FormatError(
-                    f"{source.name}: {quoted(key)} stands where the scales or the marker of "
-                    f"{quoted(decision.key)} would be; exclude that layer"
+                    f"{source.name}: {quoted(key)} has the name that the scales or the marker of "
+                    f"{quoted(decision.key)} would get; exclude that layer"
                 )
     return plan
 
@@ -128,17 +134,7 @@ def convert(
     calibration: Calibration | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`."""
-    if not plan.quantized:
-        raise ValueError(
-            f"{source.name}: no layer to quantize: preset {plan.preset!r} and exclude keep all "
-            "of them (on the command line, --dry-run lists the reasons)"
-        )
-    for decision in plan.quantized:
-        if decision.shape[1] > _WIDEST:
-            raise ValueError(
-                f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; "
-                f"128 rows must fit in memory, up to {_WIDEST} values are converted, so exclude it"
-            )
+    _check_plan(source, plan)
     if calibration is not None:
         check_model(calibration, source)
     start = time.perf_counter()
@@ -146,25 +142,16 @@ def convert(
     advance = Meter(total, progress)
 
     markers = {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
-    tensors = [t for d in plan.decisions for t in _stored(d, markers)]
+    stored = [tensor for d in plan.decisions for tensor in _stored(d, markers)]
     metadata = format.with_markers(source.metadata, markers)
+    verifying = functools.partial(advance, 0, VERIFY)
     with (
         _memory_explained(source.name),
-        Writer(target, tensors, metadata, overwrite, lambda: advance(0, "verify")) as writer,
+        Writer(target, stored, metadata, overwrite, verifying) as writer,
     ):
         mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
-        known = {d.key: calibration and calibration.of(d.layer) for d in plan.quantized}
-        known = {key: moments for key, moments in known.items() if moments}
-        energies = _stream(source, plan, known.keys(), writer, _device(device), advance)
-        errors = {}
-        for decision in plan.quantized:
-            if decision.key in known:
-                errors[decision.key] = _round(
-                    source, decision, known[decision.key], writer, _device(device), energies,
-                    functools.partial(advance, 0, decision.key),
-                )  # fmt: skip
-                advance(_nbytes(decision), decision.key)
-        _check_energies(source, energies)
+        results = _Conversion(source, writer, _device(device), advance).run(plan, calibration)
+        _check_sqnr(source, results)
         for layer, marker in markers.items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
 
@@ -176,19 +163,39 @@ def convert(
         bytes_before=total,
         bytes_after=sum(t.nbytes for t in writer.tensors.values()),
         seconds=time.perf_counter() - start,
-        sqnr_db=total_sqnr(energies.values()),
-        layers=_layer_reports(plan, writer, energies, errors),
+        sqnr_db=total_sqnr(result.sqnr for result in results.values()),
+        layers=_layer_reports(plan, writer, results),
         include=plan.selection.include,
         exclude=plan.selection.exclude,
         calibration=None if calibration is None else _about(calibration),
     )
 
 
+def _check_plan(source: Source, plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be carried out."""
+    if not plan.quantized:
+        raise ValueError(
+            f"{source.name}: no layer to quantize: preset {plan.preset!r} and exclude keep all "
+            "of them (on the command line, --dry-run lists the reasons)"
+        )
+    for decision in plan.quantized:
+        if decision.shape[1] > _WIDEST:
+            raise ValueError(
+                f"{source.name}: {quoted(decision.key)} has rows of {decision.shape[1]} values; "
+                f"rows of up to {_WIDEST} are converted, since 128 of them must fit in memory; "
+                "exclude this layer"
+            )
+
+
 def _about(calibration: Calibration) -> dict:
-    """What a report says of a calibration."""
+    """What a report says about a calibration."""
     rows = [moments.rows for moments in calibration.layers.values()]
-    found = {"model": calibration.model, "layers": len(rows), "least_rows": min(rows, default=0)}
-    return {**calibration.about, **found}
+    return {
+        **calibration.about,
+        "model": calibration.model,
+        "layers": len(rows),
+        "least_rows": min(rows, default=0),
+    }
 
 
 def _nbytes(decision: Decision) -> int:
@@ -207,183 +214,199 @@ def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]
     ]
 
 
-def _stream(
-    source: Source, plan: Plan, others: Iterable[str], writer: Writer, device, advance
-) -> dict[str, SqnrAccumulator]:
-    """Read every tensor but `others` once and have it quantized or copied into the file."""
-    energies = {decision.key: SqnrAccumulator() for decision in plan.quantized}
-    workers = min(_WORKERS, cores())
-    alone = functools.partial(_compute_alone, torch.get_num_threads())
-    with Pipeline(workers, _BUDGET, alone) as pipeline:
-        for decision in plan.decisions:
-            if decision.key in others:
-                continue
-            for work, read, size, place in _work(_Reader(source, decision.key), decision):
-
-                def finish(energy: SqnrAccumulator | None, key=decision.key, size=size) -> None:
-                    if energy is not None:
-                        energies[key].merge(energy)
-                    advance(size, key)
-
-                task = functools.partial(work, source.name, decision, writer, device)
-                pipeline.submit(task, read, place, size=size, done=finish)
-    return energies
-
-
-def _check_energies(source: Source, energies: dict[str, SqnrAccumulator]) -> None:
+def _check_sqnr(source: Source, results: dict[str, _Result]) -> None:
     """Raise ValueError for a layer that would lose more than rounding explains."""
-    for key, energy in energies.items():
-        if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
+    for key, result in results.items():
+        if _is_low(result.sqnr):
             raise ValueError(
-                f"{source.name}: {quoted(key)} would be {energy.sqnr_db:.1f} dB from its source, "
-                f"and rounding leaves at least {MIN_SQNR:.1f} dB: its values are around 2**-126 or "
-                "below, too small for MXFP8; exclude this layer"
+                f"{source.name}: {quoted(key)} would have an SQNR of {result.sqnr.sqnr_db:.1f} dB, "
+                f"where rounding leaves at least {MIN_SQNR:.1f} dB: its values are around 2**-126 "
+                "or below, too small for MXFP8; exclude this layer"
             )
 
 
-def _work(reader: _Reader, decision: Decision):
-    """What there is to do for a tensor.
+@dataclass(frozen=True)
+class Job:
+    """A piece of one tensor to be quantized, or copied, into the file.
 
-    Yields:
-        (function, what reads its data, bytes of data, first row or byte)
+    Attributes:
+        decision: the tensor, and which of the two.
+        begin, end: the piece's rows to quantize, or its bytes to copy.
+        size: of the piece in the source, in bytes.
+        data: the piece, where it was read in advance.
     """
-    if not decision.quantize:
-        offset = 0
-        for piece in reader.pieces():
-            yield _copy, lambda piece=piece: piece, len(piece), offset
-            offset += len(piece)
-        return
-    rows, cols = decision.shape
-    for first, last in layout.slabs(rows, cols, _SLAB):
-        size = _nbytes(decision) * (last - first) // rows
-        yield _quantize, reader.rows(first, last), size, first
+
+    decision: Decision
+    begin: int
+    end: int
+    size: int
+    data: torch.Tensor | memoryview | None = None
 
 
-def _copy(name: str, decision: Decision, writer: Writer, device, read, offset: int) -> None:
-    """Write a piece of a tensor as it is."""
-    writer.write(decision.key, read(), offset)
+@dataclass
+class _Result:
+    """What rounding cost one layer; the output errors, of it and of plain rounding, if known."""
+
+    sqnr: SqnrAccumulator = field(default_factory=SqnrAccumulator)
+    output_error: float | None = None
+    nearest_error: float | None = None
 
 
-@torch.inference_mode()
-def _quantize(
-    name: str, decision: Decision, writer: Writer, device, read: Callable, first: int
-) -> SqnrAccumulator:
-    """Quantize a slab of whole tiles, straight into the file."""
-    qdata, scale, signal, noise = kernels.quantize_and_measure(read().to(device))
-    where = f"{name}: {quoted(decision.key)}"
-    if (scale == layout.E8M0_NAN).any():
-        _refuse_not_finite(where, signal, first)
-    _refuse_overflow(where, qdata, scale, first)
-    for part, data in ((WEIGHT, qdata), (SCALE, scale)):
-        writer.write(decision.layer + part, as_bytes(data.cpu()), first * data.shape[1])
-    energy = SqnrAccumulator()
-    energy.add(first, signal, noise)
-    return energy
+@dataclass(frozen=True)
+class _Conversion:
+    """The way of all tensors of a source into a file.
 
+    Source files are read by the threads that run the jobs: each uses the same memory over and over,
+    which saves as many page faults as the source has pages (2 us each, 0.5 s per GB, on a virtual
+    machine). A model in memory is not thread-safe, so its rows are read in the caller's thread, and
+    so are bytes to copy, which come in order.
+    """
 
-def _refuse_not_finite(where: str, values: torch.Tensor, first: int) -> None:
-    """Raise ValueError for the first row, counted from `first`, that is not finite."""
-    bad = ~values.isfinite().all(-1)
-    if bad.any():
-        row = first + int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{where} holds NaN or Inf in row {row}; MXFP8 has no way to store it: get the file "
-            "again, or exclude this layer"
+    source: Source
+    writer: Writer
+    device: torch.device
+    advance: Meter
+
+    def run(self, plan: Plan, calibration: Calibration | None) -> dict[str, _Result]:
+        """Quantize or copy every tensor; returns what rounding cost, by the weight's key."""
+        moments = {d.key: calibration and calibration.of(d.layer) for d in plan.quantized}
+        results = {key: _Result() for key in moments}
+        workers = min(_WORKERS, cores())
+        initializer = functools.partial(_compute_alone, torch.get_num_threads())
+        with Pipeline(self._work, workers, _BUDGET, initializer) as pipeline:
+            for job, sqnr in pipeline.run(
+                self._jobs(d for d in plan.decisions if not moments.get(d.key))
+            ):
+                if sqnr is not None:
+                    results[job.decision.key].sqnr.merge(sqnr)
+                self.advance(job.size, job.decision.key)
+        for decision in plan.quantized:
+            if moments[decision.key]:
+                results[decision.key] = self._round(decision, moments[decision.key])
+                self.advance(_nbytes(decision), decision.key)
+        return results
+
+    def _jobs(self, decisions: Iterable[Decision]) -> Iterator[Job]:
+        stored = hasattr(self.source, "files")
+        for decision in decisions:
+            if decision.quantize:
+                for begin, end in layout.slabs(*decision.shape, _SLAB):
+                    size = _nbytes(decision) * (end - begin) // decision.shape[0]
+                    data = None if stored else self._rows(decision.key, begin, end)
+                    yield Job(decision, begin, end, size, data)
+            else:
+                begin = 0
+                for piece in self._pieces(decision.key):
+                    end = begin + len(piece)
+                    yield Job(decision, begin, end, len(piece), piece)
+                    begin = end
+
+    def _work(self, job: Job) -> SqnrAccumulator | None:
+        """Run a job, in any thread."""
+        if job.decision.quantize:
+            return self._quantize(job)
+        self.writer.write(job.decision.key, job.data, job.begin)
+        return None
+
+    @torch.inference_mode()
+    def _quantize(self, job: Job) -> SqnrAccumulator:
+        rows = job.data
+        if rows is None:
+            rows = self._rows(job.decision.key, job.begin, job.end)
+        qdata, scale, signal, noise = kernels.quantize_and_measure(rows.to(self.device))
+        _check_storable(self._where(job.decision), signal, qdata, scale, job.begin)
+        self._write(job.decision, job.begin, qdata, scale)
+        sqnr = SqnrAccumulator()
+        sqnr.add(job.begin, signal, noise)
+        return sqnr
+
+    @torch.inference_mode()
+    def _round(self, decision: Decision, moments: Moments | StoredMoments) -> _Result:
+        """Round a whole layer for its inputs.
+
+        On the CPU where the device has no float64, which `gptq` factorizes and sums in.
+        """
+        tick = functools.partial(self.advance, 0, decision.key)
+        tick()
+        device = self.device if has_float64(self.device) else torch.device("cpu")
+        weight = self._rows(decision.key, 0, decision.shape[0]).to(device)
+        _check_storable(self._where(decision), weight, *kernels.quantize(weight), 0)
+        rounded = gptq.round_weight(
+            weight, moments.second, moments.rows, name=quoted(decision.key), tick=tick
         )
+        stored, error = (rounded.qdata, rounded.scale), rounded.error
+        sqnr = _sqnr_of(weight, *stored)
+        if (
+            sqnr.sqnr_db is not None and sqnr.sqnr_db < MIN_SQNR
+        ):  # `verify` would take it for damage
+            stored, error = kernels.quantize(weight), rounded.nearest
+            sqnr = _sqnr_of(weight, *stored)
+        self._write(decision, 0, *stored)
+        return _Result(sqnr, error, rounded.nearest)
 
+    def _write(self, decision: Decision, first_row: int, qdata, scale) -> None:
+        for part, data in ((WEIGHT, qdata), (SCALE, scale)):
+            self.writer.write(
+                decision.layer + part, as_bytes(data.cpu()), first_row * data.shape[1]
+            )
 
-def _refuse_overflow(where: str, qdata, scale, first: int) -> None:
-    """Raise ValueError for the first row that would read back as infinite."""
-    if not (scale >= _LARGE_SCALE).any():
-        return
-    bad = ~kernels.dequantize(qdata, scale, torch.float32).isfinite().all(-1)
-    if bad.any():
-        row = first + int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{where} holds a value in row {row} that MXFP8 rounds to 2**128, beyond what float32 "
-            "holds; exclude this layer"
-        )
+    def _rows(self, key: str, first: int, last: int) -> torch.Tensor:
+        with _one_at_a_time:
+            return self.source.rows(key, first, last)
 
-
-@torch.inference_mode()
-def _round(source: Source, decision: Decision, moments: Moments, writer, device, energies, tick):
-    """Round a whole layer for what it is given; returns (output error, that of plain rounding).
-
-    On the CPU where the device has no float64, in which `gptq` factorizes and energies are summed.
-    """
-    tick()
-    device = device if has_float64(device) else torch.device("cpu")
-    weight = _Reader(source, decision.key).rows(0, decision.shape[0])().to(device)
-    where = f"{source.name}: {quoted(decision.key)}"
-    _refuse_not_finite(where, weight, 0)
-    _refuse_overflow(where, *kernels.quantize(weight), 0)
-    found = gptq.round_weight(
-        weight, moments.second, moments.rows, name=quoted(decision.key), tick=tick
-    )
-    stored, error, energy = (found.qdata, found.scale), found.error, SqnrAccumulator()
-    energy.add(0, *(part.cpu() for part in kernels.signal_and_noise(weight, *stored)))
-    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:  # `verify` would not believe it
-        stored, error, energy = kernels.quantize(weight), found.nearest, SqnrAccumulator()
-        energy.add(0, *(part.cpu() for part in kernels.signal_and_noise(weight, *stored)))
-    for part, data in zip((WEIGHT, SCALE), stored, strict=True):
-        writer.write(decision.layer + part, as_bytes(data.cpu()), 0)
-    energies[decision.key] = energy
-    return error, found.nearest
-
-
-class _Reader:
-    """Reads one tensor, in one thread at a time, and says what to do when that fails.
-
-    A file is read by the threads that do the work: each then uses the same memory over and over,
-    which spares as many page faults as the source has pages (2 us each, 0.5 s per GB, on a virtual
-    machine). A model in memory is not made for threads, so the caller's thread reads that.
-    """
-
-    def __init__(self, source: Source, key: str):
-        self._source = source
-        self._key = key
-
-    def rows(self, first: int, last: int) -> Callable[[], torch.Tensor]:
-        """What returns these rows."""
-        if hasattr(self._source, "files"):
-            return functools.partial(self._rows, first, last)
-        rows = self._rows(first, last)
-        return lambda: rows
-
-    def _rows(self, first: int, last: int) -> torch.Tensor:
-        return self._read(self._source.rows, self._key, first, last)
-
-    def pieces(self) -> Iterator[memoryview]:
-        """The tensor's bytes, in order."""
-        pieces = self._source.pieces(self._key)
-        while (piece := self._read(next, pieces, None)) is not None:
+    def _pieces(self, key: str) -> Iterator[memoryview]:
+        pieces = self.source.pieces(key)
+        while True:
+            with _one_at_a_time:
+                piece = next(pieces, None)
+            if piece is None:
+                return
             yield piece
 
-    def _read(self, function: Callable, *arguments):
-        try:
-            # The lock itself, no context manager around it: an interrupt between the two would
-            # leave it locked.
-            with _one_at_a_time:
-                return function(*arguments)
-        except OSError as error:
-            if error.errno is None:  # the source has said it all
-                raise
-            raise OSError(
-                error.errno,
-                f"reading {quoted(self._key)} failed ({error.strerror}); check the file "
-                "and its disk",
-                self._source.name,
-            ) from error
+    def _where(self, decision: Decision) -> str:
+        return f"{self.source.name}: {quoted(decision.key)}"
 
 
+# Sources are not thread-safe. This is taken directly, not in a context manager of ours: an
+# interrupt within that could leave it locked.
 _one_at_a_time = threading.Lock()
+
+
+def _is_low(sqnr: SqnrAccumulator) -> bool:
+    return sqnr.sqnr_db is not None and sqnr.sqnr_db < MIN_SQNR
+
+
+def _sqnr_of(weight: torch.Tensor, qdata, scale) -> SqnrAccumulator:
+    sqnr = SqnrAccumulator()
+    sqnr.add(0, *(part.cpu() for part in kernels.signal_and_noise(weight, qdata, scale)))
+    return sqnr
+
+
+def _check_storable(where: str, values: torch.Tensor, qdata, scale, first: int) -> None:
+    """Raise ValueError for the first row, counted from `first`, that MXFP8 cannot hold.
+
+    Args:
+        values: [N, any], not finite where the weight is not.
+    """
+    if not (scale >= _LARGE_SCALE).any():  # that of NaN and Inf is the largest
+        return
+    stored = kernels.dequantize(qdata, scale, torch.float32)
+    for matrix, problem in (
+        (values, "NaN or Inf in row {}; MXFP8 cannot store it: get the file again, or"),
+        (stored, "a value in row {} that MXFP8 rounds to 2**128, beyond what float32 holds;"),
+    ):
+        bad = ~matrix.isfinite().all(-1)
+        if bad.any():
+            row = first + int(bad.nonzero()[0, 0])
+            raise ValueError(f"{where} holds {problem.format(row)} exclude this layer")
 
 
 def _device(name: str | None) -> torch.device:
     """The device to quantize on."""
     if name is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found and found.type != "mps" else torch.device("cpu")  # MPS has no float8
+        device = torch.accelerator.current_accelerator(check_available=True)
+        has_float8 = device is not None and device.type != "mps"
+        return device if has_float8 else torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
@@ -392,13 +415,13 @@ def _device(name: str | None) -> torch.device:
 
 
 def _compute_alone(threads: int) -> None:
-    """Let the calling thread run torch's operations by itself.
+    """Have the calling thread run torch's operations without further threads.
 
-    torch.set_num_threads also sets what threads started later begin with; another thread sets that
-    back to `threads`.
+    torch.set_num_threads also sets the count with which later threads begin; another thread sets
+    that back to `threads`.
     """
     with _one_at_a_time:
-        torch.get_num_threads()  # a thread's first question sets it up, over what was set before
+        torch.get_num_threads()  # the first call in a thread overwrites what was set before
         torch.set_num_threads(1)
         other = threading.Thread(target=torch.set_num_threads, args=(threads,))
         other.start()
@@ -407,7 +430,7 @@ def _compute_alone(threads: int) -> None:
 
 @contextlib.contextmanager
 def _memory_explained(name: str):
-    """Turn what torch and Python raise for want of memory into one error that says what to do."""
+    """Turn all out-of-memory errors of torch and Python into one that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -420,14 +443,15 @@ def _memory_explained(name: str):
         ) from error
 
 
-def _layer_reports(plan: Plan, writer: Writer, energies, errors) -> tuple[LayerReport, ...]:
+def _layer_reports(
+    plan: Plan, writer: Writer, results: dict[str, _Result]
+) -> tuple[LayerReport, ...]:
     reports = []
     for decision in plan.decisions:
         if not decision.key.endswith(WEIGHT) or len(decision.shape) != 2:
             continue
         parts = (WEIGHT, SCALE, MARKER) if decision.quantize else (WEIGHT,)
-        energy = energies.get(decision.key)
-        output_error, nearest_error = errors.get(decision.key, (None, None))
+        result = results.get(decision.key, _Result())
         reports.append(
             LayerReport(
                 name=decision.layer,
@@ -437,10 +461,10 @@ def _layer_reports(plan: Plan, writer: Writer, energies, errors) -> tuple[LayerR
                 shape=decision.shape,
                 bytes_before=_nbytes(decision),
                 bytes_after=sum(writer.tensors[decision.layer + p].nbytes for p in parts),
-                sqnr_db=energy.sqnr_db if energy else None,
-                worst_block=energy.worst if energy else None,
-                output_error=output_error,
-                nearest_error=nearest_error,
+                sqnr_db=result.sqnr.sqnr_db,
+                worst_block=result.sqnr.worst,
+                output_error=result.output_error,
+                nearest_error=result.nearest_error,
             )
         )
     return tuple(reports)

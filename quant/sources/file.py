@@ -112,16 +112,25 @@ class FileSource:
         self._identity = identity
 
     def _read(self, info: TensorInfo, offset: int, count: int) -> torch.Tensor:
-        if self._file is None:
-            self._open()
         data = torch.empty(count, dtype=torch.uint8)
         view = as_bytes(data)
-        self._file.seek(info.begin + offset)
-        while view:
-            got = self._file.readinto(view)
-            if not got:
-                raise OSError(f"{self.name}: the file became shorter while {info.name!r} was read")
-            view = view[got:]
+        try:
+            if self._file is None:
+                self._open()
+            self._file.seek(info.begin + offset)
+            while view and (read := self._file.readinto(view)):
+                view = view[read:]
+        except OSError as error:
+            if error.errno is None:  # the file was changed
+                raise
+            raise OSError(
+                error.errno,
+                f"reading {quoted(info.name)} failed ({error.strerror}); check the file and its "
+                "disk",
+                self.name,
+            ) from error
+        if view:
+            raise OSError(f"{self.name}: the file became shorter while {info.name!r} was read")
         return data
 
 

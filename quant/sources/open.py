@@ -44,9 +44,7 @@ def open_source(path) -> StoredSource:
         shards.check_not_shard(place)
         source = FileSource(place)
     try:
-        unsupported.check_unquantized(
-            source
-        )  # before names: those of another format are no diffusers'
+        unsupported.check_unquantized(source)  # first: other formats have other names
         return _renamed(_unshared(source))
     except BaseException:
         source.close()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -213,52 +214,58 @@ def test_workers_leave_torch_one_thread_each(tmp_path, monkeypatch):
     assert threading.main_thread() not in {thread for thread, _ in seen}
 
 
-def test_a_pipeline_keeps_its_budget_and_the_order():
-    lock, under_way, most, results = threading.Lock(), [], [], []
+@dataclass
+class Sized:
+    """A job for a pipeline."""
 
-    def work(size):
+    size: int
+    number: int = 0
+
+
+def test_a_pipeline_keeps_its_budget_and_the_order():
+    lock, in_flight, most = threading.Lock(), [], []
+
+    def work(job):
         with lock:
-            under_way.append(size)
-            most.append(sum(under_way))
-        time.sleep(0.001 * (size % 5))
+            in_flight.append(job.size)
+            most.append(sum(in_flight))
+        time.sleep(0.001 * (job.size % 5))
         with lock:
-            under_way.remove(size)
-        return size
+            in_flight.remove(job.size)
+        return -job.size
 
     sizes = [(7 * i) % 40 + 1 for i in range(60)]
-    with Pipeline(8, 50) as pipeline:
-        for size in sizes:
-            pipeline.submit(work, size, size=size, done=results.append)
-    assert results == sizes
+    with Pipeline(work, 8, 50) as pipeline:
+        results = [(job.size, result) for job, result in pipeline.run(map(Sized, sizes))]
+    assert results == [(size, -size) for size in sizes]
     assert 40 < max(most) <= 50
 
 
-def test_a_pipeline_takes_one_piece_over_its_budget():
-    results = []
-    with Pipeline(2, 10) as pipeline:
-        for size in (100, 3, 100):
-            pipeline.submit(int, size, size=size, done=results.append)
+def test_a_pipeline_takes_one_job_over_its_budget():
+    with Pipeline(lambda job: job.size, 2, 10) as pipeline:
+        results = [result for _, result in pipeline.run(map(Sized, (100, 3, 100)))]
     assert results == [100, 3, 100]
 
 
-@pytest.mark.parametrize("where", ["work", "done", "caller"])
+@pytest.mark.parametrize("where", ["work", "caller", "jobs"])
 def test_an_error_stops_a_pipeline_and_its_threads(where):
     before, started = threading.active_count(), []
 
-    def work(index):
-        started.append(index)
-        if where == "work" and index == 3:
+    def jobs():
+        for number in range(1000):
+            if where == "jobs" and number == 5:
+                raise RuntimeError
+            yield Sized(1, number)
+
+    def work(job):
+        started.append(job)
+        if where == "work" and job.number == 3:
             raise RuntimeError
         time.sleep(0.002)
 
-    def done(_):
-        if where == "done":
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError), Pipeline(2, 10) as pipeline:
-        for index in range(1000):
-            pipeline.submit(work, index, size=1, done=done)
-            if where == "caller" and index == 5:
+    with pytest.raises(RuntimeError), Pipeline(work, 2, 10) as pipeline:
+        for job, _ in pipeline.run(jobs()):
+            if where == "caller" and job.number == 5:
                 raise RuntimeError
     assert threading.active_count() == before
     assert len(started) < 30
@@ -268,9 +275,11 @@ def test_a_thread_that_cannot_begin_is_an_error_not_a_wait():
     def fail():
         raise RuntimeError("can't start new thread")
 
-    with pytest.raises(RuntimeError, match="can't start"), Pipeline(2, 10, fail) as pipeline:
-        for index in range(5):
-            pipeline.submit(int, index, size=1, done=lambda _: None)
+    with (
+        pytest.raises(RuntimeError, match="can't start"),
+        Pipeline(lambda job: None, 2, 10, fail) as pipeline,
+    ):
+        list(pipeline.run([Sized(1)] * 5))
 
 
 def test_cores_are_those_this_process_may_use():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import random
 import shutil
@@ -292,23 +293,26 @@ def test_a_limit_on_the_size_of_files(warm, source, target):
     assert names(target.parent) == []
 
 
-class Failing(FileSource):
-    """Made up: a disk that cannot read one place of a file."""
+class BadPlace(io.FileIO):
+    """Made up: a disk that cannot read one stretch of a file."""
 
-    def _read(self, info, offset, count):
-        if info.name == self.bad and offset:
+    def readinto(self, buffer):
+        if self.begin < self.tell() < self.end:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super()._read(info, offset, count)
+        return super().readinto(buffer)
 
 
 @pytest.mark.parametrize("bad", ["blocks.3.lin.weight", "kept.weight"])
 def test_a_place_that_cannot_be_read(source, target, monkeypatch, bad):
     monkeypatch.setattr("mxfp8.quant.conversion.convert._SLAB", 1 << 18)
     with (
-        Failing(source) as opened,
+        FileSource(source) as opened,
         pytest.raises(OSError, match="check the file and its disk") as e,
     ):
-        opened.bad = bad
+        opened._file.close()
+        opened._file = BadPlace(source)
+        info = opened.header.tensors[bad]
+        opened._file.begin, opened._file.end = info.begin, info.end
         convert(opened, target, plan_source(opened))
     assert (e.value.errno, e.value.filename) == (errno.EIO, source.name)
     assert f"reading {bad!r} failed (Input/output error)" in str(e.value)
