@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from comfyui import ROOT, TESTS, Release, fetch, fetch_package, releases  # noqa: E402
+from comfyui import ROOT, TESTS, Release, fetch, fetch_package, releases
 
 RESULTS = ROOT / "bench" / "results" / "versions.json"
 # "ComfyUI comfy-kitchen" of a run, for the test in it that asks the server what it runs.
