@@ -1,4 +1,4 @@
-# The two commands of a fresh machine:  make demo  and  make test.
+# The commands of a fresh machine:  make demo  and  make test;  while you work,  make check.
 # COMFYUI_PATH=/path/to/ComfyUI uses a ComfyUI of your own instead of the pinned one.
 
 PYTHON ?= python3
@@ -7,8 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # Torch's threads wait spinning otherwise, and beside other programs run several times slower.
 export OMP_WAIT_POLICY ?= passive
+# Two workers, and torch's threads one in each; tests/conftest.py says who gets which tests.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+check test test-long: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-long lint format bench gallery clean
+.PHONY: setup demo check test test-long lint format bench gallery clean
 
 setup: $(STAMP)
 
@@ -21,11 +25,15 @@ $(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproje
 demo: setup
 	$(BIN)/python tests/support/demo.py
 
+# Without ComfyUI: kernels, files, reports, the rules of the repository.
+check: setup
+	$(PYTEST) -m "not comfy and not long" --durations=10
+
 test: setup
-	$(BIN)/python -m pytest -m "not long" --durations=15
+	$(PYTEST) -m "not long" --durations=15
 
 test-long: setup
-	$(BIN)/python -m pytest --durations=30
+	$(PYTEST) --durations=30
 
 lint: setup
 	$(BIN)/ruff check .

@@ -75,6 +75,15 @@ def card(monkeypatch, forget):
     return insert
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Groups for `--dist loadgroup`: the tests of the one server are for one worker, so that it
+    starts once and they keep their order; other files are for whoever is free."""
+    for item in items:
+        group = "server" if "comfy" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_ignore_collect(collection_path) -> bool | None:
     """Kernels run on a GPU, or in the interpreter that `test_triton.py` starts."""
     if collection_path.match("tests/kernels/triton"):

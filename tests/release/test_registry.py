@@ -145,13 +145,18 @@ def test_the_archive_holds_what_comfyui_reads_and_no_more(archive, unpacked):
 def test_the_package_takes_along_every_file_of_its_rooms():
     """`pip install .` copies Python files, and of the others those that pyproject.toml names."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    packages = re.search(r"^packages = (\[.*\])$", text, re.MULTILINE)[1]
-    assert ast.literal_eval(packages) == ["mxfp8", *(f"mxfp8.{room}" for room in ROOMS)]
-    for room in ROOMS:
-        files = [p for p in (ROOT / room).iterdir() if p.name != "__pycache__"]
-        named = re.search(rf'^"mxfp8.{room}" = (\[.*\])$', text, re.MULTILINE)
-        others = {path.name for path in files if path.suffix != ".py"}
-        assert others == set(ast.literal_eval(named[1]) if named else []), room
+    packages = re.search(r"^packages = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1]
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    names = {f"mxfp8.{'.'.join(f.relative_to(ROOT).parts)}": f for f in folders}
+    assert sorted(ast.literal_eval(packages)) == sorted(["mxfp8", *names])
+    for name, folder in names.items():
+        assert (folder / "__init__.py").is_file(), name
+        data = re.search(rf'^"{name}" = (\[.*\])$', text, re.MULTILINE)
+        others = {p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".py"}
+        assert others == set(ast.literal_eval(data[1]) if data else []), name
+    for room in ROOMS:  # and no file lies outside these packages
+        inner = {p.parent for p in (ROOT / room).rglob("*") if p.is_file()}
+        assert {f for f in inner if f.name != "__pycache__"} <= folders
 
 
 def test_the_icon_is_what_the_registry_takes():
