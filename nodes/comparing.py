@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
-from ..quant.reports.comparison import KEY, VERSION, Comparison, Setting, mean_of
+from ..quant.reports.comparison import Comparison, Setting, mean_of
 from ..quant.version import version
 from .host.progress import Progress, show
 from .loading import CATEGORY
@@ -155,8 +155,7 @@ def check_comparison(comparison, patcher_fingerprint: str | None) -> None:
         )
     if comparison.model.fingerprint != patcher_fingerprint:
         raise ValueError(
-            f"this {KEY} (version {VERSION}) was measured on other weights; connect the model that "
-            "was compared"
+            "this comparison was measured on other weights; connect the model that was compared"
         )
 
 

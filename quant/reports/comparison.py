@@ -1,14 +1,12 @@
-"""How near one model's output is to another's, as data: what was sampled, on what, what came of it.
+"""The comparison of two models on the same seeds, as data.
 
 Both models sample the same seeds from the same noise, so each seed is a pair. The latent SNR of a
 pair is 10 log10(sum r^2 / sum (m - r)^2) in dB, r the reference's latent and m the model's; higher
-is nearer, and null means that the two are identical. Means carry a bootstrap interval over seeds,
-and what the reference differs from itself by (`Floor`) stands beside them: without it no number
-says whether the model or the sampler made the difference.
+is closer, and null means that the two are identical. Means carry a bootstrap interval over seeds,
+and the noise floor, how much the reference differs from itself, stands beside them (`Floor`):
+without it no number shows whether the model or the sampler made the difference.
 
-A comparison is plain JSON with a version, as a conversion's report is. It may come from anyone's
-file, so `from_json` checks the type of every field. There are no images in it, and nothing here
-needs torch: `inspection` reads it from a header.
+There are no images in it, and nothing here needs torch: `checks.inspect` reads it from a header.
 """
 
 from __future__ import annotations
@@ -17,27 +15,25 @@ import hashlib
 import json
 import math
 import random
-import types
-import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 
 from ..format import bare
+from . import document
 from .conversion import gigabytes
 
-VERSION = 1
 KEY = "mxfp8_comparison"
-OLD_KEY = "mxfp8_certificate"  # in older files, where paths were "ways"
+OLD_KEY = "mxfp8_certificate"  # its name in older files, where a side's paths were "ways"
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
-_FEW = 10  # seeds; below, `interval` says that it is narrow
+_FEW = 10  # seeds; with fewer, `interval` calls itself too narrow
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its 95% interval, a percentile bootstrap with a fixed seed.
+    """A mean over seeds with its 95% interval, a percentile bootstrap from a fixed random seed.
 
-    With few seeds it is too narrow, as any bootstrap is: with four it holds the true mean about
+    As any bootstrap, it is too narrow for few samples: with four seeds it holds the true mean about
     four times in five.
     """
 
@@ -49,15 +45,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Seed:
-    """What one seed gave.
+    """The result of one seed.
 
     Attributes:
         identical: whether the two latents have the same values, bit for bit.
-        latent_snr_db: None where they are identical or could not be compared.
+        latent_snr_db: None if they are identical or could not be compared.
         psnr_db, ssim: of the decoded images, peak 1; None without a VAE or if identical (PSNR).
         repeat_snr_db: of a second run of the reference against its first; other_noise_snr_db: of
-            a run whose sampler drew other noise. None where that was not run or made no difference.
-        problems: what is wrong with the outputs, in words.
+            a run whose sampler drew other noise. None if that was not run or made no difference.
+        problems: sentences on what is wrong with the outputs.
     """
 
     seed: int
@@ -90,13 +86,13 @@ class Side:
     """One of the two models.
 
     Attributes:
-        paths: "backend, precision" of MXFP8 layers, given many rows -> how many run so.
-        fingerprint: of its MXFP8 layers (see `fingerprint`), or, in a model that has none, of all
-            its linears (`calibration.fingerprint`); None where LoRAs or patches change weights.
+        paths: "backend, precision" for inputs of many rows -> number of MXFP8 layers.
+        fingerprint: of its MXFP8 layers (see `fingerprint`), or of all its linears if none is MXFP8
+            (`calibration.fingerprint`); None if LoRAs or patches change its weights.
         dtype: that it computes in.
-        seconds: median of its runs in the sampler, loading not counted, nor the first run where
-            there are others; steps are noted meanwhile.
-        peak_bytes: of what torch allocated on the device while it ran, weights included.
+        seconds: median time of a run in the sampler, recording of the steps included, without
+            loading and, if there are others, without the first run.
+        peak_bytes: the most that torch had allocated on the device during a run, with weights.
     """
 
     model: str
@@ -105,6 +101,10 @@ class Side:
     dtype: str
     seconds: float | None = None
     peak_bytes: int | None = None
+
+    def title(self) -> str:
+        paths = [f"{count} MXFP8 layers on {path}" for path, count in self.paths.items()]
+        return f"{self.model} ({'; '.join([*paths, self.dtype])})"
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Floor:
-    """What two runs of the reference on the same seed and the same first noise differ by.
+    """The noise floor: how much two runs of the reference on the same seed and noise differ.
 
     Attributes:
         repeats: whether a second run gave the same bits.
-        draws: whether the sampler draws noise of its own, so that other noise gives another latent.
-        repeat_snr_db, other_noise_snr_db: means over seeds, where there is such a difference.
+        draws: whether the sampler draws noise of its own, so that the latent depends on it.
+        repeat_snr_db, other_noise_snr_db: means over seeds; None without such a difference.
     """
 
     repeats: bool
@@ -143,8 +143,8 @@ class Comparison:
 
     Attributes:
         latent_snr_db, psnr_db, ssim: means over the seeds that have them.
-        floor: None where the reference's own output is no number.
-        notes: what was not measured, and why.
+        floor: None if the reference's own output is not finite.
+        notes: sentences on what was not measured, and why.
     """
 
     reference: Side
@@ -174,31 +174,22 @@ class Comparison:
 
     def to_json(self, indent: int | None = 1) -> str:
         """Versioned JSON; `from_json` is its inverse."""
-        return json.dumps({KEY: VERSION, **asdict(self)}, indent=indent, allow_nan=False)
+        return document.write(KEY, asdict(self), indent)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
         """Read a comparison back, also in its older form.
 
         Raises:
-            ValueError: no comparison, one of another version, or a field is not what it must be.
+            FormatError: it is no comparison, one of another version, or a field is of another type.
         """
-        try:
-            data = json.loads(text, parse_constant=_refuse_constant)
-        except RecursionError as error:
-            raise ValueError("nested too deeply for an MXFP8 comparison") from error
-        if isinstance(data, dict) and OLD_KEY in data:
-            _update(data)
-        version = data.pop(KEY, None) if isinstance(data, dict) else None
-        if version != VERSION:
-            raise ValueError(f"not an MXFP8 comparison of version {VERSION} (found {version!r})")
-        return _read(cls, data, "comparison")
+        return document.read(cls, KEY, text, {OLD_KEY: KEY, "ways": "paths"})
 
     def title(self) -> str:
-        return f"{named(self.model)} against {named(self.reference)}"
+        return f"{self.model.title()} against {self.reference.title()}"
 
     def summary(self) -> str:
-        """Some lines for a terminal or a node."""
+        """A few lines for a terminal or a node."""
         setting = self.setting
         versions = ", ".join(f"{name} {v}" for name, v in setting.versions.items())
         lines = [
@@ -225,11 +216,11 @@ class Comparison:
         if self.latent_snr_db is not None and low is not None:
             lines.append(
                 f"latent SNR {interval(self.latent_snr_db, 'dB')}; lowest {low.latent_snr_db:.2f} "
-                f"dB, seed {low.seed}"
+                f"dB at seed {low.seed}"
             )
         for name, unit, mean in (("PSNR", "dB", self.psnr_db), ("SSIM", "", self.ssim)):
             if mean is not None:
-                lines.append(f"{name} of the images {interval(mean, unit)}")
+                lines.append(f"image {name} {interval(mean, unit)}")
         if self.steps and not self.identical:
             first, last = self.steps[0], self.steps[-1]
             lines.append(
@@ -243,7 +234,7 @@ class Comparison:
         for name, side in (("reference", self.reference), ("model", self.model)):
             parts = [] if side.fingerprint is None else [f"fingerprint {side.fingerprint[:12]}"]
             if side.seconds is not None:
-                parts.append(f"{side.seconds:.2f} s a run")
+                parts.append(f"{side.seconds:.2f} s per run")
             if side.peak_bytes is not None:
                 parts.append(f"peak memory {gigabytes(side.peak_bytes)}")
             if parts:
@@ -252,9 +243,9 @@ class Comparison:
 
 
 def fingerprint(rows: Iterable[tuple[str, bytes]]) -> str | None:
-    """A hash by which a model's MXFP8 layers are known again, loaded or in a file; None of none.
+    """A hash that identifies a model's MXFP8 layers, loaded or in a file; None if there are none.
 
-    It tells one model from another, and says nothing of damage.
+    It tells one model from another and does not detect damage.
 
     Args:
         rows: (name, codes of the first row) of each layer.
@@ -267,95 +258,46 @@ def fingerprint(rows: Iterable[tuple[str, bytes]]) -> str | None:
     return digest.hexdigest() if count else None
 
 
-def named(side: Side) -> str:
-    """A model in a few words."""
-    if not side.paths:
-        return f"{side.model} ({side.dtype})"
-    paths = "; ".join(f"{count} MXFP8 layers on {path}" for path, count in side.paths.items())
-    return f"{side.model} ({paths}; {side.dtype})"
-
-
 def interval(mean: Mean, unit: str) -> str:
-    """A mean with its interval, for people."""
+    """A mean with its interval, in words."""
     digits = 2 if unit else 4
-    low, high = f"{mean.low:.{digits}f}", f"{mean.high:.{digits}f}"
-    shown = " ".join(filter(None, (f"{mean.mean:.{digits}f}", unit)))
-    narrow = ", too narrow" if mean.count < _FEW else ""
-    return f"{shown} (bootstrap 95%{narrow} for n = {mean.count}: {low} to {high})"
+    center, low, high = (f"{value:.{digits}f}" for value in (mean.mean, mean.low, mean.high))
+    narrow = ", too narrow at" if mean.count < _FEW else ","
+    return (
+        f"{center}{' ' * bool(unit)}{unit} (95% bootstrap CI {low} to {high}{narrow} "
+        f"n = {mean.count})"
+    )
 
 
 def _floor_lines(floor: Floor | None) -> list[str]:
-    lines = []
     if floor is None:
-        return lines
+        return []
+    lines = []
     if floor.repeats:
-        lines.append("noise floor: none; a second run of the reference gave the same bits")
+        lines.append("noise floor: none; a second run of the reference was identical")
     elif floor.repeat_snr_db is not None:
         lines.append(
-            "noise floor: the reference does not repeat itself; its second run has an SNR of "
+            "noise floor: the reference is not deterministic; its second run has SNR "
             f"{interval(floor.repeat_snr_db, 'dB')}"
         )
     if floor.draws and floor.other_noise_snr_db is not None:
         lines.append(
-            "this sampler draws noise of its own: with other such noise the reference itself has "
-            f"an SNR of {interval(floor.other_noise_snr_db, 'dB')}"
+            "this sampler draws noise of its own: with other noise the reference itself has SNR "
+            f"{interval(floor.other_noise_snr_db, 'dB')}"
         )
     return lines
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:
-    """The mean of those values that are there, with its interval; None of none.
+    """The mean of the values that are not None, with its interval; None if all are.
 
     Resampled with the standard library's generator, whose sequence is the same everywhere.
     """
-    found = [value for value in values if value is not None]
-    if not found:
+    sample = [value for value in values if value is not None]
+    if not sample:
         return None
     generator = random.Random(0)
-    n = len(found)
-    means = sorted(math.fsum(generator.choices(found, k=n)) / n for _ in range(_RESAMPLES))
+    n = len(sample)
+    means = sorted(math.fsum(generator.choices(sample, k=n)) / n for _ in range(_RESAMPLES))
     tail = round((1 - _CONFIDENCE) / 2 * _RESAMPLES)
-    return Mean(math.fsum(found) / n, means[tail], means[-1 - tail], n)
-
-
-def _update(data: dict) -> None:
-    """Rename what `OLD_KEY` had under other names."""
-    data[KEY] = data.pop(OLD_KEY)
-    for side in (data.get("reference"), data.get("model")):
-        if isinstance(side, dict) and "ways" in side:
-            side["paths"] = side.pop("ways")
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _read(kind, value, where: str):
-    """A value of JSON as a field's type, checked.
-
-    Raises:
-        ValueError: it is of another type; the message names the field.
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # of a type and None
-        return None if value is None else _read(arguments[0], value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], part, f"{where}[{i}]") for i, part in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], part, where) for key, part in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _read_fields(kind, value, where)
-    if kind is float and type(value) in (int, float) and abs(value) <= 1e300:
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise ValueError(f"{where} is not of type {getattr(kind, '__name__', kind)}")
-
-
-def _read_fields(kind, value: dict, where: str):
-    expected = {field.name for field in fields(kind)}
-    if value.keys() != expected:
-        odd = min(value.keys() ^ expected)
-        raise ValueError(f"field {odd[:80]!r} of the {where} is missing or unknown")
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value[name], name) for name in value})
+    return Mean(math.fsum(sample) / n, means[tail], means[-1 - tail], n)

@@ -1,28 +1,29 @@
-"""What a conversion did, layer by layer, as data: the one contract with the browser and scripts.
+"""The report of a conversion, layer by layer: JSON for the browser and for scripts.
 
-A report is plain JSON with a version. SQNR, the signal-to-quantization-noise ratio, is
-10 log10(sum x^2 / sum (dequantized - x)^2) in dB over a layer's weights; higher is better, and
-MXFP8 of trained weights has about 31.5. null means that nothing was lost.
+SQNR, the signal-to-quantization-noise ratio, is 10 log10(sum x^2 / sum (dequantized - x)^2) in dB
+over a layer's weights. Higher is better; trained weights have about 31.5 dB in MXFP8. null stands
+for a layer without any error.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-VERSION = 1
+from . import document
+
+KEY = "mxfp8_report"
 MXFP8 = "mxfp8"
 KEPT = "kept"
-# dB. Rounding to E4M3 leaves 31 to 32 of trained weights. The worst is half a spacing of a value
-# just above a power of two, 1 in 17.
+# dB, the least that rounding to E4M3 leaves: half a spacing of a value just above a power of two,
+# 1 in 17. Trained weights have 31 to 32.
 MIN_SQNR = 24.6
 
 
 @dataclass(frozen=True)
 class Block:
-    """The block of 32 that lost most, relative to its own size."""
+    """The block of 32 with the lowest SQNR."""
 
     row: int
     block: int
@@ -35,12 +36,11 @@ class LayerReport:
 
     Attributes:
         decision: "mxfp8" or "kept".
-        reason: why, in words.
         dtype: of the source ("BF16", ...); shape: unpadded (N, K).
         bytes_before, bytes_after: of the weight with its scales and marker.
-        sqnr_db: of a quantized layer; None where nothing was lost or nothing was quantized.
-        output_error: relative error of the layer's output on the inputs of a calibration, and
-            nearest_error, what rounding to nearest has there; None without one.
+        sqnr_db: of a quantized layer; None if it has no error or was kept.
+        output_error: relative error of the layer's output on the calibration data; nearest_error:
+            the same with the weight rounded to nearest. None without a calibration.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Report:
         bytes_before, bytes_after: of all tensors, layers or not.
         seconds: wall time, writing and verification included.
         sqnr_db: over all quantized weights together.
-        min_sqnr_db: what a sound layer has at least; for who draws the report.
-        include, exclude: the expressions that were given beside the preset.
-        calibration: what the weights were rounded for: the "model" that was run, as its
-            fingerprint, the number of "layers", their "least_rows", and whatever the calibration
-            says of itself ("first_seed", "seeds", "steps", "sampler", ...); None without one.
+        min_sqnr_db: the least that a sound layer has, for charts of the report.
+        include, exclude: the regular expressions given beside the preset.
+        calibration: the fingerprint of the "model" that was run, the number of "layers", their
+            "least_rows", and what the calibration says of itself ("first_seed", "seeds", "steps",
+            "sampler", ...); None without one.
     """
 
     source: str
@@ -97,27 +97,16 @@ class Report:
 
     def to_json(self) -> str:
         """Versioned JSON; `from_json` is its inverse."""
-        return json.dumps({"mxfp8_report": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        return document.write(KEY, asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """Read a report back.
 
         Raises:
-            ValueError: no report, or one of another version.
+            FormatError: it is no report, one of another version, or a field is of another type.
         """
-        data = json.loads(text)
-        version = data.pop("mxfp8_report", None) if isinstance(data, dict) else None
-        if version != VERSION:
-            raise ValueError(f"not an MXFP8 report of version {VERSION} (found {version!r})")
-        try:
-            layers = tuple(_layer_from(entry) for entry in data.pop("layers"))
-            found = cls(**data, layers=layers)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"a field of the report is missing or unknown: {error}") from error
-        if not isinstance(found.calibration, dict | None):
-            raise ValueError("calibration of the report is no object of JSON")
-        return found
+        return document.read(cls, KEY, text)
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
@@ -129,18 +118,18 @@ class Report:
             f"{len(self.quantized)} layers MXFP8, {kept} kept (preset {self.preset}, "
             f"{self.architecture or 'architecture not recognized'})",
         ]
-        if self.sqnr_db is not None:
+        if self.sqnr_db is not None and self.worst is not None:
             lines.append(
                 f"SQNR {self.sqnr_db:.2f} dB; worst layer {self.worst.name}: "
                 f"{self.worst.sqnr_db:.2f} dB"
             )
-        calibrated = [layer for layer in self.layers if layer.nearest_error]
-        if calibrated:
-            ratios = [layer.output_error / layer.nearest_error for layer in calibrated]
+        ratios = [x.output_error / x.nearest_error for x in self.layers
+                  if x.nearest_error and x.output_error is not None]  # fmt: skip
+        if ratios:
             lines.append(
-                f"{len(calibrated)} layers calibrated: what they put out is off by "
-                f"{sum(ratios) / len(ratios):.2f} of what rounding to nearest leaves, on average "
-                "(their weights are off by more, as meant)"
+                f"{len(ratios)} layers calibrated: layer output error "
+                f"{sum(ratios) / len(ratios):.2f}x of nearest rounding on average, on the "
+                "calibration data itself (weight SQNR is lower in exchange)"
             )
         if self.calibration is not None:
             lines.append(_calibrated_on(self.calibration))
@@ -148,28 +137,24 @@ class Report:
 
 
 def _calibrated_on(about: dict) -> str:
-    least = f"at least {about.get('least_rows')} rows a layer"
+    least = f"at least {about.get('least_rows')} rows per layer"
     seeds, steps, first = (about.get(key) for key in ("seeds", "steps", "first_seed"))
     if not all(type(number) is int for number in (seeds, steps, first)):
-        return f"calibrated on {least}"  # from Python, or saved before calibrations said more
-    return f"calibrated on {seeds} seeds of {steps} steps from seed {first}, {least}"
-
-
-def _layer_from(entry: dict) -> LayerReport:
-    block = entry.pop("worst_block")
-    shape = tuple(entry.pop("shape"))
-    return LayerReport(**entry, shape=shape, worst_block=None if block is None else Block(**block))
+        return f"calibrated on {least}"  # made from Python, or before calibrations said more
+    last = (first + seeds - 1) % 2**64
+    run = f"seeds {first} to {last}" if seeds > 1 else f"seed {first}"
+    return f"calibrated on {run}, {steps} steps each, {least}"
 
 
 def listed(label: str, sentences: Sequence[str], most: int) -> list[str]:
-    """Lines with the first of some sentences, and how many there are more."""
+    """Lines with the first sentences, and the number of the rest."""
     lines = [f"{label}: {sentence}" for sentence in sentences[:most]]
     more = len(sentences) - most
-    return [*lines, f"and {more} more of these"] if more > 0 else lines
+    return [*lines, f"{label}: {more} more like these"] if more > 0 else lines
 
 
 def gigabytes(count: int) -> str:
-    """A size for people: decimal units, as disks and model pages use."""
+    """A size in decimal units, as disks and model pages give it."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -177,14 +162,14 @@ def gigabytes(count: int) -> str:
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise), or None where there is no noise."""
+    """10 log10(signal / noise), or None without noise."""
     if noise == 0:
         return None
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 class SqnrAccumulator:
-    """Adds up signal and noise over the slabs of one layer, remembering its worst block."""
+    """Adds up signal and noise over the slabs of one layer and keeps its worst block."""
 
     def __init__(self) -> None:
         self.signal = 0.0
@@ -192,7 +177,7 @@ class SqnrAccumulator:
         self.worst: Block | None = None
 
     def add(self, first_row: int, signal, noise) -> None:
-        """Account for float64 [m, blocks] energies of the rows from `first_row`."""
+        """Add float64 [m, blocks] energies of the rows from `first_row` on."""
         self.signal += float(signal.sum())
         self.noise += float(noise.sum())
         ratio = (noise / signal.clamp_min(1e-300)).flatten()
@@ -204,7 +189,7 @@ class SqnrAccumulator:
                 self.worst = Block(first_row + row, block, value)
 
     def merge(self, later: SqnrAccumulator) -> None:
-        """Account for what was added up over rows further down."""
+        """Add the sums over rows further down."""
         self.signal += later.signal
         self.noise += later.noise
         if later.worst and (self.worst is None or later.worst.sqnr_db < self.worst.sqnr_db):

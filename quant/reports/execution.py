@@ -1,25 +1,24 @@
-"""How a model runs on this machine, layer by layer, as data.
+"""The backend report: how each linear of a model runs on this machine, as data.
 
-It says which backend runs each linear, at what precision and why, where the bytes are, and, if
-measured, how long a layer of each size takes against a dense one and against stock's way. All of
-it is asked of the code that runs the layers (`kernels.execution_path`), never worked out again. It
-is plain JSON with a version, as a conversion's report is.
+It gives the backend and precision of every layer with the reason, where the bytes are, and, if
+measured, the time of a layer of each size next to a dense one and to stock's forward. All of it is
+asked of the code that runs the layers (`kernels.execution_path`), never worked out again.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
+from . import document
 from .conversion import KEPT, MXFP8, gigabytes
 
-VERSION = 1
-_SLOWEST = "eager"  # the backend that runs where no other does
-_LACKING = ("triton", "fp8")  # the backends to say why not of, the first that was refused
+KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
+_SLOWEST = "eager"  # the backend that takes every problem
+_FASTER = ("triton", "fp8")  # backends whose absence is worth a reason, in this order
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class LayerExecution:
 
     Attributes:
         decision: "mxfp8", the name of another format, or "kept".
-        reason: why it runs as it does, in words.
-        dtype: of the weight ("BF16"; of a quantized one, what it computes in).
+        reason: why it runs on this backend at this precision.
+        dtype: of the weight ("BF16"); of a quantized one, the dtype that it computes in.
         bytes: of the weight with its scales; device: where they are now.
-        backend: a name from `kernels.backends`, or "stock"; precision: "exact" or "fast", None
-            where that is for stock to say.
-        microseconds: where measured; for how many rows, the timing of its size says.
+        backend: a name from `kernels.list_backends`, or "stock"; precision: "exact" or "fast", None
+            if stock decides.
+        microseconds: if measured, for the rows of the `Timing` of its size.
     """
 
     name: str
@@ -50,11 +49,11 @@ class LayerExecution:
 
 @dataclass(frozen=True)
 class Timing:
-    """Layers of one size that run alike: a median for each way to compute one.
+    """Median times for the layers of one size that run on one path.
 
     Attributes:
-        layers: how many there are; rows: of the input that one was timed on.
-        dense_microseconds: of a weight that is not quantized, in the model's dtype.
+        layers: how many there are; rows: of the input that one of them was timed on.
+        dense_microseconds: of an unquantized weight in the model's dtype.
         stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight.
     """
 
@@ -78,7 +77,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one kind: on the device that computes, and elsewhere until they are needed."""
+    """Bytes of one kind: on the device that computes, and offloaded."""
 
     device: int = 0
     offloaded: int = 0
@@ -89,12 +88,11 @@ class BackendReport:
     """A whole model on this machine.
 
     Attributes:
-        device, dtype: that it computes on and in; rows: of the inputs that layers are described
-            for.
-        few: what layers run with few rows, in words.
-        unsupported: "backend: why not" of what would have come before the backends that run.
-        limited_by: why nothing faster runs, in a few words; None where nothing would be, or where
-            ComfyUI runs everything.
+        device, dtype: that it computes on and in; rows: of the inputs that `layers` is about.
+        small_m: "backend, precision (up to n)" of inputs with few rows.
+        unsupported: "backend: reason" of each backend that is preferred but not available.
+        limited_by: why nothing faster runs, in a few words; None if this is the fastest path, or
+            if ComfyUI runs everything.
         memory: kind ("codes", "scales", "other weights", "prepared weights", "LoRA patches") ->
             bytes.
     """
@@ -121,43 +119,43 @@ class BackendReport:
         return Counter(paths).most_common()
 
     def line(self) -> str:
-        """What there is to say on a loader."""
+        """The report in one line, for a loader."""
         if not self.mxfp8:
             return "no MXFP8 layers; it runs as ComfyUI loaded it"
         paths = self.paths()
-        said = paths[0][0] if len(paths) == 1 else "; ".join(f"{n} {path}" for path, n in paths)
+        text = paths[0][0] if len(paths) == 1 else "; ".join(f"{n} {path}" for path, n in paths)
         limit = f" ({self.limited_by})" if self.limited_by else ""
         size = gigabytes(sum(layer.bytes for layer in self.mxfp8))
         noun = "layer" if len(self.mxfp8) == 1 else "layers"
-        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {said}{limit}"
+        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {text}{limit}"
 
     def summary(self) -> str:
-        """Some lines for a node."""
+        """A few lines for a node."""
         lines = [f"{self.model} on {self.device}: {self.line()}"]
         reasons = Counter(layer.reason for layer in self.layers)
         lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
-        lines.append(f"inputs of few rows: {self.small_m}")
+        lines.append(f"inputs with few rows: {self.small_m}")
         lines += [f"not used: {reason}" for reason in self.unsupported]
         sizes = [f"{kind} {gigabytes(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
-        lines.append(f"on {self.device}: {', '.join(sizes) or 'nothing yet'}")
+        lines.append(f"memory on {self.device}: {', '.join(sizes) or 'nothing yet'}")
         if away:
             lines.append(f"offloaded: {gigabytes(away)}")
         lines += [
-            f"{t.layers} of {list(t.shape)} ({t.backend}), {t.rows} rows: "
-            f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f} times as fast as dense "
-            f"{self.dtype}, {t.faster_than_stock:.2f} times as fast as stock"
+            f"{t.layers} layers {list(t.shape)} on {t.backend}, {t.rows} rows: "
+            f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f}x as fast as dense {self.dtype}, "
+            f"{t.faster_than_stock:.2f}x as fast as stock"
             for t in self.timings
         ]
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
-        data = {"mxfp8_backend_report": VERSION, **asdict(self)}
+        data = asdict(self)
         for entry, timing in zip(data["timings"], self.timings, strict=True):
             entry["faster_than_dense"] = timing.faster_than_dense
             entry["faster_than_stock"] = timing.faster_than_stock
-        return json.dumps(data, indent=1, allow_nan=False)
+        return document.write(KEY, data)
 
 
 def kept(dtype: str) -> tuple[str, str]:
@@ -166,44 +164,49 @@ def kept(dtype: str) -> tuple[str, str]:
 
 
 def limiting_reason(
-    device: str, choice: ExecutionPath, asked: str, encoder: bool = False
+    device: str, path: ExecutionPath, precision: str, encoder: bool = False
 ) -> str | None:
-    """Why nothing faster runs, in a few words; `device` is its type, the rest as of `reason`."""
+    """Why nothing faster runs, in a few words, or None.
+
+    Args:
+        device: its type; path: that of inputs with many rows; the others as of `layer_reason`.
+    """
     if device == "cpu":
         return "no GPU"
-    if asked == "exact" and choice.backend != _SLOWEST:
+    if precision == "exact" and path.backend != _SLOWEST:
         return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
-    return _lacking(choice) if choice.precision == "exact" else None
+    return _missing(path) if path.precision == "exact" else None
 
 
 def layer_reason(
-    choice: ExecutionPath,
+    path: ExecutionPath,
     many: ExecutionPath,
-    asked: str,
+    precision: str,
     change: float | None,
     encoder: bool = False,
 ) -> str:
-    """Why an MXFP8 linear that nothing holds back runs as it does.
+    """Why an MXFP8 linear that nothing keeps exact runs as it does.
 
     Args:
-        choice: what runs it; many: what would with many rows; asked: the precision it was given.
-        change: how much folding changes its weights at most, where that is known.
-        encoder: whether it is a text encoder's, whose precision nobody chooses.
+        path: that of the layer; many: the same for inputs with many rows.
+        precision: as requested.
+        change: the bound of `kernels.rowwise_error_bound` on its weights, if known.
+        encoder: whether it is in a text encoder, whose precision is not for the user to choose.
     """
-    if choice.precision == "fast":
-        if choice.input_form == "rowwise":
-            said = "" if change is None else f", changes weights by at most {change:.1g}"
-            return f"row fold{said}"
-        return "activations quantized in blocks, weights as they are"
+    if path.precision == "fast":
+        if path.input_form == "rowwise":
+            bound = "" if change is None else f", which changes it by at most {change:.1g}"
+            return f"weight prepared with one scale per row{bound}"
+        return "activations quantized to MXFP8, weights as stored"
     if many.precision == "fast":
         return f"exact: {fp8_rowwise.SMALL_M} rows or fewer"
-    if asked == "exact" and choice.backend != _SLOWEST:
-        return "exact, as text encoders run in ComfyUI" if encoder else "exact, as was chosen"
-    # Of many: with few rows, FP8 backends refuse for that.
-    return f"{choice.backend}: {_lacking(many) or 'nothing faster is here'}"
+    if precision == "exact" and path.backend != _SLOWEST:
+        return "exact, as text encoders run in ComfyUI" if encoder else "exact, as chosen"
+    # Asked of many rows: with few, FP8 backends are unsupported for that reason.
+    return f"{path.backend}: {_missing(many) or 'no faster backend is available'}"
 
 
-def _lacking(choice: ExecutionPath) -> str | None:
-    """Why what would be faster was refused."""
-    why = dict(choice.refused)
-    return next((why[name] for name in _LACKING if name in why), None)
+def _missing(path: ExecutionPath) -> str | None:
+    """Why a faster backend is not available."""
+    reasons = dict(path.refused)
+    return next((reasons[name] for name in _FASTER if name in reasons), None)

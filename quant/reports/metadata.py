@@ -1,9 +1,8 @@
-"""What a file's header says of its own making: the conversion's report, and a comparison.
+"""The report and the comparison in a file's header, as Save Model (MXFP8) keeps them.
 
-Save Model (MXFP8) writes both as strings of the metadata, which every other reader leaves alone.
-The converter itself writes neither: what it makes holds nothing beside the format, and whoever
-converts a file has the report. What a header says is anyone's claim, so what is read here is
-checked and bounded, and a claim that is damaged is a warning: the weights do not depend on it.
+Both are strings of the metadata, which every other reader leaves alone. The converter writes
+neither, so that its files hold nothing beside the format. Anyone can write a header, so what is
+read here is checked and bounded, and a damaged entry is only a warning: no weight depends on it.
 """
 
 from __future__ import annotations
@@ -11,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..container.header import quoted
+from ..container.header import FormatError, quoted
 from .comparison import KEY as COMPARISON
 from .comparison import OLD_KEY as OLD_COMPARISON
 from .comparison import Comparison
+from .conversion import KEY as REPORT
 from .conversion import Report
 
-REPORT = "mxfp8_report"
-MOST_BYTES = 1 << 22  # of each; a report takes about 350 bytes a layer
+MOST_BYTES = 1 << 22  # of each; a report takes about 350 bytes per layer
 _MOST_LINES = 40
 _LONGEST_LINE = 300
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was found; warnings are sentences."""
+    """The entries of a header; warnings are sentences."""
 
     report: Report | None
     comparison: Comparison | None
@@ -33,20 +32,21 @@ class Provenance:
 
 
 def lines(report: Report | None, comparison: Comparison | None) -> list[str]:
-    """Both for people, indented under a heading each."""
-    found = []
+    """The summaries of both, each indented under a heading."""
+    result = []
     for heading, part in (("conversion", report), ("comparison", comparison)):
         if part is not None:
-            said = part.summary().splitlines()[:_MOST_LINES]
-            found += [f"{heading}, as the file says:", *(f"  {_plain(line)}" for line in said)]
+            summary = part.summary().splitlines()[:_MOST_LINES]
+            result += [f"{heading}, as stated in the file:", *(f"  {_plain(x)}" for x in summary)]
     note = note_on_seeds(report, comparison)
-    return [*found, f"  NOTE: {note}"] if note else found
+    return [*result, f"  NOTE: {note}"] if note else result
 
 
 def note_on_seeds(report: Report | None, comparison: Comparison | None) -> str | None:
-    """What is wrong with the seeds of a comparison: the weights were rounded for these very runs.
+    """A warning that a comparison sampled seeds of the calibration, or None.
 
-    None also where the report does not say what its calibration sampled.
+    On those the weights were rounded for the very runs that are compared. None also if the report
+    does not say what its calibration sampled.
     """
     about = report.calibration if report and comparison else None
     if not about or about.get("sampler") != comparison.setting.sampler:
@@ -59,43 +59,34 @@ def note_on_seeds(report: Report | None, comparison: Comparison | None) -> str |
         return None
     return (
         f"measured on seeds that the calibration sampled ({len(shared)} of "
-        f"{len(comparison.seeds)}, first {shared[0]}): other seeds may be off by more"
+        f"{len(comparison.seeds)}, first {shared[0]}): other seeds may differ more"
     )
 
 
 def _plain(line: str) -> str:
-    """A line from a stranger's file that moves no cursor of a terminal and fills no screen."""
+    """A line from a stranger's file, shortened and without control characters of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in line[:_LONGEST_LINE])
 
 
 def check_size(key: str, text: str) -> None:
-    """Raise ValueError for an entry that is too long for a header."""
+    """Raise FormatError for an entry that is too long for a header."""
     size = len(text.encode())
     if size > MOST_BYTES:
-        raise ValueError(f"{key} has {size} bytes; at most {MOST_BYTES} go into a file's header")
+        raise FormatError(f"{key} has {size} bytes; at most {MOST_BYTES} fit in a file's header")
 
 
 def read(metadata: Mapping[str, str]) -> Provenance:
-    """Both entries of a file's metadata, as far as they are there and whole."""
+    """Both entries of a file's metadata, None where one is missing or damaged."""
+    entries: dict[type, object] = {}
     warnings = []
-
-    def parse(kind, *keys: str):
-        """The entry under the first of the keys that is there."""
-        key = next((key for key in keys if key in metadata), None)
-        if key is None:
-            return None
-        try:
-            check_size(key, metadata[key])
-            entry = kind.from_json(metadata[key])
-            entry.summary(), entry.to_json()  # a report's fields may be of other types
-            return entry
-        except _DAMAGE as error:
-            warnings.append(f"{key} in the header cannot be read: {quoted(str(error))}")
-
-    report = parse(Report, REPORT)
-    comparison = parse(Comparison, COMPARISON, OLD_COMPARISON)
-    return Provenance(report, comparison, tuple(warnings))
-
-
-# What a report raises whose fields are of other types: those of a comparison are checked.
-_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError)
+    for kind, key in (
+        (Report, REPORT),
+        (Comparison, COMPARISON if COMPARISON in metadata else OLD_COMPARISON),
+    ):
+        if key in metadata:
+            try:
+                check_size(key, metadata[key])
+                entries[kind] = kind.from_json(metadata[key])
+            except FormatError as error:
+                warnings.append(f"{key} in the header cannot be read: {quoted(str(error))}")
+    return Provenance(entries.get(Report), entries.get(Comparison), tuple(warnings))

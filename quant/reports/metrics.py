@@ -1,8 +1,8 @@
-"""The arithmetic of a comparison: two latents or two images, as numbers (see `comparison`).
+"""The metrics of a comparison: how much two latents or two images differ.
 
-Everything is summed in float64 on the CPU, so that a number does not depend on the device that
-sampled. PSNR and SSIM are kornia's, which ComfyUI brings and which has the usual Gaussian window of
-11 pixels; importing it takes seconds, so that waits until there are images.
+Sums are taken in float64 on the CPU, so that no number depends on the device that sampled. PSNR and
+SSIM (Gaussian window of 11 pixels) are kornia's, which ComfyUI brings; importing it takes seconds,
+so that waits until there are images.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _BLACK = 1 / 255  # below this largest value an 8-bit image is black
 
 
 def flat(tensor) -> torch.Tensor:
-    """A latent as one row of float32 on the CPU; parts of a nested one (video and sound) joined."""
+    """A latent as one row of float32 on the CPU; a nested one (video, sound) is joined."""
     parts = tensor.unbind() if getattr(tensor, "is_nested", False) else [tensor]
     return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
 
 
 def snr_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    """10 log10(sum r^2 / sum (o - r)^2); None if identical, or where a number cannot be given.
+    """10 log10(sum r^2 / sum (o - r)^2); None if identical, not finite, or of a zero reference.
 
     Args:
         reference, other: of one shape.
@@ -38,7 +38,7 @@ def snr_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
 
 
 def relative(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """|o - r| / |r|; NaN or Inf where a value is not finite or the reference is zero."""
+    """|o - r| / |r|; NaN or Inf if a value is not finite or the reference is zero."""
     reference, other = reference.double(), other.double()
     error, size = float((other - reference).norm()), float(reference.norm())
     return error / size if size else (0.0 if error == 0 else math.inf)
@@ -46,8 +46,8 @@ def relative(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 def latent_problem(values: torch.Tensor) -> str | None:
     """What is wrong with a latent, in words, or None."""
-    for name, found in (("NaN", values.isnan()), ("Inf", values.isinf())):
-        count = int(found.sum())
+    for name, mask in (("NaN", values.isnan()), ("Inf", values.isinf())):
+        count = int(mask.sum())
         if count:
             return f"its latent holds {name} ({count} of {values.numel()} values)"
     return "its latent is all zero" if not values.any() else None
@@ -67,7 +67,7 @@ def quality(reference: torch.Tensor, other: torch.Tensor) -> tuple[float | None,
         reference, other: [B, H, W, C] in 0..1, finite.
 
     Returns:
-        PSNR over all of them together, None where they are identical; SSIM's mean.
+        PSNR over all of them together, None if they are identical; the mean SSIM.
 
     Raises:
         ImportError: kornia is not installed.

@@ -1,4 +1,4 @@
-"""A comparison as one picture: two charts, and a strip of images if there were any.
+"""A comparison as one picture: two charts, and a strip of three images if a VAE decoded any.
 
 Drawn with Pillow, which ComfyUI brings; it does not bring matplotlib. Everything is drawn at twice
 the size and scaled down, because Pillow's lines have hard edges.
@@ -25,7 +25,7 @@ _AMPLIFY = (64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Strip:
-    """Three images of one seed, [H, W, 3] bytes each, and how far the difference is amplified."""
+    """The images of one seed, RGB, and the factor by which their difference is amplified."""
 
     reference: Image.Image
     model: Image.Image
@@ -35,7 +35,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where values go on the page: a rectangle in pixels, and what its sides stand for."""
+    """A chart's rectangle on the page in pixels, and the ranges of x and y that it shows."""
 
     left: float
     top: float
@@ -54,7 +54,7 @@ class _Axes:
 
 
 class _Page:
-    """A drawing whose units are pixels of the finished picture."""
+    """A drawing in units of the finished picture's pixels."""
 
     def __init__(self, width: int, height: int):
         self.image = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
@@ -65,7 +65,7 @@ class _Page:
         self._draw.text(_scaled(at), text, color, font, anchor=anchor)
 
     def fitted(self, at, text: str, width: float, size: int = 16, color: str = _INK) -> None:
-        """Text cut off where it would be wider than that."""
+        """Text, cut off at a width."""
         font = ImageFont.load_default(size * _SCALE)
         shown = text
         while font.getlength(shown) > width * _SCALE:
@@ -94,7 +94,7 @@ def _scaled(point) -> tuple[float, float]:
 
 
 def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
-    """The picture, WIDTH pixels wide."""
+    """Draw the picture, WIDTH pixels wide."""
     below = _strip_height(strip) if strip else 0
     page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN + below)
     _draw_titles(page, comparison)
@@ -109,7 +109,7 @@ def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
 
 
 def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
-    """The two images and their difference, as amplified as fits 8 bits."""
+    """The two images and their difference, amplified as far as 8 bits allow."""
     from PIL import ImageChops
 
     difference = ImageChops.difference(reference, model)
@@ -118,53 +118,55 @@ def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
     return Strip(reference, model, difference.point(lambda value: value * factor), factor)
 
 
-def _draw_titles(page: _Page, found: Comparison) -> None:
-    setting = found.setting
+def _draw_titles(page: _Page, comparison: Comparison) -> None:
+    setting = comparison.setting
     room = WIDTH - 2 * _MARGIN
-    page.fitted((_MARGIN, _MARGIN - 8), found.title(), room, 24)
+    page.fitted((_MARGIN, _MARGIN - 8), comparison.title(), room, 24)
     about = (
-        f"{len(found.seeds)} seeds, {setting.steps} steps of {setting.sampler}/"
+        f"{len(comparison.seeds)} seeds, {setting.steps} steps of {setting.sampler}/"
         f"{setting.scheduler}, cfg {setting.cfg:g}, latent {list(setting.latent_shape)}, "
         f"{setting.device}"
     )
     page.fitted((_MARGIN, _MARGIN + 26), about, room, 16, _PALE)
-    if found.problems:
-        page.fitted((_MARGIN, _MARGIN + 50), "; ".join(found.problems), room, 16, "#b42318")
+    if comparison.problems:
+        page.fitted((_MARGIN, _MARGIN + 50), "; ".join(comparison.problems), room, 16, "#b42318")
 
 
-def _draw_steps(page: _Page, found: Comparison, box) -> None:
-    """Divergence over steps, from 0: the mean as a line, the worst seed paler."""
+def _draw_steps(page: _Page, comparison: Comparison, box) -> None:
+    """Divergence by step, from 0: the mean over seeds, and the worst seed in a lighter color."""
     left, top, *_ = box
     page.text((left - 72, top - 44), "Relative difference of the predictions", 18)
-    if not found.steps:
-        _say(page, box, "not measured")
+    if not comparison.steps:
+        _placeholder(page, box, "not measured")
         return
-    high = max(step.worst for step in found.steps)
+    high = max(step.worst for step in comparison.steps)
     ticks = _ticks(0, high or 1.0)
-    count = len(found.steps)
+    count = len(comparison.steps)
     axes = _Axes(*box, (1, count) if count > 1 else (0, 2), (0, ticks[-1]))
     _draw_frame(page, axes, ticks, "sampler step")
     stride = math.ceil(count / _MOST_LABELS)
     for number in range(1, count + 1, stride):
         page.text((axes.at(number, 0)[0], axes.bottom + 8), str(number), 14, _PALE, "ma")
     for name, color in (("worst", "#9fc3f2"), ("divergence", _LINE)):
-        points = [axes.at(i + 1, getattr(step, name)) for i, step in enumerate(found.steps)]
+        points = [axes.at(i + 1, getattr(step, name)) for i, step in enumerate(comparison.steps)]
         page.line(points if count > 1 else points * 2, color, 2.5)
         for point in points if count <= 32 else ():
             page.dot(point, color, 4)
-    legend = "mean over seeds, and the worst seed (paler)"
+    legend = "mean over seeds, and the worst seed (lighter)"
     page.text((axes.right, top - 40), legend, 14, _PALE, "ra")
 
 
-def _draw_seeds(page: _Page, found: Comparison, box) -> None:
-    """Latent SNR: one dot for each seed, the mean as a line, its interval as a band."""
+def _draw_seeds(page: _Page, comparison: Comparison, box) -> None:
+    """Latent SNR: a dot for each seed, the mean as a line, its interval as a band."""
     left, top, *_ = box
     page.text((left - 72, top - 44), "Latent SNR by seed", 18)
-    mean = found.latent_snr_db
+    mean = comparison.latent_snr_db
     if mean is None:
-        _say(page, box, "identical on every seed" if found.identical else "not measured")
+        _placeholder(
+            page, box, "identical on every seed" if comparison.identical else "not measured"
+        )
         return
-    seeds = [seed for seed in found.seeds if seed.latent_snr_db is not None]
+    seeds = [seed for seed in comparison.seeds if seed.latent_snr_db is not None]
     values = [seed.latent_snr_db for seed in seeds]
     ticks = _ticks(min(*values, mean.low), max(*values, mean.high))
     axes = _Axes(*box, (0.5, len(seeds) + 0.5), (ticks[0], ticks[-1]))
@@ -192,14 +194,14 @@ def _draw_frame(page: _Page, axes: _Axes, ticks: list[float], label: str) -> Non
     page.text(((axes.left + axes.right) / 2, axes.bottom + 30), label, 14, _PALE, "ma")
 
 
-def _say(page: _Page, box, text: str) -> None:
+def _placeholder(page: _Page, box, text: str) -> None:
     left, top, right, bottom = box
     page.rectangle((left - 72, top), (right, bottom), "#f6f8fa")
     page.text(((left - 72 + right) / 2, (top + bottom) / 2), text, 18, _PALE, "mm")
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values, 1, 2 or 5 times a power of ten apart, that enclose a range."""
+    """Round values that enclose a range, spaced by 1, 2 or 5 times a power of ten."""
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= span / 4 * (1 - 1e-9))
@@ -208,7 +210,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _panel(strip: Strip) -> tuple[int, int]:
-    """Size of an image in the strip."""
+    """The size of an image in the strip."""
     width, height = strip.reference.size
     room = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3
     scale = min(room / width, _STRIP / height)
@@ -221,13 +223,13 @@ def _strip_height(strip: Strip) -> int:
 
 def _paste_strip(image: Image.Image, strip: Strip, top: int) -> None:
     size = _panel(strip)
-    small = size[0] > strip.reference.width  # pixels that can be seen are better than blur
-    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    labels = ("reference", "model", f"difference, {strip.factor} times as large")
+    small = size[0] > strip.reference.width  # then visible pixels are better than blur
+    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    labels = ("reference", "model", f"difference, amplified {strip.factor}x")
     pictures = (strip.reference, strip.model, strip.difference)
     column = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3 + _GAP
     draw = ImageDraw.Draw(image)
     for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
         left = round(_MARGIN + index * column)
         draw.text((left, top), label, _INK, ImageFont.load_default(16))
-        image.paste(picture.resize(size, how), (left, top + 28))
+        image.paste(picture.resize(size, resampling), (left, top + 28))

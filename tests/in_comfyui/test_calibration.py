@@ -44,7 +44,7 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_seeds_it_has_not_seen(
     layers = [layer for layer in report.quantized if layer.output_error is not None]
     assert len(layers) >= 10
     assert all(layer.output_error <= layer.nearest_error for layer in layers)
-    assert "layers calibrated: what they put out is off by 0." in outputs[ours[0]]["text"][0]
+    assert "layers calibrated: layer output error 0." in outputs[ours[0]]["text"][0]
 
 
 def test_a_saved_calibration_makes_the_same_model_in_the_graph_and_from_a_file(comfy):

@@ -114,9 +114,7 @@ def check_steps(found: Comparison, latent: dict) -> None:
 
 def check_words(found: Comparison, text: str, kind: str) -> None:
     assert text == found.summary() and "lossless" not in text.lower()
-    assert (
-        f"latent SNR {found.latent_snr_db.mean:.2f} dB (bootstrap 95%, too narrow for n = 4" in text
-    )
+    assert f"latent SNR {found.latent_snr_db.mean:.2f} dB (95% bootstrap CI " in text
     assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
     assert sum(found.model.paths.values()) >= 10
     assert found.reference.paths == {} and found.reference.fingerprint != found.model.fingerprint
@@ -149,7 +147,7 @@ def check_file(comfy, found: Comparison, conversion: dict, kind: str) -> None:
     assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
     assert f"  latent SNR {found.latent_snr_db.mean:.2f} dB" in inspected.summary()
     assert "layers calibrated" in inspected.summary()
-    assert "calibrated on 1 seeds of 4 steps from seed" in inspected.summary()
+    assert "calibrated on seed " in inspected.summary()
     assert ("NOTE: measured on seeds" in inspected.summary()) == (kind == "wan")
     assert all(isinstance(v, str) for v in read_header(path).metadata.values())
 

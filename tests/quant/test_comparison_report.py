@@ -83,10 +83,10 @@ def test_the_interval_of_four_seeds_is_as_narrow_as_it_says():
     assert share == pytest.approx(0.8, abs=0.12)  # three deviations of a share of 100
     small_m, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
     assert comparison.interval(small_m, "dB").endswith(
-        "(bootstrap 95%, too narrow for n = 9: 30.00 to 32.00)"
+        "(95% bootstrap CI 30.00 to 32.00, too narrow at n = 9)"
     )
     assert comparison.interval(many, "").endswith(
-        "31.0000 (bootstrap 95% for n = 10: 30.0000 to 32.0000)"
+        "31.0000 (95% bootstrap CI 30.0000 to 32.0000, n = 10)"
     )
 
 
@@ -206,6 +206,7 @@ REPORT = Report(
 def test_a_report_of_other_types_is_warned_of():
     for change in (
         {"layers": [7]},
+        {"bytes_before": 10**299},
         {"bytes_before": "x"},
         {"seconds": None},
         {"sqnr_db": math.nan},
@@ -218,7 +219,7 @@ def test_a_report_of_other_types_is_warned_of():
 
 def test_an_entry_that_is_too_long_is_refused_and_warned_of(monkeypatch):
     monkeypatch.setattr(metadata, "MOST_BYTES", 100)
-    with pytest.raises(ValueError, match="at most 100 go into a file's header"):
+    with pytest.raises(ValueError, match="at most 100 fit in a file's header"):
         metadata.check_size("mxfp8_report", "a" * 101)
     found = metadata.read({"mxfp8_report": REPORT.to_json()})
     assert found.report is None and "at most 100" in found.warnings[0]
@@ -228,7 +229,7 @@ def test_a_strangers_comparison_moves_no_cursor():
     hostile = replace(COMPARISON, notes=("\x1b[2J" + "x" * 1000,))
     lines = metadata.lines(None, hostile)
     assert "\x1b" not in "".join(lines) and max(map(len, lines)) < 310
-    assert lines[0] == "comparison, as the file says:"
+    assert lines[0] == "comparison, as stated in the file:"
 
 
 RUN = {"first_seed": 2**64 - 1, "seeds": 2, "sampler": "euler"}
@@ -259,15 +260,15 @@ def test_the_summary_says_what_matters():
     assert COMPARISON.summary().splitlines() == [
         "Flux (52 MXFP8 layers on triton, exact; BF16) against Flux (BF16)",
         "4 seeds, 3 steps of euler/simple, cfg 1, denoise 1, latent [1, 16, 8, 8]",
-        "latent SNR 31.35 dB (bootstrap 95%, too narrow for n = 4: "
-        f"{COMPARISON.latent_snr_db.low:.2f} to {COMPARISON.latent_snr_db.high:.2f}); lowest "
-        "30.50 dB, seed 3",
-        "PSNR of the images 38.00 dB (bootstrap 95%, too narrow for n = 4: 37.00 to 39.00)",
-        "SSIM of the images 0.9800 (bootstrap 95%, too narrow for n = 4: 0.9700 to 0.9900)",
+        "latent SNR 31.35 dB (95% bootstrap CI "
+        f"{COMPARISON.latent_snr_db.low:.2f} to {COMPARISON.latent_snr_db.high:.2f}, too narrow at "
+        "n = 4); lowest 30.50 dB at seed 3",
+        "image PSNR 38.00 dB (95% bootstrap CI 37.00 to 39.00, too narrow at n = 4)",
+        "image SSIM 0.9800 (95% bootstrap CI 0.9700 to 0.9900, too narrow at n = 4)",
         "relative difference of the predictions: 0.01 at step 1, 0.03 at step 3",
-        "noise floor: none; a second run of the reference gave the same bits",
-        "reference: fingerprint cdcdcdcdcdcd, 2.00 s a run, peak memory 14.00 GB",
-        "model: fingerprint abababababab, 1.00 s a run, peak memory 8.10 GB",
+        "noise floor: none; a second run of the reference was identical",
+        "reference: fingerprint cdcdcdcdcdcd, 2.00 s per run, peak memory 14.00 GB",
+        "model: fingerprint abababababab, 1.00 s per run, peak memory 8.10 GB",
         "measured on cpu: torch 2.11.0, ComfyUI 0.30.0",
     ]
 
@@ -278,9 +279,8 @@ def test_the_summary_of_what_is_identical_and_of_what_is_not_on_every_seed():
     some = replace(COMPARISON, seeds=(Seed(9, True), *COMPARISON.seeds[1:]))
     assert "latents: identical on 1 of 4 seeds" in some.summary()
     noisy = replace(COMPARISON, floor=Floor(False, True, Mean(40, 39, 41, 4), Mean(3, 2, 4, 4)))
-    assert "its second run has an SNR of 40.00 dB (bootstrap 95%, too" in noisy.summary()
-    assert "narrow for n = 4: 39.00 to 41.00)" in noisy.summary()
-    assert "the reference itself has an SNR of 3.00 dB" in noisy.summary()
+    assert "its second run has SNR 40.00 dB (95% bootstrap CI 39.00 to 41.00" in noisy.summary()
+    assert "the reference itself has SNR 3.00 dB" in noisy.summary()
     bad = replace(COMPARISON, seeds=(Seed(9, False, problems=("the model: its image is black",)),))
     assert "PROBLEM: seed 9: the model: its image is black" in bad.summary()
 
@@ -401,7 +401,7 @@ def test_inspect_prints_a_comparison_and_knows_whose_it_is(tmp_path, capsys):
     assert found.comparison == ours and found.warnings == found.problems == []
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "comparison, as the file says:" in out
+    assert "comparison, as stated in the file:" in out
     assert "  latent SNR 31.35 dB" in out and "WARNING" not in out
     assert main(["inspect", "--json", str(path)]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -423,7 +423,8 @@ def test_inspect_reads_a_comparison_under_its_former_name(capsys):
     assert found.comparison.model.paths == {"triton, exact": 52, "fp8, fast": 3}
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "conversion, as the file says:" in shown and "comparison, as the file says:" in shown
+    assert "conversion, as stated in the file:" in shown
+    assert "comparison, as stated in the file:" in shown
 
 
 def test_inspect_warns_of_a_comparison_that_is_damaged(tmp_path, capsys):

@@ -72,8 +72,8 @@ def test_json_names_its_version_and_every_field():
 
 def test_a_calibration_shows_in_the_summary():
     layers = (layer("a", output_error=0.01, nearest_error=0.02), layer("b"))
-    said = replace(REPORT, layers=layers).summary()
-    assert "1 layers calibrated: what they put out is off by 0.50 of what rounding" in said
+    summary = replace(REPORT, layers=layers).summary()
+    assert "1 layers calibrated: layer output error 0.50x of nearest rounding" in summary
     assert "calibrated" not in REPORT.summary()
 
 
@@ -84,9 +84,9 @@ RUN = {"first_seed": 100, "seeds": 2, "steps": 8, "sampler": "euler"}
 @pytest.mark.parametrize(
     ("about", "line"),
     [
-        (RUN, "calibrated on 2 seeds of 8 steps from seed 100, at least 64 rows a layer"),
-        ({}, "calibrated on at least 64 rows a layer"),
-        ({**RUN, "steps": "8\x1b[2J"}, "calibrated on at least 64 rows a layer"),
+        (RUN, "calibrated on seeds 100 to 101, 8 steps each, at least 64 rows per layer"),
+        ({}, "calibrated on at least 64 rows per layer"),
+        ({**RUN, "steps": "8\x1b[2J"}, "calibrated on at least 64 rows per layer"),
     ],
 )
 def test_a_report_says_what_was_sampled_for_it_and_which_layers_were_asked_for(about, line):
@@ -106,7 +106,7 @@ def test_a_conversion_says_what_it_was_given(tmp_path):
     assert (report.include, report.exclude) == ("0", "nothing")
     expected = {**RUN, "model": found.model, "layers": 2, "least_rows": 7}
     assert report.calibration == expected
-    assert "calibrated on 2 seeds of 8 steps from seed 100, at least 7 rows" in report.summary()
+    assert "calibrated on seeds 100 to 101, 8 steps each, at least 7 rows" in report.summary()
     plain = convert_file(tmp_path / "source", tmp_path / "plain")
     assert (plain.include, plain.exclude, plain.calibration) == (None, None, None)
 
@@ -116,7 +116,7 @@ def test_a_report_from_before_there_were_these_fields_is_read():
     for name in ("include", "exclude", "calibration"):
         del data[name]
     assert Report.from_json(json.dumps(data)) == REPORT
-    with pytest.raises(ValueError, match="calibration of the report is no object"):
+    with pytest.raises(ValueError, match="calibration is not of type dict"):
         Report.from_json(json.dumps({**data, "calibration": ["euler"]}))
 
 

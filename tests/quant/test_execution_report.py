@@ -18,21 +18,21 @@ CUDA = torch.device("cuda", 0)
 
 
 def reason(precision="auto", rows=4096, change=2e-7) -> str:
-    choice = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
+    path = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
     many = kernels.execution_path(CUDA, torch.bfloat16, precision)
-    return execution.layer_reason(choice, many, precision, change)
+    return execution.layer_reason(path, many, precision, change)
 
 
-FOLD = "row fold, changes weights by at most 2e-07"
+ROWWISE = "weight prepared with one scale per row, which changes it by at most 2e-07"
 FEW = "exact: 64 rows or fewer"
-BLOCKS = "activations quantized in blocks, weights as they are"
-CHOSEN = "exact, as was chosen"
+BLOCKS = "activations quantized to MXFP8, weights as stored"
+CHOSEN = "exact, as chosen"
 NO_FP8 = "triton: needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; this one"
-# What is said of a layer with precision auto and many rows, auto and few, exact and many.
+# The reason with precision auto and many rows, auto and few rows, exact and many rows.
 REASONS = {
     "Ampere": (NO_FP8, NO_FP8, CHOSEN),
-    "Ada": (FOLD, FEW, CHOSEN),
-    "Hopper": (FOLD, FEW, CHOSEN),
+    "Ada": (ROWWISE, FEW, CHOSEN),
+    "Hopper": (ROWWISE, FEW, CHOSEN),
     "Blackwell": (BLOCKS, FEW, CHOSEN),
 }
 
@@ -40,9 +40,9 @@ REASONS = {
 @pytest.mark.parametrize("name", REASONS)
 def test_each_card_has_its_reasons(name, card):
     card(CARDS[name])
-    said = reason(), reason(rows=64), reason("exact")
-    for got, wanted in zip(said, REASONS[name], strict=True):
-        assert got.startswith(wanted)
+    reasons = reason(), reason(rows=64), reason("exact")
+    for actual, expected in zip(reasons, REASONS[name], strict=True):
+        assert actual.startswith(expected)
 
 
 def test_without_triton_the_reason_is_that(card):
@@ -58,15 +58,15 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
     small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
     problem = dispatch.Problem("linear", CUDA, torch.bfloat16, precision, small_m)
     backend, runs_as = dispatch._choose(problem, None)
-    found = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
-    assert (found.backend, found.precision, found.input_form) == (
+    path = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
+    assert (path.backend, path.precision, path.input_form) == (
         backend.name,
         runs_as,
         backend.input_form,
     )
-    assert found.backend not in dict(found.refused)
+    assert path.backend not in dict(path.refused)
     before = [b.name for b in dispatch.BACKENDS if b.automatic]
-    assert before[: before.index(backend.name)] == [name for name, _ in found.refused]
+    assert before[: before.index(backend.name)] == [name for name, _ in path.refused]
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -75,38 +75,38 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
 def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
     card(CARDS[name], triton)
     many = kernels.execution_path(CUDA, torch.bfloat16, precision)
-    because = execution.limiting_reason("cuda", many, precision)
+    limit = execution.limiting_reason("cuda", many, precision)
     if many.precision == "fast":
-        assert because is None
+        assert limit is None
     else:
-        assert reason(precision) == f"{many.backend}: {because}"
-        assert because.startswith(triton or "needs FP8 tensor cores")
+        assert reason(precision) == f"{many.backend}: {limit}"
+        assert limit.startswith(triton or "needs FP8 tensor cores")
 
 
 def test_nobody_chose_that_text_encoders_run_exact(card):
     card(CARDS["Ampere"])
-    found = kernels.execution_path(CUDA, torch.bfloat16, "exact")
-    assert execution.limiting_reason("cuda", found, "exact") == "exact was chosen"
-    said = execution.limiting_reason("cuda", found, "exact", encoder=True)
-    assert said == "text encoders run exact, as in ComfyUI"
-    said = execution.layer_reason(found, found, "exact", None, encoder=True)
-    assert said == "exact, as text encoders run in ComfyUI"
+    path = kernels.execution_path(CUDA, torch.bfloat16, "exact")
+    assert execution.limiting_reason("cuda", path, "exact") == "exact was chosen"
+    limit = execution.limiting_reason("cuda", path, "exact", encoder=True)
+    assert limit == "text encoders run exact, as in ComfyUI"
+    reason = execution.layer_reason(path, path, "exact", None, encoder=True)
+    assert reason == "exact, as text encoders run in ComfyUI"
 
 
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
-    found = kernels.execution_path(torch.device("cpu"), torch.bfloat16, "auto")
-    assert (found.backend, found.precision) == ("eager", "exact")
-    why = dict(found.refused)
+    path = kernels.execution_path(torch.device("cpu"), torch.bfloat16, "auto")
+    assert (path.backend, path.precision) == ("eager", "exact")
+    why = dict(path.refused)
     assert why.keys() == {"torch_mx", "fp8", "triton"}
     assert why["triton"] == "needs an NVIDIA or AMD GPU; this is cpu"
     assert why["fp8"].endswith("or later; this is cpu")
-    assert execution.limiting_reason("cpu", found, "auto") == "no GPU"
+    assert execution.limiting_reason("cpu", path, "auto") == "no GPU"
 
 
 def test_a_forced_backend_is_explained():
     with kernels.use_backend("reference"):
-        found = kernels.execution_path(torch.device("cpu"), torch.float32, "fast")
-    assert (found.backend, found.precision) == ("reference", "fast")
+        path = kernels.execution_path(torch.device("cpu"), torch.float32, "fast")
+    assert (path.backend, path.precision) == ("reference", "fast")
 
 
 def layer(name: str, backend="fp8", precision="fast", decision="mxfp8", **options):
@@ -126,7 +126,7 @@ def made(*layers, **options) -> BackendReport:
 
 
 @pytest.mark.parametrize(
-    ("found", "line"),
+    ("report", "line"),
     [
         (made(layer("a"), layer("b")), "2 MXFP8 layers, 4.00 MB: fp8, fast"),
         (made(layer("a"), limited_by="no GPU"), "1 MXFP8 layer, 2.00 MB: fp8, fast (no GPU)"),
@@ -140,23 +140,23 @@ def made(*layers, **options) -> BackendReport:
         ),
     ],
 )
-def test_a_line_for_a_loader(found, line):
-    assert found.line() == line
+def test_a_line_for_a_loader(report, line):
+    assert report.line() == line
 
 
 def test_json_and_words_have_everything():
     timing = Timing((64, 32), "fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
-    found = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
-    data = json.loads(found.to_json())
-    assert data["mxfp8_backend_report"] == execution.VERSION
+    report = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
+    data = json.loads(report.to_json())
+    assert data["mxfp8_backend_report"] == 1
     assert data["layers"][0]["microseconds"] == 10.0
     assert (data["rows"], data["timings"][0]["rows"]) == (4096, 256)
     assert data["timings"][0]["faster_than_dense"] == 2.0
     assert data["timings"][0]["faster_than_stock"] == 5.0
     assert data["memory"]["codes"] == {"device": 3_000_000, "offloaded": 1_000_000}
-    said = found.summary()
-    assert "2 layers: because" in said
-    assert "not used: torch_mx: no" in said
-    assert "offloaded: 1.00 MB" in said
-    assert "2 of [64, 32] (fp8), 256 rows: 10 us" in said
-    assert "2.00 times as fast as dense BF16, 5.00 times as fast as stock" in said
+    summary = report.summary()
+    assert "2 layers: because" in summary
+    assert "not used: torch_mx: no" in summary
+    assert "offloaded: 1.00 MB" in summary
+    assert "2 layers [64, 32] on fp8, 256 rows: 10 us" in summary
+    assert "2.00x as fast as dense BF16, 5.00x as fast as stock" in summary

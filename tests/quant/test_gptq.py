@@ -412,7 +412,7 @@ def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(mo
     assert Report.from_json(report.to_json()) == report
     for layer in report.quantized:
         assert layer.output_error < 0.9 * layer.nearest_error
-    assert "2 layers calibrated: what they put out is off by 0." in report.summary()
+    assert "2 layers calibrated: layer output error 0." in report.summary()
     assert not verify_file(model / "ours", source).problems
     assert not inspect_file(model / "ours").problems
 
