@@ -57,7 +57,8 @@ def environment(triton: str) -> dict[str, str]:
         return dict(os.environ)
     from comfyui import fetch_package
 
-    return {**os.environ, "PYTHONPATH": str(fetch_package("triton", triton))}
+    paths = [str(fetch_package("triton", triton)), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def compiled(triton: str, arch: str) -> dict:
@@ -66,9 +67,9 @@ def compiled(triton: str, arch: str) -> dict:
     ended = subprocess.run(
         command, env=environment(triton), cwd=ROOT, capture_output=True, text=True
     )
-    found = {"triton": triton, "arch": label(arch), "refused": None, "kernels": []}
+    found = {"triton": triton, "arch": label(arch), "error": None, "kernels": []}
     if ended.returncode:
-        return found | {"refused": refusal(ended.stderr)}
+        return found | {"error": refusal(ended.stderr)}
     for binary in json.loads(ended.stdout):
         found["kernels"].append(summary(binary))
     return found
@@ -138,7 +139,7 @@ def by_triton() -> list[dict]:
     pairs, runs = itertools.product(TRITONS, ARCHITECTURES), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for run in pool.map(lambda pair: compiled(*pair), pairs):
-            said = run["refused"] or f"{len(run['kernels'])} kernels"
+            said = run["error"] or f"{len(run['kernels'])} kernels"
             print(f"Triton {run['triton']}, {run['arch']}: {said}", flush=True)
             runs.append(run)
     return runs

@@ -1,14 +1,14 @@
-"""Compile every Triton kernel for a GPU that need not be there, and show what came out.
+"""Compile every Triton kernel for a GPU that need not be present, and inspect the machine code.
 
     python -m mxfp8.kernels.aot --arch 90            a table
     python -m mxfp8.kernels.aot --arch 90 --json     [{"kernel", "config", "registers", ...}, ...]
     python -m mxfp8.kernels.aot --arch 100 --one     the last configuration of each kernel only
 
-Kernels are compiled down to machine code with the types, constants and options that they are
-launched with (`builds`), then disassembled by the tools in Triton's wheel: which matrix
-instructions are there, how many registers, whether any spill to local memory, how much shared
-memory. `spills` counts loads from and stores to local memory (AMD: scratch). Not every Triton knows
-every architecture; what it says of one that it does not know is raised as it is.
+Kernels are compiled with the types, constants and options that they are launched with (`builds`),
+then disassembled by the tools in Triton's wheel: which matrix instructions they use, how many
+registers, whether any spill to local memory, how much shared memory. `spills` counts loads from and
+stores to local memory (AMD: scratch). Not every version of Triton knows every architecture; its
+error for one that it does not know is raised unchanged.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path
 
 from .backends.triton import cast, fp8_gemm, mx, rowwise, w8a16
 
-# Shared memory that a program can have, in bytes, per architecture.
+# Bytes of shared memory that a program can use, by architecture.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 SHARED |= {103: SHARED[100], 110: SHARED[100], 120: SHARED[86], 121: SHARED[86], "gfx950": 163_840}
-_CODE, _SCALE = "*u8", "*u8"
 _OPTIONS = ("num_warps", "num_stages")
-_ANY = ("M", "tiles")  # sizes that are often no multiples of 16
-# A line of SASS: its address in a comment, then maybe a predicate, then the instruction.
+_UNALIGNED = ("M", "tiles")  # sizes that are often not multiples of 16
+_FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+# A line of SASS: the address in a comment, an optional predicate, the instruction.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+)")
 _MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA|v_mfma_")
@@ -44,12 +44,12 @@ Arch = int | str  # compute capability times 10, or the name of an AMD architect
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel with what it is compiled from: a Triton type for each argument, or a constant.
+    """A kernel and the specialization to compile: a Triton type for each argument, or a constant.
 
     Attributes:
-        types: argument -> type; pointers and sizes ("i32") count as multiples of 16, as those of
-            models are, but for the number of rows of x and of tiles.
-        constants: of the kernel, and Triton's num_warps and num_stages.
+        types: argument -> type. Pointers and sizes ("i32") are taken to be multiples of 16, as in
+            models, except for the sizes in `_UNALIGNED`.
+        constants: the kernel's constexpr arguments, and Triton's num_warps and num_stages.
     """
 
     kernel: object
@@ -64,7 +64,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a kernel became: see the module.
+    """What a kernel compiled to; see the module docstring.
 
     Attributes:
         block_scaled: whether its matrix instructions apply scales.
@@ -82,114 +82,102 @@ class Binary:
 
     @property
     def matrix(self) -> dict[str, int]:
-        """Matrix instructions by their short name."""
-        found = Counter()
+        """Matrix instructions by mnemonic, without modifiers."""
+        counts = Counter()
         for name, count in self.instructions.items():
             if _MATRIX.match(name):
-                found[name.partition(".")[0]] += count  # AMD's names have no point
-        return dict(found)
+                counts[name.partition(".")[0]] += count  # AMD's mnemonics have no point
+        return dict(counts)
 
 
 def builds(arch: Arch) -> Iterator[Build]:
     """Every kernel that runs on an architecture, in each configuration it is launched in."""
     amd = isinstance(arch, str)
     hardware = {"HARDWARE": not amd and arch >= 89}
-    floats = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-    tile = {"R": cast.ROWS, "C": cast.COLUMNS, "num_warps": cast.WARPS}
-    sizes = dict.fromkeys(("rows", "cols", "stored", "tiles"), "i32")
-    matrix = {"code_ptr": _CODE, "scale_ptr": _SCALE}
-    for name, pointer in floats.items():
-        yield Build(
-            cast.dequantize_kernel, name,
-            matrix | {"out_ptr": pointer} | sizes, tile | hardware,
-        )  # fmt: skip
-        strides = {"row_stride": "i32", "padded_rows": "i32"}
-        yield Build(
-            cast.quantize_kernel, name,
-            {"x_ptr": pointer} | matrix | sizes | strides, tile | hardware | {"column_stride": 1},
-        )  # fmt: skip
+    tile = {"R": cast.ROWS, "C": cast.COLUMNS, "num_warps": cast.WARPS} | hardware
+    matrix = {"code_ptr": "*u8", "scale_ptr": "*u8"} | _sizes("rows cols stored tiles")
+    for name, pointer in _FLOATS.items():
+        yield Build(cast.dequantize_kernel, name, matrix | {"out_ptr": pointer}, tile)
+        types = matrix | {"x_ptr": pointer} | _sizes("row_stride padded_rows")
+        yield Build(cast.quantize_kernel, name, types, tile | {"column_stride": 1})
         if name == "fp32":
             continue
-        linear = {"x_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer} | matrix | sizes
-        one_row = w8a16.ONE_ROW | hardware | {"HAS_BIAS": True}
-        yield Build(w8a16.one_row_kernel, name, linear, one_row)
-        if not amd and arch < 80:  # Triton has no matrix instructions of Turing's
+        types = matrix | {"x_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer}
+        constants = hardware | {"HAS_BIAS": True}
+        yield Build(w8a16.one_row_kernel, name, types, w8a16.ONE_ROW | constants)
+        if not amd and arch < 80:  # Triton does not use Turing's matrix instructions
             continue
-        for most, config in w8a16.SMALL_M:
-            yield Build(
-                w8a16.small_m_kernel, f"{name}, M <= {most}",
-                linear | {"M": "i32", "x_stride": "i32"}, config | hardware | {"HAS_BIAS": True},
-            )  # fmt: skip
+        types |= _sizes("M x_stride")
+        for largest, config in w8a16.SMALL_M:
+            yield Build(w8a16.small_m_kernel, f"{name}, M <= {largest}", types, config | constants)
     if not amd:
-        yield from _fast_builds(arch, floats, hardware)
+        yield from _rowwise_builds(arch, hardware)
     if amd or arch >= 100:
         yield from _block_scaled_builds(arch)
 
 
-def _fast_builds(arch: int, floats: dict[str, str], hardware: dict) -> Iterator[Build]:
-    """What activations in FP8 need."""
-    sizes = {"rows": "i32", "stored": "i32", "tiles": "i32"}
-    fold = {"code_ptr": "*u8", "scale_ptr": "*u8", "folded_ptr": "*u8", "row_scale_ptr": "*fp32"}
-    yield Build(rowwise.rowwise_weight_kernel, "", fold | sizes, rowwise.FOLD | hardware)
-    row = {"code_ptr": "*u8", "scale_ptr": "*fp32"}
-    sizes = {"cols": "i32", "row_stride": "i32", "stored": "i32"}
+def _rowwise_builds(arch: int, hardware: dict) -> Iterator[Build]:
+    """The kernels of `fp8_rowwise`."""
+    types = dict.fromkeys(("code_ptr", "scale_ptr", "out_ptr"), "*u8") | {"row_scale_ptr": "*fp32"}
+    types |= _sizes("rows stored tiles")
+    yield Build(rowwise.rowwise_weight_kernel, "", types, rowwise.WEIGHT_CONFIG | hardware)
+    types = {"code_ptr": "*u8", "scale_ptr": "*fp32"} | _sizes("cols row_stride stored")
     for name in ("bf16", "fp16"):
         for stored in (3840, 15360):
             yield Build(
                 rowwise.rowwise_input_kernel, f"{name}, K = {stored}",
-                {"x_ptr": floats[name]} | row | sizes,
-                rowwise.rowwise_input_config(stored) | hardware,
+                types | {"x_ptr": _FLOATS[name]}, rowwise.rowwise_input_config(stored) | hardware,
             )  # fmt: skip
     if arch < 89:
         return
-    kernel = fp8_gemm.tma_kernel if arch == 90 else fp8_gemm.copy_kernel
-    scales = {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"}
-    sizes = dict.fromkeys(("M", "N", "K", "columns"), "i32")
-    for most, config in fp8_gemm.CONFIGS[90 if arch == 90 else 89]:
-        for name, pointer in floats.items():
-            if name != "bf16" and most == 1 << 31:  # `config_for`
+    tma = arch == 90
+    types = {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"} | _sizes("M N K columns")
+    for largest, config in fp8_gemm.CONFIGS[90 if tma else 89]:
+        any_m = largest == 1 << 31
+        rows = {"a": config["BM"], "b": config["BN"]}
+        operands = {name: _codes(count, config["BK"], tma) for name, count in rows.items()}
+        for name, pointer in _FLOATS.items():
+            if name != "bf16" and any_m:  # `config_for`
                 continue
-            if arch == 90:
-                tiles = {"a": (config["BM"], config["BK"]), "b": (config["BN"], config["BK"])}
-                operands = {n: f"tensordesc<fp8e4nv[{r}, {c}]>" for n, (r, c) in tiles.items()}
-            else:
-                operands = {"a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv"}
-            out = {"bias_ptr": pointer, "out_ptr": pointer}
             yield Build(
-                kernel, f"{name}, M <= {most}" if most < 1 << 31 else f"{name}, any M",
-                operands | scales | out | sizes, config | {"HAS_BIAS": True},
-            )  # fmt: skip
+                fp8_gemm.rowwise_matmul_kernel,
+                f"{name}, any M" if any_m else f"{name}, M <= {largest}",
+                operands | types | {"bias_ptr": pointer, "out_ptr": pointer},
+                config | {"HAS_BIAS": True, "TMA": tma},
+            )
 
 
 def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
-    """What Blackwell and gfx950 multiply: activations and weights in MXFP8."""
-    names = "rows columns K tiles row_stride column_stride out_rows out_columns"
+    """The block-scaled matmul of Blackwell and gfx950: x and weight in MXFP8."""
     tma = isinstance(arch, int) and mx.uses_tma(arch)
+    sizes = _sizes("rows columns K tiles row_stride column_stride out_rows out_columns")
     for small_m, config in zip((True, False), mx.CONFIGS[100 if tma else 120], strict=True):
-        tiles = {"a": (config["BA"], config["BK"]), "b": (config["BB"], config["BK"])}
-        for name, pointer in (("bf16", "*bf16"), ("fp16", "*fp16")):
-            operands = {
-                n: f"tensordesc<fp8e4nv[{r}, {c}]>" if tma else "*fp8e4nv"
-                for n, (r, c) in tiles.items()
-            }
-            scales = {
-                f"{n}_scale": f"tensordesc<u8[{r // 128}, {c // 128}, 2, 256]>"
-                if tma and r % 128 == 0
-                else "*u8"
-                for n, (r, c) in tiles.items()
-            }
-            types = operands | scales | {"bias_ptr": pointer, "out_ptr": pointer}
-            types |= dict.fromkeys(names.split(), "i32")
-            constants = config | {"HAS_BIAS": True, "TRANSPOSED": small_m, "TMA": tma}
-            unit = "row_stride" if small_m else "column_stride"
-            del types[unit]
-            rows = f"M <= {mx.SMALL_M}" if small_m else "any M"
-            yield Build(mx.mx_kernel, f"{name}, {rows}", types, constants | {unit: 1})
+        operands = {}
+        for name, rows in (("a", config["BA"]), ("b", config["BB"])):
+            operands[name] = _codes(rows, config["BK"], tma)
+            box = f"tensordesc<u8[{rows // 128}, {config['BK'] // 128}, 2, 256]>"
+            operands[f"{name}_scale"] = box if tma and rows % 128 == 0 else "*u8"
+        unit_stride = "row_stride" if small_m else "column_stride"
+        constants = config | {"HAS_BIAS": True, "TRANSPOSED": small_m, "TMA": tma, unit_stride: 1}
+        types = {name: kind for name, kind in sizes.items() if name != unit_stride} | operands
+        rows = f"M <= {mx.SMALL_M}" if small_m else "any M"
+        for name in ("bf16", "fp16"):
+            outputs = {"bias_ptr": _FLOATS[name], "out_ptr": _FLOATS[name]}
+            yield Build(mx.mx_kernel, f"{name}, {rows}", types | outputs, constants)
 
 
-def last_of_each(found: Iterable[Build]) -> list[Build]:
+def _sizes(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def _codes(rows: int, columns: int, tma: bool) -> str:
+    """The type of an E4M3 operand: a tensor descriptor with TMA, else a pointer."""
+    return f"tensordesc<fp8e4nv[{rows}, {columns}]>" if tma else "*fp8e4nv"
+
+
+def last_of_each(all_builds: Iterable[Build]) -> list[Build]:
     """One configuration of each kernel: the last, which is the largest."""
-    return list({build.name: build for build in found}.values())
+    return list({build.name: build for build in all_builds}.values())
 
 
 def compile_kernel(build: Build, arch: Arch):
@@ -208,7 +196,7 @@ def compile_kernel(build: Build, arch: Arch):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n not in _ANY and (signature[n] == "i32" or signature[n].startswith("*"))
+        if n not in _UNALIGNED and (signature[n] == "i32" or signature[n].startswith("*"))
     }
     source = ASTSource(build.kernel, signature, constants, aligned)
     options = {n: v for n, v in build.constants.items() if n in _OPTIONS}
@@ -228,7 +216,7 @@ def inspect(build: Build, arch: Arch) -> Binary:
 
 
 def disassemble(cubin: bytes, ptx: str, kernel: str, config: str, shared: int) -> Binary:
-    """What a binary for NVIDIA's cards holds, whatever compiled it."""
+    """Disassemble a binary for an NVIDIA GPU, whichever compiler it comes from."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -243,7 +231,7 @@ def disassemble(cubin: bytes, ptx: str, kernel: str, config: str, shared: int) -
 
 
 def _inspect_amd(build: Build, compiled) -> Binary:
-    """From the assembly that AMD's compiler writes."""
+    """The same from the assembly of AMD's compiler."""
     text = compiled.asm["amdgcn"]
     instructions = Counter(_AMD_INSTRUCTION.findall(text))
     spills = sum(n for name, n in instructions.items() if name.startswith("scratch_"))
@@ -258,10 +246,10 @@ def _run(tool: str, *arguments) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    ended = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
-    if ended.returncode:  # a disassembler may be older than the compiler beside it
-        raise RuntimeError(f"{tool} failed: {ended.stderr.strip()}")
-    return ended.stdout
+    process = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
+    if process.returncode:  # a disassembler may be older than the compiler beside it
+        raise RuntimeError(f"{tool} failed: {process.stderr.strip()}")
+    return process.stdout
 
 
 def _arch(word: str) -> Arch:
@@ -276,17 +264,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", action="store_true", help="one configuration of each kernel")
     arguments = parser.parse_args(argv)
-    wanted = list(builds(arguments.arch))
+    selected = list(builds(arguments.arch))
     if arguments.one:
-        wanted = last_of_each(wanted)
-    binaries = [inspect(build, arguments.arch) for build in wanted]
+        selected = last_of_each(selected)
+    binaries = [inspect(build, arguments.arch) for build in selected]
     if arguments.json:
-        json.dump([asdict(binary) for binary in binaries], sys.stdout, indent=1)
-        print()
+        print(json.dumps([asdict(binary) for binary in binaries], indent=1))
         return 0
     print(f"{'kernel':24}{'config':20}{'registers':>10}{'spills':>8}{'shared':>9}  matrix")
     for b in binaries:
-        matrix = ", ".join(f"{n} {c}" for n, c in sorted(b.matrix.items()))
+        matrix = ", ".join(f"{name} x {count}" for name, count in sorted(b.matrix.items()))
         print(f"{b.kernel:24}{b.config:20}{b.registers:10}{b.spills:8}{b.shared:9}  {matrix}")
     return 0
 

@@ -1,26 +1,28 @@
-"""MXFP8 times MXFP8 on data center Blackwell (sm_100a, sm_103a), in CuTe DSL. Compiled, never run.
+"""MXFP8 x MXFP8 on data center Blackwell (sm_100a, sm_103a), in CuTe DSL. Compiled, never run.
 
-One block of 4 warps computes 128 by 128 results. One warp fetches, by the tensor memory
-accelerator; another has the tensor cores multiply (`tcgen05.mma`, which applies block scales) into
-tensor memory; all four store what came out, a row of results to a thread. Two blocks share an SM,
-so that one multiplies while the other stores. Stages of 128 columns of K go round in shared memory:
-`full` barriers count the bytes that came in, `empty` ones the multiplications that read them.
+One thread block of 4 warps computes 128 x 128 results. Warp 0 loads through the tensor memory
+accelerator (TMA); warp 1 issues the matrix instructions (`tcgen05.mma`, which applies block scales)
+that accumulate in tensor memory; all four warps store the results, one row per thread. Two thread
+blocks share an SM, so that one multiplies while the other stores. Shared memory holds a ring of
+stages of 128 columns of K: `full` barriers count the bytes that have arrived, `empty` barriers the
+multiplications that have read them.
 
 Layouts:
 
-* Codes: 128 rows of 128 bytes in the 128-byte swizzle, which the accelerator writes and the matrix
-  descriptor names. 8 rows are 1,024 bytes; a block of 32 along K is 32 bytes further.
-* Scales: 128 rows by 4 blocks, 512 bytes in one piece, as the tiled order (`layout`) stores them:
-  32 rows of 16 bytes. `tcgen05.cp` copies them to four columns of tensor memory, once for the lanes
-  of each warp: so row r is in lane `r % 32`, column `r // 32`, and byte c is block c. That is what
-  the multiplication expects of scales of 32 values; the instruction descriptor picks the byte.
-* Tensor memory: columns 0 to 127 are results, a lane a row; then 4 of scales of A, 4 of B.
+* Codes: 128 rows of 128 bytes in the 128-byte swizzle, which TMA writes and the matrix descriptor
+  names. 8 rows are 1,024 bytes; the next block of 32 along K is 32 bytes further.
+* Scales: 128 rows by 4 blocks, 512 contiguous bytes as the tiled order (`layout`) stores them: 32
+  rows of 16 bytes. `tcgen05.cp` copies them to four columns of tensor memory, once for the lanes of
+  each warp, so row r is in lane `r % 32`, column `r // 32`, and byte c is block c. That is what the
+  multiplication expects of one scale per 32 values; the instruction descriptor selects the byte.
+* Tensor memory: columns 0 to 127 are results, one row per lane; then 4 columns of scales of A, 4 of
+  B.
 
-Rows and columns beyond the matrices come as zeros from the accelerator; results beyond are not
-stored. Scales beyond K are padding, which is stored, and zero.
+TMA fills rows and columns beyond the matrices with zeros; results beyond them are not stored.
+Scales beyond K are stored padding, and zero.
 
 Rejected: the layout algebra of `cutlass.utils` for scales (six views of 512 bytes), whose
-descriptors are the same (a test compares); 256 columns a block, clusters, a persistent grid: first
+descriptors are the same (a test compares); tiles of 256 columns, clusters, a persistent grid: first
 it has to run.
 
 https://docs.nvidia.com/cuda/parallel-thread-execution/#tcgen05-block-scaling, "Matrix descriptor",
@@ -39,11 +41,11 @@ TILE = 128  # rows of A, rows of B and columns of K in a stage
 STAGES = 3
 CODES = TILE * TILE
 SCALES = 512  # bytes of scales of 128 rows by 4 blocks
-SWIZZLE = (3, 4, 3)  # address bits 4 to 6 by exclusive or with bits 7 to 9
+SWIZZLE = (3, 4, 3)  # address bits 4 to 6 are XORed with bits 7 to 9
 A_AT, B_AT = 0, STAGES * CODES
 A_SCALE_AT = 2 * STAGES * CODES
 B_SCALE_AT = A_SCALE_AT + STAGES * SCALES
-BARRIERS_AT = B_SCALE_AT + STAGES * SCALES  # full, empty, done; then where tensor memory starts
+BARRIERS_AT = B_SCALE_AT + STAGES * SCALES  # full, empty, done; then tensor memory's address
 SHARED = BARRIERS_AT + (2 * STAGES + 1) * 8 + 8
 COLUMNS = 256  # of tensor memory; 136 are used
 A_SCALE_COLUMN, B_SCALE_COLUMN = TILE, TILE + 4
@@ -69,15 +71,16 @@ _BEFORE = "tcgen05.fence::before_thread_sync;"
 
 
 def descriptor(stride: int, swizzled: bool) -> int:
-    """A matrix descriptor but for its address: 8 rows are `stride` bytes apart from the next 8.
+    """A matrix descriptor without its address; groups of 8 rows are `stride` bytes apart.
 
-    Bit 16 is the other stride, which one swizzled row, or 16 bytes, has no use for; NVIDIA's is 1.
+    Bit 16 sets the leading-dimension stride, which a single swizzled row, or 16 bytes, does not
+    use; NVIDIA's code sets 1.
     """
     return 1 << 16 | stride >> 4 << 32 | 1 << 46 | (2 if swizzled else 0) << 61
 
 
 def instruction(block: int) -> int:
-    """The instruction descriptor: E4M3 by E4M3, E8M0 scales in byte `block`, 128 by 128."""
+    """The instruction descriptor: E4M3 x E4M3, E8M0 scales in byte `block`, 128 x 128 results."""
     return block << 4 | TILE >> 3 << 17 | 1 << 23 | TILE >> 4 << 24 | block << 29
 
 
@@ -87,7 +90,7 @@ def _at(address, stride, swizzled):
 
 @cute.jit
 def fetch(shared, full, empty, a_atom, a_from, a_to, b_atom, b_from, b_to, a_scale, b_scale, tiles):
-    """Fill the stages, step by step of K, by one warp."""
+    """Load every step of K into the ring of stages; run by one warp."""
     for step in cutlass.range(tiles, unroll=1):
         stage, phase = step % STAGES, step // STAGES & 1
         cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
@@ -107,7 +110,7 @@ def fetch(shared, full, empty, a_atom, a_from, a_to, b_atom, b_from, b_to, a_sca
 
 @cute.jit
 def multiply(shared, memory, full, empty, done, tiles):
-    """Have the tensor cores add up all steps, by one warp; `memory`: tensor memory's address."""
+    """Multiply and accumulate every step of K; run by one warp. `memory`: tensor memory."""
     a_scale, b_scale = memory + A_SCALE_COLUMN, memory + B_SCALE_COLUMN
     for step in cutlass.range(tiles, unroll=1):
         stage, phase = step % STAGES, step // STAGES & 1
@@ -137,7 +140,7 @@ def kernel(
     b_codes: cute.Tensor, b_scale, bias, out, tiles: Int32, M: Int32, N: Int32,
     HAS_BIAS: cutlass.Constexpr,
 ):  # fmt: skip
-    """A times B.T + bias, the first M by N of it; `tiles`: of K."""
+    """The first M x N of A @ B.T + bias; `tiles`: tiles of scales along K."""
     tile_row, tile_column, _ = cute.arch.block_idx()
     thread, _, _ = cute.arch.thread_idx()
     warp = cute.arch.make_warp_uniform(thread >> 5)
@@ -177,15 +180,15 @@ def kernel(
     cute.arch.mbarrier_wait(done, 0)
     cute.arch.inline_ptx(_AFTER)
     for part in cutlass.range_constexpr(TILE // 32):
-        found = cute.arch.inline_ptx(
+        loaded = cute.arch.inline_ptx(
             _READ,
             write_only_types=[Float32] * 32,
-            read_only_args=[memory + (warp << 21) + part * 32],  # lanes from bit 16: 32 a warp
+            read_only_args=[memory + (warp << 21) + part * 32],  # from bit 16: the lane, 32 a warp
         )
         for eight in cutlass.range_constexpr(4):
             values = cute.make_rmem_tensor(8, Float32)
             for i in cutlass.range_constexpr(8):
-                values[i] = found[eight * 8 + i]
+                values[i] = loaded[eight * 8 + i]
             column = tile_column * TILE + part * 32 + eight * 8
             store(out, bias, values, tile_row * TILE + thread, column, M, N, HAS_BIAS)
     cute.arch.inline_ptx(_BEFORE)
@@ -201,17 +204,17 @@ def launch(
     bias: cute.Pointer, out: cute.Pointer, a_rows: Int32, b_rows: Int32, K: Int32, tiles: Int32,
     M: Int32, N: Int32, stream, HAS_BIAS: cutlass.Constexpr,
 ):  # fmt: skip
-    """On the host: the descriptors of both matrices, and one block per tile of results."""
+    """Host code: tensor maps of both matrices, and a grid of one thread block per result tile."""
     swizzled = cute.make_composed_layout(
         cute.make_swizzle(*SWIZZLE), 0, cute.make_layout((TILE, TILE), stride=(TILE, 1))
     )
-    made = []
+    loads = []
     for codes, rows in ((a, a_rows), (b, b_rows)):
         width = cute.assume(K, 32)
         matrix = cute.make_tensor(codes, cute.make_layout((rows, width), stride=(width, 1)))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        made.append(cpasync.make_tiled_tma_atom(load, matrix, swizzled, (TILE, TILE)))
-    (a_atom, a_codes), (b_atom, b_codes) = made
+        op = cpasync.CopyBulkTensorTileG2SOp()
+        loads.append(cpasync.make_tiled_tma_atom(op, matrix, swizzled, (TILE, TILE)))
+    (a_atom, a_codes), (b_atom, b_codes) = loads
     grid = (cute.ceil_div(M, TILE), cute.ceil_div(N, TILE), 1)
     kernel(
         a_atom, a_codes, a_scale, b_atom, b_codes, b_scale, bias, out, tiles, M, N, HAS_BIAS

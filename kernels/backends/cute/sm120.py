@@ -1,21 +1,21 @@
-"""MXFP8 times MXFP8 on GeForce Blackwell (sm_120a, sm_121a), in CuTe DSL. Compiled, never run.
+"""MXFP8 x MXFP8 on GeForce Blackwell (sm_120a, sm_121a), in CuTe DSL. Compiled, never run.
 
-One block of 8 warps computes 128 by 128 results, by `mma.sync` with block scales: the tensor cores
-multiply 16 by 32 codes with 32 by 8, and each row and column by its power of two. Codes and scales
-come into shared memory by `cp.async`, three stages deep, 128 columns of K a stage.
+One thread block of 8 warps computes 128 x 128 results by `mma.sync` with block scales: the tensor
+cores multiply 16 x 32 codes by 32 x 8 and apply a power of two per row and column. `cp.async`
+brings codes and scales into shared memory, in a ring of three stages of 128 columns of K.
 
-What a stage holds, in bytes (`A_AT` ... `B_SCALE_AT`): the codes of A, then of B, 128 rows of 128;
-then 128 rows by 4 blocks of scales of each, which the tiled order stores in one piece of 512 bytes
-(`layout`). In a row of codes the 16-byte chunk c lies at `c ^ row % 8`, so that the 8 rows that one
-phase of `ldmatrix` reads are in different banks.
+A stage holds, at `A_AT` to `B_SCALE_AT`: the codes of A, then of B, 128 rows of 128 bytes; then
+the scales of 128 rows by 4 blocks of each, which the tiled order (`layout`) stores in 512
+contiguous bytes. In a row of codes the 16-byte chunk c is stored at `c ^ row % 8`, so that the 8
+rows that one phase of `ldmatrix` reads are in different banks.
 
-What each thread of a warp holds is in the PTX ISA, "Matrix fragments for mma.m16n8k32" and "Block
-scaling": of the scales, thread t gives row `t % 2 * 8 + t // 4` of A and column `t // 4` of B. The
-four blocks of a row make one 32-bit word of the tiled order, and the instruction picks its byte: so
-a word is read once for four products.
+Which values each thread of a warp holds is in the PTX ISA, "Matrix fragments for mma.m16n8k32" and
+"Block scaling": of the scales, thread t supplies row `t % 2 * 8 + t // 4` of A and column `t // 4`
+of B. The four blocks of a row are one 32-bit word of the tiled order, of which the instruction
+selects a byte, so a word is read once for four products.
 
-Rejected: the scale layouts of `cutlass.utils` (the words are theirs too, but four lines say it),
-TMA (a thread that fetches, and barriers, for what eight copies a thread do), a persistent grid.
+Rejected: the scale layouts of `cutlass.utils` (the same words, which four lines describe), TMA (a
+producer thread and barriers, in place of eight copies per thread), a persistent grid.
 
 https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-block-scaling
 """
@@ -34,7 +34,7 @@ A_AT, B_AT = 0, TILE * TILE
 A_SCALE_AT = B_AT + TILE * TILE
 B_SCALE_AT = A_SCALE_AT + SCALES
 STAGE = B_SCALE_AT + SCALES
-SHARED = STAGES * STAGE  # 101,376 bytes, all that a block can have
+SHARED = STAGES * STAGE  # 101,376 bytes, the most that a thread block can have
 
 _COPY = "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};"
 _WORD = "ld.shared.b32 {$w0}, [{$r0}];"
@@ -47,33 +47,33 @@ _MULTIPLY = (
 
 
 def chunk_at(row, chunk):
-    """Byte of a 16-byte chunk of a row of codes."""
+    """Offset of a 16-byte chunk of a row of codes in a stage."""
     return row * TILE + ((chunk ^ (row & 7)) << 4)
 
 
 def scale_word_at(row):
-    """Byte of the word that holds the four scales of a row of 128, in tiled order."""
+    """Offset of the word with the four scales of a row of 128, in tiled order."""
     return ((row & 31) << 4) + ((row >> 5) << 2)
 
 
 def a_row(lane):
-    """Which row of 16 a lane addresses for `ldmatrix`, and which half of 32 codes."""
+    """The row of A (of 16) and the half of 32 codes that a lane addresses for `ldmatrix`."""
     return lane & 15, lane >> 4
 
 
 def b_row(lane):
-    """The same of B: 16 rows, that is, two operands of 8."""
+    """As `a_row`, for 16 rows of B: two operands of 8 rows."""
     return (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1
 
 
 def a_scale_row(lane):
-    """The row of 16 whose scale a lane gives; lanes with bit 1 set are not asked."""
+    """The row of 16 whose scale a lane supplies; lanes with bit 1 set are ignored."""
     return ((lane & 1) << 3) + (lane >> 2)
 
 
 @cute.jit
 def fetch_codes(to, codes, rows, K, first_row, first, thread):
-    """Codes [128, 128] at (first_row, first) of codes [rows, K]; zeros beyond the matrix."""
+    """Load codes [128, 128] at (first_row, first) of [rows, K]; zeros beyond the matrix."""
     for i in cutlass.range_constexpr(TILE * TILE // 16 // THREADS):
         row, chunk = (thread + i * THREADS) >> 3, thread & 7
         inside = (first_row + row < rows) & (first + chunk * 16 < K)
@@ -88,7 +88,7 @@ def fetch_codes(to, codes, rows, K, first_row, first, thread):
 def fetch(
     to, a, a_scale, b, b_scale, a_rows, b_rows, K, tiles, tile_row, tile_column, step, thread
 ):
-    """All that step `step` of K needs, into the stage at `to`."""
+    """Load the codes and scales of step `step` of K into the stage at `to`."""
     fetch_codes(to + A_AT, a, a_rows, K, tile_row * TILE, step * TILE, thread)
     fetch_codes(to + B_AT, b, b_rows, K, tile_column * TILE, step * TILE, thread)
     if thread < 2 * SCALES // 16:
@@ -103,7 +103,7 @@ def fetch(
 
 @cute.jit
 def multiply(total, stage, warp_row, warp_column, lane):
-    """Add the products of a stage to total [4, 4, 4]: 64 rows by 32 columns of a warp."""
+    """Add the products of a stage to total [4, 4, 4], the 64 x 32 results of a warp."""
     a_words, b_words = [], []
     for i in cutlass.range_constexpr(4):
         at = scale_word_at(warp_row + i * 16 + a_scale_row(lane))
@@ -142,7 +142,7 @@ def kernel(
     a, a_scale, b, b_scale, bias, out, a_rows: Int32, b_rows: Int32, K: Int32, tiles: Int32,
     M: Int32, N: Int32, HAS_BIAS: cutlass.Constexpr,
 ):  # fmt: skip
-    """A [a_rows, K] times B [b_rows, K].T + bias, the first M by N of it; `tiles`: of K."""
+    """The first M x N of A [a_rows, K] @ B [b_rows, K].T + bias; `tiles`: of scales along K."""
     tile_row, tile_column, _ = cute.arch.block_idx()
     thread, _, _ = cute.arch.thread_idx()
     lane, warp = thread & 31, thread >> 5
@@ -150,18 +150,18 @@ def kernel(
     shared = SmemAllocator().allocate(SHARED, 128).toint()
     total = cute.make_rmem_tensor((4, 4, 4), Float32)
     total.fill(0.0)
-    given = (a, a_scale, b, b_scale, a_rows, b_rows, K, tiles, tile_row, tile_column)
+    operands = (a, a_scale, b, b_scale, a_rows, b_rows, K, tiles, tile_row, tile_column)
     for step in cutlass.range_constexpr(STAGES - 1):
         if step < tiles:
-            fetch(shared + step * STAGE, *given, Int32(step), thread)
+            fetch(shared + step * STAGE, *operands, Int32(step), thread)
         cute.arch.cp_async_commit_group()
     for step in cutlass.range(tiles, unroll=1):
-        cute.arch.cp_async_wait_group(STAGES - 2)  # this step is here
-        cute.arch.sync_threads()  # for all; and all are done with the stage that is filled next
+        cute.arch.cp_async_wait_group(STAGES - 2)  # this step has arrived
+        cute.arch.sync_threads()  # for all warps, and all have read the stage that is filled next
         ahead = step + STAGES - 1
         if ahead < tiles:
-            fetch(shared + ahead % STAGES * STAGE, *given, ahead, thread)
-        cute.arch.cp_async_commit_group()  # an empty one at the end: the count goes on
+            fetch(shared + ahead % STAGES * STAGE, *operands, ahead, thread)
+        cute.arch.cp_async_commit_group()  # empty ones at the end keep the count of groups
         multiply(total, shared + step % STAGES * STAGE, warp_row, warp_column, lane)
     for i in cutlass.range_constexpr(4):
         for j in cutlass.range_constexpr(4):
@@ -180,7 +180,7 @@ def launch(
     bias: cute.Pointer, out: cute.Pointer, a_rows: Int32, b_rows: Int32, K: Int32, tiles: Int32,
     M: Int32, N: Int32, stream, HAS_BIAS: cutlass.Constexpr,
 ):  # fmt: skip
-    """On the host: one block per tile of results."""
+    """Host code: a grid of one thread block per result tile."""
     grid = (cute.ceil_div(M, TILE), cute.ceil_div(N, TILE), 1)
     kernel(a, a_scale, b, b_scale, bias, out, a_rows, b_rows, K, tiles, M, N, HAS_BIAS).launch(
         grid=grid, block=(THREADS, 1, 1), smem=SHARED, stream=stream

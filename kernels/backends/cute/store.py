@@ -1,6 +1,6 @@
-"""How the CuTe kernels write results: the bias added in float32, rounded once, tails left alone.
+"""The epilogue of the CuTe kernels: adds the bias in float32, rounds once, masks the tails.
 
-Compiled, never run (`cute_mx`).
+Compiled, never run on a GPU (`mx`).
 """
 
 import cutlass
@@ -9,9 +9,9 @@ from cutlass import Float32, Int64, cute
 
 @cute.jit
 def store(out, bias, values, row, column, M, N, HAS_BIAS: cutlass.Constexpr):
-    """values, float32 of consecutive columns, into out [M, N] at (row, column); bias: [N].
+    """Write float32 values of consecutive columns into out [M, N] at (row, column); bias: [N].
 
-    One store where N is a multiple of their number, which keeps the rows aligned, else one each.
+    One vector store if N is a multiple of their count, which keeps rows aligned; else one each.
     """
     count = cutlass.const_expr(cute.size(values))
     rounded = cute.make_rmem_tensor(count, out.dtype)
@@ -23,11 +23,11 @@ def store(out, bias, values, row, column, M, N, HAS_BIAS: cutlass.Constexpr):
     start = out + (Int64(row) * N + column)
     size = cutlass.const_expr(count * out.dtype.width // 8)
     aligned = cute.make_ptr(out.dtype, start.toint(), out.memspace, assumed_align=size)
-    whole = cute.make_tensor(aligned, cute.make_layout(count))
+    vector = cute.make_tensor(aligned, cute.make_layout(count))
     if row < M:
         if N % count == 0:
             if column < N:
-                cute.autovec_copy(rounded, whole)
+                cute.autovec_copy(rounded, vector)
         else:
             for i in cutlass.range_constexpr(count):
                 if column + i < N:

@@ -1,19 +1,19 @@
-"""Quantize and dequantize in Triton: one pass over memory, the tiled scales used in place.
+"""Quantize and dequantize in Triton: one pass over memory, tiled scales read and written in place.
 
-The bits are those of `reference`, NaN, Inf and tiny blocks included. A program has a tile of 128
-rows and 128 columns, so that its scales are one stretch of 512 bytes of the tiled order. Exponents
-are integers taken from float32 bits: no logarithm, no division.
+The bits are those of `reference`, NaN, Inf and tiny blocks included. A program handles a tile of
+128 rows by 128 columns, so its scales are 512 contiguous bytes of the tiled order. Exponents are
+integers taken from float32 bits: no logarithm, no division.
 
-E4M3 is packed and unpacked by the instructions of sm_89 and later where they are there, and by
-integers elsewhere (HARDWARE). Unpacking: code << 7 read as float16 is the value times 2**-8,
+E4M3 is packed and unpacked by the instructions of sm_89 and later where they exist (HARDWARE), and
+by integer arithmetic elsewhere. Unpacking: code << 7 read as float16 is the value times 2**-8,
 subnormals included. Packing: adding 0x7FFFF and the last kept bit rounds a float32's bits to the
 nearest even E4M3; below 2**-6, adding 2**14 leaves the rounded code in the last bits.
 
 Products and scales may be subnormal, so this relies on float32 arithmetic that does not flush
-them, which is Triton's default.
+subnormals, which is Triton's default.
 
-Rejected: decoding into bfloat16 with a shift of 4 (exact only while a scale is at most 2**7), and
-a program per row (its scales would be 4 bytes here and there).
+Rejected: decoding into bfloat16 with a shift of 4 (exact only for scales up to 2**7), and one
+program per row (its scales would be 4 bytes here and there).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ... import layout
 from ...device_facts import hardware_e4m3, on_device
 from ...layout import ROW_PAD, TILE_ROWS
 
-ROWS, COLUMNS, WARPS = 128, 128, 8  # of a program; a tile of scales is 128 rows by 4 blocks
+ROWS, COLUMNS, WARPS = 128, 128, 8  # per program; a tile of scales is 128 rows by 4 blocks
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def decode_e8m0(scale):
 
 @triton.jit
 def scale_offset(row, block, tiles):
-    """Where the scale of (row, block) is in the tiled order; `tiles` are those of a row."""
+    """Offset of the scale of (row, block) in the tiled order; `tiles` per row of tiles."""
     tile = (row // 128) * tiles + block // 4
     return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
 
@@ -95,7 +95,7 @@ def dequantize_kernel(
     code_ptr, scale_ptr, out_ptr, rows, cols, stored, tiles,
     R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """qdata [>= rows, stored] and its tiled scales -> out [rows, cols], R by C a program."""
+    """qdata [>= rows, stored] and tiled scales -> out [rows, cols]; a tile of R x C per program."""
     across = tl.cdiv(cols, C)
     row = (tl.program_id(0) // across * R + tl.arange(0, R)).to(tl.int64)
     first = tl.program_id(0) % across * C
@@ -129,7 +129,7 @@ def quantize_kernel(
         other=0.0,
     )
     value = x.to(tl.float32).reshape(R, C // 32, 32)
-    # Non-negative floats compare as their bits do, and a NaN's bits are above infinity's.
+    # Non-negative floats compare as their bits do, and the bits of NaN are above those of infinity.
     amax = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
     # RCEIL: the exponent of amax / 448, one more where the mantissa is above 1.75 (0x600000).
     byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 1)

@@ -1,8 +1,8 @@
-"""The exact linear where there is Triton: decoded in registers for few rows, unpacked for many.
+"""The exact (W8A16) linear by Triton: decoded in registers for few rows, unpacked for many.
 
-With up to 64 rows the weight's bytes decide, and `triton_w8a16` reads 8 bits a weight instead of
-16. With more, the weight is unpacked once into memory that the allocator hands out again, and
-cuBLAS multiplies: at M = 4096 unpacking is about 7% of the work.
+Up to 64 rows the time is that of reading the weight, and `w8a16` reads 8 bits a weight instead of
+16. With more, the weight is unpacked into memory that the caching allocator reuses, and cuBLAS
+multiplies: at M = 4096 unpacking is about 7% of the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
 
 
 def _most_rows(x: torch.Tensor) -> int:
-    """Up to how many rows weights are decoded in registers."""
+    """The largest M for which weights are decoded in registers."""
     if x.dtype == torch.float32:  # tensor cores would round it
         return 1
     # Triton knows no matrix instructions before Ampere's (sm_80).

@@ -1,12 +1,13 @@
-"""Row-scaled FP8 matmul in Triton: E4M3 times E4M3, a float32 scale per row of either matrix.
+"""Row-wise scaled FP8 matmul in Triton: E4M3 x E4M3, a float32 scale per row of either matrix.
 
-Persistent: as many programs as multiprocessors take, each going from tile to tile of the output,
-in groups that share rows of both matrices while these are in the L2. On Hopper tiles are fetched by
-the tensor memory accelerator (TMA), elsewhere by asynchronous copies.
+Used where torch has no such matmul (`torch._scaled_mm`) on the platform, or not for the dtype of
+the result (`fp8_rowwise`).
 
-In place of torch's own (`torch._scaled_mm`) where the platform has none, or not for the dtype of
-the result (`fast_linear`). Hopper adds up FP8 products with 14 bits of mantissa, here as there
-(`use_fast_accum`); that is far below the rounding of the operands.
+The kernel is persistent: at most one program per multiprocessor, each of which walks through tiles
+of the output in groups that share rows of both matrices while these are in the L2 cache. On Hopper
+the tensor memory accelerator (TMA) fetches the tiles, elsewhere asynchronous copies do. Hopper
+accumulates FP8 products with 14 bits of mantissa, here as in torch (`use_fast_accum`); that error
+is far below the rounding of the operands.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import triton.language as tl
 
 from ...device_facts import capability, on_device
 
-# Tiles per architecture, by the rows of x up to which they serve. Compiled without spills within
-# the architecture's shared memory; chosen by counting, not yet by timing.
+# Tiles per architecture: (largest M they serve, configuration). They compile without spills within
+# the architecture's shared memory; chosen by counting resources, not yet by timing.
 _ADA = (
     (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": 4}),
     (1 << 31, {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}),
@@ -35,7 +36,7 @@ CONFIGS = {89: _ADA, 90: _HOPPER}
 
 @triton.jit
 def tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(row, column) of a tile, GROUP rows of tiles walked through together."""
+    """(row, column) of a tile; GROUP rows of tiles are walked through together."""
     across = tl.cdiv(N, BN)
     group = index // (GROUP * across)
     height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
@@ -44,71 +45,52 @@ def tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def finish(
-    total, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, row, column, M, N, columns,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Scale a finished sum, add the bias, round and store it into out [M, columns]."""
-    a_scale = tl.load(a_scale_ptr + row, mask=row < M, other=0.0)
-    b_scale = tl.load(b_scale_ptr + column, mask=column < N, other=0.0)
-    total = total * a_scale[:, None] * b_scale[None, :]
-    inside = column < columns
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        total += bias[None, :]
-    tl.store(
-        out_ptr + row[:, None].to(tl.int64) * columns + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=(row < M)[:, None] & inside[None, :],
-    )
-
-
-@triton.jit
-def copy_kernel(
-    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, M, N, K, columns,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """out [M, columns] = a [M, K] @ b [N, K].T, scaled; columns <= N. Asynchronous copies."""
-    for index in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
-        tile_row, tile_column = tile_of(index, M, N, BM, BN, GROUP)
-        row = tile_row * BM + tl.arange(0, BM)
-        column = tile_column * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        # Rows beyond the end read the last one: their results are not stored.
-        a = a_ptr + tl.minimum(row, M - 1)[:, None].to(tl.int64) * K + k[None, :]
-        b = b_ptr + tl.minimum(column, N - 1)[:, None].to(tl.int64) * K + k[None, :]
-        total = tl.zeros((BM, BN), dtype=tl.float32)
-        for first in range(0, K, BK):
-            inside = (k < K - first)[None, :]
-            x = tl.load(a, mask=inside, other=0.0)
-            w = tl.load(b, mask=inside, other=0.0)
-            total = tl.dot(x, w.T, total)
-            a += BK
-            b += BK
-        finish(
-            total, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, row, column, M, N, columns, HAS_BIAS
-        )
-
-
-@triton.jit
-def tma_kernel(
+def rowwise_matmul_kernel(
     a, b, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, M, N, K, columns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """As `copy_kernel`, a and b as tensor descriptors of [BM, BK] and [BN, BK]."""
+    """out [M, columns] = a [M, K] @ b [N, K].T, scaled; columns <= N.
+
+    a, b: with TMA, tensor descriptors of [BM, BK] and [BN, BK]; else pointers, which are read by
+    asynchronous copies.
+    """
     for index in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
         tile_row, tile_column = tile_of(index, M, N, BM, BN, GROUP)
+        if not TMA:
+            # Rows beyond the end read the last one: their results are not stored.
+            row = tl.minimum(tile_row * BM + tl.arange(0, BM), M - 1)
+            column = tl.minimum(tile_column * BN + tl.arange(0, BN), N - 1)
+            k = tl.arange(0, BK)
+            a_ptr = a + row[:, None].to(tl.int64) * K + k[None, :]
+            b_ptr = b + column[:, None].to(tl.int64) * K + k[None, :]
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for first in range(0, K, BK):
-            x = a.load([tile_row * BM, first])
-            w = b.load([tile_column * BN, first])
+            if TMA:
+                x = a.load([tile_row * BM, first])
+                w = b.load([tile_column * BN, first])
+            else:
+                inside = (k < K - first)[None, :]
+                x = tl.load(a_ptr, mask=inside, other=0.0)
+                w = tl.load(b_ptr, mask=inside, other=0.0)
+                a_ptr += BK
+                b_ptr += BK
             total = tl.dot(x, w.T, total)
+        # The epilogue: scale the finished sum, add the bias, round once. Indices are computed here,
+        # because with TMA they would take registers during the loop.
         row = tile_row * BM + tl.arange(0, BM)
         column = tile_column * BN + tl.arange(0, BN)
-        finish(
-            total, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, row, column, M, N, columns, HAS_BIAS
+        a_scale = tl.load(a_scale_ptr + row, mask=row < M, other=0.0)
+        b_scale = tl.load(b_scale_ptr + column, mask=column < N, other=0.0)
+        total = total * a_scale[:, None] * b_scale[None, :]
+        inside_columns = column < columns
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=inside_columns, other=0.0).to(tl.float32)
+            total += bias[None, :]
+        tl.store(
+            out_ptr + row[:, None].to(tl.int64) * columns + column[None, :],
+            total.to(out_ptr.dtype.element_ty),
+            mask=(row < M)[:, None] & inside_columns[None, :],
         )
 
 
@@ -122,7 +104,7 @@ def multiprocessors(device: torch.device) -> int:
 def config_for(arch: int, M: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and options for an architecture (compute capability times 10) and M rows."""
     table = CONFIGS[90] if arch == 90 else CONFIGS[89]
-    if dtype != torch.bfloat16:  # results of the largest tiles would spill
+    if dtype != torch.bfloat16:  # in other dtypes the largest tiles spill
         M = min(M, table[-2][0])
     return next(config for most, config in table if most >= M)
 
@@ -147,14 +129,15 @@ def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> to
     config = config_for(major * 10 + minor, M, dtype)
     tiles = -(-M // config["BM"]) * -(-N // config["BN"])
     grid = (min(tiles, multiprocessors(a.device)),)
-    rest = a_scale, b_scale, out if bias is None else bias, out, M, N, K, columns
-    with on_device(a):
-        if major == 9:
-            from triton.tools.tensor_descriptor import TensorDescriptor
+    tma = major == 9
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-            x = TensorDescriptor.from_tensor(a, [config["BM"], config["BK"]])
-            w = TensorDescriptor.from_tensor(b, [config["BN"], config["BK"]])
-            tma_kernel[grid](x, w, *rest, **config, HAS_BIAS=bias is not None)
-        else:
-            copy_kernel[grid](a, b, *rest, **config, HAS_BIAS=bias is not None)
+        a = TensorDescriptor.from_tensor(a, [config["BM"], config["BK"]])
+        b = TensorDescriptor.from_tensor(b, [config["BN"], config["BK"]])
+    with on_device(out):
+        rowwise_matmul_kernel[grid](
+            a, b, a_scale, b_scale, out if bias is None else bias, out, M, N, K, columns,
+            HAS_BIAS=bias is not None, TMA=tma, **config,
+        )  # fmt: skip
     return out

@@ -1,24 +1,24 @@
-"""Block-scaled matmul in Triton (`tl.dot_scaled`): MXFP8 times MXFP8, scales read in tiled order.
+"""Block-scaled matmul in Triton (`tl.dot_scaled`): MXFP8 x MXFP8, scales read in tiled order.
 
 Both matrices are quantized along K in blocks of 32, and the tensor cores apply the scales: those of
-Blackwell, and of CDNA4 (gfx950). One kernel computes tiles of A [rows, K] times B [columns, K].T:
+Blackwell, and of CDNA4 (gfx950). One kernel computes tiles of A [rows, K] @ B [columns, K].T:
 
-* many tokens: A are the tokens, B the weights;
-* up to 64 tokens: A are the weights, B the tokens, and the result is stored transposed. On sm_100
-  the matrix instructions are block-scaled only with 128 rows of A or more; below, the compiler
+* for more than 64 rows of x, A is x and B the weight;
+* up to 64 rows, A is the weight and B is x, and the result is stored transposed. On sm_100 the
+  matrix instructions are block-scaled only with at least 128 rows of A; below that the compiler
   silently multiplies in bfloat16.
 
-A tile of 128 rows by 4 blocks has its scales in one stretch of 512 bytes, which is the order that
-sm_100 copies into its tensor memory (`tcgen05.cp`). The compiler does that where the scales of 128
-rows come by a tensor descriptor or as flat stretches, reshaped and permuted afterwards. Loaded by
-addresses of five dimensions, they go through registers (`tcgen05.st`); so do those of B with few
-tokens, which are fewer than 128 rows. By descriptors the large tile takes 52 KB more of shared
-memory and 12 more registers (203 of 232 KB, 240 of 255) and does not spill; the small one takes 8
-registers fewer. So compiles Triton 3.6; what it is worth has not been timed.
+A tile of 128 rows by 4 blocks has its scales in 512 contiguous bytes, the order in which sm_100
+copies them to tensor memory (`tcgen05.cp`). The compiler emits that copy if the scales of 128 rows
+are loaded through a tensor descriptor, or as flat ranges that are reshaped and permuted afterwards.
+Loaded by five-dimensional addresses they go through registers (`tcgen05.st`), and so do those of B
+for small M, which has fewer than 128 rows. With descriptors the large tile takes 52 KB more shared
+memory and 12 more registers (203 of 232 KB, 240 of 255) without spilling; the small one takes 8
+registers fewer. That is how Triton 3.6 compiles it; the effect on time has not been measured.
 
-Which Triton has block-scaled instructions for which card: `launch.BLOCK_SCALED`.
+Which Triton has block-scaled instructions for which card: `device_facts.BLOCK_SCALED`.
 
-https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout has the tiled order.
+https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout defines the tiled order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .cast import scale_offset
 from .fp8_gemm import multiprocessors, tile_of
 
 SMALL_M = 64
-# Tiles per architecture, compiled without spills, chosen by counting, not by timing: the first up
-# to SMALL_M tokens (A are the weights), then more. sm_120 has 99 KiB of shared memory.
+# Tiles per architecture: up to SMALL_M rows of x (A is the weight), then more. They compile without
+# spills; chosen by counting, not by timing. sm_120 has 99 KiB of shared memory.
 CONFIGS = {
     100: (
         {"BA": 128, "BB": 64, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": 6},
@@ -49,19 +49,13 @@ CONFIGS = {
 
 @triton.jit
 def load_scales(
-    scales,
-    first,
-    first_block,
-    rows,
-    tiles,
-    R: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    scales, first, first_block, rows, tiles,
+    R: tl.constexpr, BLOCKS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Scale bytes [R, BLOCKS] of the rows from `first`; zero beyond the matrix.
 
-    scales: a tensor descriptor of [R / 128, BLOCKS / 4, 2, 256] with TMA and whole tiles of rows
-    (a dimension has at most 256 values), else a pointer.
+    scales: with TMA and whole tiles of rows, a tensor descriptor of [R / 128, BLOCKS / 4, 2, 256]
+    (no dimension may exceed 256); else a pointer.
     """
     if R % 128 == 0:
         if TMA:
@@ -91,7 +85,7 @@ def mx_kernel(
     BA: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A [rows, K] times B [columns, K].T, BA by BB a tile; the bias goes with the weights' rows.
+    """A [rows, K] @ B [columns, K].T in tiles of BA x BB; the bias is per row of the weight.
 
     a, b: tensor descriptors of [BA, BK] and [BB, BK], or pointers; scales: see `load_scales`.
     """
@@ -104,8 +98,8 @@ def mx_kernel(
         k = tl.arange(0, BK)
         if not TMA:
             # Rows beyond the end read the last one: their results are not stored.
-            x_ptr = a + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * K + k[None, :]
-            w_ptr = b + tl.minimum(column, columns - 1)[:, None].to(tl.int64) * K + k[None, :]
+            a_ptr = a + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * K + k[None, :]
+            b_ptr = b + tl.minimum(column, columns - 1)[:, None].to(tl.int64) * K + k[None, :]
         total = tl.zeros((BA, BB), dtype=tl.float32)
         for first in range(0, K, BK):
             if TMA:
@@ -113,8 +107,8 @@ def mx_kernel(
                 w = b.load([tile_column * BB, first])
             else:
                 inside = (k < K - first)[None, :]
-                x = tl.load(x_ptr + first, mask=inside, other=0.0)
-                w = tl.load(w_ptr + first, mask=inside, other=0.0)
+                x = tl.load(a_ptr + first, mask=inside, other=0.0)
+                w = tl.load(b_ptr + first, mask=inside, other=0.0)
             x_scale = load_scales(
                 a_scale, tile_row * BA, first // 32, rows, tiles, BA, BK // 32, TMA
             )
@@ -140,9 +134,9 @@ def mx_kernel(
 
 
 def config_for(arch: int, M: int) -> dict[str, int]:
-    """Tile sizes and options for an architecture (compute capability times 10) and M tokens."""
-    small_m, many = CONFIGS[100] if 100 <= arch < 120 else CONFIGS[120]
-    return small_m if M <= SMALL_M else many
+    """Tile sizes and options for an architecture (compute capability times 10) and M rows."""
+    small_m, large_m = CONFIGS[100] if 100 <= arch < 120 else CONFIGS[120]
+    return small_m if M <= SMALL_M else large_m
 
 
 def uses_tma(arch: int) -> bool:
@@ -150,42 +144,45 @@ def uses_tma(arch: int) -> bool:
     return 100 <= arch < 120
 
 
-def matmul(tokens, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Tensor:
+def matmul(quantized_input, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias from their stored forms, rounded once. [M, N] of `dtype`.
 
     Args:
-        tokens, weight: (qdata, tiled scale) as `triton_cast.quantize` returns them.
+        quantized_input, weight: (qdata, tiled scale) as `cast.quantize` returns them.
         bias: [N] or None.
     """
-    out = torch.empty(M, N, dtype=dtype, device=tokens[0].device)
+    out = torch.empty(M, N, dtype=dtype, device=weight[0].device)
     if out.numel() == 0:
         return out
     major, minor = capability(out.device) or (0, 0)
     config = config_for(major * 10 + minor, M)
-    small_m = M <= SMALL_M
-    (a, a_scale), (b, b_scale) = (weight, tokens) if small_m else (tokens, weight)
-    shape, strides = ((N, M), (1, N)) if small_m else ((M, N), (N, 1))
-    tma = uses_tma(major * 10 + minor)
-    grid = (-(-a.shape[0] // config["BA"]) * -(-b.shape[0] // config["BB"]),)
+    small_m, tma = M <= SMALL_M, uses_tma(major * 10 + minor)
+    if small_m:
+        (a, a_scale), (b, b_scale) = weight, quantized_input
+        shape, strides = (N, M), (1, N)
+    else:
+        (a, a_scale), (b, b_scale) = quantized_input, weight
+        shape, strides = (M, N), (N, 1)
+    tiles = -(-a.shape[0] // config["BA"]) * -(-b.shape[0] // config["BB"])
     sizes = a.shape[0], b.shape[0], a.shape[1], a_scale.shape[1] // 4
-    scales = a_scale.view(torch.uint8), b_scale.view(torch.uint8)
+    a_scale, b_scale = a_scale.view(torch.uint8), b_scale.view(torch.uint8)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        height, width = (config["BA"], config["BB"]), config["BK"]
-        scales = [_descriptor(part, rows, width) for part, rows in zip(scales, height, strict=True)]
-        a = TensorDescriptor.from_tensor(a, [config["BA"], width])
-        b = TensorDescriptor.from_tensor(b, [config["BB"], width])
+        a_scale = _scale_descriptor(a_scale, config["BA"], config["BK"])
+        b_scale = _scale_descriptor(b_scale, config["BB"], config["BK"])
+        a = TensorDescriptor.from_tensor(a, [config["BA"], config["BK"]])
+        b = TensorDescriptor.from_tensor(b, [config["BB"], config["BK"]])
     with on_device(out):
-        mx_kernel[(min(*grid, multiprocessors(out.device)),)](
-            a, b, *scales, out if bias is None else bias, out, *sizes, *strides, *shape,
+        mx_kernel[(min(tiles, multiprocessors(out.device)),)](
+            a, b, a_scale, b_scale, out if bias is None else bias, out, *sizes, *strides, *shape,
             HAS_BIAS=bias is not None, TRANSPOSED=small_m, TMA=tma, **config,
         )  # fmt: skip
     return out
 
 
-def _descriptor(scale: torch.Tensor, rows: int, columns: int):
-    """Of tiled scales, `rows` by `columns` values a time; themselves if that is no whole tile."""
+def _scale_descriptor(scale: torch.Tensor, rows: int, columns: int):
+    """A descriptor for the scales of `rows` x `columns` values; the tensor if not whole tiles."""
     if rows % layout.TILE_ROWS:
         return scale
     from triton.tools.tensor_descriptor import TensorDescriptor

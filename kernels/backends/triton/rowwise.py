@@ -1,8 +1,8 @@
-"""Row fold and per-token quantizer (`fp8_rowwise`) in Triton, each in one pass over its matrix.
+"""Row-wise scaling (`fp8_rowwise`) in Triton: of weights and of activations, one pass each.
 
-A program of the fold has a few rows: it reads all their scales, which are 1/32 of the bytes, then
-their codes. A program of the quantizer holds a whole row in registers, so that nothing is read
-twice.
+A program of `rowwise_weight_kernel` takes a few rows: it reads all their scales, which are 1/32 of
+the bytes, then their codes. A program of `rowwise_input_kernel` holds a whole row in registers, so
+that x is read once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ...device_facts import hardware_e4m3, on_device
 from ...layout import BLOCK
 from .cast import decode_e4m3, decode_e8m0, encode_e4m3, scale_offset
 
-WIDEST = 32_768  # values of a row that registers hold
-FOLD = {"R": 8, "C": 1024, "num_warps": 8}
+WIDEST = 32_768  # values per row that fit registers
+WEIGHT_CONFIG = {"R": 8, "C": 1024, "num_warps": 8}
 
 
 @triton.jit
 def rowwise_weight_kernel(
-    code_ptr, scale_ptr, folded_ptr, row_scale_ptr, rows, stored, tiles,
+    code_ptr, scale_ptr, out_ptr, row_scale_ptr, rows, stored, tiles,
     R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """codes [rows, stored] and tiled scales -> codes and a float32 scale per row, R a program."""
+    """codes [rows, stored], tiled scales -> codes, a float32 scale per row; R rows a program."""
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = (row < rows)[:, None]
     largest = tl.full((R,), 1, tl.int32)
@@ -33,7 +33,7 @@ def rowwise_weight_kernel(
         block = first + tl.arange(0, C // 32)
         byte = tl.load(
             scale_ptr + scale_offset(row[:, None], block[None, :], tiles),
-            mask=inside & (block < stored // 32)[None, :],  # not the padding, whatever is there
+            mask=inside & (block < stored // 32)[None, :],  # padding may hold anything
             other=0,
         ).to(tl.int32)
         largest = tl.maximum(largest, tl.max(tl.where(byte == 255, 0, byte), axis=1))
@@ -52,9 +52,9 @@ def rowwise_weight_kernel(
         shifted = tl.maximum(byte - largest[:, None] + 127, 1)
         factor = decode_e8m0(tl.where(byte == 255, 255, shifted))
         value = decode_e4m3(code, HARDWARE).reshape(R, C // 32, 32) * factor[:, :, None]
-        folded = encode_e4m3(value, HARDWARE).to(tl.int32)
-        folded = tl.where(value == value, folded, 0x7F).to(tl.uint8).reshape(R, C)
-        tl.store(folded_ptr + row[:, None] * stored + column[None, :], folded, mask=mask)
+        out = encode_e4m3(value, HARDWARE).to(tl.int32)
+        out = tl.where(value == value, out, 0x7F).to(tl.uint8).reshape(R, C)
+        tl.store(out_ptr + row[:, None] * stored + column[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -62,11 +62,11 @@ def rowwise_input_kernel(
     x_ptr, code_ptr, scale_ptr, cols, row_stride, stored,
     C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """A row of x [cols] -> its codes [stored] and its scale; C is at least `stored`."""
+    """One row of x [cols] -> its codes [stored] and its scale; C is at least `stored`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     x = tl.load(x_ptr + row * row_stride + column, mask=column < cols, other=0.0).to(tl.float32)
-    # Non-negative floats compare as their bits do, and a NaN's bits are above infinity's.
+    # Non-negative floats compare as their bits do, and the bits of NaN are above those of infinity.
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     finite = bits < 0x7F800000
     amax = tl.maximum(bits, 27 << 23).to(tl.float32, bitcast=True)  # at least 2**-100
@@ -84,22 +84,22 @@ def rowwise_input_config(stored: int) -> dict[str, int]:
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `fp8_rowwise.to_rowwise`."""
+    """`fp8_rowwise.to_rowwise` by Triton."""
     rows, stored = qdata.shape
     code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
     if code.numel():
         with on_device(qdata):
-            rowwise_weight_kernel[(-(-rows // FOLD["R"]),)](
+            rowwise_weight_kernel[(-(-rows // WEIGHT_CONFIG["R"]),)](
                 qdata.view(torch.uint8), scale.view(torch.uint8), code, row_scale,
                 rows, stored, scale.shape[1] // 4,
-                HARDWARE=hardware_e4m3(qdata.device), **FOLD,
+                HARDWARE=hardware_e4m3(qdata.device), **WEIGHT_CONFIG,
             )  # fmt: skip
     return code.view(torch.float8_e4m3fn), row_scale
 
 
 def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `fp8_rowwise.quantize_rowwise`; K at most `WIDEST`."""
+    """`fp8_rowwise.quantize_rowwise` by Triton, for K up to `WIDEST`."""
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     if x.stride(1) != 1:

@@ -1,16 +1,16 @@
-"""Exact linear for few rows of x: weights are decoded in registers and never written out.
+"""The exact (W8A16) linear for few rows of x: weights are decoded in registers, never written out.
 
-With 1 to 64 rows (modulations, text encoders) a linear is as fast as its weight can be read, and
-an MXFP8 weight has half the bytes of a BF16 one. More rows are faster with the weight unpacked
-once for cuBLAS, whose matmul is near the hardware's limit (`linear` in `exact_linear`).
+With 1 to 64 rows (modulations, text encoders) the time is that of reading the weight, and an MXFP8
+weight has half the bytes of a BF16 one. With more rows it is faster to unpack the weight once for
+cuBLAS, whose matmul is near the hardware's limit (`exact`).
 
-Two kernels. One row is a sum of products on the ordinary units, which keeps up with the memory.
-More rows go to the tensor cores, in the dtype of x, accumulated in float32. A weight is its code
-times a power of two, which bfloat16 holds exactly; on the tensor cores float16 loses what lies
-below 2**-14 or above 65504, as when the weight is unpacked.
+Two kernels. `one_row_kernel` sums products on the ordinary units, which keep up with memory.
+`small_m_kernel` uses the tensor cores, in the dtype of x, accumulated in float32. A weight is a
+code times a power of two, which bfloat16 holds exactly; float16 loses values below 2**-14 or above
+65504, as it does when the weight is unpacked.
 
-A program has a few columns of the output and all of K, so that nothing is added up between
-programs: the result does not depend on how they are scheduled.
+A program computes a few columns of the output over all of K, without split-K, so the result does
+not depend on how programs are scheduled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def one_row_kernel(
     x_ptr, code_ptr, scale_ptr, bias_ptr, out_ptr, rows, cols, stored, tiles,
     N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """out [rows] = W [rows, cols] @ x [cols] + bias, N rows of W a program, K columns at a time."""
+    """out [rows] = W [rows, cols] @ x [cols] + bias; N rows of W a program, K columns a step."""
     row = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
     total = tl.zeros((N, K), dtype=tl.float32)
     for first in range(0, cols, K):
@@ -53,16 +53,16 @@ def small_m_kernel(
     BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """out [M, rows] = x [M, cols] @ W [rows, cols].T + bias, BM by N a program."""
+    """out [M, rows] = x [M, cols] @ W [rows, cols].T + bias; a BM x N tile per program."""
     row = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
-    token = tl.program_id(1) * BM + tl.arange(0, BM)
+    x_row = tl.program_id(1) * BM + tl.arange(0, BM)
     total = tl.zeros((BM, N), dtype=tl.float32)
     for first in range(0, cols, K):
         column = first + tl.arange(0, K)
         block = first // 32 + tl.arange(0, K // 32)
         x = tl.load(
-            x_ptr + token[:, None].to(tl.int64) * x_stride + column[None, :],
-            mask=(token < M)[:, None] & (column < cols)[None, :],
+            x_ptr + x_row[:, None].to(tl.int64) * x_stride + column[None, :],
+            mask=(x_row < M)[:, None] & (column < cols)[None, :],
             other=0.0,
         )
         weight = load_scaled(
@@ -72,15 +72,15 @@ def small_m_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        out_ptr + token[:, None].to(tl.int64) * rows + row[None, :],
+        out_ptr + x_row[:, None].to(tl.int64) * rows + row[None, :],
         total.to(out_ptr.dtype.element_ty),
-        mask=(token < M)[:, None] & (row < rows)[None, :],
+        mask=(x_row < M)[:, None] & (row < rows)[None, :],
     )
 
 
-# Per number of rows up to which they serve. Compiled for sm_80 to sm_90 without spills; chosen by
+# (Largest M they serve, configuration). They compile for sm_80 to sm_90 without spills; chosen by
 # counting, not yet by timing: enough programs for every multiprocessor at N = 3072, and 64 to 128
-# bytes of a weight's row per load.
+# bytes of a row of the weight per load.
 ONE_ROW = {"N": 8, "K": 512, "num_warps": 4, "num_stages": 3}
 SMALL_M = (
     (16, {"BM": 16, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
@@ -90,10 +90,10 @@ SMALL_M = (
 
 
 def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
-    """x [M, K] @ W[N, K].T + bias, exact weights, for M of 1 to 64.
+    """x [M, K] @ W[N, K].T + bias, exact weights, for M from 1 to 64.
 
     Args:
-        x: bfloat16 or float16, [M, K], its rows contiguous.
+        x: bfloat16 or float16, and with one row also float32.
     """
     M = x.shape[0]
     out = torch.empty(M, rows, dtype=x.dtype, device=x.device)
