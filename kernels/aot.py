@@ -107,7 +107,7 @@ def builds(arch: Arch) -> Iterator[Build]:
         yield Build(w8a16.one_row_kernel, name, types, w8a16.ONE_ROW | constants)
         if not amd and arch < 80:  # Triton does not use Turing's matrix instructions
             continue
-        types |= _sizes("M x_stride")
+        types = types | _sizes("M x_stride")
         for largest, config in w8a16.SMALL_M:
             yield Build(w8a16.small_m_kernel, f"{name}, M <= {largest}", types, config | constants)
     if not amd:
