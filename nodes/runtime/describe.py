@@ -86,7 +86,7 @@ def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
         small_m=f"{small_m.backend}, {small_m.precision} (up to {fp8_rowwise.SMALL_M})"
         if ours
         else STOCK,
-        unsupported=tuple(f"{name}: {reason}" for name, reason in many.refused),
+        unsupported=tuple(f"{name}: {reason}" for name, reason in many.unsupported),
         limited_by=limited_by if ours else None,
         memory=_memory(patcher),
         layers=tuple(layers),

@@ -208,5 +208,5 @@ def layer_reason(
 
 def _missing(path: ExecutionPath) -> str | None:
     """Why a faster backend is not available."""
-    reasons = dict(path.refused)
+    reasons = dict(path.unsupported)
     return next((reasons[name] for name in _FASTER if name in reasons), None)

@@ -64,9 +64,9 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
         runs_as,
         backend.input_form,
     )
-    assert path.backend not in dict(path.refused)
+    assert path.backend not in dict(path.unsupported)
     before = [b.name for b in dispatch.BACKENDS if b.automatic]
-    assert before[: before.index(backend.name)] == [name for name, _ in path.refused]
+    assert before[: before.index(backend.name)] == [name for name, _ in path.unsupported]
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -96,7 +96,7 @@ def test_nobody_chose_that_text_encoders_run_exact(card):
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
     path = kernels.execution_path(torch.device("cpu"), torch.bfloat16, "auto")
     assert (path.backend, path.precision) == ("eager", "exact")
-    why = dict(path.refused)
+    why = dict(path.unsupported)
     assert why.keys() == {"torch_mx", "fp8", "triton"}
     assert why["triton"] == "needs an NVIDIA or AMD GPU; this is cpu"
     assert why["fp8"].endswith("or later; this is cpu")
