@@ -1,6 +1,6 @@
-"""Where Triton kernels run: the facts of a device that they are compiled and launched by.
+"""Facts of a device and of Triton that decide which kernels run there, and how they are launched.
 
-Triton is optional, and whatever keeps it from working is remembered as a reason for the user.
+Triton is optional; what keeps it from working is returned as a reason for the user.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from importlib import import_module
 
 import torch
 
-OLDEST = (3, 3)  # Triton; earlier ones were never compiled
+OLDEST = (3, 3)  # of Triton; the kernels were never compiled with earlier versions
 # Compute capability -> the first Triton whose machine code for it multiplies with block scales
-# (`aot`, bench/results/compiled.json). 3.6 does not know sm_110, and multiplies in bfloat16 on
-# sm_121 without a word.
+# (`aot`, bench/results/compiled.json). 3.6 does not know sm_110, and on sm_121 it silently
+# multiplies in bfloat16.
 BLOCK_SCALED = {(10, 0): (3, 6), (10, 3): (3, 6), (11, 0): (3, 9), (12, 0): (3, 6), (12, 1): (3, 9)}
 
 
 @cache
 def triton_unsupported_reason() -> str | None:
-    """Why there is no Triton here, or None."""
+    """Why Triton cannot be used here, or None."""
     package = "triton-windows" if os.name == "nt" else "triton"
     return package_unsupported_reason("Triton", package, OLDEST, "triton")
 
@@ -32,37 +32,43 @@ def package_unsupported_reason(
     """Why an optional package cannot be used here, or None.
 
     Args:
-        modules: what is imported of it; the first has the version.
+        modules: to import; the first has the version.
     """
     try:
         first, *_ = [import_module(name) for name in modules]
         version = _version(first)
     except ModuleNotFoundError:
         return f"needs {label}: pip install {package}"
-    except Exception as error:  # a broken installation raises whatever it likes
+    except Exception as error:  # a broken installation may raise anything
         return f"{label} does not import here ({type(error).__name__}: {error})"
     if version < oldest:
-        wanted = ".".join(map(str, oldest))
-        return f"{label} {first.__version__} is too old; {wanted} or later works"
+        needed = ".".join(map(str, oldest))
+        return f"{label} {first.__version__} is too old; {needed} or later works"
     return None
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device."""
+    runs = device.type == "cuda" or interpreted()
+    return runs and triton_unsupported_reason() is None
+
+
 def block_scaled_unsupported_reason(device: torch.device) -> str | None:
-    """Why Triton has no block-scaled matrix instructions here, or None."""
-    found = capability(device)
+    """Why Triton has no block-scaled matrix instructions for a device, or None."""
+    version = capability(device)
     if amd_architecture(device) != "gfx950":
-        if found is None or found < (10, 0):
+        if (version or (0, 0)) < (10, 0):
             return f"needs block-scaled tensor cores (Blackwell, gfx950); {described(device)}"
-        if found not in BLOCK_SCALED:
-            return f"was never compiled for compute capability {found[0]}.{found[1]}"
+        if version not in BLOCK_SCALED:
+            return f"was never compiled for compute capability {version[0]}.{version[1]}"
     reason = triton_unsupported_reason()
-    wanted = BLOCK_SCALED.get(found, OLDEST)
-    if reason is not None or wanted == OLDEST:
+    oldest = BLOCK_SCALED.get(version, OLDEST)
+    if reason is not None or oldest == OLDEST:
         return reason
     import triton
 
-    if _version(triton) < wanted:
-        needed = ".".join(map(str, wanted))
+    if _version(triton) < oldest:
+        needed = ".".join(map(str, oldest))
         return f"needs Triton {needed} for this card; this is {triton.__version__}"
     return None
 
@@ -72,7 +78,7 @@ def _version(module) -> tuple[int, ...]:
 
 
 def machine() -> str:
-    """What kernels would run on here, in a line."""
+    """The versions and devices that kernels run on here, in a line."""
     parts = [f"torch {torch.__version__}"]
     if triton_unsupported_reason() is None:
         import triton
@@ -81,19 +87,19 @@ def machine() -> str:
     if not torch.cuda.is_available():
         return ", ".join([*parts, "no CUDA device"])
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        version = f"compute capability {found.major}.{found.minor}"
-        parts.append(f"{found.name} ({version}, {found.total_memory / 1e9:.0f} GB)")
+        card = torch.cuda.get_device_properties(index)
+        version = f"compute capability {card.major}.{card.minor}"
+        parts.append(f"{card.name} ({version}, {card.total_memory / 1e9:.0f} GB)")
     return ", ".join(parts)
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be compared."""
+    """Whether a CUDA graph is being captured, during which results cannot be read back."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU: for tests."""
+    """Whether Triton runs kernels in its interpreter, on the CPU (for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -106,28 +112,28 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def described(device: torch.device) -> str:
-    """What a device is, where a refusal says what it would have to be."""
-    found = capability(device)
-    if found:
-        return f"this one has {found[0]}.{found[1]}"
+    """What a device is, as the end of a sentence on what a backend needs."""
+    version = capability(device)
+    if version:
+        return f"this one has {version[0]}.{version[1]}"
     return f"this is {amd_architecture(device) or device.type}"
 
 
 @cache
 def amd_architecture(device: torch.device) -> str | None:
-    """The name of an AMD GPU's architecture ("gfx950"), None for any other device."""
+    """The architecture of an AMD GPU ("gfx950"), None for any other device."""
     if device.type != "cuda" or torch.version.hip is None:
         return None
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
 def hardware_e4m3(device: torch.device) -> bool:
-    """Whether the device converts E4M3 by instructions: NVIDIA from Ada (sm_89) on."""
+    """Whether the device has instructions that convert E4M3: NVIDIA from Ada (sm_89) on."""
     return (capability(device) or (0, 0)) >= (8, 9)
 
 
 def on_device(tensor: torch.Tensor):
-    """A context in which kernels are launched on a tensor's device."""
+    """A context in which kernels launch on a tensor's device."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

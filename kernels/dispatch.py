@@ -1,13 +1,13 @@
-"""Which implementation runs: chosen once per kind of problem, from capability, with reasons.
+"""Which backend runs: chosen once per kind of problem, from capability, with reasons.
 
-A backend is a record: its functions and one predicate that says why it refuses a problem. The
-first backend in `BACKENDS` that does not refuse wins; the choice is cached, so a call costs one
-dictionary look-up. A backend is never tried and replaced after it failed: what cannot run here is
-refused before the call, by name and reason, and an error inside a kernel is an error.
+A backend is a record: its functions, and a predicate that returns the reason why it cannot take a
+problem. The first backend in `BACKENDS` without such a reason is chosen, and the choice is cached,
+so a call costs one dictionary look-up. There is no fallback after a failure: what cannot run here
+is ruled out before the call, with its reason, and an exception in a kernel reaches the caller.
 
 Precision: "exact" multiplies the stored weights by activations as they are (W8A16); "fast"
-quantizes activations too (W8A8), for tensor cores that need it; "auto" is fast where some backend
-offers it on this device, else exact.
+quantizes activations too (W8A8), for FP8 tensor cores; "auto" is fast where a backend offers it on
+this device, else exact.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from itertools import takewhile
 
 import torch
 
@@ -32,12 +33,12 @@ PRECISIONS = ("auto", "exact", "fast")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend decides on.
+    """What a backend is chosen for.
 
     Attributes:
         op: "quantize", "dequantize" or "linear".
         dtype: of the input: x, or qdata for "dequantize".
-        few: whether x of a linear has few rows, so that the weight's bytes decide.
+        small_m: whether x of a linear has so few rows that reading the weight takes the time.
     """
 
     op: str
@@ -52,21 +53,22 @@ class Backend:
     """One implementation.
 
     Attributes:
+        linear: (x [M, K], qdata, scale, bias, rows, cols, precision) -> [M, rows].
+        unsupported_reason: problem -> why this backend cannot take it, or None if it can.
         quantize, dequantize: None where the backend only multiplies.
-        refuse: problem -> the reason why this backend cannot take it, or None if it can.
         automatic: whether it may be chosen without being named.
-        steps: how its linear is made of several ops, if it is: "rows", those of `fast_linear`,
-            which takes a weight that is folded already, or "blocks", quantize and block_matmul.
-        matmul: of "blocks": (tokens, weight, bias, dtype, M, N) -> result.
+        input_form: the form into which its linear quantizes x, as an op of its own: "rowwise"
+            (E4M3 with a scale per row, beside a prepared weight) or "mxfp8"; None if it does not.
+        matmul: of input form "mxfp8": (quantized input, weight, bias, dtype, M, N) -> [M, N].
         test: device -> what is wrong with the backend there, or None; run once per device.
     """
 
     name: str
     summary: str
-    quantize: Callable | None
-    dequantize: Callable | None
     linear: Callable
     unsupported_reason: Callable[[Problem], str | None]
+    quantize: Callable | None = None
+    dequantize: Callable | None = None
     automatic: bool = True
     input_form: str | None = None
     matmul: Callable | None = None
@@ -75,7 +77,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of `list_backends()`: `reason` says why not, or is empty."""
+    """One line of `list_backends()`; `reason` says why it is not used, or is empty."""
 
     name: str
     summary: str
@@ -83,17 +85,22 @@ class BackendStatus:
     reason: str
 
     def __str__(self) -> str:
-        state = "available" if self.available else f"refused: {self.reason}"
+        state = "available" if self.available else f"not used: {self.reason}"
         return f"{self.name}: {self.summary} ({state})"
 
 
-def _eager_linear(x, qdata, scale, bias, rows, cols, precision):
-    return eager.linear(x, qdata, scale, bias, rows, cols)
+def _lazy(module: str, name: str) -> Callable:
+    """A function of a Triton module, which is imported on first call because Triton is optional."""
+
+    def call(*args):
+        return getattr(import_module(f".backends.triton.{module}", __package__), name)(*args)
+
+    return call
 
 
 def _eager_unsupported_reason(problem: Problem) -> str | None:
     if problem.precision == "fast":
-        return "plain torch has no block-scaled matmul, so quantized activations would gain nothing"
+        return "plain torch has no block-scaled matmul, so quantizing activations gains nothing"
     return None
 
 
@@ -105,47 +112,34 @@ def _triton_unsupported_reason(problem: Problem) -> str | None:
     return device_facts.triton_unsupported_reason()
 
 
-def _from(module: str, name: str) -> Callable:
-    """A function of a module that is imported when it is first called: Triton is optional."""
-
-    def call(*args):
-        return getattr(import_module(f".{module}", __package__), name)(*args)
-
-    return call
-
-
 def _triton_mx_unsupported_reason(problem: Problem) -> str | None:
     reason = fp8_rowwise.activations_unsupported_reason(replace(problem, small_m=False))
     return reason or device_facts.block_scaled_unsupported_reason(problem.device)
 
 
-def _blocks(matmul: Callable) -> Callable:
-    """A linear that quantizes x in blocks, then multiplies."""
+def _block_scaled(name: str, summary: str, matmul: Callable, unsupported_reason, **options):
+    """A backend whose linear quantizes x to MXFP8, then calls a block-scaled matmul."""
 
     def linear(x, qdata, scale, bias, rows, cols, precision):
-        tokens = choose("quantize", x)[0].quantize(x)
-        return matmul(tokens, (qdata, scale), bias, x.dtype, x.shape[0], rows)
+        quantized_input = choose("quantize", x)[0].quantize(x)
+        return matmul(quantized_input, (qdata, scale), bias, x.dtype, x.shape[0], rows)
 
-    return linear
+    return Backend(
+        name, summary, linear, unsupported_reason, input_form="mxfp8", matmul=matmul,
+        test=self_test.block_scaled(matmul), **options,
+    )  # fmt: skip
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        name="torch_mx",
-        summary="block-scaled tensor cores (Blackwell) by cuBLASLt, activations in MXFP8",
-        quantize=None,
-        dequantize=None,
-        linear=_blocks(torch_mx.matmul),
-        unsupported_reason=torch_mx.unsupported_reason,
-        input_form="mxfp8",
-        matmul=torch_mx.matmul,
-        test=self_test.blocks(torch_mx.matmul),
+    _block_scaled(
+        "torch_mx",
+        "block-scaled tensor cores (Blackwell) by cuBLASLt, activations in MXFP8",
+        torch_mx.matmul,
+        torch_mx.unsupported_reason,
     ),
     Backend(
         name="fp8",
         summary="FP8 tensor cores (Hopper, Ada), activations quantized row by row",
-        quantize=None,
-        dequantize=None,
         linear=fp8_rowwise.linear,
         unsupported_reason=fp8_rowwise.unsupported_reason,
         input_form="rowwise",
@@ -154,42 +148,32 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="triton",
         summary="Triton kernels and cuBLAS, exact weights",
-        quantize=_from("backends.triton.cast", "quantize"),
-        dequantize=_from("backends.triton.cast", "dequantize"),
-        linear=_from("backends.triton.exact", "linear"),
+        quantize=_lazy("cast", "quantize"),
+        dequantize=_lazy("cast", "dequantize"),
+        linear=_lazy("exact", "linear"),
         unsupported_reason=_triton_unsupported_reason,
         test=self_test.exact,
     ),
-    Backend(
-        name="triton_mx",
-        summary="block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
-        quantize=None,
-        dequantize=None,
-        linear=_blocks(_from("backends.triton.mx", "matmul")),
-        unsupported_reason=_triton_mx_unsupported_reason,
+    _block_scaled(
+        "triton_mx",
+        "block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
+        _lazy("mx", "matmul"),
+        _triton_mx_unsupported_reason,
         automatic=False,
-        input_form="mxfp8",
-        matmul=_from("backends.triton.mx", "matmul"),
-        test=self_test.blocks(_from("backends.triton.mx", "matmul")),
     ),
-    Backend(
-        name="cute_mx",
-        summary="block-scaled tensor cores (Blackwell) by CuTe DSL, not yet run on a GPU",
-        quantize=None,
-        dequantize=None,
-        linear=_blocks(mx.matmul),
-        unsupported_reason=mx.unsupported_reason,
+    _block_scaled(
+        "cute_mx",
+        "block-scaled tensor cores (Blackwell) by CuTe DSL, not yet run on a GPU",
+        mx.matmul,
+        mx.unsupported_reason,
         automatic=False,
-        input_form="mxfp8",
-        matmul=mx.matmul,
-        test=self_test.blocks(mx.matmul),
     ),
     Backend(
         name="eager",
         summary="plain torch on any device, exact weights",
         quantize=eager.quantize,
         dequantize=eager.dequantize,
-        linear=_eager_linear,
+        linear=eager.linear,
         unsupported_reason=_eager_unsupported_reason,
     ),
     Backend(
@@ -203,12 +187,12 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )
 
-# Compute capability -> backend -> the file in bench/results that shows it right, and faster than
-# torch_mx, on such a card (`bench/gpu_report.py`, `prefers`; a test holds every entry to it). Only
-# what is here comes before what is chosen by itself. Nothing has been measured yet.
+# Compute capability -> backend -> the file in bench/results that shows it correct, and faster than
+# torch_mx, on such a card (`prefers` in bench/gpu/report.py; a test holds every entry to it). These
+# come before the automatic ones. Nothing has been measured yet.
 MEASURED: dict[tuple[int, int], dict[str, str]] = {}
 
-_NOT_AUTOMATIC = "not chosen by itself; runs when named with use_backend"
+_NOT_AUTOMATIC = "not chosen automatically; select it with use_backend"
 _forced: Backend | None = None
 
 
@@ -219,54 +203,25 @@ def _automatic(device: torch.device) -> list[Backend]:
     return first + [b for b in BACKENDS if b.automatic and b not in first]
 
 
-@cache
-def _notice_exact(problem: Problem, forced: Backend | None) -> None:
-    """Say that fast runs exact, unless that is for want of rows."""
-    if _choose(problem, forced)[1] == "exact":
-        candidates = _automatic(problem.device) if forced is None else [forced]
-        reasons = [f"{b.name}: {_unsupported_reason(b, problem)}" for b in candidates]
-        _say_exact(problem.device.type, "; ".join(reasons))
-
-
-@cache
-def _say_exact(device: str, reasons: str) -> None:
-    """Warn once per kind of device, whatever the dtypes."""
-    logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
-
-
-@cache
-def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
-    """The backend for a problem and the precision it will run at."""
-    refusals = []
-    for backend, precision, reason in _tried(problem, forced):
-        if reason is None:
-            return backend, precision
-        refusals.append(f"{backend.name} ({precision}): {reason}")
-    raise ValueError(
-        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
-        f"{problem.precision!r}: {'; '.join(refusals)}"
-    )
-
-
-def _tried(problem: Problem, forced: Backend | None) -> Iterator[tuple[Backend, str, str | None]]:
-    """(backend, precision, why it refuses or None) in order of preference."""
+def _attempts(
+    problem: Problem, forced: Backend | None
+) -> Iterator[tuple[Backend, str, str | None]]:
+    """(backend, precision, unsupported reason or None), in order of preference."""
     if forced is not None and getattr(forced, problem.op) is None:
         forced = None  # it only multiplies
-    candidates = _automatic(problem.device) if forced is None else [forced]
-    candidates = [b for b in candidates if getattr(b, problem.op) is not None]
-    if forced is not None:
-        problem = replace(problem, small_m=False)  # which is about what is faster
+    if forced is None:
+        candidates = [b for b in _automatic(problem.device) if getattr(b, problem.op) is not None]
+    else:
+        candidates = [forced]
+        problem = replace(problem, small_m=False)  # which only concerns speed
     for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
         for backend in candidates:
-            yield (
-                backend,
-                precision,
-                _unsupported_reason(backend, replace(problem, precision=precision)),
-            )
+            reason = _unsupported_reason(backend, replace(problem, precision=precision))
+            yield backend, precision, reason
 
 
 def _unsupported_reason(backend: Backend, problem: Problem) -> str | None:
-    """Why a backend does not take a problem, or None; its self-test on the device included."""
+    """Why a backend cannot take a problem, its self-test on the device included, or None."""
     reason = backend.unsupported_reason(problem)
     if reason is None and backend.test is not None and not device_facts.capturing():
         reason = _test(backend, problem.device)
@@ -281,6 +236,35 @@ def _test(backend: Backend, device: torch.device) -> str | None:
     return reason
 
 
+@cache
+def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
+    """The backend for a problem, and the precision it will run at."""
+    reasons = []
+    for backend, precision, reason in _attempts(problem, forced):
+        if reason is None:
+            return backend, precision
+        reasons.append(f"{backend.name} ({precision}): {reason}")
+    raise ValueError(
+        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
+        f"{problem.precision!r}: {'; '.join(reasons)}"
+    )
+
+
+@cache
+def _notice_exact(problem: Problem, forced: Backend | None) -> None:
+    """Warn that fast runs exact, unless that is only because x has few rows."""
+    if _choose(problem, forced)[1] == "exact":
+        fast = takewhile(lambda attempt: attempt[1] == "fast", _attempts(problem, forced))
+        reasons = "; ".join(f"{backend.name}: {reason}" for backend, _, reason in fast)
+        _warn_exact(problem.device.type, reasons)
+
+
+@cache
+def _warn_exact(device: str, reasons: str) -> None:
+    """Once per kind of device, whatever the dtypes."""
+    logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
+
+
 def choose(
     op: str, tensor: torch.Tensor, precision: str = "exact", rows: int | None = None
 ) -> tuple[Backend, str]:
@@ -289,85 +273,78 @@ def choose(
     Args:
         rows: of x, for a linear; default: many.
     """
-    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
-    problem = Problem(op, tensor.device, tensor.dtype, precision, small_m)
+    problem = Problem(op, tensor.device, tensor.dtype, precision, _is_small(rows))
     backend, runs_as = _choose(problem, _forced)
     if precision == "fast" and runs_as == "exact":
         _notice_exact(replace(problem, small_m=False), _forced)
     return backend, runs_as
 
 
+def _is_small(rows: int | None) -> bool:
+    return rows is not None and rows <= fp8_rowwise.SMALL_M
+
+
 @dataclass(frozen=True)
 class ExecutionPath:
-    """What runs a linear, and what does not.
+    """The backend that runs a linear, and why the ones before it do not.
 
     Attributes:
         precision: that it runs at, "exact" or "fast".
-        steps: as `Backend.steps`.
-        refused: (backend, why not) of what would have come first, one entry for each backend.
+        input_form: as of `Backend`.
+        unsupported: (backend, reason) of those that would have come first, one entry for each.
     """
 
     backend: str
     precision: str
     input_form: str | None
-    refused: tuple[tuple[str, str], ...]
+    unsupported: tuple[tuple[str, str], ...]
 
 
 def execution_path(
     device: torch.device, dtype: torch.dtype, precision: str, rows: int | None = None
 ) -> ExecutionPath:
-    """What `choose` says of a linear, with its reasons; arguments as for `steps` and `choose`."""
-    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
-    problem = Problem("linear", device, dtype, precision, small_m)
-    refused: dict[str, str] = {}
-    for backend, runs_as, reason in _tried(problem, _forced):
-        if reason is None:
-            # It may have refused at another precision, and so may have those that come after it.
-            before = tuple(refused.items())[: [*refused, backend.name].index(backend.name)]
-            return ExecutionPath(backend.name, runs_as, backend.input_form, before)
-        if not backend.input_form or backend.name not in refused:  # for what it is there for
-            refused[backend.name] = reason
-    raise ValueError(f"no MXFP8 backend takes linears of {dtype} on {device}: {refused}")
+    """What `choose` selects for a linear, with the reasons.
+
+    Args:
+        dtype: of x.
+        rows: of x; default: many.
+    """
+    problem = Problem("linear", device, dtype, precision, _is_small(rows))
+    chosen, runs_as = _choose(problem, _forced)
+    reasons: dict[str, str] = {}
+    for backend, tried, reason in _attempts(problem, _forced):
+        if (backend, tried) == (chosen, runs_as):
+            break
+        if not backend.input_form or backend.name not in reasons:  # at the precision it is for
+            reasons[backend.name] = reason
+    # A backend that runs exact was tried at fast before, and so were those that come after it.
+    before = takewhile(lambda item: item[0] != chosen.name, reasons.items())
+    return ExecutionPath(chosen.name, runs_as, chosen.input_form, tuple(before))
 
 
 def input_form(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
-    """(`Backend.steps`, its name) for a linear of many rows, None where it is one op."""
+    """(`Backend.input_form`, backend) of a linear of many rows; None where it is one op."""
     backend, _ = _choose(Problem("linear", device, dtype, precision), _forced)
     return backend.input_form and (backend.input_form, backend.name)
 
 
-# Not `torch.compiler.assume_constant_result`, which does this and imports the compiler: a second.
+# As `torch.compiler.assume_constant_result` does, which would import the compiler: a second.
 input_form._dynamo_marked_constant = True
 
 
-def named(name: str) -> Backend:
-    """The backend of that name."""
-    return next(backend for backend in BACKENDS if backend.name == name)
-
-
 def describe_paths(device: torch.device | str | None = None) -> list[str]:
-    """Sentences on what runs linears in bfloat16 on a device, by precision and rows of x."""
+    """Which backends run linears in bfloat16 on a device, one line per precision."""
     device = _default(device)
-    small_m = f"up to {fp8_rowwise.SMALL_M} rows"
-    result = []
+    lines = []
     for precision in PRECISIONS:
-        names = {}
-        for rows, is_small_m in (("more rows", False), (small_m, True)):
-            problem = Problem("linear", device, torch.bfloat16, precision, is_small_m)
-            backend, runs_as = _choose(problem, _forced)
-            names[rows] = f"{backend.name} ({runs_as})"
-        same = len(set(names.values())) == 1
-        said = (
-            names[small_m] if same else ", ".join(f"{r}: {n}" for r, n in reversed(names.items()))
+        small, large = (
+            execution_path(device, torch.bfloat16, precision, rows) for rows in (1, None)
         )
-        result.append(f"{precision}: {said}")
-    return result
-
-
-def _default(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+        small, large = (f"{path.backend} ({path.precision})" for path in (small, large))
+        if small != large:
+            large = f"up to {fp8_rowwise.SMALL_M} rows: {small}, more rows: {large}"
+        lines.append(f"{precision}: {large}")
+    return lines
 
 
 def list_backends(device: torch.device | str | None = None) -> list[BackendStatus]:
@@ -379,14 +356,31 @@ def list_backends(device: torch.device | str | None = None) -> list[BackendStatu
     problem = Problem("linear", _default(device), torch.bfloat16)
     result = []
     for backend in BACKENDS:
-        precision = "fast" if backend.input_form else "exact"
-        asked = replace(problem, precision=precision)
+        best = replace(problem, precision="fast" if backend.input_form else "exact")
         if backend in _automatic(problem.device):
-            reason = _unsupported_reason(backend, asked) or ""
-        else:  # not tested: what nobody named does not run
-            reason = backend.unsupported_reason(asked) or _NOT_AUTOMATIC
+            reason = _unsupported_reason(backend, best) or ""
+        else:  # without its self-test: it does not run unless named
+            reason = backend.unsupported_reason(best) or _NOT_AUTOMATIC
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
     return result
+
+
+def _default(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    backends = {backend.name: backend for backend in BACKENDS}
+    if name not in backends:
+        raise ValueError(f"no MXFP8 backend is called {name!r}; there are: {', '.join(backends)}")
+    return backends[name]
 
 
 @contextlib.contextmanager
@@ -394,14 +388,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every call within the context, in all threads.
 
     Raises:
-        ValueError: on entry, no backend has that name; at a call, the backend refuses the problem.
+        ValueError: on entry, no backend has that name; at a call, the backend cannot take the
+            problem.
     """
     global _forced
-    chosen = next((b for b in BACKENDS if b.name == name), None)
-    if chosen is None:
-        known = ", ".join(b.name for b in BACKENDS)
-        raise ValueError(f"no MXFP8 backend is called {name!r}; there are: {known}")
-    before, _forced = _forced, chosen
+    backend = named(name)
+    before, _forced = _forced, backend
     try:
         yield
     finally:

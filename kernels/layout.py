@@ -1,7 +1,7 @@
-"""The MXFP8 format in numbers: block size, scale encoding, padding and the tiled scale order.
+"""The MXFP8 format's constants and shapes: block size, scale encoding, padding, tiled scale order.
 
-This is the one place that defines the constants of the specification. It needs no torch, so a
-checkpoint's header can be checked without it; `tile` and `untile` use only tensor methods.
+The one place that defines the constants of the specification. It needs no torch, so a checkpoint's
+header can be checked without it; `tile` and `untile` use only tensor methods.
 
 Sources: OCP Microscaling Formats (MX) v1.0 (block of 32, E4M3 elements, E8M0 scales) and cuBLAS
 "1D block scaling factors layout" (the order of the scales in memory,
@@ -11,15 +11,15 @@ The tiled order, for row r and block column c of a matrix with `ncb = ceil(K' / 
 
     byte = ((r // 128) * ncb + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
 
-Every 128 rows x 4 block columns form one 512-byte tile, so a slab of 128 rows is contiguous. Where
-N' % 128 == 0 and K' / 32 % 4 == 0 the tiled tensor has the shape of a row-major one: nothing in
-the shape tells the two apart.
+Every 128 rows x 4 block columns form one 512-byte tile, so a slab of 128 rows is contiguous. If
+N' % 128 == 0 and K' / 32 % 4 == 0 the tiled tensor has the shape of a row-major one, so the shape
+does not tell the two apart.
 """
 
 from __future__ import annotations
 
 BLOCK = 32  # values along K that share one scale
-ROW_PAD = 32  # rows of the stored data are padded to this, as columns are to BLOCK
+ROW_PAD = 32  # stored rows are padded to a multiple of this, as columns are of BLOCK
 TILE_ROWS = 128  # rows in one tile of scales
 TILE_COLS = 4  # block columns in one tile of scales
 
@@ -29,7 +29,7 @@ E8M0_MAX = 254
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `value`."""
+    """`value` rounded up to a multiple."""
     return -(-value // multiple) * multiple
 
 
@@ -47,7 +47,7 @@ def scale_shape(rows: int, cols: int) -> tuple[int, int]:
 def slabs(rows: int, cols: int, size: int):
     """Spans (first, last) of rows: whole tiles, at most about `size` values each.
 
-    The data and the tiled scales of such a span are contiguous in memory and on disk.
+    The data and the tiled scales of a span are contiguous in memory and on disk.
     """
     height = max(TILE_ROWS, size // max(cols, 1) // TILE_ROWS * TILE_ROWS)
     for first in range(0, rows, height):
@@ -81,7 +81,7 @@ def true_shape(stored, shape=None) -> tuple[int, int]:
     Columns are always padded to whole blocks; rows may be stored without their padding.
 
     Raises:
-        ValueError: `stored` is no such matrix, or `shape` does not pad to it.
+        ValueError: `stored` is not such a shape, or `shape` does not pad to it.
     """
     stored = tuple(stored)
     if len(stored) != 2 or stored[1] % BLOCK:

@@ -1,8 +1,8 @@
-"""The public functions, each a registered torch op with a fake, so torch.compile can keep them.
+"""The public functions, each a registered torch op with a fake, so torch.compile can trace them.
 
-Registered with `torch.library.Library`: a call costs 3.5 us where a `custom_op` costs 6 to 11.
-The ops look at shapes and dtypes, never at values: no synchronization, no data-dependent error.
-Whether a weight is finite is for its owner to check.
+Registered with `torch.library.Library`: a call costs 3.5 us, where a `custom_op` costs 6 to 11.
+Ops look at shapes and dtypes, never at values: no synchronization, no data-dependent errors.
+Whether a weight is finite is for the caller to check.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCALES = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def _library() -> tuple[torch.library.Library, str]:
-    """A namespace of our own, also where a second copy of this package lives in the process."""
+    """A namespace of our own, even where the process has a second copy of this package."""
     for suffix in ("", *range(2, 100)):
         name = f"mxfp8{suffix}"
         try:
@@ -55,7 +55,7 @@ _ops = getattr(torch.ops, NAMESPACE)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a matrix to MXFP8, blocks of 32 along K, from the precision it has.
+    """Quantize a matrix to MXFP8 in blocks of 32 along K, straight from its own precision.
 
     Args:
         x: [M, K], float32, float16 or bfloat16, any strides.
@@ -75,12 +75,12 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def check_quantizable(x: torch.Tensor) -> None:
     """Raise ValueError unless x is a matrix of a dtype that `quantize` takes."""
     if x.ndim != 2:
-        raise ValueError(f"MXFP8 quantizes matrices; x has shape {list(x.shape)}")
+        raise ValueError(f"x has shape {list(x.shape)}; MXFP8 quantizes 2-D matrices")
     _check_dtype("x", x, FLOATS)
 
 
 def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
-    """The values behind an MXFP8 matrix, rounded once to `dtype`.
+    """Unpack an MXFP8 matrix, rounding once to `dtype`.
 
     Args:
         qdata: float8_e4m3fn (or its bytes as uint8) [N', K'].
@@ -92,7 +92,7 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
         [N, K] of `dtype`. Scale byte 0 is 2**-127, 0xFF is NaN, NaN codes stay NaN.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes that do not match.
     """
     rows, cols = _check_matrix(qdata, scale, shape)
     if dtype not in FLOATS:
@@ -101,16 +101,16 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewrite an MXFP8 weight as E4M3 with one scale per row, as `linear` takes it (`fp8_rowwise`).
+    """Prepare an MXFP8 weight as E4M3 with one scale per row, for `linear` (`fp8_rowwise`).
 
     Args:
         qdata, scale: as for `dequantize`.
 
     Returns:
-        (codes, scale): float8_e4m3fn [N', K'] and float32 [N'], the size of the weight again.
+        (codes, scale): float8_e4m3fn [N', K'] and float32 [N'], as large as the weight.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes that do not match.
     """
     _check_matrix(qdata, scale, None)
     return _ops.to_rowwise(qdata.contiguous(), scale.contiguous())
@@ -135,15 +135,15 @@ def linear(
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
         precision: "exact", "fast" or "auto" (see `dispatch`).
-        folded: what `to_rowwise` made of this weight, to spare folding it again where
-            `input_form` says "rows".
-        tokens: what `quantize_input` made of x, likewise.
+        prepared_weight: `to_rowwise` of this weight, where `input_form` is "rowwise"; default: it
+            is computed on every call.
+        quantized_input: `quantize_input` of x, where `input_form` is not None; likewise.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices that do not match.
     """
     rows, cols = _check_matrix(qdata, scale, shape)
     _check_dtype("x", x, FLOATS)
@@ -158,54 +158,51 @@ def linear(
             raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    qdata, scale = qdata.contiguous(), scale.contiguous()  # which they nearly always are
+    qdata, scale = qdata.contiguous(), scale.contiguous()  # nearly always a no-op
     bias = None if bias is None else bias.contiguous()
-    found = None if _needs_grad(x, bias) else _path(x, precision)
-    if found is None:
+    form_and_backend = None if _needs_grad(x, bias) else _form_and_backend(x, precision)
+    if form_and_backend is None:
         return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
-    kind, backend = found
-    codes, token_scale = quantize_input(x, kind) if quantized_input is None else quantized_input
+    form, backend = form_and_backend
+    x_q, x_scale = quantize_input(x, form) if quantized_input is None else quantized_input
     if bias is not None:
         bias = bias.to(x.dtype)
-    if kind == "rowwise":
-        weight, row_scale = (
-            _ops.to_rowwise(qdata, scale) if prepared_weight is None else prepared_weight
-        )
-        out = _ops.scaled_matmul(codes, token_scale, weight, row_scale, bias, x.dtype, rows)
+    if form == "rowwise":
+        if prepared_weight is None:
+            prepared_weight = _ops.to_rowwise(qdata, scale)
+        out = _ops.scaled_matmul(x_q, x_scale, *prepared_weight, bias, x.dtype, rows)
     else:
         M = math.prod(x.shape[:-1])
-        out = _ops.block_matmul(
-            codes, token_scale, qdata, scale, bias, x.dtype, M, rows, backend
-        )  # fmt: skip
+        out = _ops.block_matmul(x_q, x_scale, qdata, scale, bias, x.dtype, M, rows, backend)
     return out.reshape(*x.shape[:-1], rows)
 
 
-def quantize_input(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x once for several `linear` that take it.
+def quantize_input(x: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize x once for several calls of `linear` that share it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        kind: what `input_form` says of x.
+        form: `input_form` of x.
 
     Returns:
-        "rows": (codes, scale), float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M];
-        "blocks": as `quantize` of x as [M, K].
+        (x_q, x_scale). "rowwise": float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M];
+        "mxfp8": as `quantize` of x as [M, K].
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _ops.quantize_rowwise(flat) if kind == "rowwise" else _ops.quantize(flat)
+    return _ops.quantize_rowwise(flat) if form == "rowwise" else _ops.quantize(flat)
 
 
 def input_form(x: torch.Tensor, precision: str) -> str | None:
-    """Whether `linear` of this x quantizes it, in "rows" or "blocks", or None."""
-    found = _path(x, precision)
-    return found and found[0]
+    """The form into which `linear` quantizes this x, "rowwise" or "mxfp8"; None if it does not."""
+    form_and_backend = _form_and_backend(x, precision)
+    return form_and_backend and form_and_backend[0]
 
 
-def _path(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
-    found = None if precision == "exact" else _input_form(x.device, x.dtype, precision)
-    if found is None or math.prod(x.shape[:-1]) <= fp8_rowwise.SMALL_M:
+def _form_and_backend(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
+    result = None if precision == "exact" else _input_form(x.device, x.dtype, precision)
+    if result is None or math.prod(x.shape[:-1]) <= fp8_rowwise.SMALL_M:  # last: it is a guard
         return None
-    return found
+    return result
 
 
 def _needs_grad(*tensors) -> bool:
@@ -289,7 +286,7 @@ def _linear_setup_context(ctx, inputs, output):
 
 
 def _linear_backward(ctx, grad):
-    """Straight through the quantization of x: d/dx is W, d/dbias is 1; W is fixed."""
+    """The straight-through estimator for x: d/dx is W, d/dbias is 1; W is fixed."""
     qdata, scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -310,7 +307,7 @@ for _name, _kernel, _fake in (
     ("block_matmul", _block_matmul, _block_matmul_fake),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-    # The fake. `register_fake` would look its caller up in every module: 0.2 s of ComfyUI's start.
+    # The fake. `register_fake` looks its caller up in every module: 0.2 s of ComfyUI's start.
     _lib.impl(_name, _fake, "Meta")
 torch.library.register_autograd(
     f"{NAMESPACE}::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib

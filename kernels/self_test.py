@@ -1,8 +1,8 @@
-"""A backend's first use on a device: a small problem against the oracle, so that a kernel that a
-driver or a card breaks is refused by name, and never runs as noise.
+"""A backend's self-test: a small problem against the oracle, before its first use on a device.
 
-A test returns a sentence on what is wrong, or None. What a kernel raises counts as that: this is
-the one place where an exception of a kernel is caught, before anything relies on it.
+A kernel that a driver or a card breaks is ruled out by name instead of returning noise. A test
+returns a sentence on what is wrong, or None. An exception in a kernel counts as wrong: this is the
+one place where one is caught, before anything relies on the kernel.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 
 from .backends import fp8_rowwise, reference
 
-ROWS, COLUMNS = 96, 192
-_EXACT = 1e-2  # relative error of a linear in bfloat16, whose rounding is 2**-9
-_FAST = 6e-2  # of E4M3 on both sides: 4e-2
+N, K = 96, 192
+_EXACT = 1e-2  # relative error allowed in bfloat16, whose rounding is 2**-9
+_FAST = 6e-2  # with E4M3 on both sides, whose error is 4e-2
 _DTYPES = (torch.bfloat16, torch.float16)
+Test = Callable[[torch.device], "str | None"]
 
 
-def _tested(test: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
+def _guarded(test: Test) -> Test:
     def run(device: torch.device) -> str | None:
         try:
             with torch.inference_mode():
@@ -28,101 +29,101 @@ def _tested(test: Callable[[torch.device], str | None]) -> Callable[[torch.devic
         except (MemoryError, torch.OutOfMemoryError):  # which says nothing about the kernels
             raise
         except Exception as error:
-            said = next(iter(str(error).splitlines()), "")
-            return f"its self-test failed ({type(error).__name__}: {said[:200]})"
+            message = next(iter(str(error).splitlines()), "")
+            return f"its self-test failed ({type(error).__name__}: {message[:200]})"
 
     return run
 
 
-def _numbers(rows: int, cols: int, seed: int) -> torch.Tensor:
-    """Normal values with a row of zeros, large and tiny ones."""
-    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+def _normal(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, K, generator=torch.Generator().manual_seed(seed))
+
+
+def _all_sizes(rows: int, seed: int) -> torch.Tensor:
+    """Normal values with a row of zeros, some large values and a row of tiny ones."""
+    x = _normal(rows, seed)
     x[1] = 0
     x[2, :40] *= 2.0**20
     x[3] *= 2.0**-130
     return x.bfloat16()
 
 
-def _normal() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Activations, a weight and a bias, all of ordinary size."""
-    generator = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(rows, COLUMNS, generator=generator) for rows in (128, ROWS))
-    return x, weight, torch.randn(ROWS, generator=generator)
+def _differs(pair, expected) -> bool:
+    """Whether codes or scales have other bits than expected."""
+    return not all(
+        torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(pair, expected, strict=True)
+    )
+
+
+def _error(out: torch.Tensor, expected: torch.Tensor, bound: float, what: str) -> str | None:
+    expected = expected.double()
+    error = float((out.cpu().double() - expected).norm() / expected.norm())
+    return None if error <= bound else f"its {what} is {error:.1e} off"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    found, wanted = found.cpu().double(), wanted.double()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-@_tested
+@_guarded
 def exact(device: torch.device) -> str | None:
-    """Of Triton's quantize, dequantize and linear."""
-    triton_cast = import_module(".backends.triton.cast", __package__)
-    weight = _numbers(ROWS, COLUMNS, 0)
-    qdata, scale = reference.quantize(weight)
-    got = triton_cast.quantize(weight.to(device))
-    pairs = zip(got, (qdata, scale), strict=True)
-    if not all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
-        return "it quantizes wrongly"
-    stored = qdata.to(device), scale.to(device)
-    got = triton_cast.dequantize(*stored, torch.float32, ROWS, COLUMNS)
-    if not torch.equal(got.cpu(), reference.dequantize(qdata, scale, torch.float32, ROWS, COLUMNS)):
-        return "it dequantizes wrongly"
+    """Of Triton's quantize, dequantize and exact linear."""
+    cast = import_module(".backends.triton.cast", __package__)
     linear = import_module(".backends.triton.exact", __package__).linear
-    plain = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
-    qdata, scale = reference.quantize(plain)
-    stored = qdata.to(device), scale.to(device)
+    weight = _all_sizes(N, 0)
+    stored = reference.quantize(weight)
+    if _differs(cast.quantize(weight.to(device)), stored):
+        return "it quantizes wrongly"
+    on_device = [part.to(device) for part in stored]
+    values = cast.dequantize(*on_device, torch.float32, N, K)
+    if not torch.equal(values.cpu(), reference.dequantize(*stored, torch.float32, N, K)):
+        return "it dequantizes wrongly"
+    stored = reference.quantize(_normal(N, 0))
+    on_device = [part.to(device) for part in stored]
     for dtype in _DTYPES:
         for rows in (1, 5, 20, 40, 70):
-            x = _numbers(80, COLUMNS, rows)[-rows:].to(dtype)
-            wanted = reference.linear(x, qdata, scale, None, ROWS, COLUMNS)
-            error = _error(linear(x.to(device), *stored, None, ROWS, COLUMNS), wanted)
-            if not error <= _EXACT:
-                return f"its linear of {rows} rows in {_name(dtype)} is {error:.1e} off"
+            x = _all_sizes(80, rows)[-rows:].to(dtype)
+            expected = reference.linear(x, *stored, None, N, K)
+            out = linear(x.to(device), *on_device, None, N, K)
+            wrong = _error(out, expected, _EXACT, f"linear of {rows} rows in {_name(dtype)}")
+            if wrong:
+                return wrong
     return None
 
 
-def blocks(matmul: Callable) -> Callable[[torch.device], str | None]:
-    """A test of a block-scaled matmul; the activations are the oracle's."""
+def block_scaled(matmul: Callable) -> Test:
+    """The test of a block-scaled matmul; the oracle quantizes the activations."""
 
-    @_tested
-    def test(device: torch.device) -> str | None:
-        x, weight, bias = _normal()
-        stored = reference.quantize(weight)
-        on_device = [part.to(device) for part in stored]
-        for dtype in _DTYPES:
-            given, added = x.to(dtype), bias.to(dtype)
-            wanted = reference.linear(given, *stored, added, ROWS, COLUMNS, "fast")
-            tokens = [part.to(device) for part in reference.quantize(given)]
-            out = matmul(tokens, on_device, added.to(device), dtype, len(x), ROWS)
-            error = _error(out, wanted)
-            if not error <= _EXACT:
-                return f"its matmul in {_name(dtype)} is {error:.1e} off"
-        return None
+    def linear(x, weight, bias):
+        return matmul(reference.quantize(x), weight, bias, x.dtype, len(x), N)
 
-    return test
+    return _guarded(lambda device: _check_fast(device, linear, "fast", _EXACT))
 
 
-@_tested
+@_guarded
 def fast(device: torch.device) -> str | None:
-    """Of the row fold, the quantizer of activations and the FP8 matmul."""
-    x, weight, bias = _normal()
-    qdata, scale = reference.quantize(weight)
-    stored = qdata.to(device), scale.to(device)
-    folded = fp8_rowwise.to_rowwise(*stored)
-    for got, wanted in zip(folded, reference.to_rowwise(qdata, scale), strict=True):
-        if not torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8)):
-            return "it folds rows wrongly"
+    """Of row-wise scaling of weights and activations, and of the FP8 matmul."""
+    stored = reference.quantize(_normal(N, 1))
+    prepared = fp8_rowwise.to_rowwise(*(part.to(device) for part in stored))
+    if _differs(prepared, reference.to_rowwise(*stored)):
+        return "it scales weights by row wrongly"
+
+    def linear(x, weight, bias):
+        return fp8_rowwise.linear(x, *weight, bias, N, K)
+
+    return _check_fast(device, linear, "exact", _FAST)
+
+
+def _check_fast(device, linear: Callable, precision: str, bound: float) -> str | None:
+    """`linear`: (x, stored weight, bias), all on the device -> x @ W.T + bias."""
+    stored = reference.quantize(_normal(N, 1))
+    on_device = [part.to(device) for part in stored]
     for dtype in _DTYPES:
-        given, added = x.to(dtype), bias.to(dtype)
-        wanted = reference.linear(given, qdata, scale, added, ROWS, COLUMNS)
-        out = fp8_rowwise.linear(given.to(device), *stored, added.to(device), ROWS, COLUMNS)
-        error = _error(out, wanted)
-        if not error <= _FAST:
-            return f"its linear in {_name(dtype)} is {error:.1e} off"
+        x, bias = _normal(128, 2).to(dtype), _normal(1, 3)[0, :N].to(dtype)
+        expected = reference.linear(x, *stored, bias, N, K, precision)
+        out = linear(x.to(device), on_device, bias.to(device))
+        wrong = _error(out, expected, bound, f"fast linear in {_name(dtype)}")
+        if wrong:
+            return wrong
     return None

@@ -1,7 +1,7 @@
-"""How much a weight changed: signal and noise energy per block of 32.
+"""SQNR of a quantized weight: signal and noise energy per block of 32.
 
-SQNR in dB is 10 log10(signal / noise), over whatever set of blocks. Energies are float64 sums of
-squares in the units of the weight, so they add up over slabs and layers without loss.
+SQNR in dB is 10 log10(signal / noise) over any set of blocks. Energies are float64 sums of squares
+in the units of the weight, so they add up over slabs and layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SLAB = 1 << 22  # values compared at a time: 32 MB of float64
 
 
 def quantize_and_measure(x: torch.Tensor):
-    """Quantize and measure in one go, in one pass where plain torch is the backend that runs.
+    """Quantize and measure; in one pass where plain torch is the backend that runs.
 
     Args:
         x: [M, K], as for `quantize`.
@@ -33,17 +33,17 @@ def quantize_and_measure(x: torch.Tensor):
     rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
     energy = [torch.empty(rows, blocks, device=x.device) for _ in range(2)]
     qdata, scale = eager.quantize(x, energy)
-    # On the CPU, because not every device has float64.
+    # On the CPU: not every device has float64.
     unit = eager.decode_e8m0(layout.untile(scale.cpu(), rows, blocks)).double().square_()
     return qdata, scale, *(part.cpu().double().mul_(unit) for part in energy)
 
 
 def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise of stored data against the matrix it came from.
+    """Signal and noise of a stored matrix against the one it was quantized from.
 
     Args:
         x: [N, K], the original.
-        qdata, scale: the stored matrix, tiled scales, padded from [N, K].
+        qdata, scale: the stored matrix with tiled scales, padded from [N, K].
 
     Returns:
         (signal, noise): float64 [N, K'/32].
@@ -65,18 +65,19 @@ def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch
 
 
 def rowwise_error_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
-    """How much folding changes a weight at most, from its scales alone (`fp8_rowwise`).
+    """An upper bound on how much row-wise scaling changes a weight, from its scales alone.
 
-    Folding shifts the codes of a block whose scale is 2**d below the largest of its row, and rounds
-    away at most half of E4M3's smallest step, 2**-10, of each; the block's largest code is 224 or
-    above. So the block changes by at most 2**(d - 10) * sqrt(32) / 224 of its size, and by its
-    whole size at worst.
+    `fp8_rowwise.to_rowwise` shifts the codes of a block whose scale is 2**d below the largest of
+    its row, and rounds away at most half of E4M3's smallest step, 2**-10, of each; the block's
+    largest code is 224 or above. So the relative change of the block is at most
+    2**(d - 10) * sqrt(32) / 224, and at most 1.
 
     Args:
-        stored: shape of the codes, [N', K']; scale: the tiled scales.
+        stored: shape of the codes, [N', K'].
+        scale: the tiled scales.
 
     Returns:
-        The root of the mean square over all blocks that are not zero.
+        The root mean square over all nonzero blocks.
     """
     rows, cols = stored
     byte = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)

@@ -32,7 +32,7 @@ def forget():
 
     def clear() -> None:
         for cache in (
-            dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._say_exact,
+            dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._warn_exact,
         ):  # fmt: skip
             getattr(cache, "cache_clear", lambda: None)()  # a test may have put another there
 

@@ -91,7 +91,7 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
     }
     for op, limit in limits.items():
         if op in spent:
-            name = "triton" if fp8_rowwise._triton(plain[0]) else "eager"
+            name = "triton" if device_facts.runs_triton(bench.device) else "eager"
             if op in ("dequantize", "quantize"):
                 name = dispatch.choose(op, packed[0][0] if op == "dequantize" else plain[0])[0].name
             stock = spent.get(f"stock {op}")
@@ -161,7 +161,7 @@ def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
     torch_has_it = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
     if device.type == "cuda" and (device_facts.capability(device) or (0, 0)) < (8, 9):
         return runs
-    if not torch_has_it and not fp8_rowwise._triton(xs[0]):
+    if not torch_has_it and not device_facts.runs_triton(device):
         return runs
     tokens = [kernels.quantize_input(x, "rowwise") for x in xs]
     folded = [kernels.to_rowwise(*kernels.quantize(w)) for w in plain]
@@ -170,7 +170,7 @@ def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
             tokens[i][0], folded[i][0].t(), scale_a=tokens[i][1][:, None],
             scale_b=folded[i][1][None, :], out_dtype=torch.bfloat16, use_fast_accum=True,
         )  # fmt: skip
-    if fp8_rowwise._triton(xs[0]):
+    if device_facts.runs_triton(device):
         from mxfp8.kernels.backends.triton import fp8_gemm
 
         runs["triton"] = lambda i: fp8_gemm.matmul(*tokens[i], *folded[i], None, torch.bfloat16, N)

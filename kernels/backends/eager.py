@@ -1,26 +1,26 @@
-"""MXFP8 on plain torch: the floor that runs on every device, with or without Triton.
+"""MXFP8 in plain torch: runs on every device, with or without Triton.
 
-It works in chunks that stay in the cache and writes into buffers that are allocated once per
-call: on a CPU a fresh temporary costs more in page faults (1 ns per value) than the arithmetic
-done on it (0.1 ns per value and pass). Codes are packed and unpacked with integer operations and
-exact float32 additions, so the device needs no float8 arithmetic, and no float32 subnormals where
-values are of any ordinary size. Bits are those of `reference`.
+It works in chunks that stay in the cache and writes into buffers allocated once per call: on a CPU
+a fresh temporary costs more in page faults (1 ns per value) than the arithmetic done on it (0.1 ns
+per value and pass). Codes are packed and unpacked with integer operations and exact float32
+additions, so the device needs no float8 arithmetic and, for values of ordinary size, no float32
+subnormals. The bits are those of `reference`.
 
 Packing. With y = |x| / s, the spacing of E4M3 around y is 2**(max(E, -6) - 3), E the exponent of y.
 Adding C = 2**20 * 2**max(E, -6) to y puts that spacing at the last bit of a float32, so the
 addition itself rounds to nearest even; subtracting C returns the rounded value exactly. Scaled by
 2**-8, E4M3 values are float16 values with the same bits seven places up, subnormals included.
 
-Packing bfloat16 takes fewer passes: its 8 significant bits fit a float16, so the seven bits are
-rounded off there, in integers. Only subnormals of float16 could be rounded twice, and only the one
-value just above half the smallest code; adding 2**-27 first keeps it on the right side and moves
-no other.
+Packing bfloat16 takes fewer passes: its 8 significant bits fit a float16, so the low seven bits are
+rounded off there, in integers. Only float16 subnormals could be rounded twice, and of those only
+the value just above half the smallest code; adding 2**-27 first keeps it on the right side and
+changes no other.
 
-Unpacking is the same move backwards: code << 7 read as float16 is the value times 2**-8.
+Unpacking is the inverse: code << 7 read as float16 is the value times 2**-8.
 
-Alternatives rejected: torch's own float8 cast (quick only with AVX-512, missing on MPS), a table of
-256 values (one gather per value costs more than the whole bit trick), float32 with the exponent
-shifted by 120 (leaves E4M3 subnormals to float32 subnormals, which some devices flush to zero).
+Rejected: torch's own float8 cast (fast only with AVX-512, missing on MPS), a table of 256 values
+(one gather per value costs more than the bit operations), float32 with the exponent shifted by 120
+(turns E4M3 subnormals into float32 subnormals, which some devices flush to zero).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _F32_INF = 0x7F800000
 _F32_MIN_NORMAL_E4M3 = (127 - 6 - 8) << 23  # bits of 2**-6 * 2**-8
 _MAGIC = 2.0**20
 _CPU_CHUNK = 1 << 19  # values per chunk: the fastest of 2**16..2**21 on Xeon and EPYC alike
-_CHUNK_OF_ONE = 1 << 18  # per chunk of a single thread, which has one L2 cache
-_GPU_CHUNK = 1 << 22  # 16 MB of float32: fits the L2 of current cards, hides launch cost
+_CHUNK_OF_ONE = 1 << 18  # with a single thread, which has one L2 cache
+_GPU_CHUNK = 1 << 22  # 16 MB of float32: fits the L2 of current cards, hides launch overhead
 
 
 def _chunk(device: torch.device) -> int:
@@ -153,7 +153,7 @@ def _signs(source, buffer: _QuantizeBuffers) -> None:
 
 def _scales(blocks, scale, buffer: _QuantizeBuffers) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill scale; return 2**-8 / s and a mask, 0 where a block is cleared, both [m, k'/32, 1]."""
-    # Non-negative floats compare as their bits do, and a NaN's bits are above infinity's.
+    # Non-negative floats compare as their bits do, and the bits of NaN are above those of infinity.
     amax = torch.amax(blocks.view(torch.int32), -1, out=buffer.amax)
     zero = torch.eq(amax, buffer.none, out=buffer.zero)
     bad = torch.ge(amax, buffer.infinity, out=buffer.bad)
@@ -187,7 +187,7 @@ def _pack_bfloat16(buffer: _QuantizeBuffers) -> None:
 
 
 def dequantize(qdata, scale, dtype, rows: int, cols: int) -> torch.Tensor:
-    """The values behind (qdata, tiled scale), rounded once to `dtype`. [rows, cols]."""
+    """Unpack (qdata, tiled scale), rounding once to `dtype`. [rows, cols]."""
     out = torch.empty(rows, cols, dtype=dtype, device=qdata.device)
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
     dequantize_rows(qdata, factor, out, 0)
@@ -250,14 +250,14 @@ def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
     return value.masked_fill_(bits == E8M0_NAN, 0x7FC00000).view(torch.float32)
 
 
-def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
+def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias, exact weights, accumulated in at least float32.
 
-    On a CPU, weights are unpacked to float32 in slabs of rows that stay in the cache, and the
-    product is rounded once: matmuls in bfloat16 and float16 take 10 times as long as float32 ones
-    on CPUs without instructions for them, and no full-size weight is ever materialized.
-    Elsewhere the weight is rounded to x's dtype first, as ComfyUI does it: nothing is lost in
-    bfloat16 and float32; float16 loses what lies below 2**-14 or above 65504.
+    On a CPU without 16-bit matrix instructions, where such a matmul takes 10 times as long as in
+    float32, weights are unpacked to float32 in slabs of rows that stay in the cache, and the result
+    is rounded once; no full-size weight is materialized. Elsewhere the weight is rounded to x's
+    dtype first, as ComfyUI does: bfloat16 and float32 hold it exactly; float16 loses values below
+    2**-14 or above 65504.
     """
     if x.device.type != "cpu" or _cpu_multiplies(x.dtype):
         weight = dequantize(qdata, scale, x.dtype, rows, cols)

@@ -41,41 +41,40 @@ _SLAB = 1 << 22  # values at a time
 
 
 def activations_unsupported_reason(problem) -> str | None:
-    """Why activations are not quantized for a problem (`dispatch.Problem`), or None."""
+    """Why a backend that quantizes activations cannot take a `dispatch.Problem`, or None."""
     if problem.op != "linear":
         return "multiplies only"
     if problem.precision != "fast":
         return "quantizes activations, which precision exact rules out"
     if problem.small_m:
-        return f"up to {SMALL_M} rows run exact, bound by the weight's bytes as they are"
+        return f"up to {SMALL_M} rows run exact: reading the weight takes the time"
     return None
 
 
 def unsupported_reason(problem) -> str | None:
-    """Why this cannot run, or None (`dispatch.Problem`)."""
+    """Why this cannot take a `dispatch.Problem`, or None."""
     reason = activations_unsupported_reason(problem)
     if reason is not None:
         return reason
-    found = device_facts.capability(problem.device)
-    if found is None or found < (8, 9):
-        have = device_facts.described(problem.device)
-        return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {have}"
+    if (device_facts.capability(problem.device) or (0, 0)) < (8, 9):
+        actual = device_facts.described(problem.device)
+        return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {actual}"
     if not torch_multiplies(problem.device, problem.dtype):
         return device_facts.triton_unsupported_reason()
     return None
 
 
 def torch_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has an FP8 matmul with a scale per row here, for results of `dtype`."""
-    found = device_facts.capability(device)
-    hopper = found is not None and found[0] == 9
-    ada = found == (8, 9) and sys.platform != "win32"
+    """Whether torch has a row-wise scaled FP8 matmul on a device, for results of `dtype`."""
+    capability = device_facts.capability(device) or (0, 0)
+    hopper = capability[0] == 9
+    ada = capability == (8, 9) and sys.platform != "win32"
     return dtype == torch.bfloat16 and (hopper or ada) and _torch_runs(device)
 
 
 @cache
 def _torch_runs(device: torch.device) -> bool:
-    """Whether this torch does: earlier ones have it for Hopper alone, or not at all."""
+    """Whether this version of torch has it: earlier ones have it for Hopper only, or not at all."""
     code = torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(16, 1, device=device)
     try:
@@ -90,12 +89,6 @@ def _torch_runs(device: torch.device) -> bool:
     return True
 
 
-def _triton(tensor: torch.Tensor) -> bool:
-    return device_facts.triton_unsupported_reason() is None and (
-        tensor.device.type == "cuda" or device_facts.interpreted()
-    )
-
-
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """An MXFP8 weight as E4M3 with one scale per row; the bits of `reference.to_rowwise`.
 
@@ -106,7 +99,7 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (codes, scale): float8_e4m3fn [N', K'] and float32 [N'].
     """
-    if _triton(qdata):
+    if device_facts.runs_triton(qdata.device):
         from .triton import rowwise
 
         return rowwise.to_rowwise(qdata, scale)
@@ -119,7 +112,7 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero; float32 [M].
     """
-    if _triton(x):
+    if device_facts.runs_triton(x.device):
         from .triton import rowwise
 
         if x.shape[1] <= rowwise.WIDEST:
@@ -153,7 +146,7 @@ def quantize_rowwise_eager(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     amax = value.abs().amax(-1, keepdim=True) if cols else value.new_zeros(rows, 1)
     finite = amax.isfinite()
     floor = amax.masked_fill(~finite, 1.0).clamp_min_(SMALLEST_AMAX)
-    # Not 448.0 / floor: torch multiplies by a reciprocal there, which is rounded twice.
+    # Not 448.0 / floor, for which torch multiplies by a reciprocal and rounds twice.
     scaled = value * (torch.full_like(floor, E4M3_MAX) / floor)
     scaled = scaled.masked_fill_(~finite, 0.0).clamp_(-E4M3_MAX, E4M3_MAX)
     code[:, :cols] = scaled.to(torch.float8_e4m3fn)
@@ -165,12 +158,14 @@ def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int
     """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once; [M, columns].
 
     Args:
-        a, b: float8_e4m3fn [M, K] and [N, K]; a_scale, b_scale: float32 [M] and [N].
-        bias: [columns] of `dtype`, or None; columns: at most N, the rest is padding.
+        a, b: float8_e4m3fn [M, K] and [N, K].
+        a_scale, b_scale: float32 [M] and [N].
+        bias: [columns] of `dtype`, or None.
+        columns: of the result, at most N; the other rows of b are padding.
     """
     if torch_multiplies(a.device, dtype) and a.shape[0]:
         missing = -b.shape[0] % 16
-        if missing:  # rows that were stored without padding
+        if missing:  # rows were stored without padding
             b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, missing)).view(b.dtype)
             b_scale = torch.nn.functional.pad(b_scale, (0, missing))
         N = b.shape[0]
@@ -181,7 +176,7 @@ def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int
             bias=bias, out_dtype=dtype, use_fast_accum=True,
         )  # fmt: skip
         return out if columns == N else out[:, :columns].contiguous()
-    if _triton(a):
+    if device_facts.runs_triton(a.device):
         from .triton import fp8_gemm
 
         return fp8_gemm.matmul(a, a_scale, b, b_scale, bias, dtype, columns)

@@ -1,22 +1,22 @@
-"""The oracle: MXFP8 quantize, dequantize and linear, written to be read, in float64.
+"""The oracle: MXFP8 quantize, dequantize and linear in float64, written to be read.
 
 Every other implementation in this package must produce these bits (quantize, dequantize) or stay
-within a stated error of these values (linear). It is slow and materializes everything; nothing
-selects it unless asked to by name.
+within a stated error of these values (linear). It is slow and materializes everything, and runs
+only when it is named.
 
-The rules it fixes, where the specification leaves room:
+Where the specification leaves room, it fixes these rules:
 
-* Scale: the smallest power of two s with amax / s <= 448 ("RCEIL"), so nothing saturates. It is
-  also the best E8M0 scale in squared error on weights that were tried; the OCP floor rule loses
+* Scale: the smallest power of two s with amax / s <= 448 ("RCEIL"), so nothing saturates. It also
+  had the smallest squared error of all E8M0 scales on the weights tried; the OCP floor rule loses
   up to 1.5 dB.
 * amax == 0: scale byte 0 and codes 0, whatever the signs of the zeros.
 * 0 < amax < 2**-118: scale byte 1, never 0, because common readers decode byte 0 as 0.0.
-* A block that holds NaN or Inf: scale byte 0xFF (NaN) and codes 0. The whole block decodes to NaN;
-  an infinity never turns into a finite number.
-* Elsewhere: code = round-to-nearest-even E4M3 of x / s, with the sign of x kept on zeros.
+* A block with NaN or Inf: scale byte 0xFF (NaN) and codes 0. The whole block decodes to NaN; an
+  infinity never becomes a finite number.
+* Otherwise: code = round-to-nearest-even E4M3 of x / s, with the sign of x kept on zeros.
 
-`block_matmul` is the oracle of a block-scaled matmul's arithmetic, and `block_bound` how far from
-float64 any implementation may be.
+`block_matmul` models the arithmetic of a block-scaled matmul, and `block_bound` bounds the error of
+any implementation against float64.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 from .. import layout
 from ..layout import BLOCK, E8M0_BIAS, E8M0_NAN
 
-# Bits after the point that Blackwell's tensor cores keep of a term beside the largest of 32
-# products and the running sum, as others measured them on such cards (arXiv:2511.10909).
+# Fraction bits that Blackwell's tensor cores keep when they align 32 products and the running sum
+# to the largest of them, as measured on such cards (arXiv:2511.10909).
 FRACTION = 25
 _ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -92,7 +92,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(qdata, scale, dtype, rows: int, cols: int) -> torch.Tensor:
-    """The values behind (qdata, tiled scale), rounded once to `dtype`. [rows, cols]."""
+    """Unpack (qdata, tiled scale), rounding once to `dtype`. [rows, cols]."""
     return dequantize_exact(qdata, scale, rows, cols).to(dtype)
 
 
@@ -109,8 +109,7 @@ def dequantize_exact(qdata, scale, rows: int, cols: int) -> torch.Tensor:
 def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias in float64, rounded to x's dtype.
 
-    "fast" quantizes x to MXFP8 too, as block-scaled tensor cores need it: the value that a native
-    MX x MX matmul approximates.
+    "fast" quantizes x to MXFP8 too: the value that a native MX x MX matmul approximates.
     """
     weight = dequantize_exact(qdata, scale, rows, cols)
     value = x.double()
@@ -122,24 +121,25 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
     return out.to(x.dtype)
 
 
-def block_matmul(tokens, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
+def block_matmul(quantized_input, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias from their stored forms, as block-scaled tensor cores compute it.
 
-    Blocks of 32 along K are added one after the other. Products of codes are exact, scales included
-    (E4M3 has 4 significant bits); the 32 of them and the running sum are aligned to the largest
-    exponent among them, cut off FRACTION bits below it, and added exactly; the new sum is cut to
-    float32. A product's exponent is the sum of its factors', before it is normalized. What is added
-    in which order outside of that, and how the bias is, is not known: here K ascends, and the bias
-    is added in float32, which is then rounded to `dtype`. So this is not a card's every bit, but it
-    errs the way that a card does: downwards in size, by as much.
+    Blocks of 32 along K are accumulated in turn. Products of codes are exact, scales included (E4M3
+    has 4 significant bits); the 32 products and the running sum are aligned to the largest exponent
+    among them, truncated FRACTION bits below it, and added exactly; the new sum is truncated to
+    float32. The exponent of a product is the sum of its factors' exponents, before normalization.
+    The order of accumulation beyond that, and how the bias is added, is not known: here K ascends,
+    and the bias is added in float32, which is then rounded to `dtype`. So this does not reproduce
+    every bit of a card, but its errors have the same direction (towards zero) and size.
 
     Args:
-        tokens, weight: (qdata, tiled scale) as `quantize` returns them; bias: [N] or None.
+        quantized_input, weight: (qdata, tiled scale) as `quantize` returns them.
+        bias: [N] or None.
 
     Returns:
         [M, N] of `dtype`.
     """
-    (a, a_exponent), (b, b_exponent) = _in_blocks(tokens, M), _in_blocks(weight, N)
+    (a, a_exponent), (b, b_exponent) = _in_blocks(quantized_input, M), _in_blocks(weight, N)
     total = torch.zeros(M, N, dtype=torch.float64)
     for k in range(a.shape[1]):
         product = a[:, None, k] * b[None, :, k]  # [M, N, 32], exact in float64
@@ -151,31 +151,32 @@ def block_matmul(tokens, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
     total = total.float()
     if bias is not None:
         total = total + bias.float().cpu()
-    return total.to(dtype).to(tokens[0].device)
+    return total.to(dtype).to(weight[0].device)
 
 
-def block_bound(tokens, weight, bias, dtype, M: int, N: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(wanted, allowed), both float64 [M, N]: the product, and how far off it a matmul may be.
+def block_bound(
+    quantized_input, weight, bias, dtype, M: int, N: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(product, bound), both float64 [M, N]: the exact result, and the error a matmul may have.
 
-    S is the sum of the products' sizes, |x| @ |W|.T. A sum of K of them in float32, in any order,
-    is off by at most K 2**-24 S. Tensor cores cut 33 terms of at most S by less than 2**-25 of it
-    and their sum by 2**-23, once every 32: 37/32 K 2**-25 S, which is less. The bias is one more
-    term. The result is rounded to `dtype`, and where a matmul does so before it adds the bias, so
-    is the product.
+    Let S = |x| @ |W|.T. A float32 sum of the K products, in any order, has an error of at most
+    K 2**-24 S. Tensor cores truncate 33 terms of at most S by less than 2**-25 S and their sum by
+    2**-23 S, once every 32 products: 37/32 K 2**-25 S, which is less. The bias is one more term.
+    The result is rounded to `dtype`, and so is the product if it is rounded before adding the bias.
     """
-    K = tokens[0].shape[1]
-    x, w = dequantize_exact(*tokens, M, K).cpu(), dequantize_exact(*weight, N, K).cpu()
-    wanted, size = x @ w.t(), x.abs() @ w.abs().t()
-    smallest = torch.finfo(dtype).smallest_normal  # below, a rounding is a share of this
-    rounded = _ROUNDING[dtype] * wanted.abs().clamp_min(smallest)
+    K = weight[0].shape[1]
+    x, w = dequantize_exact(*quantized_input, M, K).cpu(), dequantize_exact(*weight, N, K).cpu()
+    product, size = x @ w.t(), x.abs() @ w.abs().t()
+    smallest = torch.finfo(dtype).smallest_normal  # below it, rounding is relative to it
+    rounding = _ROUNDING[dtype] * product.abs().clamp_min(smallest)
     if bias is not None:
-        wanted, size = wanted + bias.double().cpu(), size + bias.double().cpu().abs()
-    rounded += _ROUNDING[dtype] * wanted.abs().clamp_min(smallest)
-    return wanted, (K + 2) * 2.0**-24 * size + rounded
+        product, size = product + bias.double().cpu(), size + bias.double().cpu().abs()
+    rounding += _ROUNDING[dtype] * product.abs().clamp_min(smallest)
+    return product, (K + 2) * 2.0**-24 * size + rounding
 
 
 def _in_blocks(stored, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and exponents [rows, K/32, 32] of a matrix; an exponent is that of code and scale."""
+    """Values and exponents [rows, K/32, 32] of a matrix; exponents include the scale."""
     qdata, scale = stored
     shape = rows, qdata.shape[1] // BLOCK, BLOCK
     value = dequantize_exact(qdata, scale, rows, qdata.shape[1]).cpu().reshape(shape)
@@ -193,7 +194,7 @@ def _exponent(value: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_to_float32(value: torch.Tensor) -> torch.Tensor:
-    """Rounded towards zero to what float32 can hold, in float64."""
+    """Truncate to float32 precision, in float64."""
     unit = torch.exp2((torch.frexp(value).exponent.clamp_min(-125) - 24).double())
     cut = (value / unit).trunc() * unit
     return torch.where(cut.abs() < 2.0**128, cut, cut.sign() * torch.inf)
@@ -202,8 +203,8 @@ def _cut_to_float32(value: torch.Tensor) -> torch.Tensor:
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewrite an MXFP8 matrix as E4M3 with one power of two per row; see `fp8_rowwise`.
 
-    The row's scale is the largest of its blocks', byte 255 left out, and at least 2**-126. Codes
-    are rounded once more where they are shifted down; NaN stays NaN.
+    A row's scale is the largest of its blocks' scales, NaN (byte 255) excluded, and at least
+    2**-126. Codes that are shifted down are rounded once more; NaN stays NaN.
 
     Args:
         qdata, scale: [N', K'] and its tiled scales.
@@ -224,8 +225,8 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize every row of x to E4M3 with a float32 scale of its own, amax / 448.
 
-    Where amax is below 2**-100 that counts as amax, so that 448 / amax is finite. A row with NaN or
-    Inf has scale NaN and codes 0, and makes NaN of whatever it is multiplied with.
+    amax is taken to be at least 2**-100, so that 448 / amax is finite. A row with NaN or Inf has
+    scale NaN and codes 0, so its products are NaN.
 
     Args:
         x: [M, K].

@@ -1,22 +1,22 @@
 """The fast linear on Blackwell: block-scaled tensor cores, by torch (cuBLASLt).
 
-Activations are quantized to MXFP8 in one pass, tiled scales included, and torch multiplies the two
-as they are stored. That is also what stock ComfyUI runs there; the quantizer is ours. comfy-kitchen
-has one in CUDA: whether it is faster is for `bench/gpu.py` to say (row "quantize", stock); until a
-results file does, it is not used.
+Activations are quantized to MXFP8 in one pass, tiled scales included, and torch multiplies the
+stored forms of both. Stock ComfyUI computes the same there; the quantizer is ours. comfy-kitchen
+has a CUDA quantizer that may be faster: `bench/gpu` measures both (row "quantize", stock), and ours
+is used until a results file shows that.
 
-What it asks for, and why:
+Requirements:
 
-* compute capability 10: tensor cores that apply E8M0 scales per 32 values;
+* compute capability 10 or later: tensor cores that apply E8M0 scales per 32 values;
 * CUDA 12.8: the first cuBLASLt with this matmul;
-* torch 2.10 for `torch.nn.functional.scaled_mm`; from 2.7 on, the private `torch._scaled_mm` takes
-  scales of the dtype float8_e8m0fnu as the same thing. 2.7 drops a bias where K is no multiple of
-  128 (https://github.com/pytorch/pytorch/pull/153254), so there it is added afterwards;
-* E4M3 on both sides, scales in the tiled order, whole tiles, contiguous: what the format is;
-* both matrices K-major (`x @ w.t()`): before cuBLAS 13.6, GeForce cards have no other
+* torch 2.10 for `torch.nn.functional.scaled_mm`. From 2.7 on, the private `torch._scaled_mm` takes
+  scales of dtype float8_e8m0fnu for the same; 2.7 drops the bias if K is not a multiple of 128
+  (https://github.com/pytorch/pytorch/pull/153254), so there it is added afterwards;
+* E4M3 on both sides, scales in the tiled order, whole tiles, contiguous: what the format stores;
+* both matrices K-major (`x @ w.t()`): before cuBLAS 13.6, GeForce cards support no other layout
   (https://github.com/pytorch/pytorch/issues/198126);
-* N and K multiples of 16, for cuBLASLt, which padding gives;
-* results in 16 bits: a bias cannot be had with float32 ones.
+* N and K multiples of 16, which padding ensures;
+* 16-bit results: with float32 results there is no bias.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ import torch
 from .. import device_facts, layout
 from . import fp8_rowwise
 
-_ALIGNMENT = 16  # rows and columns of a matrix, for cuBLASLt
+_ALIGNMENT = 16  # of the rows and columns of a matrix, for cuBLASLt
 
 
 def unsupported_reason(problem) -> str | None:
-    """Why this cannot run, or None (`dispatch.Problem`)."""
+    """Why this cannot take a `dispatch.Problem`, or None."""
     reason = fp8_rowwise.activations_unsupported_reason(problem)
     if reason is not None:
         return reason
-    found = device_facts.capability(problem.device)
-    if found is None or found < (10, 0):
-        have = device_facts.described(problem.device)
-        return f"needs block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200); {have}"
+    if (device_facts.capability(problem.device) or (0, 0)) < (10, 0):
+        actual = device_facts.described(problem.device)
+        return f"needs block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200); {actual}"
     if problem.dtype == torch.float32:
-        return "gives results in 16 bits; these are to be float32"
+        return "returns 16-bit results; this linear is in float32"
     if not (_public() or _private()):
         return f"needs torch 2.10 or later, or the private form of 2.7; this is {torch.__version__}"
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
@@ -53,21 +52,21 @@ def _public() -> bool:
 
 
 def _private() -> bool:
-    """Whether `torch._scaled_mm` knows E8M0 scales: it does wherever the dtype is."""
+    """Whether `torch._scaled_mm` takes E8M0 scales: it does wherever the dtype exists."""
     return hasattr(torch, "_scaled_mm") and hasattr(torch, "float8_e8m0fnu")
 
 
-def matmul(tokens, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Tensor:
+def matmul(quantized_input, weight, bias, dtype: torch.dtype, M: int, N: int) -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias from their stored forms, rounded once. [M, N] of `dtype`.
 
-    By `torch._scaled_mm` the bias is added to rounded values, which are rounded again.
+    With `torch._scaled_mm` the bias is added to the rounded product, which is rounded again.
 
     Args:
-        tokens, weight: (qdata, tiled scale), padded as `ops.quantize` pads; a weight's rows may be
-            stored without padding.
+        quantized_input, weight: (qdata, tiled scale), padded as `ops.quantize` pads; rows of the
+            weight may be stored without padding.
         bias: [N] of `dtype`, or None.
     """
-    (a, a_scale), (b, b_scale) = tokens, weight
+    (a, a_scale), (b, b_scale) = quantized_input, weight
     if M == 0 or N == 0:  # cuBLASLt takes no empty matrix
         return torch.empty(M, N, dtype=dtype, device=a.device)
     b = b.view(torch.uint8)

@@ -45,7 +45,7 @@ class Recorder:
         def linear(x, qdata, scale, bias, rows, cols, precision):
             return torch.full((x.shape[0], rows), {"exact": 1.0, "fast": 2.0}[precision])
 
-        return Backend(name, "made up", None, None, linear, unsupported_reason, automatic)
+        return Backend(name, "made up", linear, unsupported_reason, automatic=automatic)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_every_backend_is_listed_with_its_state():
 
 @pytest.mark.parametrize(
     ("available", "reason", "text"),
-    [(True, "", "a: does b (available)"), (False, "no c", "a: does b (refused: no c)")],
+    [(True, "", "a: does b (available)"), (False, "no c", "a: does b (not used: no c)")],
 )
 def test_a_state_prints_as_a_line(available, reason, text):
     assert str(BackendStatus("a", "does b", available, reason)) == text
@@ -94,7 +94,7 @@ def test_the_list_is_for_the_gpu_where_there_is_one(cuda, expected, offer, monke
 def test_the_list_gives_the_reason_of_a_refusal(offer):
     offer(a=("exact",), b=())
     assert [str(status) for status in kernels.list_backends("cpu")] == [
-        "a: made up (refused: a cannot)",
+        "a: made up (not used: a cannot)",
         "b: made up (available)",
     ]
 

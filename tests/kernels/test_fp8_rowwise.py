@@ -301,7 +301,7 @@ def test_triton_multiplies_blocks_only_when_named(card):
     problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
     named = dispatch.named("triton_mx")
     assert dispatch._choose(problem, named) == (named, "fast")
-    assert "not chosen by itself" in {
+    assert "not chosen automatically" in {
         s.name: s.reason for s in kernels.list_backends("cuda:0")
     }["triton_mx"]  # fmt: skip
     card((9, 0))
@@ -344,11 +344,11 @@ def test_a_backend_that_fails_its_test_is_refused_by_that_reason(card, monkeypat
     monkeypatch.setattr(
         dispatch,
         "_test",
-        lambda b, d: "it folds rows wrongly" if b.input_form == "rowwise" else None,
+        lambda b, d: "it scales weights by row wrongly" if b.input_form == "rowwise" else None,
     )
     assert chosen(precision="auto") == TRITON
     said = {status.name: status for status in kernels.list_backends("cuda:0")}
-    assert said[FP8].reason == "it folds rows wrongly"
+    assert said[FP8].reason == "it scales weights by row wrongly"
 
 
 # ---- in blocks -------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_backends_are_listed_with_reasons(run):
     status, out, _ = run("backends")
     assert status == 0
     assert "eager: plain torch on any device" in out
-    assert "not chosen by itself" in out
+    assert "not chosen automatically" in out
 
 
 BAD_USES = [
