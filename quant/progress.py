@@ -1,12 +1,12 @@
-"""Progress of work that is measured in bytes, for whoever watches: a bar, a node, an interrupt."""
+"""Progress of long work: how far it is, how fast, and how long it will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, key)
-VERIFY = "verify"  # the key while what was written is read back: all is done, and it is not over
+Progress = Callable[[int, int, str], None]  # (done, total, what is being worked on)
+VERIFY = "verify"  # the key while a written file is read back: everything is written by then
 
 
 class Meter:
@@ -27,38 +27,55 @@ class Meter:
 
 
 class Pace:
-    """Words on work under way: what it is at, how far it is, how fast, and how long it takes yet.
+    """The text of work in progress: what is being worked on, how far, how fast, how long it takes.
 
     Args:
-        every: seconds between two answers; in between there is None.
-        rate: whether a speed in bytes means something.
+        every: seconds between two texts.
+        steps: whether the work is counted in steps, not in bytes. The first step, which warms up
+            what the others use, then counts only until there is a second one.
     """
 
     def __init__(
         self,
         every: float = 0.25,
-        rate: bool = True,
+        steps: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._every = every
-        self._rate = rate
+        self._steps = steps
         self._clock = clock
-        self._start = clock()
-        self._said: float | None = None
+        self._shown: float | None = None
+        self._first: tuple[float, int] | None = None  # time, and what was done
+        self.start()
+
+    def start(self) -> None:
+        """Time the work from now on."""
+        self._start = self._clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return self._clock() - self._start
 
     def __call__(self, done: int, total: int, key: str) -> str | None:
-        """A line or two, or None if the last ones are recent; arguments as of `Progress`."""
+        """A line or two, or None if the last text is recent; arguments as of `Progress`."""
         now = self._clock()
-        if self._said is not None and now - self._said < self._every:
+        since, before = self._first or (self._start, 0)
+        if self._steps and done:
+            self._first = self._first or (now, done)
+        if self._shown is not None and now - self._shown < self._every:
             return None
-        self._said = now
-        if key == VERIFY and done >= total:  # how far that is, nobody counts
+        self._shown = now
+        if key == VERIFY and done >= total:  # how much is read back is not counted
             return "verifying"
-        parts = [f"{100 * min(done, total) // max(total, 1)}%"]
-        speed = done / max(now - self._start, 1e-3)
-        if self._rate and done:
-            parts.append(f"{speed / 1e6:.0f} MB/s" if speed >= 1e7 else f"{speed / 1e6:.1f} MB/s")
-        if 0 < done < total:
+        speed = (done - before) / max(now - since, 1e-3)
+        if self._steps:
+            parts = [f"step {done} of {total}"]
+        else:
+            parts = [f"{100 * min(done, total) // max(total, 1)}%"]
+            if done:
+                parts.append(f"{speed / 1e6:.{0 if speed >= 1e7 else 1}f} MB/s")
+        if speed > 0 and done < total:
             parts.append(f"{duration((total - done) / speed)} left")
         return f"{key}\n{', '.join(parts)}"
 

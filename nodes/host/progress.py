@@ -1,12 +1,12 @@
-"""Progress of long work on its node: a bar, and below it the layer, percent, speed and time left.
+"""Progress of long work on its node: a bar, and a text with the layer, how far, and the time left.
 
-ComfyUI's bar throttles itself; its text does not, so `quant.progress.Pace` does. Every call also
-asks whether the user interrupted: the work calls after each slab, many times a second.
+ComfyUI throttles its bar but not its text, so `quant.progress.Pace` does. Every call also checks
+whether the user interrupted: the work calls after each slab, many times a second.
 
-ComfyUI's page makes HTML of the text: as it comes until ComfyUI 0.20, sanitized since, and always
-with `[[label|url]]` and bare addresses as links. Names of tensors and metadata come from strangers,
-so nothing of that is left to the page: what it would read is sent as character references, which
-every page shows as the characters they stand for.
+ComfyUI's page shows the text as HTML: unchecked until ComfyUI 0.20, sanitized since, and always
+with `[[label|url]]` and bare addresses made into links. Names of tensors and metadata come from
+files of strangers, so all that the page would interpret is sent as character references, which it
+shows as the characters they stand for.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from server import PromptServer
 
 from ...quant.progress import Pace
 
-# One character of all that the page makes links of, its own placeholder __LNK0__ included.
+# One character of everything that the page makes links of, its own placeholder __LNK0__ included.
 _LINKS = re.compile(r"(?i)(?<=\[)\[|:(?=//)|(?<=www)\.|(?<=__)L(?=NK)")
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
-    """Show a line or more on the node itself, in the browser, as text and nothing else."""
+    """Show lines on the node itself, in the browser, as plain text."""
     if node.hidden.unique_id:
         PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
 
 
 def as_html(text: str) -> str:
-    """HTML that shows this text, and that the page finds no link in."""
+    """HTML that shows this text, and in which the page finds no link."""
     return _LINKS.sub(lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
 
 
@@ -40,17 +40,58 @@ class Progress:
     """A `quant.progress.Progress` that shows itself on a node and stops when the user interrupts.
 
     Args:
-        rate: whether the work is measured in bytes, so that a speed means something.
+        steps: whether the work is counted in steps, not in bytes.
     """
 
-    def __init__(self, node: type[io.ComfyNode], rate: bool = True) -> None:
+    def __init__(self, node: type[io.ComfyNode], steps: bool = False) -> None:
         self._node = node
         self._bar = comfy.utils.ProgressBar(1)
-        self._pace = Pace(rate=rate)
+        self._pace = Pace(steps=steps)
 
-    def __call__(self, done: int, total: int, key: str) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def __call__(self, done: int, total: int, key: str) -> str | None:
+        """Returns the text, if it was shown."""
+        check_interrupt()
         self._bar.update_absolute(done, max(total, 1))
         text = self._pace(done, total, key)
         if text is not None:
             show(self._node, text)
+        return text
+
+
+class RunProgress(Progress):
+    """Progress over several sampling runs, in steps; each run has as many.
+
+    Attributes:
+        runs: how many runs there will be; may grow.
+    """
+
+    def __init__(self, node: type[io.ComfyNode], runs: int, steps: int) -> None:
+        super().__init__(node, steps=True)
+        self.runs = runs
+        self._steps = steps
+        self._finished = 0
+        self._begun = False
+
+    def begin(self) -> None:
+        """Time the runs from the first of these calls on: what came before was loading a model."""
+        if not self._begun:
+            self._begun = True
+            self._pace.start()
+
+    @property
+    def seconds(self) -> float:
+        """Since the runs began."""
+        return self._pace.seconds
+
+    def step(self, number: int, key: str) -> str | None:
+        """Show step `number` of the present run, counted from 1; returns what `Progress` does."""
+        done = self._finished * self._steps + min(number, self._steps)
+        return self(done, self.runs * self._steps, key)
+
+    def finish_run(self) -> None:
+        self._finished += 1
+
+
+def check_interrupt(*_) -> None:
+    """Raise ComfyUI's exception if the user interrupted; also a `quant.progress.Progress`."""
+    comfy.model_management.throw_exception_if_processing_interrupted()

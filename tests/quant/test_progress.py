@@ -1,4 +1,4 @@
-"""What is said of work under way: how far, how fast, how long yet, and not too often."""
+"""The text of work in progress: how far, how fast, how long, and not too often."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_percent_speed_and_time_left():
     assert pace(1_000_000_000, 1_000_000_000, "c") == "c\n100%, 250 MB/s"
 
 
-def test_what_is_read_back_is_no_percent_of_what_was_written():
+def test_reading_back_has_no_percentage():
     clock, calls = Clock(), []
     pace = Pace(clock=clock)
     meter = Meter(8, lambda *call: calls.append(pace(*call)))
@@ -34,24 +34,38 @@ def test_what_is_read_back_is_no_percent_of_what_was_written():
     assert calls == ["verify\n50%, 0.0 MB/s, 1 s left", "b\n100%, 0.0 MB/s", "verifying"]
 
 
-def test_slow_work_has_a_decimal_and_other_work_no_speed():
+def test_a_low_speed_has_a_decimal():
     clock = Clock()
-    pace = Pace(clock=clock), Pace(rate=False, clock=clock)
+    pace = Pace(clock=clock)
     clock.now += 10
-    assert pace[0](3_000_000, 300_000_000, "a") == "a\n1%, 0.3 MB/s, 16 min 30 s left"
-    assert pace[1](1, 3, "a") == "a\n33%, 20 s left"
+    assert pace(3_000_000, 300_000_000, "a") == "a\n1%, 0.3 MB/s, 16 min 30 s left"
 
 
-def test_it_speaks_four_times_a_second_at_most():
+def test_steps_are_timed_without_the_first_one_as_soon_as_there_is_another():
     clock = Clock()
-    pace, said = Pace(clock=clock), []
+    pace = Pace(steps=True, clock=clock)
+    clock.now += 100  # a model is loaded
+    pace.start()
+    assert pace(0, 10, "a") == "a\nstep 0 of 10"
+    clock.now += 10
+    assert pace(1, 10, "a") == "a\nstep 1 of 10, 1 min 30 s left"
+    clock.now += 2
+    assert pace(2, 10, "a") == "a\nstep 2 of 10, 16 s left"
+    clock.now += 4
+    assert pace(3, 10, "a") == "a\nstep 3 of 10, 21 s left"
+    assert pace.seconds == 16
+
+
+def test_there_are_at_most_four_texts_a_second():
+    clock = Clock()
+    pace, results = Pace(clock=clock), []
     for step in range(1000):
         clock.now = 100 + step / 100
-        said.append(pace(step, 1000, "a"))
-    spoken = [text for text in said if text is not None]
-    assert said[0] is not None
-    assert 38 <= len(spoken) <= 40
-    percents = [int(text.split("\n")[1].partition("%")[0]) for text in spoken]
+        results.append(pace(step, 1000, "a"))
+    texts = [text for text in results if text is not None]
+    assert results[0] is not None
+    assert 38 <= len(texts) <= 40
+    percents = [int(text.split("\n")[1].partition("%")[0]) for text in texts]
     assert percents == sorted(percents)
 
 
@@ -63,7 +77,7 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
-def test_no_division_by_nothing():
+def test_no_division_by_zero():
     assert Pace()(0, 0, "a") == "a\n0%"
 
 
