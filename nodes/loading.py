@@ -1,4 +1,4 @@
-"""Nodes that load MXFP8 models through stock ComfyUI, and one that takes a loaded model."""
+"""Nodes that load MXFP8 models through stock ComfyUI, and nodes that accelerate loaded ones."""
 
 from __future__ import annotations
 
@@ -12,59 +12,48 @@ import nodes as comfy_nodes
 import torch
 from comfy_api.latest import io
 
-from ..kernels.dispatch import PRECISIONS
 from ..quant import format
+from ..quant.format import Header
 from .host.paths import model_path
 from .host.progress import show
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
 from .runtime.describe import describe
 from .runtime.patch import accelerate, check_scales
+from .widgets import CATEGORY, NO_FILE, ROWS, precision_input
 
 logger = logging.getLogger(__name__)
 
-CATEGORY = "MXFP8"
-ROWS = 4096  # of the inputs that loaders describe layers for: an image of a megapixel
-NO_FILE = "none"
 
-
-def precision_input() -> io.Combo.Input:
-    """The precision widget that every node with kernels has."""
-    return io.Combo.Input(
-        "precision",
-        options=list(PRECISIONS),
-        default="auto",
-        tooltip=(
-            "exact: stored weights times unquantized activations. "
-            "fast: activations are quantized too, for tensor cores that multiply 8-bit values. "
-            "auto: fast where the GPU has them (RTX 40 and later, H100), else exact. "
-            "Layers that the file marks as full precision are always exact."
-        ),
-    )
-
-
-def check(*paths: Path, order: str = format.AUTO) -> list[str]:
-    """Refuse damaged or inconsistent MXFP8 files; returns what is suspicious in them, in words.
+def check(*paths: Path, order: str = format.AUTO) -> tuple[list[Header | None], list[str]]:
+    """Refuse damaged or inconsistent MXFP8 files; warnings are logged.
 
     Args:
-        order: what the user says of the order of scales; nothing is suspicious about it then.
+        order: of the scales, as the user chose it; then nothing is suspicious about it.
+
+    Returns:
+        The headers of the files, for loading them, and all warnings.
 
     Raises:
         FormatError: from `check_file`.
     """
-    found = [warning for path in paths for warning in check_file(path, order)]
-    for warning in found:
+    headers, warnings = [], []
+    for path in paths:
+        header, of_file = check_file(path, order)
+        headers.append(header)
+        warnings += of_file
+    for warning in warnings:
         logger.warning("MXFP8: %s", warning)
-    return found
+    return headers, warnings
 
 
 def check_loaded(patcher) -> list[str]:
-    """Check a model from another loader: the files it came from, and what it made of them.
+    """Check a model from another loader: the files it came from, and the scales of its layers.
 
-    ComfyUI's loaders take most damaged MXFP8 files without a word. They leave the paths on the
-    model, for its deep clones.
+    ComfyUI's loaders accept most damaged MXFP8 files silently. They leave the paths on the model,
+    for its deep clones.
 
     Returns:
-        as `check`.
+        Warnings.
 
     Raises:
         ValueError: a file is damaged or inconsistent, or the scales of a layer are.
@@ -74,15 +63,15 @@ def check_loaded(patcher) -> list[str]:
     names = first if isinstance(first, (list, tuple)) else [first]
     paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
     order = arguments[1] if load is load_diffusion_model else format.AUTO
-    found = check(*paths, order=order)
+    _, warnings = check(*paths, order=order)
     check_scales(patcher.model)
-    return found
+    return warnings
 
 
 def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
-    """Say on the node what runs the MXFP8 layers of these models, and what was suspicious."""
-    described = [describe(patcher, ROWS, folds=False) for patcher in patchers]
-    lines = [d.line() if len(described) == 1 else f"{d.model}: {d.line()}" for d in described]
+    """Show on the node what runs the MXFP8 layers of these models, and the warnings."""
+    reports = [describe(patcher, ROWS) for patcher in patchers]
+    lines = [r.line() if len(reports) == 1 else f"{r.model}: {r.line()}" for r in reports]
     show(node, "\n".join([*lines, *warnings]))
 
 
@@ -95,7 +84,7 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads a diffusion model and runs its MXFP8 layers on the fastest correct path "
-                "this machine has. Other models load as the stock loader loads them."
+                "that this machine has. Other models load as in the stock loader."
             ),
             search_aliases=["mxfp8", "unet loader", "load diffusion model", "quantized", "fp8"],
             inputs=[
@@ -112,9 +101,9 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Order of the scales in the file. auto: tiled, as ComfyUI has it, with a "
-                        "warning if they look row-major; tiled: the same without; row-major: they "
-                        "are brought into tiled order while loading."
+                        "Order of the scales in the file. auto: tiled, as in ComfyUI, with a "
+                        "warning if they look row-major; tiled: the same without the warning; "
+                        "row-major: bring them into tiled order while loading."
                     ),
                 ),
             ],
@@ -125,8 +114,8 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
         path = model_path("diffusion_models", model_name)
-        warnings = check(path, order=scales)
-        model = accelerate(load_diffusion_model(str(path), scales), precision)
+        (header,), warnings = check(path, order=scales)
+        model = accelerate(load_diffusion_model(str(path), scales, header=header), precision)
         show_loaded(cls, warnings, model)
         return io.NodeOutput(model)
 
@@ -140,7 +129,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads a checkpoint (diffusion model, text encoder and VAE in one file) and runs "
-                "its MXFP8 layers on the fastest correct path this machine has."
+                "its MXFP8 layers on the fastest correct path that this machine has."
             ),
             search_aliases=["mxfp8", "checkpoint", "load checkpoint", "quantized"],
             inputs=[
@@ -162,14 +151,15 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
         path = model_path("checkpoints", checkpoint_name)
-        warnings = check(path)
-        model, clip, vae = load_checkpoint(str(path), folder_paths.get_folder_paths("embeddings"))
+        (header,), warnings = check(path)
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        model, clip, vae = load_checkpoint(str(path), embeddings, header=header)
         if model is not None:
             model = accelerate(model, precision)
         if clip is not None:
             clip = accelerate_clip(clip)
-        found = [model, clip and clip.patcher]
-        show_loaded(cls, warnings, *(patcher for patcher in found if patcher is not None))
+        patchers = [model, clip and clip.patcher]
+        show_loaded(cls, warnings, *(patcher for patcher in patchers if patcher is not None))
         return io.NodeOutput(model, clip, vae)
 
 
@@ -183,9 +173,9 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             display_name="Load Text Encoder (MXFP8)",
             category=CATEGORY,
             description=(
-                "Loads one to four text encoder files as the stock CLIP loaders pair them, and "
-                "runs their MXFP8 layers exactly. Activations of text encoders are never "
-                "quantized, as in stock ComfyUI.\n"
+                "Loads one to four text encoder files as the stock CLIP loaders combine them, and "
+                "runs their MXFP8 layers at precision exact: activations of text encoders are "
+                "never quantized, as in stock ComfyUI.\n"
                 "One file:\n" + _recipes(comfy_nodes.CLIPLoader) + "\n"
                 "Two files:\n" + _recipes(comfy_nodes.DualCLIPLoader) + "\n"
                 "Three files: sd3 (clip-l, clip-g, t5). "
@@ -197,11 +187,11 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
                     "name", options=names, tooltip="A file in models/text_encoders."
                 ),
                 io.Combo.Input(
-                    "type", options=text_encoder_types(), tooltip="The model it encodes for."
+                    "type", options=text_encoder_types(), tooltip="The model that it encodes for."
                 ),
                 io.Combo.Input(
                     "name2", options=more, default=NO_FILE, optional=True,
-                    tooltip="A second file, for models that pair two text encoders.",
+                    tooltip="A second file, for models with two text encoders.",
                 ),
                 io.Combo.Input(
                     "name3", options=more, default=NO_FILE, optional=True, advanced=True,
@@ -226,7 +216,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = [n for n in (name, name2, name3, name4) if n != NO_FILE]
         paths = [model_path("text_encoders", n) for n in chosen]
-        warnings = check(*paths)
+        headers, warnings = check(*paths)
         options = {}
         if device == "cpu":
             options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -235,6 +225,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             folder_paths.get_folder_paths("embeddings"),
             getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
             options,
+            headers=headers,
         )
         clip = accelerate_clip(clip)
         show_loaded(cls, warnings, clip.patcher)
@@ -242,12 +233,12 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
 
 
 def _recipes(loader) -> str:
-    """What a stock loader's description says it pairs."""
+    """The combinations that a stock loader's description lists."""
     return loader.DESCRIPTION.removeprefix("Recipes:").strip()
 
 
 def text_encoder_types() -> list[str]:
-    """The types that stock's loaders offer for one file and for two, without repeats."""
+    """The types that stock's loaders offer for one file and for two, without duplicates."""
     types = []
     for loader in (comfy_nodes.CLIPLoader, comfy_nodes.DualCLIPLoader):
         types += loader.INPUT_TYPES()["required"]["type"][0]
@@ -255,7 +246,7 @@ def text_encoder_types() -> list[str]:
 
 
 def accelerate_clip(clip):
-    """A clone of a CLIP whose MXFP8 linears run our kernels, exact as stock runs them."""
+    """A clone of a CLIP whose MXFP8 linears run our kernels, at precision exact as in stock."""
     clone = clip.clone()
     clone.patcher = accelerate(clip.patcher, "exact")
     return clone
@@ -270,7 +261,7 @@ class MXFP8Accelerate(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Takes a model from any loader and runs its MXFP8 layers on the fastest correct "
-                "path this machine has. Put it right after the loader."
+                "path that this machine has. Place it right after the loader."
             ),
             search_aliases=["mxfp8", "accelerate", "speed up", "quantized"],
             inputs=[

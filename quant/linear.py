@@ -26,7 +26,7 @@ from .. import kernels
 from ..kernels import layout
 from . import format
 from .checks import scan
-from .sources.file import HEADER_DTYPES
+from .sources.file import HEADER_DTYPES, FileSource
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +165,10 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
         FormatError: the file is damaged or lost its markers (`scan.check_file`), has no MXFP8
             layer, or marks a layer that is no nn.Linear of its shape.
     """
-    for warning in scan.check_file(path):
-        logger.warning("MXFP8: %s", warning)
-    header = format.read_header(path)
+    with FileSource(path) as source:
+        for warning in scan.check_source(source):
+            logger.warning("MXFP8: %s", warning)
+    header = source.header
     if not header.layers:
         raise format.FormatError(
             f"{header.path.name}: no layer in it is MXFP8; use load_state_dict, or convert it"

@@ -1,14 +1,15 @@
-"""From a file to a model, built by stock ComfyUI: checked first, its markers made whole.
+"""From a file to a model built by stock ComfyUI, checked first and with its markers complete.
 
-Stock reads each of the forms a file can have in some of its loaders only. Markers in the header are
+Each of stock's loaders reads only some of the forms that a file can have. Markers in the header are
 lost on checkpoints and text encoders whose tensors have a prefix that the header leaves out, and
-the layers then run raw codes; scales as F8_E8M0, which its own save nodes write, cannot be read
-under dynamic VRAM, the default on NVIDIA. So a file that has MXFP8 layers is read here and handed
-to stock with a marker tensor for every layer, under the name that its tensors have, and scales that
-are tiled. All other files take stock's own way entirely.
+the layers then run raw codes. Scales as F8_E8M0, which stock's own save nodes write, cannot be read
+under dynamic VRAM, the default on NVIDIA. So a file with MXFP8 layers is read here and given to
+stock with a marker tensor for every layer, under the name that its tensors have, and with tiled
+scales. Stock loads all other files by itself.
 
 What deep clones are made from (`cached_patcher_init`) is registered as stock's loaders do it: the
-first argument is the path, or the paths.
+first argument is the path, or the paths. A load passes on the header that `check_file` read; a
+clone, whose file was checked, reads it again.
 """
 
 from __future__ import annotations
@@ -27,48 +28,52 @@ from ...quant import format
 from ...quant.checks import scan
 from ...quant.container.header import quoted
 from ...quant.format import MARKER, Header
+from ...quant.sources.file import FileSource
 from ..host.paths import is_safetensors
 
 
 def formats() -> tuple[str, ...]:
-    """What a marker may name: MXFP8, and whatever this ComfyUI knows."""
+    """Formats that a marker may name: MXFP8, and those that this ComfyUI knows."""
     return format.MXFP8, *(name for name in QUANT_ALGOS if name != format.MXFP8)
 
 
-def check_file(path: Path, order: str = format.AUTO) -> list[str]:
-    """Refuse a damaged or inconsistent MXFP8 file before it is loaded; returns warnings.
+def check_file(path: Path, order: str = format.AUTO) -> tuple[Header | None, list[str]]:
+    """Refuse a damaged or inconsistent MXFP8 file before it is loaded.
 
-    Formats are those that this ComfyUI knows; `order` as for `quant.scan.check_file`.
+    Args:
+        order: as for `quant.checks.scan.check_source`.
+
+    Returns:
+        The file's header, None if it is no safetensors file, and warnings.
 
     Raises:
-        FormatError: from `quant.scan.check_file`.
+        FormatError: from `quant.checks.scan.check_source`.
         RuntimeError: this ComfyUI's comfy-kitchen does not know MXFP8.
     """
     if not is_safetensors(path):
-        return []
-    warnings = scan.check_file(path, formats(), order)
-    if format.MXFP8 not in QUANT_ALGOS and format.read_header(path).layers:
+        return None, []
+    with FileSource(path) as source:
+        warnings = scan.check_source(source, formats(), order)
+    if format.MXFP8 not in QUANT_ALGOS and source.header.layers:
         raise RuntimeError(
             f"{path.name} is MXFP8, which the comfy-kitchen of this ComfyUI is too old for; "
-            "install what ComfyUI's requirements.txt asks for"
+            "install the packages in ComfyUI's requirements.txt"
         )
-    return warnings
+    return source.header, warnings
 
 
-def read_header(path: str) -> Header | None:
-    """The header of a file with MXFP8 layers; None for any other, which is stock's to load."""
-    if not is_safetensors(Path(path)):
-        return None
-    header = format.read_header(path)
-    return header if header.layers or header.experts else None
+def _mxfp8_header(path: str, header: Header | None) -> Header | None:
+    """The header of a file with MXFP8 layers, read unless given; None for any other file."""
+    if header is None and is_safetensors(Path(path)):
+        header = format.read_header(path)
+    return header if header and (header.layers or header.experts) else None
 
 
 def read_state(header: Header, scales: str = format.AUTO) -> tuple[dict[str, torch.Tensor], dict]:
     """(state dict, metadata) of a file, for stock's functions that take a state dict.
 
     Args:
-        scales: "row-major" brings the scales of MXFP8 layers into tiled order; otherwise they are
-            taken as they are.
+        scales: "row-major" if the scales of MXFP8 layers must be brought into tiled order.
     """
     path = str(header.path)
     if _needs_library(header):
@@ -85,28 +90,37 @@ def read_state(header: Header, scales: str = format.AUTO) -> tuple[dict[str, tor
             tiled = layout.tile(scale[:rows, :blocks])
             scan.refuse_nan_scales(header.path.name, layer, 0, tiled)
             state[layer.scale.name] = tiled
-    kept = {k: v for k, v in (metadata or {}).items() if k != format.QUANTIZATION_METADATA}
-    return state, kept
+    metadata = {k: v for k, v in (metadata or {}).items() if k != format.QUANTIZATION_METADATA}
+    return state, metadata
 
 
 def _needs_library(header: Header) -> bool:
-    """Whether stock's reader for dynamic VRAM, which gives tensors that are read late, would fail.
+    """Whether stock's reader for dynamic VRAM, which reads tensors lazily, would fail.
 
-    It knows no E8M0. The safetensors library does, and reads the file at once.
+    It does not know E8M0. The safetensors library does, and reads the whole file at once.
     """
     return comfy.memory_management.aimdo_enabled and any(
         tensor.dtype == "F8_E8M0" for tensor in header.tensors.values()
     )
 
 
-def load_diffusion_model(path: str, scales: str = format.AUTO, disable_dynamic: bool = False):
-    """A ModelPatcher for the diffusion model in a file; `scales` as for `read_state`.
+def load_diffusion_model(
+    path: str,
+    scales: str = format.AUTO,
+    disable_dynamic: bool = False,
+    header: Header | None = None,
+):
+    """A ModelPatcher for the diffusion model in a file.
+
+    Args:
+        scales: as for `read_state`.
+        header: the file's, if it was read already.
 
     Raises:
-        FormatError: what the file marks as MXFP8 is no linear layer of the model.
+        FormatError: what the file marks as MXFP8 is not a linear layer of the model.
         RuntimeError: stock does not recognize the model.
     """
-    header = read_header(path)
+    header = _mxfp8_header(path, header)
     if header is None:
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     state, metadata = read_state(header, scales)
@@ -120,25 +134,32 @@ def load_diffusion_model(path: str, scales: str = format.AUTO, disable_dynamic: 
     return patcher
 
 
-def load_checkpoint(path: str, embeddings: list[str], disable_dynamic: bool = False, **parts: bool):
+def load_checkpoint(
+    path: str,
+    embeddings: list[str],
+    disable_dynamic: bool = False,
+    header: Header | None = None,
+    **parts: bool,
+):
     """(ModelPatcher, CLIP, VAE) of a checkpoint, each None where it has none.
 
     Args:
         embeddings: folders of textual inversions.
+        header: the file's, if it was read already.
         parts: stock's output_model, output_clip and output_vae.
 
     Raises:
         as `load_diffusion_model`.
     """
     options = {"embedding_directory": embeddings, "disable_dynamic": disable_dynamic, **parts}
-    header = read_header(path)
+    header = _mxfp8_header(path, header)
     if header is None:
         return comfy.sd.load_checkpoint_guess_config(path, **options)[:3]
     state, metadata = read_state(header)
-    found = comfy.sd.load_state_dict_guess_config(state, metadata=metadata, **options)
-    if found is None:
+    loaded = comfy.sd.load_state_dict_guess_config(state, metadata=metadata, **options)
+    if loaded is None:
         raise _unknown(path)
-    model, clip, vae, _ = found
+    model, clip, vae, _ = loaded
     built = [model and model.model, clip and clip.cond_stage_model]
     check_modules(header, *filter(None, built))
     for part, kind in ((model, "model"), (clip, "clip"), (vae, "vae")):
@@ -149,18 +170,26 @@ def load_checkpoint(path: str, embeddings: list[str], disable_dynamic: bool = Fa
 
 
 def _checkpoint_part(path: str, embeddings: list[str], kind: str, disable_dynamic: bool = False):
-    """The patcher of one part of a checkpoint, loaded afresh."""
+    """The patcher of one part of a checkpoint, newly loaded."""
     kinds = ("model", "clip", "vae")
     wanted = {f"output_{k}": k == kind for k in kinds}
-    loaded = load_checkpoint(path, embeddings, disable_dynamic, **wanted)
-    part = loaded[kinds.index(kind)]
+    parts = load_checkpoint(path, embeddings, disable_dynamic, **wanted)
+    part = parts[kinds.index(kind)]
     return part if kind == "model" else part.patcher
 
 
 def load_text_encoder(
-    paths: list[str], embeddings: list[str], kind, options: dict, disable_dynamic: bool = False
+    paths: list[str],
+    embeddings: list[str],
+    kind: comfy.sd.CLIPType,
+    options: dict,
+    disable_dynamic: bool = False,
+    headers: list[Header | None] | None = None,
 ):
-    """A CLIP from one to four files, as stock's `load_clip`; kind is a comfy.sd.CLIPType.
+    """A CLIP from one to four files, as stock's `load_clip`.
+
+    Args:
+        headers: the files', if they were read already.
 
     Raises:
         FormatError: as `load_diffusion_model`.
@@ -171,7 +200,7 @@ def load_text_encoder(
         "model_options": options,
         "disable_dynamic": disable_dynamic,
     }
-    headers = [read_header(path) for path in paths]
+    headers = list(map(_mxfp8_header, paths, headers or [None] * len(paths)))
     if not any(headers):
         return comfy.sd.load_clip(paths, **settings)
     states = [
@@ -197,12 +226,12 @@ def _text_encoder(*arguments, **options):
 
 def _unknown(path: str) -> RuntimeError:
     return RuntimeError(
-        f"{Path(path).name}: ComfyUI does not recognize this model; it is damaged, of another kind "
-        "than this loader is for, or needs a newer ComfyUI"
+        f"{Path(path).name}: ComfyUI does not recognize this model; it is damaged, not of the kind "
+        "that this loader is for, or needs a newer ComfyUI"
     )
 
 
-# Those of diffusion models, and of text encoders in checkpoints.
+# Prefixes of diffusion models, and of text encoders in checkpoints.
 _PREFIXES = (
     "text_encoders.",
     "cond_stage_model.",
@@ -215,11 +244,11 @@ _PREFIXES = (
 def check_modules(header: Header, *models: torch.nn.Module) -> None:
     """Check that what a file marks as MXFP8 became MXFP8 linears of these models.
 
-    A model uses codes as they are where it has no quantized layer: in an embedding, a convolution
-    or a bare parameter. Its file does not show which those are; the model that came of it does.
+    Where a model has no quantized layer (an embedding, a convolution, a bare parameter), it uses
+    the codes as weights. Its file does not show which those are; the model built from it does.
 
     Raises:
-        FormatError: it did not.
+        FormatError: something did not become an MXFP8 linear.
     """
     by_leaf: dict[str, list] = {}
     for model in models:
@@ -229,14 +258,14 @@ def check_modules(header: Header, *models: torch.nn.Module) -> None:
     for layer in header.layers.values():
         prefix = next(p for p in _PREFIXES if layer.name.startswith(p))
         bare = layer.name.removeprefix(prefix)
-        found = [
+        modules = [
             module
             for name, module in by_leaf.get(bare.rpartition(".")[2], [])
             if f".{name}".endswith(f".{bare}")
         ]
-        if found and not any(getattr(m, "quant_format", None) == format.MXFP8 for m in found):
+        if modules and not any(getattr(m, "quant_format", None) == format.MXFP8 for m in modules):
             raise format.FormatError(
                 f"{header.path.name}: {quoted(layer.name)} {list(layer.shape)} is MXFP8 in this "
-                f"file, but a {type(found[0]).__name__} in the model, which would take raw codes "
-                "for weights; convert the original again with this pack"
+                f"file, but a {type(modules[0]).__name__} in the model, which would use raw codes "
+                "as weights; convert the original again with this pack"
             )

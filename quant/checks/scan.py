@@ -106,7 +106,15 @@ ROW_MAJOR = (
 )
 
 
-def check_file(path, formats: Iterable[str] = FORMATS, order: str = format.AUTO) -> list[str]:
+def check_file(path, formats: Iterable[str] = FORMATS) -> list[str]:
+    """As `check_source`, for the file at a path."""
+    with FileSource(path) as source:
+        return check_source(source, formats)
+
+
+def check_source(
+    source: FileSource, formats: Iterable[str] = FORMATS, order: str = format.AUTO
+) -> list[str]:
     """Check what loading relies on: header, markers and every scale byte.
 
     Args:
@@ -121,19 +129,18 @@ def check_file(path, formats: Iterable[str] = FORMATS, order: str = format.AUTO)
         FormatError: the file is damaged, inconsistent, or MXFP8 whose markers are lost.
         OSError: it cannot be read.
     """
-    with FileSource(path) as source:
-        header = source.header
-        header.check_layers(formats)
-        if header.layers:
-            diffusers.check_names(source.name, header.tensors)
-        refuse_tables(source.name, header.layers.values())
-        refuse_unmarked(source)
-        refuse_nan_experts(source)
-        if order != "row-major":
-            for layer in header.layers.values():
-                for first, scale in _scale_slabs(source, layer):
-                    refuse_nan_scales(source.name, layer, first, scale)
-        return _order_warnings(source) if order == format.AUTO else []
+    header = source.header
+    header.check_layers(formats)
+    if header.layers:
+        diffusers.check_names(source.name, header.tensors)
+    refuse_tables(source.name, header.layers.values())
+    refuse_unmarked(source)
+    refuse_nan_experts(source)
+    if order != "row-major":
+        for layer in header.layers.values():
+            for first, scale in _scale_slabs(source, layer):
+                refuse_nan_scales(source.name, layer, first, scale)
+    return _order_warnings(source) if order == format.AUTO else []
 
 
 def refuse_tables(file: str, layers: Iterable[Layer]) -> None:
