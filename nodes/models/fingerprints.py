@@ -1,8 +1,7 @@
-"""Whose weights a MODEL holds: hashes by which they are known again, and whether patches change it.
+"""Hashes that identify the weights of a MODEL, and whether patches change them.
 
-What is said of weights, in a comparison or a report, holds for those weights alone. Save Model
-bakes in whatever is patched, also on layers that are kept and on biases: so a model with any patch
-on it has no fingerprint.
+A comparison or a report holds only for the weights that it was made from. Save Model bakes in every
+patch, also on layers that are kept and on biases, so a model with any patch has no fingerprint.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def plain(name: str) -> str:
 
 
 def of_mxfp8(patcher) -> str | None:
-    """`comparison.fingerprint` of a ModelPatcher; None of a patched one or without MXFP8."""
+    """`comparison.fingerprint` of a ModelPatcher; None if it is patched or has no MXFP8 layer."""
     if is_patched(patcher):
         return None
     rows = []
@@ -41,9 +40,9 @@ def of_mxfp8(patcher) -> str | None:
 
 
 def of_linears(patcher) -> str | None:
-    """`calibration.fingerprint` of all linears of a ModelPatcher; None of a patched one.
+    """`calibration.fingerprint` of all linears of a ModelPatcher; None if it is patched.
 
-    Of a weight in another quantized format, the stored codes are hashed.
+    Of weights in other quantized formats, the stored codes are hashed.
     """
     if is_patched(patcher):
         return None
@@ -51,13 +50,13 @@ def of_linears(patcher) -> str | None:
     for name, module in linears(patcher.model):
         weight = _original(patcher, name, module)
         row = (weight._qdata if isinstance(weight, QuantizedTensor) else weight)[0]
-        if row.is_meta:  # the checkpoint lacked it; ComfyUI makes it zero when it is used
+        if row.is_meta:  # not in the checkpoint; ComfyUI makes it zero when it is used
             row = torch.zeros(row.shape)
         weights.append((plain(name).removeprefix(PREFIX), tuple(weight.shape), row))
     return calibration.fingerprint(weights)
 
 
 def _original(patcher, name: str, module) -> torch.Tensor:
-    """A layer's weight without what another clone's LoRA has merged into it at the moment."""
+    """A layer's weight without what another clone's LoRA has merged into it now."""
     backup = patcher.backup.get(f"{name}.weight")
     return module.weight if backup is None else backup.weight

@@ -1,14 +1,14 @@
-"""A loaded model as a backend report: how each of its linears runs here, and where its bytes are.
+"""The backend report of a loaded model: how each of its linears runs here, and where its bytes are.
 
-Nothing is decided here. A layer's forward is the patch that is on it, what that does is for
-`forward` to say, and what multiplies for `kernels.execution_path`.
+Nothing is decided here: a layer's forward is the patch that is on it, and what that does is asked
+of `forward` and `kernels.execution_path`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import comfy.model_management
 import torch
@@ -24,27 +24,13 @@ from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from ..models.source import PREFIX
 from . import cache, forward
-from .patch import (
-    MAX_ROWWISE_CHANGE,
-    allow_prepared_weights,
-    compute_dtype,
-    mxfp8_linears,
-    rowwise_changes,
-)
+from .patch import MAX_ROWWISE_CHANGE, mxfp8_linears, rowwise_changes
+from .patcher import compute_dtype, keep_prepared_weights
 from .timer import median_microseconds
 
-# Most rows that a layer is timed for on a CPU: a call takes a part of a second even of the largest
-# layers, and an interrupt is heeded between two calls.
+# Most rows that a layer is timed with on a CPU. A call of the largest layers then takes less than a
+# second, and interrupts are checked between calls.
 _CPU_ROWS = 256
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How a layer runs: what a `LayerExecution` says of that."""
-
-    backend: str
-    precision: str | None
-    reason: str
 
 
 def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -60,18 +46,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return HEADER_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
-    """The backend report of a ModelPatcher, nothing measured.
+def describe(patcher, rows: int, changes: bool = False) -> BackendReport:
+    """The backend report of a ModelPatcher, without timings.
 
     Args:
-        rows: of the inputs for which layers are described.
-        folds: whether to say how much folding changes each layer, for which all scales are read.
+        rows: M of the inputs that layers are described for.
+        changes: whether to say how much row-wise scaling changes each layer, for which all scales
+            are read.
     """
     device, dtype = patcher.load_device, compute_dtype(patcher)
-    found = list(linears(patcher.model))
-    quantized = list(mxfp8_linears(patcher.model)) if folds else []
-    changes = rowwise_changes(patcher, quantized, "auto")
-    layers = [_layer(patcher, name, module, rows, changes.get(name)) for name, module in found]
+    quantized = list(mxfp8_linears(patcher.model)) if changes else []
+    change_of = rowwise_changes(patcher, quantized, "auto")
+    layers = [
+        _layer(patcher, name, module, rows, change_of.get(name))
+        for name, module in linears(patcher.model)
+    ]
     asked = _asked(patcher)
     many = kernels.execution_path(device, dtype, asked)
     small_m = kernels.execution_path(device, dtype, asked, 1)
@@ -94,7 +83,7 @@ def describe(patcher, rows: int, folds: bool = True) -> BackendReport:
 
 
 def _asked(patcher) -> str:
-    """The precision that a model was given: that of most of its layers, but for unfit ones."""
+    """The precision that was chosen for a model: what most of its patches are for."""
     patches = [getattr(p, "__func__", None) for p in patcher.object_patches.values()]
     asked = [forward.PRECISION_OF[f] for f in patches if f in forward.FORWARDS.values()]
     return max(set(asked), key=asked.count) if asked else "auto"
@@ -110,59 +99,56 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
     dtype = dtype_name(weight.dtype)
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
     decision, reason = (kind, f"not MXFP8: {kind}") if kind else execution.kept(dtype)
+    backend, precision = STOCK, None
     if kind == MXFP8:
-        way = _way(patcher, name, module, rows, change)
+        backend, precision, reason = _path(patcher, name, module, rows, change)
     elif f"{name}.forward" in patcher.object_patches:
-        way = _Way(STOCK, None, f"{reason}, patched by another node")
-    else:
-        way = _Way(STOCK, None, reason)
+        reason = f"{reason}, patched by another node"
     return LayerExecution(
         name=name.removeprefix(PREFIX),
         shape=tuple(weight.shape),
         decision=decision,
-        reason=way.reason,
+        reason=reason,
         dtype=dtype,
         bytes=sum(part.nbytes for _, part in _parts(weight)),
         device=str(weight.device),
-        backend=way.backend,
-        precision=way.precision,
+        backend=backend,
+        precision=precision,
     )
 
 
-def _way(patcher, name: str, module, rows: int, change: float | None) -> _Way:
-    """How an MXFP8 linear runs, by what is on it."""
+def _path(patcher, name: str, module, rows: int, change: float | None) -> tuple:
+    """(backend, precision, reason) of an MXFP8 linear, by the patch that is on it."""
     patch = patcher.object_patches.get(f"{name}.forward")
     function = getattr(patch, "__func__", None)
     if patch is None:
-        return _Way(STOCK, None, "as ComfyUI runs it: Accelerate Model (MXFP8) is not on it")
+        return STOCK, None, "as ComfyUI runs it: Accelerate Model (MXFP8) is not on it"
     if function not in forward.PRECISION_OF:
-        return _Way(STOCK, None, "patched by another node")
+        return STOCK, None, "patched by another node"
     left = forward.left_to_stock(module)
     if left is None and patcher.is_dynamic() and f"{name}.weight" in patcher.patches:
         left = "ComfyUI applies a LoRA while it casts the weight, as it does under dynamic VRAM"
     if left is not None:
-        return _Way(STOCK, None, left)
+        return STOCK, None, left
     asked = forward.PRECISION_OF[function]
     encoder = _is_encoder(patcher)
-    # Of an encoder that is reason enough; ComfyUI's flag to cast its weights comes with loading.
+    # An encoder is exact anyway; ComfyUI's flag to cast its weights is set only by loading it.
     held = None if encoder else forward.held_exact(module)
     if held is None and function is forward.UNFIT:
         by = "" if change is None else f" by {change:.1g}"
-        held = f"folding could change it{by}, more than {MAX_ROWWISE_CHANGE:g}"
-    if held is not None:
-        asked = "exact"
+        held = f"row-wise scaling could change it{by}, more than {MAX_ROWWISE_CHANGE:g}"
     device, dtype = patcher.load_device, compute_dtype(patcher)
-    choice = kernels.execution_path(device, dtype, asked, rows)
+    path = kernels.execution_path(device, dtype, "exact" if held else asked, rows)
     if held is None:
         many = kernels.execution_path(device, dtype, asked)
-        reason = execution.layer_reason(choice, many, asked, change, encoder)
+        reason = execution.layer_reason(path, many, asked, change, encoder)
     else:
         reason = f"exact: {held}"
-    return _Way(choice.backend, choice.precision, reason)
+    return path.backend, path.precision, reason
 
 
 def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
-    """(kind of memory, what takes it) of a parameter or buffer."""
+    """(kind of memory, tensor) of what a parameter or buffer consists of."""
     if isinstance(tensor, QuantizedTensor):
         params = vars(tensor._params).values()
         scales = [value for value in params if isinstance(value, torch.Tensor)]
@@ -171,13 +157,13 @@ def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
 
 
 def _memory(patcher) -> dict[str, Memory]:
-    """Bytes by kind, of weights as they are now."""
+    """Bytes by kind, of the weights as they are now."""
     sizes = {kind: [0, 0] for kind in ("codes", "scales", "other weights")}
     model = patcher.model
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):
             sizes[kind][_is_away(part, patcher)] += part.nbytes
-    sizes["prepared weights"] = [cache.kept_bytes(model), 0]
+    sizes["prepared weights"] = [cache.model_state(model).nbytes, 0]
     sizes["LoRA patches"] = [0, 0]
     for part in _tensors(list(patcher.patches.values())):
         sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
@@ -185,7 +171,7 @@ def _memory(patcher) -> dict[str, Memory]:
 
 
 def _is_away(tensor: torch.Tensor, patcher) -> bool:
-    """Whether a tensor is elsewhere than where its model computes ("mps" is "mps:0")."""
+    """Whether a tensor is not on the device that its model computes on ("mps" is "mps:0")."""
     here, there = patcher.load_device, tensor.device
     return (here.type, here.index or 0) != (there.type, there.index or 0)
 
@@ -204,18 +190,18 @@ def _tensors(patches) -> Iterator[torch.Tensor]:
 def load(patcher) -> None:
     """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
     comfy.model_management.load_models_gpu([patcher])
-    allow_prepared_weights(patcher)
+    keep_prepared_weights(patcher)
 
 
-def measure(patcher, found: BackendReport, progress: Progress) -> BackendReport:
-    """The backend report with times: of one MXFP8 layer of each size, as the patch on it runs it.
+def measure(patcher, report: BackendReport, progress: Progress) -> BackendReport:
+    """The report with timings of one MXFP8 layer of each size, as the patch on it runs it.
 
     Args:
-        found: of the model after `load`. A layer that stays offloaded is timed with its way to the
-            device.
+        report: of the model after `load`. The time of an offloaded layer includes its transfer to
+            the device.
     """
     groups: dict[tuple, list[LayerExecution]] = {}
-    for layer in found.mxfp8:
+    for layer in report.mxfp8:
         if layer.backend != STOCK:
             groups.setdefault((layer.shape, layer.backend, layer.precision), []).append(layer)
     timings, times = [], {}
@@ -225,15 +211,15 @@ def measure(patcher, found: BackendReport, progress: Progress) -> BackendReport:
         def step(part: int, first=3 * index, name=name) -> None:
             progress(first + part, 3 * len(groups), name)
 
-        timing = _time(patcher, name, found.rows, len(layers), key, step)
+        timing = _time(patcher, name, report.rows, len(layers), key, step)
         timings.append(timing)
         times |= {layer.name: timing.microseconds for layer in layers}
-    layers = tuple(replace(x, microseconds=times.get(x.name)) for x in found.layers)
-    return replace(found, layers=layers, timings=tuple(timings), memory=_memory(patcher))
+    layers = tuple(replace(x, microseconds=times.get(x.name)) for x in report.layers)
+    return replace(report, layers=layers, timings=tuple(timings), memory=_memory(patcher))
 
 
 def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing:
-    """One layer, a dense one of its size, and stock's forward on it."""
+    """The times of one layer, of a dense one of its size, and of stock's forward on it."""
     full = name if f"{name}.forward" in patcher.object_patches else PREFIX + name
     patch = patcher.object_patches[f"{full}.forward"]
     module = patch.__self__
@@ -257,6 +243,6 @@ def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was queued on a device."""
+    """Wait for the work that is queued on a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

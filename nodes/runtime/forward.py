@@ -1,8 +1,7 @@
-"""The forward of an MXFP8 linear, and what decides how it runs: read by whoever says so, too.
+"""The forward of an MXFP8 linear, and what decides how it runs.
 
-What is decided here is decided once: `_forward` runs by the same functions that the backend report
-(`describe`) reads, so the two cannot disagree. `kernels.execution_path` says which backend
-multiplies.
+`_forward` and the backend report (`describe`) ask the same functions, so that they cannot disagree.
+Which backend multiplies, `kernels.execution_path` decides.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from . import cache
 
 
 def left_to_stock(module) -> str | None:
-    """Why a layer runs stock's forward at the moment, or None."""
+    """Why a layer runs stock's forward now, or None."""
     if module.weight_function or module.bias_function:
-        return "ComfyUI applies a LoRA on the fly, as it does to layers that are offloaded"
+        return "ComfyUI applies a LoRA on the fly, as it does to offloaded layers"
     if getattr(module, "pre_quant_scale", None) is not None:
-        return "ComfyUI smooths its input"
+        return "ComfyUI scales its input (pre_quant_scale)"
     return None
 
 
 def held_exact(module) -> str | None:
-    """Why a layer runs exact whatever precision it was given, or None."""
+    """Why a layer runs exact whatever precision was chosen, or None."""
     if module._full_precision_mm_config:
         return "marked full precision in the file"
     if getattr(module, "comfy_force_cast_weights", False):
@@ -37,9 +36,9 @@ def held_exact(module) -> str | None:
 def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     """The forward of stock's quantized Linear, with `kernels.linear` as its matmul.
 
-    What stock does apart from that is left to stock: training, weights that it patches on the fly
-    (a LoRA on an offloaded layer), smoothed inputs. Under dynamic VRAM that patch is applied while
-    the weight is cast, which then comes back plain.
+    Everything else stays with stock: training, weights that it patches on the fly (a LoRA on an
+    offloaded layer), scaled inputs. Under dynamic VRAM stock applies that patch while it casts the
+    weight, which then comes back unquantized.
     """
     stock = (
         x.requires_grad
@@ -61,15 +60,16 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         bias_dtype=x.dtype,
         offloadable=True,
         compute_dtype=x.dtype,
-        want_requant=False,  # requantizing a patched weight would lose 3% on every forward
+        want_requant=False,  # requantizing a patched weight would cost an error of 3%
     )
     if isinstance(weight, QuantizedTensor):
-        fold = tokens = None
-        kind = None if torch.compiler.is_compiling() else kernels.input_form(x, precision)
-        if kind is not None:
-            tokens = cache.tokens(module, x, kind)
-        if kind == "rowwise":
-            fold = cache.folded(module, weight)
+        prepared = quantized = form = None
+        if not torch.compiler.is_compiling():
+            form = kernels.input_form(x, precision)
+        if form is not None:
+            quantized = cache.quantized_input(module, x, form)
+        if form == "rowwise":
+            prepared = cache.prepared_weight(module, weight)
         out = kernels.linear(
             x,
             weight._qdata,
@@ -77,8 +77,8 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
             bias,
             shape=tuple(weight.shape),
             precision=precision,
-            prepared_weight=fold,
-            quantized_input=tokens,
+            prepared_weight=prepared,
+            quantized_input=quantized,
         )
     else:  # a LoRA was merged into it on the way
         out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
@@ -99,11 +99,11 @@ def _forward_fast(module, x, *_, **__):
 
 
 def _forward_unfit(module, x, *_, **__):
-    """Of a layer that folding would change too much."""
+    """For a layer that row-wise scaling would change too much."""
     return _forward(module, x, "exact")
 
 
-# Functions, not one with an argument: a bound method is what torch.compile inlines.
+# Separate functions, not one with an argument: torch.compile inlines bound methods.
 FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}
 UNFIT = _forward_unfit
 PRECISION_OF = {

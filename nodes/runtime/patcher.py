@@ -1,0 +1,150 @@
+"""A ModelPatcher that hook LoRAs, merging nodes and unloading work on where weights are quantized.
+
+In stock, merging models and hook LoRAs fail on a quantized weight: they look for its scales on the
+module and write into it in place. `patch.accelerate` gives a clone this class in front of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import comfy.hooks
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ... import kernels
+from ...kernels.ops import FLOATS
+from ...quant.format import MARKER
+from . import forward
+from .cache import model_state
+
+
+@cache
+def patcher_class(base: type) -> type:
+    """A ModelPatcher class with `_QuantizedWeights` in front."""
+    if issubclass(base, _QuantizedWeights):
+        return base
+    return type(f"MXFP8{base.__name__}", (_QuantizedWeights, base), {})
+
+
+def compute_dtype(patcher) -> torch.dtype:
+    """The dtype of a model's activations; bfloat16 where the model does not say."""
+    dtype = getattr(patcher.model, "get_dtype_inference", lambda: None)()
+    return dtype if dtype in FLOATS else torch.bfloat16
+
+
+def keep_prepared_weights(patcher) -> None:
+    """Before a run: let the fast layers of a model keep their prepared weights (`cache`)."""
+    fast = forward.FORWARDS["auto"], forward.FORWARDS["fast"]
+    patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
+    path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), "auto")
+    model_state(patcher.model).keep(patcher, bool(patches) and path.input_form == "rowwise")
+
+
+class _QuantizedWeights:
+    """Goes in front of a ModelPatcher's class, for weights that are QuantizedTensors.
+
+    A weight is replaced, never written into: `parameter.data` of a QuantizedTensor shares its codes
+    but holds a copy of its scales, so stock's `copy_to_param` would restore only the codes.
+    """
+
+    def model_state_dict(self, filter_prefix=None):
+        """Without the scales and markers of quantized weights.
+
+        No module has an attribute of their names, so merging and hooks, which ask the module of
+        every key for its value, would fail.
+        """
+        modules = dict(self.model.named_modules())
+
+        def is_there(key: str) -> bool:
+            owner, _, leaf = key.rpartition(".")
+            module = modules.get(owner)
+            quantized = isinstance(getattr(module, "weight", None), QuantizedTensor)
+            return not quantized or hasattr(module, leaf)
+
+        state = super().model_state_dict(filter_prefix)
+        return {key: value for key, value in state.items() if is_there(key)}
+
+    def pre_run(self):
+        super().pre_run()
+        keep_prepared_weights(self)
+
+    def partially_unload(self, device_to, memory_to_free=0, *args, **options):
+        freed = model_state(self.model).drop()
+        if freed >= memory_to_free > 0:
+            return freed
+        return freed + super().partially_unload(
+            device_to, max(0, memory_to_free - freed), *args, **options
+        )
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:  # else they stay, and only object patches go
+            model_state(self.model).drop()
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        marker = next((key for key in patches or () if key.endswith(MARKER)), None)
+        if marker is not None:
+            raise ValueError(
+                f"the checkpoint of this model-as-LoRA hook is quantized (it holds {marker!r}), "
+                "and its raw codes would be used as weights; use its BF16 original"
+            )
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def patch_hook_weight_to_device(
+        self, hooks, combined_patches, key, original_weights, memory_counter
+    ):
+        """The hooks' LoRAs in one weight, requantized as stock requantizes a merged LoRA."""
+        weight = comfy.utils.get_attr(self.model, key)
+        if key not in combined_patches or not self._replaces(weight):
+            return super().patch_hook_weight_to_device(
+                hooks, combined_patches, key, original_weights, memory_counter
+            )
+        self._keep_original(key, weight, memory_counter)
+        module = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+        merged = comfy.lora.calculate_weight(
+            combined_patches[key],
+            module.convert_weight(weight.to(dtype=torch.float32, copy=True)),
+            key,
+            original_weights=original_weights,
+        )
+        del original_weights[key]
+        seed = comfy.utils.string_to_seed(key)
+        patched = module.set_weight(merged, seed=seed, return_weight=True)
+        comfy.utils.set_attr_param(self.model, key, patched)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+            device = self._spare_device(weight, memory_counter)
+            cached = self.cached_hook_patches.setdefault(hooks, {})
+            cached[key] = (patched.to(device=device), weight.device)
+        return None
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        cached, device = cached_weights[key]
+        if not self._replaces(cached):
+            return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        self._keep_original(key, comfy.utils.get_attr(self.model, key), memory_counter)
+        comfy.utils.set_attr_param(self.model, key, cached.to(device=device))
+        return None
+
+    def unpatch_hooks(self, whitelist_keys_set=None) -> None:
+        for key in list(self.hook_backup):
+            weight, device = self.hook_backup[key]
+            if self._replaces(weight) and (not whitelist_keys_set or key in whitelist_keys_set):
+                comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
+                del self.hook_backup[key]
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def _replaces(self, weight) -> bool:
+        # Under dynamic VRAM stock samples hooks on a clone of the plain class.
+        return isinstance(weight, QuantizedTensor) and not self.is_dynamic()
+
+    def _keep_original(self, key: str, weight, memory_counter) -> None:
+        if key not in self.hook_backup:
+            device = self._spare_device(weight, memory_counter)
+            self.hook_backup[key] = (weight.detach().to(device=device), weight.device)
+
+    def _spare_device(self, weight, memory_counter) -> torch.device:
+        fast = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed
+        return weight.device if fast and memory_counter.use(weight) else self.offload_device
