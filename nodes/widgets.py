@@ -1,10 +1,37 @@
-"""The inputs by which nodes let a user choose layers."""
+"""Inputs that several nodes have, and what those inputs mean."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import comfy.samplers
+import nodes as comfy_nodes
 from comfy_api.latest import io
 
+from ..kernels.dispatch import PRECISIONS
 from ..quant.conversion import policy
+
+CATEGORY = "MXFP8"
+ROWS = 4096  # M of the inputs that loaders describe layers for: an image of a megapixel
+NO_FILE = "none"
+
+CalibrationType = io.Custom("MXFP8_CALIBRATION")
+ComparisonType = io.Custom("MXFP8_COMPARISON")
+
+
+def precision_input() -> io.Input:
+    """The precision of MXFP8 layers, on every node that hands on a model that runs them."""
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip=(
+            "exact: stored weights times unquantized activations. "
+            "fast: activations are quantized too, for tensor cores that multiply 8-bit values. "
+            "auto: fast where the GPU has such tensor cores (RTX 40 series and later, H100), else "
+            "exact. Layers that the file marks as full precision are always exact."
+        ),
+    )
 
 
 def selection_inputs() -> list[io.Input]:
@@ -16,7 +43,7 @@ def selection_inputs() -> list[io.Input]:
             default=policy.AUTO,
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "
-                "keys show, which suits Z-Image-Turbo too; none: quantize every linear; "
+                "tensor names show, which suits Z-Image-Turbo too; none: quantize every linear; "
                 "zimage-turbo: the recipe of the Z-Image-Turbo-MXFP8 model card, which keeps more."
             ),
         ),
@@ -25,13 +52,85 @@ def selection_inputs() -> list[io.Input]:
             default="",
             optional=True,
             advanced=True,
-            tooltip="Regular expression: quantize keys it finds, even if the preset keeps them.",
+            tooltip=(
+                "Regular expression: quantize tensors whose name matches, even if the preset keeps "
+                "them."
+            ),
         ),
         io.String.Input(
             "exclude",
             default="",
             optional=True,
             advanced=True,
-            tooltip="Regular expression: keep keys it finds, whatever else is chosen.",
+            tooltip="Regular expression: keep tensors whose name matches; it overrides the rest.",
         ),
     ]
+
+
+def calibration_input() -> io.Input:
+    """The result of Calibrate (MXFP8)."""
+    return CalibrationType.Input(
+        "calibration",
+        optional=True,
+        tooltip="From Calibrate (MXFP8): rounds the weights for the inputs that the layers get.",
+    )
+
+
+def overwrite_input() -> io.Input:
+    return io.Boolean.Input("overwrite", default=False, tooltip="Replace the target if it exists.")
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What KSampler is given apart from the model, on several seeds; fields are inputs of nodes."""
+
+    positive: list
+    negative: list
+    latent_image: dict
+    first_seed: int  # an input called "seed" would get a control for random seeds
+    seeds: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+
+    @staticmethod
+    def inputs(first_seed: io.Input, seeds: io.Input, sampler_note: str = "") -> list[io.Input]:
+        """The inputs of these names.
+
+        Args:
+            first_seed, seeds: these two, which differ by node.
+            sampler_note: what the tooltip of the sampler adds.
+        """
+        as_in = "As in KSampler."
+        samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+        return [
+            io.Conditioning.Input("positive", tooltip="A prompt that is typical of your use."),
+            io.Conditioning.Input("negative", tooltip=as_in),
+            io.Latent.Input("latent_image", tooltip="An empty latent of the size that you use."),
+            first_seed,
+            seeds,
+            io.Int.Input("steps", default=8, min=1, max=1000, tooltip=as_in),
+            io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=as_in),
+            io.Combo.Input(
+                "sampler_name", options=list(samplers), default="euler",
+                tooltip=f"{as_in}{sampler_note}",
+            ),
+            io.Combo.Input(
+                "scheduler", options=list(schedulers), default="simple", tooltip=as_in
+            ),
+            io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=as_in),
+        ]  # fmt: skip
+
+    @property
+    def each_seed(self) -> list[int]:
+        return [(self.first_seed + number) % 2**64 for number in range(self.seeds)]
+
+    def sample(self, patcher, seed: int):
+        """The latent of a seed, as KSampler samples it."""
+        (latent,) = comfy_nodes.common_ksampler(
+            patcher, seed, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
+            self.negative, self.latent_image, denoise=self.denoise,
+        )  # fmt: skip
+        return latent["samples"]

@@ -1,0 +1,159 @@
+"""Moments of the inputs of a model's layers, gathered while a sampler runs it (`quant.gptq`).
+
+The moments of all layers together are larger than the model. Layers are watched in groups that fit
+the given memory, each in runs of its own. Where that takes several groups, each goes into a file in
+ComfyUI's temp folder before the next, so what a calibration needs does not grow with the model.
+Rejected: all layers in memory (22 GB for Z-Image), and adding up in a file, which every layer of
+every step would have to read and write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from types import MethodType
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...quant.conversion import calibration
+from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
+from ...quant.memory import is_out_of_memory
+from ...quant.reports.conversion import gigabytes
+from ..host import paths
+from ..host.progress import check_interrupt
+from .source import PREFIX
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, int]  # layer -> its number of inputs, K
+
+
+def make_groups(widths: Group, budget: int) -> Iterator[Group]:
+    """Layers whose moments fit the budget together, in model order; at least one each."""
+    group: Group = {}
+    for name, width in widths.items():
+        if group and nbytes(group) + calibration.nbytes(width) > budget:
+            yield group
+            group = {}
+        group[name] = width
+    if group:
+        yield group
+
+
+def nbytes(*groups: Group) -> int:
+    """Bytes of the moments of all layers of some groups."""
+    return sum(calibration.nbytes(width) for group in groups for width in group.values())
+
+
+def check_disk(model: str, groups: list[Group]) -> None:
+    """Check that the groups' files fit the temp folder.
+
+    Raises:
+        ValueError: they do not.
+    """
+    needed = nbytes(*groups)
+    free = shutil.disk_usage(paths.temporary_path().parent).free
+    if len(groups) > 1 and needed > free:
+        raise ValueError(
+            f"calibrating this {model} in {len(groups)} groups takes {gigabytes(needed)} in "
+            f"ComfyUI's temp folder, which has {gigabytes(free)} free; free space there, raise "
+            "memory_gb, or exclude layers"
+        )
+
+
+def gather(
+    patcher, groups: list[Group], sample: Callable, on_layer: Callable, on_step: Callable
+) -> tuple[dict[str, Moments | StoredMoments], dict[str, HessianAccumulator]]:
+    """Moments of all groups, by layer, and the accumulators that they come from.
+
+    Args:
+        sample: runs a clone of the model on all seeds.
+        on_layer: called before each watched layer runs.
+        on_step: called after each step as samplers call it, in place of KSampler's own callback,
+            whose bar would start over with every run.
+
+    Raises:
+        MemoryError: out of memory; what was gathered is freed, and the model is unloaded.
+    """
+    layers: dict[str, Moments | StoredMoments] = {}
+    accumulators = {name: HessianAccumulator() for group in groups for name in group}
+    try:
+        for group in groups:
+            watched = {name: accumulators[name] for name in group}
+            with _reserved(patcher, group, watched):
+                sample(_watch(patcher, watched, on_layer, on_step))
+                moments = {name: one.take() for name, one in watched.items()}
+            moments = {name: taken for name, taken in moments.items() if taken}
+            layers |= _store(moments) if len(groups) > 1 else moments
+        return layers, accumulators
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("MXFP8: out of memory: %s", error)
+    # Not inside the handler: the error keeps the frames in which it rose, with all their tensors.
+    layers.clear()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    raise MemoryError(
+        f"out of memory while calibrating this {type(patcher.model).__name__}, which is unchanged; "
+        "lower memory_gb, or use a smaller latent"
+    )
+
+
+@contextlib.contextmanager
+def _reserved(patcher, group: Group, accumulators: dict[str, HessianAccumulator]) -> Iterator[None]:
+    """The memory of some accumulators, reserved before the model is sampled.
+
+    Stock then loads as much of the model as fits the rest, and would otherwise fill it all. It is
+    always freed afterwards: stock leaves a clone's patches on the model until it loads another one.
+    """
+    try:
+        comfy.model_management.free_memory(nbytes(group), patcher.load_device)
+        for name, width in group.items():
+            accumulators[name].reserve(width, patcher.load_device)
+        yield
+    finally:
+        for accumulator in accumulators.values():
+            accumulator.drop()
+
+
+def _watch(patcher, accumulators: dict[str, HessianAccumulator], on_layer, on_step):
+    """A clone of a ModelPatcher whose layers add their inputs to these accumulators."""
+    clone = patcher.clone()
+    for name, accumulator in accumulators.items():
+        key = f"{PREFIX}{name}.forward"
+        module = comfy.utils.get_attr(clone.model, PREFIX + name)
+        forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
+        clone.add_object_patch(key, _watched(forward, accumulator, on_layer))
+
+    def sample(executor, noise, latent, sampler, sigmas, mask, callback, *args, **options):
+        return executor(noise, latent, sampler, sigmas, mask, on_step, *args, **options)
+
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "mxfp8_calibrate", sample)
+    return clone
+
+
+def _watched(forward, accumulator: HessianAccumulator, on_layer):
+    def run(x: torch.Tensor, *args, **options):
+        if not accumulator.closed:
+            on_layer()
+            accumulator.add(x)
+        return forward(x, *args, **options)
+
+    return run
+
+
+def _store(moments: dict[str, Moments]) -> dict[str, StoredMoments]:
+    """Moments in a file in ComfyUI's temp folder, deleted with the last of them."""
+    if not moments:
+        return {}
+    path = paths.temporary_path()
+    Calibration(moments, "").save(path, progress=check_interrupt)
+    layers = dict(calibration.load(path, check_interrupt).layers)
+    paths.delete_with(next(iter(layers.values())).source, path)  # one source for all
+    return layers
