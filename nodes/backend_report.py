@@ -1,6 +1,6 @@
-"""A node that says how a model runs on this machine, and where its memory is.
+"""A node that reports how a model runs on this machine, and where its memory is.
 
-It runs anew with every workflow, so it hands no model on: samplers behind it would run anew too.
+It runs again with every workflow, so it has no model output: samplers after it would run again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import logging
 
 from comfy_api.latest import io
 
+from ..quant.reports.execution import BackendReport
 from .host.progress import Progress, show
-from .loading import CATEGORY, ROWS
 from .runtime.describe import describe, load, measure
+from .widgets import CATEGORY, ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,10 @@ class MXFP8BackendReport(io.ComfyNode):
             display_name="Backend Report (MXFP8)",
             category=CATEGORY,
             description=(
-                "Says how a model runs on this machine: the backend and precision of every layer "
-                "with the reason, what faster backends lack here, and the bytes of codes, scales, "
-                "other weights, prepared weights and LoRAs. If asked, it measures how long layers "
-                "take, against dense ones and against ComfyUI's own way."
+                "Reports how a model runs on this machine: the backend and precision of every "
+                "layer and why, what faster backends lack here, and the memory of codes, scales, "
+                "other weights, prepared weights and LoRAs. Optionally times the layers against "
+                "unquantized ones and against stock ComfyUI."
             ),
             search_aliases=["mxfp8", "report", "backend", "precision", "memory", "benchmark"],
             inputs=[
@@ -37,8 +38,8 @@ class MXFP8BackendReport(io.ComfyNode):
                     "measure",
                     default=False,
                     tooltip=(
-                        "Load the model and time one layer of each size. Seconds on a GPU; on a "
-                        "CPU longer, and for 256 rows at most."
+                        "Load the model and time one layer of each size. Takes seconds on a GPU; "
+                        "longer on a CPU, where at most 256 rows are timed."
                     ),
                 ),
                 io.Int.Input(
@@ -47,14 +48,14 @@ class MXFP8BackendReport(io.ComfyNode):
                     min=1,
                     max=1 << 17,
                     tooltip=(
-                        "Rows of the inputs that layers are described and timed for: image tokens "
-                        "times batch size. 1024 x 1024 pixels are about 4096."
+                        "Rows of the layers' inputs to report and time for: image tokens times "
+                        "batch size. 1024 x 1024 pixels are about 4096."
                     ),
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="summary", tooltip="The report in words."),
-                io.String.Output(display_name="report", tooltip="Every layer: JSON."),
+                io.String.Output(display_name="summary", tooltip="The report as text."),
+                io.String.Output(display_name="report", tooltip="Every layer, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -62,24 +63,22 @@ class MXFP8BackendReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_):
-        """Never what it was: a report tells what is loaded, which no input shows."""
+        """Never the same: a report shows what is loaded, which no input does."""
         return float("nan")
 
     @classmethod
     def execute(cls, measure, rows, model=None, clip=None) -> io.NodeOutput:
         if (model is None) == (clip is None):
-            raise ValueError("connect a model or a text encoder to this node, one of the two")
-        found = make_report(cls, clip.patcher if model is None else model, rows, measure)
-        summary, text = found.summary(), found.to_json()
+            raise ValueError("connect either a model or a text encoder to this node")
+        report = _make_report(cls, clip.patcher if model is None else model, rows, measure)
+        summary, text = report.summary(), report.to_json()
         logger.info("MXFP8: %s", summary)
-        show(cls, found.line())
-        shown = {"text": [summary], "mxfp8_report": [text]}
-        return io.NodeOutput(summary, text, ui=shown)
+        show(cls, report.line())
+        return io.NodeOutput(summary, text, ui={"text": [summary], "mxfp8_report": [text]})
 
 
-def make_report(node: type[io.ComfyNode], patcher, rows: int, timed: bool):
-    """The backend report of a ModelPatcher, measured if asked."""
-    if not timed:
-        return describe(patcher, rows)
-    load(patcher)
-    return measure(patcher, describe(patcher, rows), Progress(node, rate=False))
+def _make_report(node: type[io.ComfyNode], patcher, rows: int, timed: bool) -> BackendReport:
+    if timed:
+        load(patcher)
+    report = describe(patcher, rows, changes=True)
+    return measure(patcher, report, Progress(node, steps=True)) if timed else report

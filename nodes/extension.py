@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .backend_report import MXFP8BackendReport
-from .calibrating import MXFP8Calibrate
-from .calibration_files import MXFP8LoadCalibration, MXFP8SaveCalibration
+from .calibrating import MXFP8Calibrate, MXFP8LoadCalibration, MXFP8SaveCalibration
 from .comparing import MXFP8Compare
 from .inspecting import MXFP8Inspect
 from .loading import (

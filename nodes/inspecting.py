@@ -1,4 +1,4 @@
-"""A node that looks into a file, or into a model that is loaded."""
+"""A node that inspects a file, or a loaded model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
 from ..quant.reports.conversion import KEPT, gigabytes, listed
 from .host import paths
 from .host.progress import Progress, show
-from .loading import CATEGORY, NO_FILE, ROWS
 from .runtime.describe import describe
+from .widgets import CATEGORY, NO_FILE, ROWS
 
 _MOST_SENTENCES = 20  # shown; the JSON has all
 
@@ -24,31 +24,31 @@ class MXFP8Inspect(io.ComfyNode):
             display_name="Inspect (MXFP8)",
             category=CATEGORY,
             description=(
-                "Says what a file holds and what is wrong with it: formats, sizes, layers that "
-                "are kept and why, damaged scales and codes. Or what a loaded model holds."
+                "Shows what a file contains and what is wrong with it: formats, sizes, layers that "
+                "are kept and why, damaged scales and codes. Or what a loaded model contains."
             ),
             search_aliases=["mxfp8", "inspect", "file info", "layers", "metadata", "damaged"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=[*paths.list_files(), NO_FILE],
-                    tooltip="A safetensors file in a model folder. Nothing of it is loaded.",
+                    tooltip="A safetensors file in a model folder. The model is not loaded.",
                 ),
                 io.Boolean.Input(
                     "every_byte",
                     default=True,
                     tooltip=(
-                        "Read every byte of the file's MXFP8 layers, which finds damage; off: "
-                        "read the header, which takes no time."
+                        "Read every byte of the file's MXFP8 layers, which finds damage. Off: "
+                        "read only the header, which is instant."
                     ),
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="A loaded model to look into, not the file."
+                    "model", optional=True, tooltip="A loaded model to inspect instead of the file."
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="summary", tooltip="What was found, in words."),
-                io.String.Output(display_name="inspection", tooltip="Every layer: JSON."),
+                io.String.Output(display_name="summary", tooltip="The result as text."),
+                io.String.Output(display_name="inspection", tooltip="Every layer, as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -56,10 +56,10 @@ class MXFP8Inspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, every_byte, **connected):
-        """ComfyUI asks before a run: a file that was replaced is looked into again.
+        """ComfyUI asks before a run: a file that was replaced is inspected again.
 
-        So is a model, always: what is merged into it or loaded, no input shows. It comes as None
-        here, and not at all if none is connected.
+        A model always is: no input shows what is merged into it or loaded. It comes as None here,
+        and not at all if none is connected.
         """
         if "model" in connected:
             return float("nan")
@@ -71,23 +71,22 @@ class MXFP8Inspect(io.ComfyNode):
     @classmethod
     def execute(cls, file, every_byte, model=None) -> io.NodeOutput:
         if model is not None:
-            found = inspect_model(model)
-            summary = _summary_of_model(found)
+            inspection = inspect_model(model)
+            summary = _summary_of_model(inspection)
         elif file == NO_FILE:
             raise ValueError("choose a file, or connect a model to this node")
         else:
-            found = inspect_file(
-                paths.source_path(file), every_byte=every_byte, progress=Progress(cls)
-            )
-            summary = _summary_of_file(found)
+            path = paths.source_path(file)
+            inspection = inspect_file(path, every_byte=every_byte, progress=Progress(cls))
+            summary = _summary_of_file(inspection)
         show(cls, summary)
-        text = found.to_json()
+        text = inspection.to_json()
         return io.NodeOutput(summary, text, ui={"text": [summary], "mxfp8_report": [text]})
 
 
 def inspect_model(patcher) -> Inspection:
-    """What a ModelPatcher's linears are, as an inspection of a file has it."""
-    described = describe(patcher, ROWS, folds=False)
+    """The inspection of a ModelPatcher, with the fields of a file's."""
+    report = describe(patcher, ROWS)
     layers = [
         LayerInspection(
             name=layer.name,
@@ -97,16 +96,16 @@ def inspect_model(patcher) -> Inspection:
             reason=f"{layer.dtype} in the model" if layer.decision == KEPT else layer.reason,
             dtype=layer.dtype,
         )
-        for layer in described.layers
+        for layer in report.layers
     ]
-    weights = (described.memory[kind] for kind in ("codes", "scales", "other weights"))
+    weights = (report.memory[kind] for kind in ("codes", "scales", "other weights"))
     total = sum(kind.device + kind.offloaded for kind in weights)
-    mxfp8 = sum(layer.bytes for layer in described.mxfp8)
+    mxfp8 = sum(layer.bytes for layer in report.mxfp8)
     return Inspection(
-        file=described.model,
+        file=report.model,
         bytes=total,
         tensors=sum(1 for _ in patcher.model.parameters()),
-        architecture=described.model,
+        architecture=report.model,
         formats=dict(Counter(layer.decision for layer in layers if layer.decision != KEPT)),
         mxfp8_bytes=mxfp8,
         other_bytes=total - mxfp8,
@@ -116,23 +115,24 @@ def inspect_model(patcher) -> Inspection:
     )
 
 
-def _summary_of_file(found: Inspection) -> str:
-    lines = [found.summary()]
-    for label, sentences in (("WARNING", found.warnings), ("PROBLEM", found.problems)):
+def _summary_of_file(inspection: Inspection) -> str:
+    lines = [inspection.summary()]
+    for label, sentences in (("WARNING", inspection.warnings), ("PROBLEM", inspection.problems)):
         lines += listed(label, sentences, _MOST_SENTENCES)
-    return "\n".join([*lines, *_kept(found)])
+    return "\n".join([*lines, *_kept(inspection)])
 
 
-def _summary_of_model(found: Inspection) -> str:
+def _summary_of_model(inspection: Inspection) -> str:
     return "\n".join([
-        f"{found.file}: {gigabytes(found.bytes)} in memory",
-        *(found.counted() or ["no layer is quantized"]),
-        f"MXFP8 {gigabytes(found.mxfp8_bytes)}, everything else {gigabytes(found.other_bytes)}",
-        *_kept(found),
+        f"{inspection.file}: {gigabytes(inspection.bytes)} in memory",
+        *(inspection.counted() or ["no layer is quantized"]),
+        f"MXFP8 {gigabytes(inspection.mxfp8_bytes)}, "
+        f"everything else {gigabytes(inspection.other_bytes)}",
+        *_kept(inspection),
     ])  # fmt: skip
 
 
-def _kept(found: Inspection) -> list[str]:
-    """How many 2-D weights are not quantized, by the reason."""
-    reasons = Counter(layer.reason for layer in found.layers if layer.decision == KEPT)
+def _kept(inspection: Inspection) -> list[str]:
+    """How many matrices are not quantized, by reason."""
+    reasons = Counter(layer.reason for layer in inspection.layers if layer.decision == KEPT)
     return [f"kept: {count} matrices, {reason}" for reason, count in reasons.most_common()]

@@ -1,4 +1,4 @@
-"""Nodes that make MXFP8: from a model in the graph, and from a file to a file."""
+"""Nodes that quantize to MXFP8: a model in the graph, and a file to a file."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from ..quant.conversion.convert import convert, convert_file, plan_source
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from ..quant.sources.unsupported import check_unquantized
-from .calibrating import CalibrationType
 from .host import paths
 from .host.progress import Progress, show
-from .loading import CATEGORY, ROWS, precision_input
 from .models.source import ModelSource
+from .models.transfer import check_movable, give_model
 from .runtime.describe import describe
-from .runtime.patch import accelerate, check_movable, give_model
-from .widgets import selection_inputs
+from .runtime.patch import accelerate
+from .widgets import (
+    CATEGORY,
+    ROWS,
+    calibration_input,
+    overwrite_input,
+    precision_input,
+    selection_inputs,
+)
 
 logger = logging.getLogger(__name__)
-
-
-def calibration_input() -> io.Input:
-    """What Calibrate (MXFP8) noted."""
-    return CalibrationType.Input(
-        "calibration",
-        optional=True,
-        tooltip="From Calibrate (MXFP8): rounds the weights for what the layers are given.",
-    )
 
 
 class MXFP8QuantizeModel(io.ComfyNode):
@@ -43,11 +40,11 @@ class MXFP8QuantizeModel(io.ComfyNode):
             display_name="Quantize Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Quantizes a BF16, FP16 or FP32 diffusion model to MXFP8: half the size, nearly "
-                "the same output. LoRAs on it are baked in at full precision first. The input "
-                "model stays as it is."
+                "Quantizes a BF16, FP16 or FP32 diffusion model to MXFP8: half the size of BF16, "
+                "nearly the same output. LoRAs on it are first baked in at full precision. The "
+                "input model is not changed."
             ),
-            search_aliases=["mxfp8", "quantize", "quantize", "compress", "fp8", "convert model"],
+            search_aliases=["mxfp8", "quantize", "quantise", "compress", "fp8", "convert model"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that is not quantized yet."),
                 *selection_inputs(),
@@ -67,11 +64,10 @@ class MXFP8QuantizeModel(io.ComfyNode):
     def execute(
         cls, model, preset, precision, include="", exclude="", calibration=None
     ) -> io.NodeOutput:
-        quantized, report = quantize_model(
-            cls, model, Selection(preset, include, exclude), calibration
-        )
+        selection = Selection(preset, include, exclude)
+        quantized, report = quantize_model(cls, model, selection, calibration)
         quantized = accelerate(quantized, precision)
-        return output(cls, report, describe(quantized, ROWS, folds=False).line(), quantized)
+        return output(cls, report, describe(quantized, ROWS).line(), quantized)
 
 
 class MXFP8ConvertFile(io.ComfyNode):
@@ -82,10 +78,10 @@ class MXFP8ConvertFile(io.ComfyNode):
             display_name="Convert File (MXFP8)",
             category=CATEGORY,
             description=(
-                "Converts a safetensors model file to MXFP8, without loading the model. The new "
-                "file lies beside its source, is verified, and loads in stock ComfyUI too."
+                "Converts a safetensors model file to MXFP8 without loading the model. The new "
+                "file is written beside its source and verified; stock ComfyUI loads it too."
             ),
-            search_aliases=["mxfp8", "convert", "quantize file", "quantize"],
+            search_aliases=["mxfp8", "convert", "quantize file", "quantise"],
             inputs=[
                 io.Combo.Input(
                     "source",
@@ -96,14 +92,12 @@ class MXFP8ConvertFile(io.ComfyNode):
                     "target",
                     default="",
                     tooltip=(
-                        "Name of the new file in the same model folder; empty: the source's name "
+                        "Name of the new file in the same model folder. Empty: the source's name "
                         "with -mxfp8."
                     ),
                 ),
                 *selection_inputs(),
-                io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace the target if it exists."
-                ),
+                overwrite_input(),
                 calibration_input(),
             ],
             outputs=[
@@ -121,11 +115,11 @@ class MXFP8ConvertFile(io.ComfyNode):
         cls, source, target, preset, overwrite, include="", exclude="", calibration=None
     ) -> io.NodeOutput:
         path = paths.source_path(source)
-        found = paths.target_beside(path, source, target, "mxfp8")
-        with paths.folder_of(found):
+        new = paths.target_beside(path, source, target, "mxfp8")
+        with paths.folder_of(new):
             report = convert_file(
                 path,
-                found,
+                new,
                 Selection(preset, include, exclude),
                 overwrite=overwrite,
                 progress=Progress(cls),
@@ -136,10 +130,10 @@ class MXFP8ConvertFile(io.ComfyNode):
 
 
 def output(node: type[io.ComfyNode], report: Report, runs: str, *values) -> io.NodeOutput:
-    """A node's result with its report: as text on the node, as JSON for whoever reads it.
+    """A node's result with its report, as text on the node and as JSON.
 
     Args:
-        runs: how the result runs here, if it is a model.
+        runs: how the result runs here, if it is a model; else empty.
     """
     summary, text = "\n".join(filter(None, (report.summary(), runs))), report.to_json()
     logger.info("MXFP8: %s", summary)
@@ -148,24 +142,24 @@ def output(node: type[io.ComfyNode], report: Report, runs: str, *values) -> io.N
 
 
 def device() -> str:
-    """Where to quantize: on the device that ComfyUI was told to use, if it has float8."""
+    """The device to quantize on: ComfyUI's, if it has float8."""
     chosen = comfy.model_management.get_torch_device()
     return "cpu" if chosen.type == "mps" else str(chosen)
 
 
 def quantize_model(node: type[io.ComfyNode], patcher, selection: Selection, calibration=None):
-    """A MODEL's MXFP8 twin and the report on it; `node` shows the progress.
+    """(the MXFP8 version of a MODEL, the report on it); `node` shows the progress.
 
     The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
-    that file: so reloads, deep clones and other devices have a file behind them, and memory holds
-    the input, the result and one layer. The file goes when the last model that uses it goes.
+    that file. So reloads, deep clones and other devices have a file to load, and memory holds the
+    input, the result and one layer. The file is deleted with the last model that uses it.
     """
     check_movable(patcher)
     source = ModelSource(patcher)
     if source.quantized:
         name, module = next(iter(source.quantized.items()))
         raise ValueError(
-            f"this {source.name} is quantized already ({name!r} is {module.quant_format}); "
+            f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
             "quantize the BF16, FP16 or FP32 original"
         )
     check_unquantized(source)
@@ -192,7 +186,7 @@ class TemporaryFile:
 
 
 def load_temporary(file: TemporaryFile, disable_dynamic: bool = False):
-    """Load a temporary file with stock; also the factory by which ComfyUI makes deep clones."""
+    """Load a temporary file with stock; also ComfyUI's factory for deep clones."""
     patcher = comfy.sd.load_diffusion_model(str(file.path), disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (load_temporary, (file,))
     return patcher

@@ -8,8 +8,8 @@ from ..quant import format
 from ..quant.checks.repair import repair_file
 from .host import paths
 from .host.progress import Progress, show
-from .loading import CATEGORY
 from .models import load
+from .widgets import CATEGORY, overwrite_input
 
 
 class MXFP8RepairFile(io.ComfyNode):
@@ -20,9 +20,9 @@ class MXFP8RepairFile(io.ComfyNode):
             display_name="Repair File (MXFP8)",
             category=CATEGORY,
             description=(
-                "Writes a copy of an MXFP8 file whose markers were lost, or whose scales are in "
-                "another order or dtype than ComfyUI reads. Weights keep their bits. Files that "
-                "need it are refused by the loaders, with this advice."
+                "Writes a repaired copy of an MXFP8 file whose markers were lost, or whose scales "
+                "are in an order or dtype that ComfyUI does not read. The weights keep their bits. "
+                "The loaders refuse such files and point here."
             ),
             search_aliases=["mxfp8", "repair", "fix file", "markers", "row-major"],
             inputs=[
@@ -35,7 +35,7 @@ class MXFP8RepairFile(io.ComfyNode):
                     "target",
                     default="",
                     tooltip=(
-                        "Name of the new file in the same model folder; empty: the source's name "
+                        "Name of the new file in the same model folder. Empty: the source's name "
                         "with -repaired."
                     ),
                 ),
@@ -44,16 +44,14 @@ class MXFP8RepairFile(io.ComfyNode):
                     options=list(format.ORDERS),
                     default=format.AUTO,
                     tooltip=(
-                        "Order of the scales in the source. auto: what their shape, padding and "
-                        "statistics show; tiled: ComfyUI's order; row-major: row after row."
+                        "Order of the scales in the source. auto: detect it from their shape, "
+                        "padding and statistics; tiled: ComfyUI's order; row-major: row by row."
                     ),
                 ),
-                io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace the target if it exists."
-                ),
+                overwrite_input(),
             ],
             outputs=[
-                io.String.Output(display_name="summary", tooltip="What was repaired, in words.")
+                io.String.Output(display_name="summary", tooltip="What was repaired, as text.")
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -63,16 +61,16 @@ class MXFP8RepairFile(io.ComfyNode):
     @classmethod
     def execute(cls, source, target, scales, overwrite) -> io.NodeOutput:
         path = paths.source_path(source)
-        found = paths.target_beside(path, source, target, "repaired")
-        with paths.folder_of(found):
+        new = paths.target_beside(path, source, target, "repaired")
+        with paths.folder_of(new):
             result = repair_file(
                 path,
-                found,
+                new,
                 scales=scales,
                 formats=load.formats(),
                 overwrite=overwrite,
                 progress=Progress(cls),
             )
-        text = "\n".join([result.summary(), *load.check_file(found)])
+        text = "\n".join([result.summary(), *load.check_file(new)[1]])
         show(cls, text)
         return io.NodeOutput(text, ui={"text": [text]})

@@ -16,16 +16,17 @@ from ..quant.container.header import quoted
 from ..quant.container.writer import Writer
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
+from ..quant.reports.comparison import Comparison
 from ..quant.reports.conversion import Report, gigabytes
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from ..quant.sources.file import HEADER_DTYPES, as_bytes
-from .comparing import ComparisonType, check_comparison
 from .host import filenames, paths
 from .host.progress import Progress, show
-from .loading import CATEGORY
 from .models import fingerprints
 from .models.source import PREFIX, ModelSource
-from .runtime.patch import check_movable, mxfp8_linears
+from .models.transfer import check_movable
+from .runtime.patch import mxfp8_linears
+from .widgets import CATEGORY, ComparisonType
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ class MXFP8SaveModel(io.ComfyNode):
             display_name="Save Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Saves a diffusion model to output/, its MXFP8 layers in the format that stock "
-                "ComfyUI and other tools read. LoRAs on the model are baked in. "
-                "The file is read back and compared before it gets its name."
+                "Saves a diffusion model to output/, MXFP8 layers in the format that stock ComfyUI "
+                "and other tools read. LoRAs on the model are baked in. The file is read "
+                "back and verified before it gets its name."
             ),
             search_aliases=["mxfp8", "save model", "export model", "quantized"],
             inputs=[
@@ -51,15 +52,15 @@ class MXFP8SaveModel(io.ComfyNode):
                     "filename_prefix",
                     default="diffusion_models/mxfp8",
                     tooltip=(
-                        "Folder and name inside output/. Files in output/diffusion_models show "
-                        "up in the model loaders."
+                        "Folder and name inside output/. The model loaders list files in "
+                        "output/diffusion_models."
                     ),
                 ),
                 ComparisonType.Input(
                     "comparison",
                     optional=True,
                     tooltip=(
-                        "From Compare Models (MXFP8), of this model: kept in the file's header, "
+                        "From Compare Models (MXFP8), for this model: stored in the file's header, "
                         "where `mxfp8 inspect` shows it."
                     ),
                 ),
@@ -67,7 +68,7 @@ class MXFP8SaveModel(io.ComfyNode):
                     "report",
                     optional=True,
                     force_input=True,
-                    tooltip="From Quantize Model (MXFP8): kept in the header, as the comparison.",
+                    tooltip="From Quantize Model (MXFP8): stored there like the comparison.",
                 ),
             ],
             outputs=[],
@@ -100,8 +101,8 @@ def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
     return {**metadata, **{k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}}
 
 
-def _provenance(patcher, comparison, report: Report | None) -> dict[str, str]:
-    """What the file says of how it was made, and of how near it is to the original.
+def _provenance(patcher, comparison: Comparison | None, report: Report | None) -> dict[str, str]:
+    """The report on how the weights were made, and the comparison with the original, as metadata.
 
     Raises:
         ValueError: the comparison was measured on other weights, the report is another model's, or
@@ -109,7 +110,7 @@ def _provenance(patcher, comparison, report: Report | None) -> dict[str, str]:
     """
     metadata = {}
     if comparison is not None:
-        check_comparison(comparison, fingerprints.of_mxfp8(patcher))
+        _check_comparison(patcher, comparison)
         metadata[COMPARISON] = comparison.to_json(indent=None)
     if report is not None:
         _check_report(patcher, report)
@@ -120,25 +121,45 @@ def _provenance(patcher, comparison, report: Report | None) -> dict[str, str]:
     return metadata
 
 
-def _check_report(patcher, report: Report) -> None:
-    """Check that a report is on this model's MXFP8 layers, as far as names and sizes tell.
+def _check_comparison(patcher, comparison: Comparison) -> None:
+    """Check that a comparison was measured on these weights.
 
     Raises:
-        ValueError: its layers are others, or the weights are not those that it reports on.
+        ValueError: it was measured on others, or the weights are not those that a file would hold.
+    """
+    fingerprint = fingerprints.of_mxfp8(patcher)
+    if fingerprint is None:
+        raise ValueError(
+            "a comparison holds for MXFP8 layers as they are; this model has none, or has LoRAs or "
+            "patches on it that saving bakes in. Save it without the comparison, load that file, "
+            "and compare it"
+        )
+    if comparison.model.fingerprint != fingerprint:
+        raise ValueError(
+            "this comparison was measured on other weights; connect the model that was compared"
+        )
+
+
+def _check_report(patcher, report: Report) -> None:
+    """Check that a report is on this model's MXFP8 layers, by their names and shapes.
+
+    Raises:
+        ValueError: it is on other layers, or the weights were changed since.
     """
     if fingerprints.is_patched(patcher):
         raise ValueError(
-            "LoRAs or patches were put on this model after the report was made; disconnect report, "
-            "or quantize the original again with the LoRAs on it"
+            "LoRAs or patches were put on this model after the report was made; disconnect the "
+            "report, or quantize the original again with the LoRAs on it"
         )
-    found = {
+    actual = {
         format.bare(fingerprints.plain(name)): layout.padded_shape(*module.weight.shape)
         for name, module in mxfp8_linears(patcher.model)
     }
-    said = {format.bare(x.name): layout.padded_shape(*x.shape) for x in report.quantized}
-    if found != said:
-        name = min(k for k in found.keys() | said.keys() if found.get(k) != said.get(k))
-        sizes = [list(layers[name]) if name in layers else "none" for layers in (found, said)]
+    reported = {format.bare(x.name): layout.padded_shape(*x.shape) for x in report.quantized}
+    if actual != reported:
+        names = actual.keys() | reported.keys()
+        name = min(k for k in names if actual.get(k) != reported.get(k))
+        sizes = [list(x[name]) if name in x else "none" for x in (actual, reported)]
         raise ValueError(
             f"the report is another model's: MXFP8 layer {quoted(name)} is {sizes[0]} in the model "
             f"and {sizes[1]} in the report, padded to whole blocks; connect the report of the node "
@@ -191,7 +212,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _write(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:
-    """Write a tensor's next bytes, some at a time: a disk may be slow, and the user impatient."""
+    """Write a tensor's next bytes in pieces, between which the user can interrupt a slow disk."""
     for start in range(0, len(data), _PIECE):
         piece = data[start : start + _PIECE]
         writer.write(key, piece)
@@ -201,7 +222,7 @@ def _write(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:
 def _marker(module) -> dict:
     """The stock marker of a loaded MXFP8 linear.
 
-    Its dtype says what the weight computes in: on a CPU ComfyUI turns BF16 models into float32.
+    Its dtype is what the weight computes in; BF16 where ComfyUI holds it in float32, as on a CPU.
     """
     dtype = "F16" if module.weight.dtype == torch.float16 else "BF16"
     marker = format.marker(tuple(module.weight.shape), dtype)
@@ -226,8 +247,8 @@ def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, t
         qdata, scale = kernels.quantize(weight)
         if (scale == layout.E8M0_NAN).any():
             raise ValueError(
-                f"{name!r} holds NaN or Inf after its LoRAs; nothing was saved. Leave out the LoRA "
-                "that does this, or lower its strength"
+                f"{name!r} holds NaN or Inf after its LoRAs; nothing was saved. Remove the LoRA "
+                "that causes this, or lower its strength"
             )
     encoded = torch.frombuffer(bytearray(format.marker_bytes(marker)), dtype=torch.uint8)
     return {name + WEIGHT: qdata, name + SCALE: scale, name + MARKER: encoded}

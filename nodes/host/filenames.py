@@ -1,10 +1,9 @@
-"""Names of files that a user types: what every system can store, and what stays in its folder.
+"""File names that a user types: names that every system can store, and that stay in their folder.
 
 A workflow comes from anywhere, and runs on Windows, Linux and macOS. A name that one of them reads
-otherwise (`C:x` and `a\\b` on Windows, a trailing dot, `NUL`) is refused on all of them, so that
-what was tested on one holds on the others. Where the path that results leads, links followed, is
-for `check_target` to say. The alternative, to replace what is not allowed, would write a file that
-nobody asked for.
+differently (`C:x` and `a\\b` on Windows, a trailing dot, `NUL`) is refused on all of them, so that
+tests on one hold for the others. `check_target` checks where the resulting path leads, links
+followed. Rejected: replacing what is not allowed, which would write a file that nobody asked for.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ def check_name(widget: str, name: str) -> str:
             f"{widget} has {len(name)} characters; a name with its folders may have {_LONGEST}"
         )
     if not name.isprintable():
-        raise ValueError(f"{widget} {name!r} holds a character that cannot be seen; remove it")
+        raise ValueError(f"{widget} {name!r} holds a character that is not printable; remove it")
     name = name.replace("\\", "/")
     *_, last = parts = name.split("/")
     if last.strip() in ("", ".", ".."):
-        raise ValueError(f"{widget} {name!r} names no file; add a name")
+        raise ValueError(f"{widget} {name!r} is not a file name; add a name")
     for part in parts:
         problem = None if part in ("", ".", "..") else _problem(part)
         if problem is not None:
@@ -50,13 +49,13 @@ def _problem(part: str) -> str | None:
     """Why a file or folder cannot have this name everywhere."""
     if len(part.encode()) > _LONGEST_PART:
         return f"is longer than {_LONGEST_PART} bytes"
-    found = next((c for c in part if c in _FORBIDDEN), None)
-    if found is not None:
-        return f"holds {found!r}, which Windows has no names with"
+    forbidden = next((c for c in part if c in _FORBIDDEN), None)
+    if forbidden is not None:
+        return f"contains {forbidden!r}, which Windows does not allow in names"
     if part != part.strip(" ") or part.endswith("."):
-        return "begins or ends with a space or ends with a dot, which Windows leaves out"
+        return "begins or ends with a space or ends with a dot, which Windows drops"
     if _RESERVED.match(part):
-        return "is a device on Windows"
+        return "is a device name on Windows"
     return None
 
 
@@ -70,7 +69,7 @@ def check_target(folder: str, target) -> None:
     if not any(is_inside(root, target) for root in roots):
         raise ValueError(
             f"{target.name!r} would be written outside the model folder {folder!r}, through a "
-            "link; give a target, which lies in the folder itself"
+            "link; give a target name, which is created in the folder itself"
         )
 
 

@@ -62,11 +62,11 @@ def _single_files(folder: str) -> list[str]:
 
 
 def _sharded(folder: str) -> dict[str, str]:
-    """What models in several files are called in the list -> the names of their indexes.
+    """Models in several files: their name in the list -> the name of their index.
 
-    ComfyUI lists no indexes, but it does list shards, and an index lies beside them.
+    ComfyUI does not list indexes, but it does list shards, and an index lies beside them.
     """
-    found: dict[str, str] = {}
+    index_of: dict[str, str] = {}
     parts = filter(shards.is_shard, folder_paths.get_filename_list(folder))
     for place, part in sorted({Path(part).parent: part for part in parts}.items()):
         path = folder_paths.get_full_path(folder, part)
@@ -74,9 +74,9 @@ def _sharded(folder: str) -> dict[str, str]:
         alone = len(indexes) == 1 and place.name
         for index in indexes:
             names = (_model_folder(place), place, index) if alone else (index,)
-            name = next(n for n in map(str, names) if n not in found)
-            found[name] = str(index)
-    return found
+            name = next(n for n in map(str, names) if n not in index_of)
+            index_of[name] = str(index)
+    return index_of
 
 
 def _model_folder(place: Path) -> Path:
@@ -85,18 +85,19 @@ def _model_folder(place: Path) -> Path:
 
 
 def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
-    """Where a file made from another goes: into the model folder its source is in.
+    """The path of a file made from another: in the model folder that its source is in.
 
     Args:
-        source: the resolved source; choice: as it was picked, "folder/name".
+        source: the resolved source.
+        choice: as it was chosen, "folder/name".
         name: file name as typed, with subfolders if wanted; empty for the source's name with
-            "-suffix", beside it: beside its folder if the model has that to itself.
+            "-suffix", beside it, or beside its folder if the folder holds only that model.
 
     Raises:
         ValueError: some system cannot store the name, or it leaves the model folder.
     """
     folder, _, chosen = choice.partition("/")
-    # By name, not by what links lead to: a linked model belongs to the folder that lists it.
+    # Links are not followed: a linked model belongs to the folder that lists it.
     roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
     root = next(root for root in roots if source.is_relative_to(root))
     if not name.strip():
@@ -114,7 +115,7 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def folder_of(target: Path) -> Iterator[None]:
-    """Make the folder of a file to be; if making the file fails, new folders go again."""
+    """Make the folder of a file that will be written; new ones are removed if that fails."""
     with _new_folders(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -122,13 +123,13 @@ def folder_of(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_folders(folder: Path) -> Iterator[None]:
-    """Remove a folder and those around it on an error, but for those that are there already."""
+    """On an error, remove a folder and its parents, except those that exist already."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
     try:
         yield
     except BaseException:
         for new in missing:
-            with contextlib.suppress(OSError):  # it holds something by now
+            with contextlib.suppress(OSError):  # not empty by now
                 new.rmdir()
         raise
 
@@ -150,7 +151,7 @@ def save_path(prefix: str) -> Path:
 
 @contextlib.contextmanager
 def saving(prefix: str) -> Iterator[Path]:
-    """`save_path`, whose new folders go again if making the file fails."""
+    """`save_path`; new folders are removed if writing the file fails."""
     root = folder_paths.get_output_directory()
     _check_inside_output(root, prefix, Path(root) / prefix)
     with tempfile.TemporaryDirectory() as elsewhere:  # ComfyUI makes the folder that it names
@@ -176,20 +177,20 @@ def list_calibrations() -> list[str]:
 
 
 def calibration_path(name: str) -> Path:
-    """Where a listed calibration is.
+    """The path of a listed calibration.
 
     Raises:
-        FileNotFoundError: it is not there any more.
+        FileNotFoundError: it no longer exists.
     """
     if name not in list_calibrations():
         raise FileNotFoundError(
-            f"there is no {name!r} in output/{CALIBRATIONS} any more; choose another, or save one"
+            f"{name!r} is no longer in output/{CALIBRATIONS}; choose another, or save one"
         )
     return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
 
 
 def temporary_path() -> Path:
-    """A name for a new file in ComfyUI's temp folder, which it empties when it starts and stops."""
+    """A path for a new file in ComfyUI's temp folder, which ComfyUI empties on start and exit."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"mxfp8-{uuid.uuid4().hex}.safetensors"
@@ -201,5 +202,5 @@ def delete_with(owner, path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+    with contextlib.suppress(OSError):  # Windows does not delete a mapped file
         path.unlink()

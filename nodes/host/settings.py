@@ -1,10 +1,10 @@
-"""What a user chose in ComfyUI's settings, as far as it concerns the server.
+"""The user's choices in ComfyUI's settings that concern the server.
 
-ComfyUI keeps the browser's settings in `user/default/comfy.settings.json`, and has no way to read
-them but for a web request. A run belongs to none, so the file is read: before each run, in 0.1 ms.
-Where ComfyUI serves several users (`--multi-user`), whose run it is cannot be seen, and settings
-are as they come, which is logged. Whoever runs without a browser sets environment variables, which
-win.
+ComfyUI keeps the browser's settings in `user/default/comfy.settings.json`, and has a function to
+read them only for a web request. A run is none, so the file is read before each run, in 0.1 ms.
+Where ComfyUI serves several users (`--multi-user`), a run does not show whose it is, so the
+settings are ignored, which is logged. Environment variables override them, for servers without a
+browser.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _boolean(key: str, default: bool) -> bool:
 
 @cache
 def _notice_ignored(key: str) -> None:
-    """Say once that what users chose is not heeded."""
+    """Log once that the users' choice is ignored."""
     logger.warning(
         "MXFP8: ComfyUI serves several users, so the setting %s is ignored; set %s=0 or 1 for all.",
         key,
@@ -54,7 +54,7 @@ def _stored() -> dict:
     """The settings of ComfyUI's only user; none where the file is missing or damaged."""
     path = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
     try:
-        found = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}

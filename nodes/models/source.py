@@ -1,8 +1,8 @@
-"""A loaded model as something to convert or save: its tensors by name, LoRAs baked in.
+"""A loaded model as a source to convert or save: its tensors by name, LoRAs baked in.
 
-Weights come as the model was loaded, whatever is merged into them at the moment: the originals are
-in the patcher's backup while a LoRA is merged. Patches are then applied in float32 and the result
-is handed on in float32 to the quantizer, or rounded once to the weight's own dtype.
+Weights are those that were loaded, whatever is merged into them now: while a LoRA is merged, the
+originals are in the patcher's backup. Patches are applied in float32, and the result goes to the
+quantizer in float32, or is rounded once to the weight's own dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX = "diffusion_model."  # of its names in the MODEL
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor: `full` is its name in the patcher, `tensor` is set where it has none."""
+    """One tensor: `full` is its name in the model; `tensor` is set if it is not in the model."""
 
     full: str
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class ModelSource:
         patcher: the MODEL. It is only read.
 
     A weight held in float32 whose values are all exact in bfloat16 or float16 counts as that: on a
-    CPU, ComfyUI holds 16-bit checkpoints in float32, and a file should not double for it.
+    CPU, ComfyUI holds 16-bit checkpoints in float32, and files should not double in size for it.
     """
 
     def __init__(self, patcher):
@@ -75,41 +75,41 @@ class ModelSource:
         return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
 
     def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """What a file's metadata must say for ComfyUI to recognize this model in it.
+        """The metadata that ComfyUI needs to recognize this model in a file.
 
-        ComfyUI tells models apart by the shapes of their tensors; of a few (LTX, MiniMax, some
+        ComfyUI tells models apart by the shapes of their tensors. For a few (LTX, MiniMax, some
         Wan) it reads the rest from metadata, which a loaded model no longer has.
 
         Args:
-            stored: shapes of the tensors whose shape in the file is another than in the model.
+            stored: shapes in the file, of tensors whose shape there may differ.
 
         Raises:
-            ValueError: with those shapes it would be taken for another model.
+            ValueError: with those shapes ComfyUI would take it for another model.
         """
         entries = [entry for entry in self._entries.values() if entry.tensor is None]
         state = {e.full.removeprefix(PREFIX): self.original(e.full) for e in entries}
         state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
-        found = detect_unet_config(state, "")
+        detected = detect_unet_config(state, "")
         for key, shape in stored.items():
             if key in state and tuple(state[key].shape) != tuple(shape):
                 state[key] = torch.empty(shape, dtype=state[key].dtype, device="meta")
-        if detect_unet_config(state, "") != found:
+        if detect_unet_config(state, "") != detected:
             raise ValueError(
                 f"padded to multiples of 32, this {self.name} would be taken for another model; "
                 "exclude its layers of other sizes"
             )
         config = self._patcher.model.model_config
-        told = {
+        undetected = {
             key: value
             for key, value in config.unet_config.items()
             if key not in config.unet_extra_config
             and isinstance(value, (bool, int, float, str, list, tuple))
-            and (found is None or found.get(key) != value)
+            and (detected is None or detected.get(key) != value)
         }
-        return {"config": json.dumps({"transformer": told})} if told else {}
+        return {"config": json.dumps({"transformer": undetected})} if undetected else {}
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
-        """Rows of a weight with its patches, as precise as they are."""
+        """Rows of a weight with its patches, unrounded."""
         return self._value(key)[first:last].to("cpu").contiguous()
 
     def pieces(self, key: str) -> Iterator[memoryview]:
@@ -125,7 +125,7 @@ class ModelSource:
 
     def original(self, full: str) -> torch.Tensor:
         """A parameter as loaded, without what is merged into it now."""
-        # In this order: what hooks found may have LoRAs merged into it already.
+        # In this order: what hooks backed up may have LoRAs merged into it.
         if full in self._patcher.backup:
             return self._patcher.backup[full].weight
         if full in self._patcher.hook_backup:
@@ -133,7 +133,7 @@ class ModelSource:
         if full in self._patcher.backup_buffers:
             return self._patcher.backup_buffers[full]
         value = comfy.utils.get_attr(self._patcher.model, full)
-        # A parameter that the checkpoint lacked: ComfyUI makes it zero when it is first used.
+        # A parameter that is not in the checkpoint: ComfyUI makes it zero when it is first used.
         return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
 
     def _add(self, key: str) -> None:

@@ -23,11 +23,11 @@ def ours(graph: Graph, name: str = "flux-mxfp8", precision: str = "auto") -> lis
     )
 
 
-def fast(graph: Graph, most_folded: float = 1.0, keep: bool = False) -> list:
+def fast(graph: Graph, most_change: float = 1.0, keep: bool = False) -> list:
     """The model on a CPU that passes for a card with FP8 tensor cores, one row being few."""
     model = graph.add(
         "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=keep,
-        most_folded=most_folded,
+        most_change=most_change,
     )  # fmt: skip
     return graph.add("MXFP8Accelerate", model=model, precision="auto")
 
@@ -38,7 +38,7 @@ def card(comfy):
     yield
     graph = Graph()
     graph.add(
-        "TestFast", model=graph.loader("flux.safetensors"), on=False, keep=False, most_folded=0.01
+        "TestFast", model=graph.loader("flux.safetensors"), on=False, keep=False, most_change=0.01
     )
     comfy.run(graph)
 
@@ -139,11 +139,11 @@ def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
     assert {really(ran[n]) for n in single} == {"eager, exact"}
 
 
-def test_layers_that_folding_would_change_too_much_are_exact(comfy, card):
-    many, small_m, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_folded=-1.0))
+def test_layers_that_row_wise_scaling_would_change_too_much_are_exact(comfy, card):
+    many, small_m, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_change=-1.0))
     check_all(many, small_m, ran)
     assert said(many[LAYER]) == really(ran[LAYER]) == "eager, exact"
-    assert many[LAYER]["reason"].startswith("exact: folding could change it by ")
+    assert many[LAYER]["reason"].startswith("exact: row-wise scaling could change it by ")
 
 
 def test_a_layer_marked_full_precision_is_exact(comfy, card):
@@ -275,7 +275,7 @@ def sum_bytes(layer: dict) -> int:
 def test_a_backend_report_wants_one_model(comfy):
     graph = Graph()
     graph.add("MXFP8BackendReport", measure=False, rows=1)
-    with pytest.raises(PromptError, match="connect a model or a text encoder"):
+    with pytest.raises(PromptError, match="connect either a model or a text encoder"):
         comfy.run(graph)
 
 
@@ -341,7 +341,7 @@ def test_nothing_to_inspect(comfy):
 # ---- settings --------------------------------------------------------------------------------
 
 
-def test_folds_are_kept_unless_the_user_turned_that_off(comfy, card):
+def test_prepared_weights_are_kept_unless_the_user_turned_that_off(comfy, card):
     """The setting as the browser stores it, and the server's next run."""
     kept = []
     for index, value in enumerate((True, False, None)):

@@ -137,7 +137,7 @@ def test_the_model_is_left_as_it_was_and_a_lora_is_part_of_it(comfy):
 
 def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     for how, message in (
-        ("bypass", "'bypass_lora' on this Flux works beside its layers"),
+        ("bypass", "'bypass_lora' on this Flux runs beside its layers"),
         ("module", "'diffusion_model' of this Flux was replaced by"),
     ):
         graph = Graph()
@@ -154,7 +154,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     graph = Graph()
     found = calibrated(graph, graph.loader("flux-mxfp8.safetensors"), "flux")
     graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
-    with pytest.raises(PromptError, match="quantized already; calibrate the BF16"):
+    with pytest.raises(PromptError, match="already quantized; calibrate the BF16"):
         comfy.run(graph)
     graph = Graph()
     found = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")
@@ -195,18 +195,17 @@ def test_the_plan_the_time_and_one_bar_for_all_runs_are_on_the_node(comfy, kind,
     bars, said = asyncio.run(asyncio.wait_for(listen(comfy, graph), 120))
     bar, texts = bars[found[0]], said[found[0]]
     plan = re.fullmatch(
-        r"(\d+ layers, [\d.]+ [kM]B in (\d+) groups?: (\d+) runs of 3 steps). Its first step "
-        "tells how long that takes.",
+        r"(\d+ layers, [\d.]+ [kM]B in (\d+) groups?: (\d+) runs of 3 steps)\. The first step "
+        r"shows how long that takes\.",
         texts[0],
     )
     assert plan, texts[0]
     groups, runs = int(plan[2]), int(plan[3])
     assert groups >= fewest and runs == 2 * groups
     steps = 3 * runs
-    assert re.fullmatch(rf"{plan[1]}\nstep 1 of {steps}, about (\d+ min )?\d+ s to go", texts[1]), (
-        texts[1]
-    )
-    assert texts[-1].startswith(plan[1]) and " rows at least" in texts[-1]
+    first = rf"{re.escape(plan[1])}\nstep 1 of {steps}, (\d+ min )?\d+ s left"
+    assert re.fullmatch(first, texts[1]), texts[1]
+    assert texts[-1].startswith(plan[1]) and ", at least " in texts[-1]
     assert bar == sorted(bar) and {most for _, most in bar} == {steps}
     assert bar[0][0] == 1 and bar[-1][0] == steps
 
@@ -256,7 +255,7 @@ def test_layers_whose_inputs_are_not_finite_are_named_with_how_many_do_not_count
     outputs = comfy.run(graph)
     said = {how: outputs[node[0]]["text"][0].splitlines() for how, node in found.items()}
     assert re.fullmatch(
-        r"\d+ layers given rows with NaN or Inf, which do not count: ('[\w.]+' \(\d+\)(, )?)+"
+        r"\d+ layers given rows with NaN or Inf, which were left out: ('[\w.]+' \(\d+\)(, )?)+"
         r"( and \d+ more)?", said["late"][-1]
     ), said  # fmt: skip
     assert any(
@@ -270,7 +269,7 @@ def test_all_moments_have_their_memory_before_the_model_runs(comfy):
     """ComfyUI fills a GPU with the model: what is asked for later is not there."""
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    model = graph.add("TestForward", model=original, how="sums", call=1)
+    model = graph.add("TestForward", model=original, how="moments", call=1)
     found = calibrated(graph, model, "flux", seeds=1, steps=1, preset="none")
     graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
     with pytest.raises(PromptError) as raised:
@@ -287,7 +286,10 @@ def test_the_model_stays_usable_when_memory_ends_or_values_are_no_numbers(comfy)
     latent = run(comfy, graph, {"before": before})
 
     for how, message in (
-        ("memory", "out of memory while this Flux was calibrated; it is as it was before. Lower"),
+        (
+            "memory",
+            "out of memory while calibrating this Flux, which is unchanged; lower memory_gb",
+        ),
         ("nan", "calibration is empty: no layer of this Flux was run on finite values"),
     ):
         failing = Graph(graph)
@@ -301,7 +303,7 @@ def test_the_model_stays_usable_when_memory_ends_or_values_are_no_numbers(comfy)
 
         again = Graph(graph)
         sampled = again.sample(original, "flux", steps=2)
-        held = again.add("TestSums", samples=sampled)
+        held = again.add("TestMoments", samples=sampled)
         saved = again.save_latent(sampled, prefix=f"after-{how}")
         outputs = comfy.run(again)
         assert outputs[held[0]]["result"] == [0], how
@@ -329,7 +331,7 @@ def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
     assert time.monotonic() - start < 2.5  # a layer takes 0.3 s here, a step over 5 s
     assert not list((comfy.base / "output").rglob("stopped*"))
     graph = Graph()  # before another model is loaded, which would take our patches off this one
-    held = graph.add("TestSums", samples=graph.add("EmptySD3LatentImage", **LATENTS["flux"][1],
+    held = graph.add("TestMoments", samples=graph.add("EmptySD3LatentImage", **LATENTS["flux"][1],
                                                    batch_size=1))  # fmt: skip
     assert comfy.run(graph)[held[0]]["result"] == [0]
 
@@ -338,4 +340,4 @@ def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
     found = calibrated(graph, original, "flux", seeds=1, steps=2)
     graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/second")
     outputs = comfy.run(graph)
-    assert " rows at least" in outputs[found[0]]["text"][0]
+    assert " rows each, in " in outputs[found[0]]["text"][0]

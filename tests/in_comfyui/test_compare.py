@@ -225,7 +225,7 @@ def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
     def took_for_a_card(graph: Graph, on: bool) -> list:
         return graph.add(
             "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=on, keep=False,
-            most_folded=1.0,
+            most_change=1.0,
         )  # fmt: skip
 
     graph = Graph()
@@ -239,7 +239,7 @@ def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
         took_for_a_card(graph, False)
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
-    note = "fast holds for inputs of many rows; of few rows they run eager, exact (up to 1)"
+    note = "fast holds for inputs of many rows; with few rows, layers run eager, exact (up to 1)"
     assert fast.model.paths == {"fp8, fast": 19} and note in fast.notes
     assert plain.model.paths == {"eager, exact": 19} and note not in plain.notes
 
@@ -321,7 +321,7 @@ def test_a_report_of_other_weights_is_refused_with_the_file(comfy):
     made = quantized(graph, graph.loader("flux.safetensors"))
     other = quantized(graph, graph.loader("flux2.safetensors"))
     for model, sentence in (
-        (with_lora(graph, made), "put on this model after the report was made; disconnect report"),
+        (with_lora(graph, made), "put on this model after the report was made; disconnect the"),
         (other, "the report is another model's: MXFP8 layer"),
     ):
         save = graph.add(

@@ -1,7 +1,7 @@
 """Fast layers in the real ComfyUI, by plain torch on a CPU that the pack takes for a newer card.
 
-What is tested is what a card does not change: which layers are fast, folded weights that are kept,
-dropped and made anew, activations shared by siblings, LoRAs, clones, torch.compile.
+What is tested does not depend on the card: which layers are fast, prepared weights that are kept,
+dropped and prepared again, inputs shared by siblings, LoRAs, clones, torch.compile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from graphs import SAME, Graph, difference, latents
 pytestmark = pytest.mark.comfy
 
 LORA = {"lora_name": "lora.safetensors", "strength_model": 1.0}
-FOLDED = {"flux": 13, "wan": 10}  # layers that are given more than one row
+PREPARED = {"flux": 13, "wan": 10}  # layers that are given more than one row
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +22,21 @@ def off_again(comfy):
     yield
     graph = Graph()
     model = graph.loader("flux.safetensors")
-    graph.add("TestFast", model=model, on=False, keep=False, most_folded=1.0)
+    graph.add("TestFast", model=model, on=False, keep=False, most_change=1.0)
     comfy.run(graph)
 
 
-def fast(graph: Graph, kind: str, keep: bool = True, most_folded: float = 1.0, lora=False) -> list:
+def fast(graph: Graph, kind: str, keep: bool = True, most_change: float = 1.0, lora=False) -> list:
     model = graph.add(
         "TestFast", model=graph.loader(f"{kind}-mxfp8.safetensors"), on=True, keep=keep,
-        most_folded=most_folded,
+        most_change=most_change,
     )  # fmt: skip
     model = graph.add("MXFP8Accelerate", model=model, precision="auto")
     return graph.add("LoraLoaderModelOnly", model=model, **LORA) if lora else model
 
 
 def sampled(comfy, kind: str, after=lambda graph, model: model, **options):
-    """(latent, folded weights that are kept) of a fast model."""
+    """(latent, number of prepared weights that are kept) of a fast model."""
     graph = Graph()
     model = after(graph, fast(graph, kind, **options))
     samples = graph.sample(model, kind)
@@ -49,24 +49,24 @@ def sampled(comfy, kind: str, after=lambda graph, model: model, **options):
 @pytest.fixture(scope="module")
 def exact(comfy):
     found = {}
-    for kind in FOLDED:
+    for kind in PREPARED:
         graph = Graph()
         saved = graph.save_latent(graph.sample(graph.loader(f"{kind}-mxfp8.safetensors"), kind))
         found[kind] = latents(comfy.run(graph), saved, comfy.base)
     return found
 
 
-@pytest.mark.parametrize("kind", FOLDED)
-def test_fast_is_near_exact_and_the_same_whether_folds_are_kept(comfy, exact, kind):
-    folded_each_time, none = sampled(comfy, kind, keep=False)
+@pytest.mark.parametrize("kind", PREPARED)
+def test_fast_is_close_to_exact_and_the_same_whether_prepared_weights_are_kept(comfy, exact, kind):
+    prepared_each_time, none = sampled(comfy, kind, keep=False)
     kept, count = sampled(comfy, kind)
     assert none == 0
-    assert count == FOLDED[kind]
-    assert difference(kept, folded_each_time) == 0
+    assert count == PREPARED[kind]
+    assert difference(kept, prepared_each_time) == 0
     assert 1e-4 < difference(kept, exact[kind]) < 0.1
 
 
-def test_a_merged_lora_is_folded_anew_and_gone_when_it_is_gone(comfy):
+def test_a_merged_lora_is_in_the_prepared_weights_until_it_is_removed(comfy):
     plain, _ = sampled(comfy, "flux")
     merged, count = sampled(comfy, "flux", lora=True)
     again, _ = sampled(comfy, "flux")
@@ -77,7 +77,7 @@ def test_a_merged_lora_is_folded_anew_and_gone_when_it_is_gone(comfy):
     assert difference(again, plain) == 0
 
 
-def test_unloading_drops_the_folds_and_loading_makes_them_anew(comfy):
+def test_unloading_drops_prepared_weights_and_loading_makes_them_again(comfy):
     graph = Graph()
     model = fast(graph, "flux")
     first = graph.sample(model, "flux")
@@ -96,12 +96,14 @@ def test_unloading_drops_the_folds_and_loading_makes_them_anew(comfy):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_folds_go_with_their_patcher_and_are_not_kept_where_a_lora_is_merged_unseen(comfy, lora):
+def test_prepared_weights_go_with_their_patcher_and_are_not_kept_where_a_lora_is_merged_unseen(
+    comfy, lora
+):
     """Under dynamic VRAM stock merges a LoRA into what a layer is given, not into its weight."""
     graph = Graph()
     model = graph.add(
         "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=True,
-        most_folded=1.0,
+        most_change=1.0,
     )  # fmt: skip
     if lora:
         model = graph.add("LoraLoaderModelOnly", model=model, **LORA)
@@ -126,12 +128,12 @@ def test_other_states_of_a_model_compute_the_same(comfy, how):
     assert difference(found, wanted) < SAME
 
 
-def test_layers_that_folding_would_change_too_much_run_exact_and_say_so(comfy, exact):
-    found, kept = sampled(comfy, "flux", most_folded=-1.0)
+def test_layers_that_row_wise_scaling_would_change_too_much_run_exact(comfy, exact):
+    found, kept = sampled(comfy, "flux", most_change=-1.0)
     assert kept == 0
     assert difference(found, exact["flux"]) < SAME
-    said = comfy.log.read_text(errors="replace")
-    assert "layers run exact: one scale per row, which FP8 tensor cores need" in said
+    log = comfy.log.read_text(errors="replace")
+    assert "layers run exact: one scale per row, which FP8 tensor cores need" in log
 
 
 def test_siblings_quantize_their_input_once(comfy):
@@ -140,7 +142,7 @@ def test_siblings_quantize_their_input_once(comfy):
     model = fast(graph, "wan", keep=False)
     samples = graph.sample(model, "wan", steps=2)
     counted = graph.add("TestReuse", model=model, samples=samples)
-    kept, folded, quantized = comfy.run(graph)[counted[0]]["result"]
+    kept, prepared, quantized = comfy.run(graph)[counted[0]]["result"]
     assert kept == 0
-    assert folded - quantized == 2 * 3
-    assert quantized == 2 * (FOLDED["wan"] - 3)
+    assert prepared - quantized == 2 * 3
+    assert quantized == 2 * (PREPARED["wan"] - 3)

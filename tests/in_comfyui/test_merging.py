@@ -261,5 +261,5 @@ def test_a_model_as_lora_is_added_or_refused(comfy):
         ckpt_name="checkpoint-mxfp8.safetensors", strength_model=1.0,
     )  # fmt: skip
     graph.save_latent(sample(graph, load_ours(graph, "flux"), hooked(graph, hooks)))
-    with pytest.raises(PromptError, match=r"raw codes would be taken.*use its BF16 original"):
+    with pytest.raises(PromptError, match=r"raw codes would be used.*use its BF16 original"):
         comfy.run(graph)

@@ -79,7 +79,7 @@ def test_a_bf16_model_loads_as_stock_loads_it_with_a_notice(comfy):
              (("ours", ours), ("stock", stock))}  # fmt: skip
     found = run(comfy, graph, saved)
     assert difference(found["ours"], found["stock"]) == 0
-    assert "nothing in this Flux is MXFP8" in comfy.log.read_text(errors="replace")
+    assert "no layer of this Flux is MXFP8" in comfy.log.read_text(errors="replace")
 
 
 def with_lora(graph: Graph, model: list, loader: str, then: str | None) -> list:

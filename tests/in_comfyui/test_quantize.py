@@ -199,13 +199,13 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
     model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux.safetensors"),
                       lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
     save(graph, quantize(graph, model), "bypass")
-    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux runs beside its layers"):
         comfy.run(graph)
     graph = Graph()
     model = graph.add("LoraLoaderBypassModelOnly", model=graph.loader("flux-mxfp8.safetensors"),
                       lora_name="lora.safetensors", strength_model=1.0)  # fmt: skip
     save(graph, model, "bypass")
-    with pytest.raises(PromptError, match="'bypass_lora' on this Flux works beside its layers"):
+    with pytest.raises(PromptError, match="'bypass_lora' on this Flux runs beside its layers"):
         comfy.run(graph)
     assert not list((comfy.base / "output").rglob("bypass*"))
 
@@ -229,7 +229,7 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("flux-mxfp8", {}, r"this Flux is quantized already \('[\w.]+' is mxfp8\)"),
+        ("flux-mxfp8", {}, r"this Flux is already quantized \('[\w.]+' is mxfp8\)"),
         ("flux", {"exclude": "."}, "no layer to quantize"),
         ("flux", {"include": "("}, "is no regular expression"),
     ],

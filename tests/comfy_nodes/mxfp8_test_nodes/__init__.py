@@ -271,7 +271,7 @@ class TestForward(_Node):
     have memory on a call; or whose single blocks are skipped."""
 
     INPUTS = {
-        "model": "MODEL", "how": (["memory", "slow", "nan", "late", "huge", "sums", "skip"],),
+        "model": "MODEL", "how": (["memory", "slow", "nan", "late", "huge", "moments", "skip"],),
         "call": ("INT", {"default": 0}),  # the one that fails, over all layers
     }  # fmt: skip
     RETURN_TYPES = ("MODEL",)
@@ -293,8 +293,8 @@ class TestForward(_Node):
                 calls.append(x.shape)
                 if how == "memory" and len(calls) == call:
                     torch.empty(1 << 60, dtype=torch.uint8)
-                if how == "sums" and len(calls) == call:
-                    raise RuntimeError(f"{_held_sums()} layers have memory")
+                if how == "moments" and len(calls) == call:
+                    raise RuntimeError(f"{_reserved()} layers have memory")
                 if how == "slow":
                     time.sleep(0.3)
                 out = forward(x, *args, **options)
@@ -311,7 +311,7 @@ class TestForward(_Node):
         return (clone,)
 
 
-class TestSums(_Node):
+class TestMoments(_Node):
     """How many layers' moments are in memory once `samples` are there."""
 
     INPUTS = {"samples": "LATENT"}
@@ -322,10 +322,10 @@ class TestSums(_Node):
         return float("nan")
 
     def run(self, samples):
-        return {"ui": {"result": [_held_sums()]}}
+        return {"ui": {"result": [_reserved()]}}
 
 
-def _held_sums() -> int:
+def _reserved() -> int:
     gc.collect()
     kind = _pack("quant.conversion.calibration").HessianAccumulator
     return sum(isinstance(o, kind) and o._second is not None for o in gc.get_objects())
@@ -366,8 +366,8 @@ class TestFast(_Node):
     INPUTS = {
         "model": "MODEL",
         "on": "BOOLEAN",
-        "keep": "BOOLEAN",  # whether folded weights are kept
-        "most_folded": ("FLOAT", {"default": 1.0}),
+        "keep": "BOOLEAN",  # whether prepared weights are kept
+        "most_change": ("FLOAT", {"default": 1.0}),
     }
     RETURN_TYPES = ("MODEL",)
     OUTPUT_NODE = True
@@ -376,31 +376,27 @@ class TestFast(_Node):
     def IS_CHANGED(cls, **_):
         return float("nan")
 
-    def run(self, model, on, keep, most_folded):
-        dispatch, reuse = _pack("kernels.dispatch"), _pack("nodes.runtime.cache")
+    def run(self, model, on, keep, most_change):
+        dispatch, cache = _pack("kernels.dispatch"), _pack("nodes.runtime.cache")
 
         def unsupported_reason(problem):
             linear = problem.op == "linear" and problem.precision == "fast"
             return None if linear and not problem.small_m else "not here"
 
         fast_linear = dispatch.fp8_rowwise
+        reason = unsupported_reason if on else fast_linear.unsupported_reason
         dispatch.BACKENDS = tuple(
-            dataclasses.replace(
-                b, unsupported_reason=unsupported_reason if on else fast_linear.unsupported_reason
-            )
-            if (b.input_form == "rowwise")
-            else b
+            dataclasses.replace(b, unsupported_reason=reason) if b.input_form == "rowwise" else b
             for b in dispatch.BACKENDS
         )
         fast_linear.SMALL_M = 1 if on else 64
-        reuse.RESERVE = -(1 << 60) if keep else 1 << 60
-        reuse.SHARE = 1 << 62
-        _pack("nodes.runtime.patch").MAX_ROWWISE_CHANGE = most_folded
-        for cache in (dispatch._choose, dispatch._test):
-            cache.cache_clear()
-        dispatch.input_form(
-            torch.device("cpu"), torch.float32, "auto"
-        )  # its self-test is not counted
+        cache.RESERVE = -(1 << 60) if keep else 1 << 60
+        cache.SHARE = 1 << 62
+        _pack("nodes.runtime.patch").MAX_ROWWISE_CHANGE = most_change
+        for cached in (dispatch._choose, dispatch._test):
+            cached.cache_clear()
+        # Here, so that calls of its self-test are not counted.
+        dispatch.input_form(torch.device("cpu"), torch.float32, "auto")
         for name in ("to_rowwise_eager", "quantize_rowwise_eager"):
             _count(_pack("kernels.backends.fp8_rowwise"), name)
         return (model,)
@@ -433,8 +429,8 @@ class TestBackend(_Node):
 
 
 class TestReuse(_Node):
-    """How many folded weights a model keeps once `samples` are there, how often weights were
-    folded since the last TestFast, and how often activations were quantized."""
+    """How many prepared weights a model keeps once `samples` are there, how often weights were
+    prepared since the last TestFast, and how often inputs were quantized."""
 
     INPUTS = {"model": "MODEL", "samples": "LATENT"}
     OUTPUT_NODE = True
@@ -444,34 +440,34 @@ class TestReuse(_Node):
         return float("nan")
 
     def run(self, model, samples):
-        folds = _pack("nodes.runtime.cache")._models.get(model.model)
-        kept = 0 if folds is None else len(folds.kept)
+        kept = len(_pack("nodes.runtime.cache").model_state(model.model).prepared)
         module = _pack("kernels.backends.fp8_rowwise")
         calls = [module.to_rowwise_eager.calls, module.quantize_rowwise_eager.calls]
         return {"ui": {"result": [kept, *calls]}}
 
 
 class TestKeeping(_Node):
-    """Whether a model may keep folded weights: as it is, as if under dynamic VRAM, and what is
-    left of them when its patcher is gone."""
+    """How many prepared weights a model may keep: as it is, as if under dynamic VRAM, and how many
+    are left when its patcher is gone."""
 
     INPUTS = {"model": "MODEL"}
     OUTPUT_NODE = True
 
     def run(self, model):
-        reuse = _pack("nodes.runtime.cache")
+        cache = _pack("nodes.runtime.cache")
         linears = [m for m in model.model.modules() if getattr(m, "quant_format", None)]
-        found = {}
+        cache.attach(model.model, linears)
+        state, kept = cache.model_state(model.model), {}
         for name, members in (("static", {}), ("dynamic", {"is_dynamic": lambda self: True})):
             clone = model.clone()
             clone.__class__ = type(name, (type(clone),), members)
-            reuse.allow(clone, linears)
-            folds = [reuse.folded(m, m.weight) for m in linears]
-            found[name] = sum(fold is not None for fold in folds)
-            del clone, folds
+            state.keep(clone, wanted=True)
+            prepared = [cache.prepared_weight(m, m.weight) for m in linears]
+            kept[name] = sum(weight is not None for weight in prepared)
+            del clone, prepared
             gc.collect()
-            found[f"{name}, gone"] = len(reuse._models[model.model].kept)
-        return {"ui": {"result": [json.dumps(found)]}}
+            kept[f"{name}, gone"] = len(state.prepared)
+        return {"ui": {"result": [json.dumps(kept)]}}
 
 
 NODE_CLASS_MAPPINGS = {
@@ -479,7 +475,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestForward, TestSums, TestRights, TestFast, TestBackend,
+        TestMemory, TestFail, TestForward, TestMoments, TestRights, TestFast, TestBackend,
         TestReuse, TestKeeping,
     )
 }  # fmt: skip
