@@ -1,4 +1,4 @@
-"""Reading a file: what is accepted, and that every damage is refused by file, tensor and rule."""
+"""Reading a file: what is accepted, and an example of every rule by which a file is refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import struct
 
 import pytest
 import torch
-from checkpoints import GOLDEN, load, raw, write_raw
-from safetensors import safe_open
+from checkpoints import write_raw
 from safetensors.torch import save_file
 
 from mxfp8.quant.container.header import MAX_HEADER
@@ -24,7 +23,7 @@ def entry(begin, end, dtype="U8", shape=None):
     }
 
 
-def refusal(path, part="tensors") -> str:
+def error_of(path, part="tensors") -> str:
     """The message with which reading `part` of a header fails; it must name the file."""
     with pytest.raises(FormatError) as caught:
         getattr(read_header(path), part)
@@ -47,7 +46,7 @@ def refusal(path, part="tensors") -> str:
 def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    assert rule in refusal(path)
+    assert rule in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +59,20 @@ def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
         (b"[]", "not a JSON object"),
         (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper than 32 levels"),
         (b'{"a": NaN}', "NaN is no JSON number"),
-        (b'{"a": {"shape": [-Infinity]}}', "-Infinity is no JSON number"),
+        (b'{"a": 1e400}', "1e400 is no JSON number"),
+        (b'{"a": -0}', "-0 is no JSON number"),
+        (b'{"a": ' + b"9" * 301 + b"}", "a number of 301 digits is no JSON number"),
         (b'{"a": {}, "a": {}}', "'a' twice"),
-        (b'{"a": {"dtype": "U8", "dtype": "I8"}}', "'dtype' twice"),
     ],
 )
 def test_a_header_that_is_no_plain_json_object_is_refused(tmp_path, text, rule):
-    assert rule in refusal(write_raw(tmp_path / "bad.safetensors", text))
+    assert rule in error_of(write_raw(tmp_path / "bad.safetensors", text))
 
 
 @pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, ["a"], "a", {"a": "\ud800"}])
 def test_metadata_must_map_strings_to_strings(tmp_path, metadata):
     path = write_raw(tmp_path / "bad.safetensors", {"__metadata__": metadata})
-    assert "__metadata__ must map strings to strings" in refusal(path)
+    assert "__metadata__ must map strings to strings" in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_metadata_must_map_strings_to_strings(tmp_path, metadata):
         (entry(0, 4, shape=[4.0]), "list of sizes"),
         (entry(0, 4, shape=[4] + [1] * 64), "at most 64"),
         (entry(0, 0, shape=[0, 2**62, 2]), "fewer than 2**63 elements"),
-        (entry(0, 4, shape=[2**62] * 64), "fewer than 2**63 elements"),
-        (entry(0, 4, "U8" * 10**6), "..."),
+        ({**entry(0, 4), "x": []}, "a further field that is no plain value"),
+        ({**entry(0, 4), "x": "\ud800"}, "a further field that is no plain value"),
+        ({**entry(0, 4), "\ud800": 1}, "a further field that is no plain value"),
+        ({**entry(0, 4), "data_offsets": 4}, "two sizes"),
         ({**entry(0, 4), "data_offsets": [0, 2, 4]}, "two sizes"),
         ({**entry(0, 4), "data_offsets": ["0", "4"]}, "two sizes"),
-        ({**entry(0, 4), "data_offsets": [-4, 0]}, "two sizes"),
         ({**entry(0, 4), "data_offsets": [4, 0]}, "span -4"),
         (entry(0, 4, shape=[5]), "5 bytes, but its data_offsets span 4"),
-        (entry(0, 4, "F32", [2]), "8 bytes, but its data_offsets span 4"),
         (entry(0, 1, "F4", [3]), "its data_offsets span 1"),
     ],
 )
 def test_a_bad_entry_is_refused_by_tensor_and_rule(tmp_path, value, rule):
     path = write_raw(tmp_path / "bad.safetensors", {"some.weight": value}, bytes(4))
-    message = refusal(path)
+    message = error_of(path)
     assert rule in message
     assert "'some.weight'" in message
 
@@ -120,7 +120,7 @@ def test_a_bad_entry_is_refused_by_tensor_and_rule(tmp_path, value, rule):
 )
 def test_tensors_must_fill_the_file_exactly(tmp_path, spans, size, rule):
     header = {name: entry(*span) for name, span in zip("ab", spans, strict=False)}
-    assert rule in refusal(write_raw(tmp_path / "bad.safetensors", header, bytes(size)))
+    assert rule in error_of(write_raw(tmp_path / "bad.safetensors", header, bytes(size)))
 
 
 def test_offsets_count_from_the_start_of_the_file_and_order_is_theirs(tmp_path):
@@ -141,23 +141,6 @@ def test_offsets_count_from_the_start_of_the_file_and_order_is_theirs(tmp_path):
     assert found.file_size == len(content)
 
 
-def test_a_file_without_tensors_is_a_file(tmp_path):
-    assert read_header(write_raw(tmp_path / "none.safetensors", {})).tensors == {}
-
-
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
-def test_the_safetensors_library_agrees(path):
-    header, content = read_header(path), path.read_bytes()
-    tensors, metadata = load(path)
-    assert header.metadata == metadata
-    assert header.tensors.keys() == tensors.keys()
-    with safe_open(path, "pt") as file:
-        for name, info in header.tensors.items():
-            view = file.get_slice(name)
-            assert (info.dtype, list(info.shape)) == (view.get_dtype(), view.get_shape())
-            assert content[info.begin : info.end] == raw(tensors[name])
-
-
 MARKER = {"format": "mxfp8", "group_size": 32, "orig_shape": [30, 40]}
 
 
@@ -166,8 +149,12 @@ def as_tensor(conf) -> torch.Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def layer_file(folder, header=None, tensor=None, **replaced):
-    """A [30, 40] MXFP8 layer "a" with these markers; `replaced` swaps tensors, None drops one."""
+def layer_file(folder, header=None, tensor=None, prefix="", **replaced):
+    """A [30, 40] MXFP8 layer "a" with these markers; `replaced` swaps tensors, None drops one.
+
+    Args:
+        prefix: of the keys of its tensors, which the header's marker leaves out.
+    """
     parts = {
         "weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
         "weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
@@ -179,8 +166,24 @@ def layer_file(folder, header=None, tensor=None, **replaced):
         text = header if isinstance(header, str) else json.dumps({"layers": {"a": header}})
         metadata = {"_quantization_metadata": text}
     path = folder / "layer.safetensors"
-    save_file({f"a.{name}": t for name, t in parts.items() if t is not None}, path, metadata)
+    tensors = {f"{prefix}a.{name}": t for name, t in parts.items() if t is not None}
+    save_file(tensors, path, metadata)
     return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({"weight": torch.zeros(30, 64, dtype=torch.float8_e4m3fn)}, (30, 40)),  # rows unpadded
+        ({"weight_scale": torch.zeros(128, 4, dtype=torch.uint8).view(torch.float8_e8m0fnu)},
+         (30, 40)),
+        ({"header": {"format": "mxfp8"}}, (32, 64)),  # nothing is known to be padding
+        ({"header": {**MARKER, "orig_shape": None}}, (32, 64)),
+    ],
+)  # fmt: skip
+def test_other_forms_of_a_layer(tmp_path, changes, shape):
+    layer = read_header(layer_file(tmp_path, **{"header": MARKER, **changes})).layers["a"]
+    assert layer.shape == shape
 
 
 @pytest.mark.parametrize("markers", [(MARKER, None), (None, MARKER), (MARKER, MARKER)])
@@ -193,19 +196,8 @@ def test_a_layer_is_found_by_its_header_marker_its_tensor_or_both(tmp_path, mark
 
 
 def test_a_header_marker_may_leave_out_the_prefix_of_its_tensors(tmp_path):
-    tensors = {
-        "model.diffusion_model.a.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
-        "model.diffusion_model.a.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
-    }
-    markers = {"_quantization_metadata": json.dumps({"layers": {"a": MARKER}})}
-    save_file(tensors, tmp_path / "f", markers)
-    assert list(read_header(tmp_path / "f").layers) == ["model.diffusion_model.a"]
-
-
-def test_rows_may_be_stored_without_padding(tmp_path):
-    weight = torch.zeros(30, 64, dtype=torch.float8_e4m3fn)
-    layer = read_header(layer_file(tmp_path, MARKER, weight=weight)).layers["a"]
-    assert layer.shape == (30, 40)
+    path = layer_file(tmp_path, MARKER, prefix="model.diffusion_model.")
+    assert list(read_header(path).layers) == ["model.diffusion_model.a"]
 
 
 def test_unknown_fields_of_markers_are_kept(tmp_path):
@@ -231,59 +223,38 @@ def test_banks_of_experts_are_checked_and_left_to_stock(tmp_path):
     ("changes", "rule"),
     [
         ({"header": {"format": "mxfp8", "num_experts": 3}}, "of 3: weight [4, 32, 64]"),
-        ({"header": {"format": "mxfp8", "num_experts": "4"}}, "of '4': weight"),
+        ({"header": {"format": "mxfp8", "num_experts": 4, "group_size": 16}}, "MXFP8 has 32"),
         ({"weight_scale": torch.zeros(128, 4, dtype=torch.uint8)}, "scales [4, 128, 4]"),
         ({"weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn)}, "must be 3-D F8_E4M3"),
     ],
 )
 def test_a_bank_of_experts_that_does_not_fit_is_refused(tmp_path, changes, rule):
     bank = {"header": {"format": "mxfp8", "num_experts": 4}, **BANK, **changes}
-    assert rule in refusal(layer_file(tmp_path, **bank), "experts")
+    assert rule in error_of(layer_file(tmp_path, **bank), "experts")
 
 
-@pytest.mark.parametrize("name", ["mxfp9", "MXFP8", "", "int4"])
-def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path, name):
-    header = read_header(layer_file(tmp_path, header={"format": name}))
-    with pytest.raises(FormatError, match=f"layer.safetensors: layer 'a' is marked as '{name}'; .*"
-                       "mxfp8, float8_e4m3fn"):  # fmt: skip
+def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path):
+    header = read_header(layer_file(tmp_path, header={"format": "MXFP8"}))
+    with pytest.raises(FormatError, match=r"layer 'a' is marked as 'MXFP8'; .*mxfp8, float8"):
         header.check_layers()
-    header.check_layers(formats=[name])
-
-
-def test_two_markers_in_the_header_for_one_layer_must_agree(tmp_path):
-    tensors = {
-        "model.a.weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn),
-        "model.a.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
-    }
-    for other, fine in ((MARKER, True), ({**MARKER, "orig_shape": [32, 64]}, False)):
-        markers = json.dumps({"layers": {"a": MARKER, "model.a": other}})
-        save_file(tensors, tmp_path / "f", {"_quantization_metadata": markers})
-        header = read_header(tmp_path / "f")
-        if fine:
-            assert list(header.layers) == ["model.a"]
-        else:
-            assert "'model.a' says orig_shape [32, 64]" in refusal(tmp_path / "f", "markers")
+    header.check_layers(formats=["MXFP8"])
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     path = write_raw(tmp_path / "bad.safetensors", b'{"\\ud800": {}}')
-    assert "its name is no valid text" in refusal(path)
+    assert "its name is no valid text" in error_of(path)
 
 
 def test_messages_stay_short_whatever_the_names(tmp_path):
     header = {"a" * 10**6: {**entry(0, 4), "shape": [[1] * 10**5]}}
-    message = refusal(write_raw(tmp_path / "bad.safetensors", header, bytes(4)))
+    message = error_of(write_raw(tmp_path / "bad.safetensors", header, bytes(4)))
     assert len(message) < 1000
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "thing")
-    assert "it is a folder, pipe or device" in refusal(tmp_path / "thing")
-
-
-def test_without_a_marker_there_is_no_layer(tmp_path):
-    assert read_header(layer_file(tmp_path)).layers == {}
+    assert "it is a folder, pipe or device" in error_of(tmp_path / "thing")
 
 
 def test_layers_come_in_the_order_of_their_weights(tmp_path):
@@ -300,18 +271,6 @@ def test_layers_come_in_the_order_of_their_weights(tmp_path):
     assert list(header.layers) != names
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
-def test_scales_may_be_u8_or_e8m0(tmp_path, dtype):
-    scale = torch.zeros(128, 4, dtype=torch.uint8).view(dtype)
-    header = read_header(layer_file(tmp_path, MARKER, weight_scale=scale))
-    assert header.layers["a"].scale.dtype == {torch.uint8: "U8"}.get(dtype, "F8_E8M0")
-
-
-def test_without_an_original_shape_nothing_is_padding(tmp_path):
-    header = read_header(layer_file(tmp_path, {"format": "mxfp8"}))
-    assert header.layers["a"].shape == (32, 64)
-
-
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("place", ["header", "tensor"])
 def test_full_precision_may_be_asked_for_in_either_marker(tmp_path, place, value):
@@ -320,9 +279,10 @@ def test_full_precision_may_be_asked_for_in_either_marker(tmp_path, place, value
     assert read_header(layer_file(tmp_path, **markers)).layers["a"].full_precision is value
 
 
-def test_other_formats_are_marked_but_are_no_mxfp8_layers(tmp_path):
-    header = read_header(layer_file(tmp_path, {"format": "float8_e4m3fn"}))
-    assert header.markers == {"a": {"format": "float8_e4m3fn"}}
+@pytest.mark.parametrize("marker", [None, {"format": "float8_e4m3fn"}])
+def test_without_a_marker_that_says_mxfp8_there_is_no_layer(tmp_path, marker):
+    header = read_header(layer_file(tmp_path, marker))
+    assert header.markers == ({} if marker is None else {"a": marker})
     assert header.layers == {}
 
 
@@ -334,21 +294,25 @@ def test_other_formats_are_marked_but_are_no_mxfp8_layers(tmp_path):
         ({"header": '{"layers": []}'}, "has no object 'layers'"),
         ({"header": '{"layers": {"a": null}}'}, "'a' names no format"),
         ({"header": {"group_size": 32}}, "'a' names no format"),
-        ({"tensor": {"format": 8}}, "'a.comfy_quant' names no format"),
         ({"tensor": b"mxfp8"}, "'a.comfy_quant' is not JSON"),
-        ({"tensor": b'"mxfp8"'}, "'a.comfy_quant' is not a JSON object"),
-        ({"header": MARKER, "tensor": {**MARKER, "format": "nvfp4"}}, "says format 'nvfp4'"),
-        ({"header": MARKER, "tensor": {**MARKER, "orig_shape": [31, 40]}}, "says orig_shape"),
+        (
+            {"header": MARKER, "tensor": {**MARKER, "orig_shape": [31, 40]}},
+            "says orig_shape [31, 40]",
+        ),
+        (
+            {"header": MARKER, "tensor": {**MARKER, "format": "nvfp4"}},
+            "says format 'nvfp4', another marker of it says 'mxfp8'",
+        ),
+        (
+            {
+                "header": json.dumps({"layers": {"a": MARKER, "model.a": {"format": "nvfp4"}}}),
+                "prefix": "model.",
+            },
+            "'model.a' says format 'nvfp4'",
+        ),
         ({"comfy_quant": torch.zeros(8, dtype=torch.int8)}, "a marker is 1-D U8"),
         ({"comfy_quant": torch.zeros(2, 8, dtype=torch.uint8)}, "a marker is 1-D U8"),
         ({"comfy_quant": torch.zeros(70_000, dtype=torch.uint8)}, "at most 65536 bytes"),
-        ({"tensor": {"format": "int8"}, "header": MARKER}, "another marker of it says 'mxfp8'"),
-        ({"tensor": {**MARKER, "group_size": 16}, "header": MARKER}, "says group_size 16"),
-        ({"tensor": {**MARKER, "note": 1}, "header": {**MARKER, "note": 2}}, "says note 1"),
-        ({"tensor": b'{"format": "mxfp8", "format": "nvfp4"}'}, "holds the key 'format' twice"),
-        ({"header": '{"layers": {"a": {}, "a": {}}}'}, "holds the key 'a' twice"),
-        ({"tensor": b'{"format": "mxfp8", "x": "\xff"}'}, "is not JSON"),
-        ({"tensor": b"[" * 60_000}, "is not JSON"),
         (
             {"tensor": {**MARKER, "full_precision_matrix_mult": "no"}},
             "full_precision_matrix_mult 'no'; it must be true or false",
@@ -356,32 +320,27 @@ def test_other_formats_are_marked_but_are_no_mxfp8_layers(tmp_path):
     ],
 )
 def test_a_bad_marker_is_refused(tmp_path, changes, rule):
-    assert rule in refusal(layer_file(tmp_path, **changes), "markers")
+    assert rule in error_of(layer_file(tmp_path, **changes), "markers")
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
         ({"weight": None}, "no tensor 'a.weight'"),
-        ({"weight": torch.zeros(32, 64, dtype=torch.bfloat16)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(32, 64, dtype=torch.float8_e5m2)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(64, dtype=torch.float8_e4m3fn)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(32, 40, dtype=torch.float8_e4m3fn)}, "columns a multiple of 32"),
         ({"weight_scale": None}, "no tensor 'a.weight_scale'"),
         ({"weight_scale": torch.zeros(128, 4)}, "must be U8 or F8_E8M0"),
         ({"weight_scale": torch.zeros(32, 2, dtype=torch.uint8)}, "needs [128, 4]"),
-        ({"weight_scale": torch.zeros(512, dtype=torch.uint8)}, "needs [128, 4]"),
         ({"header": {**MARKER, "group_size": 16}}, "group_size 16; MXFP8 has 32"),
-        ({"header": {**MARKER, "group_size": "32"}}, "group_size '32'; MXFP8 has 32"),
-        ({"weight": torch.zeros(30, 40, 2, dtype=torch.float8_e4m3fn)}, "must be 2-D F8_E4M3"),
         ({"weight": torch.zeros(31, 64, dtype=torch.float8_e4m3fn)}, "the data has shape [31, 64]"),
-        ({"weight_scale": torch.zeros(1, 128, 4, dtype=torch.uint8)}, "needs [128, 4]"),
         ({"header": {**MARKER, "orig_shape": [30, 65]}}, "pads to [32, 96]"),
         ({"header": {**MARKER, "orig_shape": [30]}}, "must be two sizes"),
         ({"header": {**MARKER, "orig_shape": ["30", "40"]}}, "must be two sizes"),
     ],
 )
 def test_a_layer_whose_tensors_do_not_fit_its_marker_is_refused(tmp_path, changes, rule):
-    message = refusal(layer_file(tmp_path, **{"header": MARKER, **changes}), "layers")
+    message = error_of(layer_file(tmp_path, **{"header": MARKER, **changes}), "layers")
     assert rule in message
     assert "layer 'a'" in message
