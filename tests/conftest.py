@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 from comfyui import KINDS, TESTS, Server, make_models
+from hypothesis import HealthCheck, settings
 
 from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import fp8_rowwise
 from mxfp8.quant.conversion.convert import convert_file
+
+# No test fails because other programs slow this machine down.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from mxfp8.kernels import layout
 from mxfp8.kernels.backends import reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-QUICK = settings(max_examples=100, deadline=None)
+QUICK = settings(max_examples=100)
 
 # ---- any values --------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mxfp8 import kernels
 from mxfp8.kernels import layout
 
-QUICK = settings(max_examples=100, deadline=None)
+QUICK = settings(max_examples=100)
 
 
 def numbered(rows: int, cols: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from mxfp8.kernels.backends import eager, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def numbers(*shape, dtype=torch.float32, seed=0):

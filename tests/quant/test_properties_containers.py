@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import load, raw, same, write_raw
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from strategies import metadata, tensor_of, text
 from mxfp8.quant.container.header import DTYPES, FormatError, numel, read_container
 from mxfp8.quant.container.writer import Writer
 
-QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=100)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from checkpoints import load, raw, same
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import CODES, DTYPES, metadata, tensor_of, text
@@ -26,7 +26,7 @@ from mxfp8.quant.linear import MXFP8Linear
 from mxfp8.quant.reports.conversion import Report
 
 NONE = Selection("none")
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=40)
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN = sorted(set(DTYPES) - set(CODES))
 

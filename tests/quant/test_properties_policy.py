@@ -15,7 +15,7 @@ from mxfp8.quant.conversion import policy
 from mxfp8.quant.conversion.policy import Selection, plan, presets
 from mxfp8.quant.reports.conversion import KEPT, MXFP8, Block, LayerReport, Report, SqnrAccumulator
 
-QUICK = settings(max_examples=150, deadline=None)
+QUICK = settings(max_examples=150)
 
 # ---- any model ---------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from checkpoints import flip, load, matrix, raw, same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -108,7 +108,6 @@ tensor_plans = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(tensor_plans)
 def test_tensors_are_aligned_and_leave_no_gap(plans):
     tensors = [(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate(plans)]

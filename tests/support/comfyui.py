@@ -131,7 +131,11 @@ def fetch_package(name: str, version: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             fresh = Path(folder) / "fresh"
             _pip("install", "--no-deps", "--target", fresh, f"{name}=={version}")
-            fresh.rename(target)
+            try:
+                fresh.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
     return target
 
 

@@ -1,6 +1,6 @@
 """Damage files in every way and see what the package makes of them; run as a process of its own.
 
-    python tests/mutations.py COUNT SEED
+    python tests/support/mutations.py COUNT SEED
 
 Each of COUNT mutants is a small safetensors file with one to four defects: bytes, truncation,
 splices, the header's length, JSON, dtypes, shapes, offsets, names, markers, scales. It must load
@@ -41,7 +41,7 @@ from mxfp8.quant.format import DTYPES, FormatError, read_header
 
 READING = 32 << 20  # bytes; files have 20 kB
 WRITING = 1 << 30  # stacks and heaps of threads: reserved, not used
-SLOWEST = 5.0  # seconds on a busy machine; most take a millisecond
+SLOWEST = 5.0  # seconds of CPU time; most take a millisecond
 NUMBERS = (0, 1, -1, 2, 31, 33, 64, 127, 128, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63,
            2**64, 10**30, 0.5, 1e400, None, True, "32", [], {})  # fmt: skip
 NAMES = ("", "a.weight", "a.weight_scale", "a.comfy_quant", "__metadata__", "b", "\0", "../x",
@@ -340,6 +340,11 @@ def attempt(action, path: Path, new: Path) -> str | None:
     return message
 
 
+def rule(message: str) -> str:
+    """A message without names and numbers, to count the rules that refuse files."""
+    return re.sub(r"['\"].*['\"]|\[[^]]*\]|[0-9]+", "..", message)[:80]
+
+
 def run(count: int, seed: int, folder: Path) -> dict:
     torch.set_num_threads(1)
     r = random.Random(seed)
@@ -356,7 +361,7 @@ def run(count: int, seed: int, folder: Path) -> dict:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + slack, -1))
 
-    found: Counter = Counter()
+    outcomes: Counter = Counter()
     rules: Counter = Counter()
     for index in range(count):
         name = r.choice(list(whole))
@@ -364,7 +369,7 @@ def run(count: int, seed: int, folder: Path) -> dict:
         action = converted if name == "source" else r.choice((checked,) * 4 + (inspected, repaired))
         path.write_bytes(data)
         limit(READING if action in (checked, inspected) else WRITING)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             message = attempt(action, path, new)
         except BaseException:
@@ -372,15 +377,15 @@ def run(count: int, seed: int, folder: Path) -> dict:
             kept.write_bytes(data)
             print(f"{action.__name__} of {kept}, number {index} of seed {seed}:", file=sys.stderr)
             raise
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         assert seconds < SLOWEST, f"number {index} of seed {seed} took {seconds:.1f} s"
         new.unlink(missing_ok=True)
         left = set(os.listdir(folder)) - {*whole, "mutant"}
         assert not left, f"number {index} of seed {seed} left {left}"
-        found["refused" if message else "loaded"] += 1
+        outcomes["refused" if message else "loaded"] += 1
         if message:
-            rules[re.sub(r"['\"].*['\"]|\[[^]]*\]|[0-9]+", "..", message)[:80]] += 1
-    return {**found, "rules": dict(rules.most_common())}
+            rules[rule(message)] += 1
+    return {**outcomes, "rules": dict(rules.most_common())}
 
 
 if __name__ == "__main__":
