@@ -1,48 +1,46 @@
-"""The tiled scale order against its formula, and padding."""
+"""The tiled order of scales against its formula, padding, and slabs."""
 
 import pytest
 import torch
+from arithmetic import scale_offset
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from mxfp8 import kernels
 from mxfp8.kernels import layout
 
-SHAPES = [(1, 1), (32, 1), (31, 3), (128, 4), (127, 5), (129, 4), (256, 8), (300, 13)]
+QUICK = settings(max_examples=100)
 
 
-def numbered(rows, cols):
-    """A matrix of distinct numbers, none of them 0."""
-    return torch.arange(1, rows * cols + 1, dtype=torch.int32).reshape(rows, cols)
+def numbered(rows: int, cols: int) -> torch.Tensor:
+    """Bytes 1 to 251, neighbors all different, along rows and columns of tiles too."""
+    return (torch.arange(rows * cols) % 251 + 1).to(torch.uint8).reshape(rows, cols)
 
 
-def tiled_by_formula(matrix):
-    """The tiled order written out, byte by byte, as cuBLAS documents it."""
-    rows, cols = matrix.shape
-    column_tiles = -(-cols // 4)
-    flat = [0] * (-(-rows // 128) * column_tiles * 512)
-    for r in range(rows):
-        for c in range(cols):
-            offset = ((r // 128) * column_tiles + c // 4) * 512
-            offset += (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
-            flat[offset] = int(matrix[r, c])
-    return torch.tensor(flat, dtype=matrix.dtype)
-
-
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_tile_follows_the_formula_and_pads_with_zeros(rows, cols):
-    matrix = numbered(rows, cols)
-    tiled = layout.tile(matrix)
-    assert torch.equal(tiled.flatten(), tiled_by_formula(matrix))
+@QUICK
+@given(st.integers(0, 400), st.integers(0, 14))
+@example(0, 4)
+@example(128, 0)
+@example(31, 3)
+@example(129, 4)
+@example(256, 8)
+def test_every_scale_is_at_the_published_offset_and_the_rest_is_zero(rows, cols):
+    scale = numbered(rows, cols)
+    tiled = layout.tile(scale)
     assert tuple(tiled.shape) == (-(-rows // 128) * 128, -(-cols // 4) * 4)
+    expected = [0] * tiled.numel()
+    for row, values in enumerate(scale.tolist()):
+        for col, value in enumerate(values):
+            expected[scale_offset(row, col, cols)] = value
+    assert tiled.flatten().tolist() == expected
+    assert torch.equal(layout.untile(tiled, rows, cols), scale)
 
 
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_untile_inverts_tile(rows, cols):
-    matrix = numbered(rows, cols)
-    assert torch.equal(layout.untile(layout.tile(matrix), rows, cols), matrix)
-
-
-def test_tile_inverts_untile_on_whole_tiles():
-    tiled = numbered(256, 12)
-    assert torch.equal(layout.tile(layout.untile(tiled, 256, 12)), tiled)
+@QUICK
+@given(st.integers(0, 3), st.integers(0, 4))
+def test_whole_tiles_come_back_as_they_were(row_tiles, col_tiles):
+    tiled = numbered(row_tiles * 128, col_tiles * 4)
+    assert torch.equal(layout.tile(layout.untile(tiled, *tiled.shape)), tiled)
 
 
 def test_tile_takes_any_strides():
@@ -55,10 +53,34 @@ def test_128_rows_are_a_slab_of_the_tiled_order():
     assert torch.equal(layout.tile(matrix)[128:256], layout.tile(matrix[128:256]))
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (128, 0), (0, 0)])
-def test_an_empty_matrix_stays_empty(shape):
-    assert layout.tile(torch.empty(shape)).shape == shape
-    assert layout.untile(torch.empty(shape), *shape).shape == shape
+@settings(QUICK, max_examples=30)
+@given(st.integers(1, 600), st.integers(1, 70), st.integers(0, 1 << 14))
+def test_slabs_of_a_matrix_quantize_to_slabs_of_the_file(rows, cols, size):
+    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    qdata, scale = kernels.quantize(x)
+    spans = list(layout.slabs(rows, cols, size))
+    assert [span[0] for span in spans] == [0, *(span[1] for span in spans[:-1])]
+    assert spans[-1][1] == rows
+    parts = [kernels.quantize(x[first:last]) for first, last in spans]
+    codes = torch.cat([q.view(torch.uint8) for q, _ in parts])
+    assert torch.equal(codes, qdata.view(torch.uint8))
+    assert torch.equal(torch.cat([s for _, s in parts]), scale)
+
+
+@QUICK
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_shapes_are_the_next_multiples(rows, cols):
+    (data_rows, data_cols), (scale_rows, scale_cols) = (
+        layout.padded_shape(rows, cols), layout.scale_shape(rows, cols))  # fmt: skip
+    assert (data_rows % 32, data_cols % 32, scale_rows % 128, scale_cols % 4) == (0, 0, 0, 0)
+    assert 0 <= data_rows - rows < 32
+    assert 0 <= data_cols - cols < 32
+    assert 0 <= scale_rows - data_rows < 128
+    assert 0 <= scale_cols - data_cols // 32 < 4
+    assert layout.true_shape((data_rows, data_cols), (rows, cols)) == (rows, cols)
+    layout.check_scale((data_rows, data_cols), (scale_rows, scale_cols))
+    with pytest.raises(ValueError):
+        layout.check_scale((data_rows, data_cols), (scale_rows + 128, scale_cols))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +140,3 @@ def test_a_shape_that_is_no_pair_is_refused(shape):
 def test_scales_of_another_shape_are_refused(size):
     with pytest.raises(ValueError, match=r"data of shape \[64, 96\] needs \[128, 4\]"):
         layout.check_scale((64, 96), size)
-
-
-def test_scales_of_the_right_shape_are_taken():
-    assert layout.check_scale((64, 96), torch.Size([128, 4])) is None
