@@ -23,7 +23,7 @@ from .runtime.patch import accelerate
 from .widgets import (
     CATEGORY,
     ROWS,
-    calibration_input,
+    calibration_inputs,
     overwrite_input,
     precision_input,
     selection_inputs,
@@ -49,7 +49,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model that is not quantized yet."),
                 *selection_inputs(),
                 precision_input(),
-                calibration_input(),
+                *calibration_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The MXFP8 model."),
@@ -62,10 +62,10 @@ class MXFP8QuantizeModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, preset, precision, include="", exclude="", calibration=None
+        cls, model, preset, precision, include="", exclude="", calibration=None, held_out=None
     ) -> io.NodeOutput:
         selection = Selection(preset, include, exclude)
-        quantized, report = quantize_model(cls, model, selection, calibration)
+        quantized, report = quantize_model(cls, model, selection, calibration, held_out)
         quantized = accelerate(quantized, precision)
         return output(cls, report, describe(quantized, ROWS).line(), quantized)
 
@@ -98,7 +98,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 ),
                 *selection_inputs(),
                 overwrite_input(),
-                calibration_input(),
+                *calibration_inputs(),
             ],
             outputs=[
                 io.String.Output(
@@ -112,8 +112,9 @@ class MXFP8ConvertFile(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source, target, preset, overwrite, include="", exclude="", calibration=None
-    ) -> io.NodeOutput:
+        cls, source, target, preset, overwrite, include="", exclude="", calibration=None,
+        held_out=None,
+    ) -> io.NodeOutput:  # fmt: skip
         path = paths.source_path(source)
         new = paths.target_beside(path, source, target, "mxfp8")
         with paths.folder_of(new):
@@ -125,6 +126,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 progress=Progress(cls),
                 device=device(),
                 calibration=calibration,
+                held_out=held_out,
             )
         return output(cls, report, "")
 
@@ -147,7 +149,9 @@ def device() -> str:
     return "cpu" if chosen.type == "mps" else str(chosen)
 
 
-def quantize_model(node: type[io.ComfyNode], patcher, selection: Selection, calibration=None):
+def quantize_model(
+    node: type[io.ComfyNode], patcher, selection: Selection, calibration=None, held_out=None
+):
     """(the MXFP8 version of a MODEL, the report on it); `node` shows the progress.
 
     The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
@@ -169,8 +173,9 @@ def quantize_model(node: type[io.ComfyNode], patcher, selection: Selection, cali
     )
     file = TemporaryFile()
     report = convert(
-        source, file.path, plan, progress=Progress(node), device=device(), calibration=calibration
-    )
+        source, file.path, plan, progress=Progress(node), device=device(),
+        calibration=calibration, held_out=held_out,
+    )  # fmt: skip
     del source
 
     fresh = load_temporary(file, disable_dynamic=not patcher.is_dynamic())

@@ -67,13 +67,23 @@ def selection_inputs() -> list[io.Input]:
     ]
 
 
-def calibration_input() -> io.Input:
-    """The result of Calibrate (MXFP8)."""
-    return CalibrationType.Input(
-        "calibration",
-        optional=True,
-        tooltip="From Calibrate (MXFP8): rounds the weights for the inputs that the layers get.",
-    )
+def calibration_inputs() -> list[io.Input]:
+    """The calibration to round the weights with, and one to measure the result on."""
+    return [
+        CalibrationType.Input(
+            "calibration",
+            optional=True,
+            tooltip="From Calibrate (MXFP8): rounds the weights for the inputs that layers get.",
+        ),
+        CalibrationType.Input(
+            "held_out",
+            optional=True,
+            tooltip=(
+                "A second calibration, with other prompts or seeds: the report then has the output "
+                "errors on these instead of on the data that the weights were rounded for."
+            ),
+        ),
+    ]
 
 
 def overwrite_input() -> io.Input:

@@ -65,6 +65,7 @@ def convert_file(
     progress: Progress | None = None,
     device: str | None = None,
     calibration: Calibration | None = None,
+    held_out: Calibration | None = None,
 ) -> Report:
     """Convert a model on disk to an MXFP8 file.
 
@@ -81,11 +82,13 @@ def convert_file(
         calibration: statistics of the layers' inputs; layers that have them are rounded for these
             inputs (`gptq`). A layer [N, K] needs memory for about seven float32 matrices [K, K] and
             nine [N, K].
+        held_out: a second calibration of the same model, on other data; the report then has the
+            output errors on that data instead of on the calibration's own.
 
     Raises:
         FormatError: the source is damaged or already quantized.
-        ValueError: a weight holds NaN or Inf, no layer would be quantized, or the calibration is
-            another model's.
+        ValueError: a weight holds NaN or Inf, no layer would be quantized, a calibration is
+            another model's, or `held_out` comes without a calibration.
         OSError: reading or writing failed, or another conversion is writing the target.
         MemoryError: there is too little memory. In every case the target is as it was before.
     """
@@ -98,7 +101,7 @@ def convert_file(
         plan = plan_source(opened, selection)
         return convert(
             opened, target, plan, overwrite=overwrite, progress=progress, device=device,
-            calibration=calibration,
+            calibration=calibration, held_out=held_out,
         )  # fmt: skip
 
 
@@ -132,11 +135,16 @@ def convert(
     progress: Progress | None = None,
     device: str | None = None,
     calibration: Calibration | None = None,
+    held_out: Calibration | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`."""
     _check_plan(source, plan)
-    if calibration is not None:
-        check_model(calibration, source)
+    if held_out is not None and calibration is None:
+        raise ValueError(
+            f"{source.name}: held_out measures calibrated layers; give a calibration as well"
+        )
+    for given in filter(None, (calibration, held_out)):
+        check_model(given, source)
     start = time.perf_counter()
     total = sum(_nbytes(d) for d in plan.decisions)
     advance = Meter(total, progress)
@@ -150,7 +158,8 @@ def convert(
         Writer(target, stored, metadata, overwrite, verifying) as writer,
     ):
         mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
-        results = _Conversion(source, writer, _device(device), advance).run(plan, calibration)
+        conversion = _Conversion(source, writer, _device(device), advance, calibration, held_out)
+        results = conversion.run(plan)
         _check_sqnr(source, results)
         for layer, marker in markers.items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
@@ -167,7 +176,7 @@ def convert(
         layers=_layer_reports(plan, writer, results),
         include=plan.selection.include,
         exclude=plan.selection.exclude,
-        calibration=None if calibration is None else _about(calibration),
+        calibration=None if calibration is None else _about(calibration, held_out),
     )
 
 
@@ -187,14 +196,15 @@ def _check_plan(source: Source, plan: Plan) -> None:
             )
 
 
-def _about(calibration: Calibration) -> dict:
-    """What a report says about a calibration."""
+def _about(calibration: Calibration, held_out: Calibration | None = None) -> dict:
+    """What a report says about a calibration, and about the one that errors are measured on."""
     rows = [moments.rows for moments in calibration.layers.values()]
     return {
         **calibration.about,
         "model": calibration.model,
         "layers": len(rows),
         "least_rows": min(rows, default=0),
+        **({} if held_out is None else {"held_out": _about(held_out)}),
     }
 
 
@@ -266,9 +276,12 @@ class _Conversion:
     writer: Writer
     device: torch.device
     advance: Meter
+    calibration: Calibration | None
+    held_out: Calibration | None
 
-    def run(self, plan: Plan, calibration: Calibration | None) -> dict[str, _Result]:
+    def run(self, plan: Plan) -> dict[str, _Result]:
         """Quantize or copy every tensor; returns what rounding cost, by the weight's key."""
+        calibration = self.calibration
         moments = {d.key: calibration and calibration.of(d.layer) for d in plan.quantized}
         results = {key: _Result() for key in moments}
         workers = min(_WORKERS, cores())
@@ -342,7 +355,17 @@ class _Conversion:
             stored, error = kernels.quantize(weight), rounded.nearest
             sqnr = _sqnr_of(weight, *stored)
         self._write(decision, 0, *stored)
-        return _Result(sqnr, error, rounded.nearest)
+        if self.held_out is None:
+            return _Result(sqnr, error, rounded.nearest)
+        other = self.held_out.of(decision.layer)
+        if other is None:
+            return _Result(sqnr)
+        hessian = other.second
+        return _Result(
+            sqnr,
+            gptq.output_error(weight, *stored, hessian, tick),
+            gptq.output_error(weight, *kernels.quantize(weight), hessian, tick),
+        )
 
     def _write(self, decision: Decision, first_row: int, qdata, scale) -> None:
         for part, data in ((WEIGHT, qdata), (SCALE, scale)):

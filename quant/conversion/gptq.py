@@ -131,6 +131,27 @@ def round_weight(
     return Rounded(qdata, scale, *(max(0.0, float(e.sum() / total)) ** 0.5 for e in (kept, before)))
 
 
+def output_error(
+    weight: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    second: torch.Tensor,
+    tick: Callable[[], None] = lambda: None,
+) -> float:
+    """The relative error of a layer's output: the root of e H e.T over w H w.T.
+
+    Args:
+        weight: [N, K]; qdata, scale: what is stored of it, as `kernels.quantize` returns them.
+        second: H, [K, K], of these inputs or of others than the weight was rounded for.
+        tick: as of `round_weight`.
+    """
+    H = second.to(weight.device, torch.float32)
+    weight = weight.float()
+    error = weight - kernels.dequantize(qdata, scale, torch.float32, tuple(weight.shape))
+    lost, size = (float(_energy(part, H, tick).sum()) for part in (error, weight))
+    return (max(0.0, lost) / size) ** 0.5 if size > 0 else 0.0
+
+
 def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
     """[K', K'], the diagonal next to nothing where no input was seen: errors there hardly count."""
     H = torch.zeros(size, size, device=second.device)

@@ -39,8 +39,9 @@ class LayerReport:
         dtype: of the source ("BF16", ...); shape: unpadded (N, K).
         bytes_before, bytes_after: of the weight with its scales and marker.
         sqnr_db: of a quantized layer; None if it has no error or was kept.
-        output_error: relative error of the layer's output on the calibration data; nearest_error:
-            the same with the weight rounded to nearest. None without a calibration.
+        output_error: relative error of the layer's output on held-out data if the conversion got
+            such, else on the calibration data; nearest_error: the same with the weight rounded to
+            nearest. None without a calibration.
     """
 
     name: str
@@ -68,7 +69,8 @@ class Report:
         include, exclude: the regular expressions given beside the preset.
         calibration: the fingerprint of the "model" that was run, the number of "layers", their
             "least_rows", and what the calibration says of itself ("first_seed", "seeds", "steps",
-            "sampler", ...); None without one.
+            "sampler", ...), and the same of the data for the output errors under "held_out", if
+            that is other data; None without one.
     """
 
     source: str
@@ -126,10 +128,12 @@ class Report:
         ratios = [x.output_error / x.nearest_error for x in self.layers
                   if x.nearest_error and x.output_error is not None]  # fmt: skip
         if ratios:
+            held_out = "held_out" in (self.calibration or {})
             lines.append(
                 f"{len(ratios)} layers calibrated: layer output error "
-                f"{sum(ratios) / len(ratios):.2f}x of nearest rounding on average, on the "
-                "calibration data itself (weight SQNR is lower in exchange)"
+                f"{sum(ratios) / len(ratios):.2f}x of nearest rounding on average, on "
+                f"{'held-out data' if held_out else 'the calibration data itself'} (weight SQNR is "
+                "lower in exchange)"
             )
         if self.calibration is not None:
             lines.append(_calibrated_on(self.calibration))

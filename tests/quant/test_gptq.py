@@ -427,6 +427,33 @@ def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(mo
     assert ours[1] == plain[1] and ours[0].keys() == plain[0].keys()
 
 
+def test_output_errors_are_measured_on_held_out_data_if_there_is_any(model):
+    source, net = model / "net.safetensors", network()
+    found = calibration.load(model / "calibration.safetensors")
+    others = calibrate(net, batches(100), run, select=lambda name, _: name == "0")
+    report = convert_file(source, model / "ours", calibration=found, held_out=others)
+    own = convert_file(source, model / "own", calibration=found)
+    convert_file(source, model / "plain")
+    assert (model / "ours").read_bytes() == (model / "own").read_bytes()
+    measured, missing = report.quantized
+    assert (missing.output_error, missing.nearest_error) == (None, None)
+    x, weight = torch.cat([b[0] for b in batches(100)]), net[0].weight.detach()
+
+    def error(path) -> float:
+        stored, _ = load(path)
+        ours = kernels.dequantize(stored["0.weight"], stored["0.weight_scale"], torch.float32)
+        return float((x @ (ours - weight).t()).norm() / (x @ weight.t()).norm())
+
+    assert measured.output_error == pytest.approx(error(model / "ours"), rel=1e-3)
+    assert measured.nearest_error == pytest.approx(error(model / "plain"), rel=1e-3)
+    assert measured.output_error > own.quantized[0].output_error
+    assert report.calibration["held_out"]["layers"] == 1
+    assert Report.from_json(report.to_json()) == report
+    assert "on held-out data" in report.summary() and "itself" in own.summary()
+    with pytest.raises(ValueError, match="give a calibration as well"):
+        convert_file(source, model / "none", held_out=others)
+
+
 def test_a_layer_that_a_calibration_lacks_is_rounded_to_nearest(model):
     whole = calibration.load(model / "calibration.safetensors")
     net = network()

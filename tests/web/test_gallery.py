@@ -24,7 +24,9 @@ from mxfp8.quant.conversion.calibration import calibrate
 pytestmark = pytest.mark.comfy
 
 ROOT = Path(__file__).resolve().parents[2]
-CALIBRATED_ON = 8  # paragraphs
+MODEL = CALIBRATION = "all-MiniLM-L6-v2.safetensors"
+HELD_OUT = "all-MiniLM-L6-v2-held-out.safetensors"
+TEXTS = 32  # paragraphs to calibrate on, and as many others to measure on
 # The model folder of each loader.
 FOLDERS = {
     "UNETLoader": "diffusion_models",
@@ -79,31 +81,33 @@ def take(shown, node: int, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(comfy) -> str:
-    """Real weights in a model folder, MiniLM's, and a calibration of them; the file's name."""
+def trained(comfy) -> None:
+    """Trained weights, MiniLM's, in a model folder, and two calibrations of them on two texts."""
     folder = comfy.base / "models" / "text_encoders"
     folder.mkdir(exist_ok=True)
-    shutil.copyfile(minilm.WEIGHTS, folder / "all-MiniLM-L6-v2.safetensors")
-    found = calibrate(
-        minilm.trained().eval(),
-        minilm.batches(minilm.paragraphs()[:CALIBRATED_ON], size=1),
-        select=lambda name, _: name.startswith("encoder"),
-    )
-    path = comfy.base / "output" / "calibrations" / "all-MiniLM-L6-v2.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path, overwrite=True)
-    return "all-MiniLM-L6-v2.safetensors"
+    shutil.copyfile(minilm.WEIGHTS, folder / MODEL)
+    folder = comfy.base / "output" / "calibrations"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = minilm.paragraphs()
+    for name, part in ((CALIBRATION, texts[:TEXTS]), (HELD_OUT, texts[TEXTS : 2 * TEXTS])):
+        calibration = calibrate(
+            minilm.trained().eval(),
+            minilm.batches(part, size=1),
+            select=lambda name, _: name.startswith("encoder"),
+        )
+        calibration.save(folder / name, overwrite=True)
 
 
 def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     shown = ComfyPage(browser, comfy, nodes2=True)  # a new page lists the new files
     shown.page.set_viewport_size(TALL)
     shown.clear()
-    load = shown.add("MXFP8LoadCalibration", (60, 120), calibration_name=trained)
     convert = shown.add(
-        "MXFP8ConvertFile", (420, 120), source=f"text_encoders/{trained}", overwrite=True
+        "MXFP8ConvertFile", (420, 120), source=f"text_encoders/{MODEL}", overwrite=True
     )
-    shown.link(load, convert, "calibration")
+    for y, name, to in ((120, CALIBRATION, "calibration"), (300, HELD_OUT, "held_out")):
+        load = shown.add("MXFP8LoadCalibration", (60, y), calibration_name=name)
+        shown.link(load, convert, to)
     shown.queue()
     view = shown.page.locator(".mxfp8-report")
     view.locator(".bar").first.wait_for()
@@ -115,6 +119,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     measured = [layer for layer in report["layers"] if layer["output_error"] is not None]
     assert len(measured) == 36
     assert all(layer["output_error"] < layer["nearest_error"] for layer in measured)
+    assert "on held-out data" in view.locator(".summary").inner_text()
     assert not shown.complaints
     shown.close()
 
