@@ -1,29 +1,26 @@
-"""One writer per target, and no litter: temporary files that are locked while they are written.
+"""Part files: one writer per target, and nothing left behind by dead ones.
 
-A file under construction is `<target>.<process id>-<token>.part` beside its target. Its writer
-holds a lock on it, which the system drops when the process ends in whatever way, kill -9 and power
-cuts included. So whoever claims the same target next can tell a file that is being written (locked:
-the newcomer is refused) from one that a dead writer left (not locked: it is deleted).
+While it is written, a file is called `<target>.mxfp8.part`. Its writer holds a lock on it, which
+the system drops when the process ends in any way, kill -9 and power cuts included. So the next
+writer of the same target can tell a file that is being written (it is locked: the newcomer is
+refused) from one that a dead writer left (it is not: it is deleted). Process ids and ages cannot
+tell: ids are used again, folders are shared between machines, and a conversion may take hours.
 
-A process id in the name alone, or the age of the file, cannot tell: ids are used again, folders are
-shared between machines, and a conversion may take hours.
+On Windows the open file itself is the lock, since the system refuses to delete it. That path has
+not been run there.
 
-On Windows the open file itself is the lock: the system refuses to delete it. That path has not been
-run. A file system without locks (some network folders) cannot tell either, so what looks like a
-leftover stays there, with a warning.
+Rejected: filelock, which comes with torch. It leaves its lock file beside the model. Tried with
+3.13.1 and 4.2.11, since torch takes any version: deleting the lock file while it is held lets a
+second writer in under 3.13.1, which does not check that the file it locked is still there; with the
+part file as lock file, 3.13.1 empties it when a second writer comes; and where the file system has
+no locks, 3.13.1 calls every target busy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
-import re
-import secrets
-import stat
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,9 +29,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-logger = logging.getLogger(__name__)
-
-_TIMEOUT = 2.0  # seconds for another claim in the same folder to end; it takes milliseconds
+SUFFIX = ".mxfp8.part"
 
 _ADVICE = {
     errno.ENOENT: "there is no such folder; make it first",
@@ -46,39 +41,37 @@ _ADVICE = {
 }
 
 
-def claim(target: Path) -> tuple[Path, BinaryIO]:
-    """Create the temporary file of a new writer, locked, and delete what dead writers left.
+def create_part_file(target: Path) -> tuple[Path, BinaryIO]:
+    """Create the part file of a target, locked, after deleting what a dead writer left.
 
     Returns:
-        (its path, the open file); the lock lives as long as the file is open.
+        (its path, the open file); the lock is held while the file is open.
 
     Raises:
         OSError: another writer is at work on this target (EBUSY), or no file can be made here.
     """
-    with _turn(target.parent):
-        path = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        file = _create(target, path)
-        try:
-            _lock(file.fileno())
-            busy = [_busy(other) for other in _siblings(target, path)]
-            # Without turns (`_turn`), someone may have taken this file for a leftover just before
-            # it was locked; he is at work on the target now.
-            if any(busy) or not path.exists():
-                raise OSError(
-                    errno.EBUSY,
-                    "another conversion is writing this file; wait until it ends, or stop it",
-                    str(target),
-                )
-        except BaseException:
-            file.close()
-            path.unlink(missing_ok=True)
-            raise
+    path = target.with_name(target.name + SUFFIX)
+    while (file := _create(target, path)) is None:
+        _delete_leftover(target, path)
+    try:
+        mine = _lock(file.fileno()) is not False and _is_at(path, file.fileno())
+    except BaseException:  # an interrupt
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+        raise
+    if not mine:  # before it was locked, another writer took it for a leftover
+        file.close()
+        raise _busy(target)
     return path, file
 
 
-def _create(target: Path, path: Path) -> BinaryIO:
+def _create(target: Path, path: Path) -> BinaryIO | None:
+    """Make a new file; None if there is one already."""
     try:
         return path.open("x+b", buffering=0)  # network file systems lock only what is writable
+    except FileExistsError:
+        return None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise OSError(error.errno, "this name is too long; shorten it", str(target)) from None
@@ -86,81 +79,61 @@ def _create(target: Path, path: Path) -> BinaryIO:
         raise OSError(error.errno, advice, str(target.parent)) from error
 
 
-def _siblings(target: Path, own: Path) -> list[Path]:
-    """Files beside `target` that bear the name of a temporary file of it, except `own`."""
-    name = re.compile(re.escape(target.name) + r"\.[0-9]+-[0-9a-f]{8}\.part")
-    with os.scandir(target.parent) as entries:
-        names = [e.name for e in entries if name.fullmatch(e.name) and e.name != own.name]
-    return [target.with_name(n) for n in names]
-
-
-def _busy(path: Path) -> bool:
-    """Whether a live writer holds this file; deletes it where its writer is dead."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return False
-        if fcntl is None:
-            return _busy_on_windows(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        finally:
-            os.close(descriptor)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:  # its writer ended meanwhile
-        return False
-    except OSError as error:
-        logger.warning(
-            "%s looks like what a dead conversion left, but whether it still runs cannot be told "
-            "(%s); delete it if not",
-            path,
-            error.strerror,
-        )
-    return False
-
-
-def _busy_on_windows(path: Path) -> bool:
-    """As `_busy`: an open file cannot be deleted there. Not run so far."""
-    try:
-        path.unlink()
-    except PermissionError:
-        return True
-    return False
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a file of our own; where the file system has no locks, others leave it alone."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Let one claim after another look around in a folder, so that of two exactly one is refused.
-
-    Where folders cannot be locked, two claims at the same moment may both be refused.
-    """
+def _lock(descriptor: int) -> bool | None:
+    """Lock a file; whether that worked, or None where there are no locks."""
     if fcntl is None:
-        yield
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter from some network file systems
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this path."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _delete_leftover(target: Path, path: Path) -> None:
+    """Delete the part file of a dead writer, or raise OSError."""
+    try:
+        if fcntl is None:
+            path.unlink()
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:  # its writer ended meanwhile
         return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise OSError(error.errno, _ADVICE.get(error.errno, error.strerror), str(folder)) from error
+        if fcntl is None:
+            raise _busy(target) from error
+        advice = f"{path.name!r} is in the way ({error.strerror}); delete it"
+        raise OSError(error.errno, advice, str(target)) from error
     try:
-        deadline = time.monotonic() + _TIMEOUT
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
-            else:
-                break
-        yield
+        locked = _lock(descriptor)
+        if locked is None:
+            raise OSError(
+                errno.EBUSY,
+                f"{path.name!r} is there, and this file system cannot tell whether a conversion is "
+                "writing it; delete it if none is",
+                str(target),
+            )
+        if not locked:
+            raise _busy(target)
+        if _is_at(path, descriptor):
+            path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _busy(target: Path) -> OSError:
+    return OSError(
+        errno.EBUSY,
+        "another conversion is writing this file; wait until it ends, or stop it",
+        str(target),
+    )

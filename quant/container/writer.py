@@ -1,9 +1,9 @@
 """Write a safetensors file whole or not at all, with bounded memory.
 
-The header is known before the first byte of data, so tensors are written as they come, in pieces,
-each at its place, by several threads if there are. The file grows under a temporary name beside its
-target (`claim`), is synced, read back and compared with checksums taken while writing, and only
-then gets its name. Whatever goes wrong before that leaves the target as it was.
+The header is known before the first byte of data, so tensors are written in pieces as they come,
+each to its place, by any number of threads. The file grows as a part file beside its target
+(`part_file`), is synced, read back and compared with checksums taken while writing, and only then
+gets its name. Whatever goes wrong before that leaves the target as it was.
 
 Tensors are laid out so that each is aligned to its element size, and those whose size is a
 multiple of 64 bytes (all MXFP8 data and scales) to 64 bytes: readers map files straight into
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .header import DTYPES, FormatError, TensorInfo, numel, quoted, read_container
-from .part_file import claim
+from .part_file import create_part_file
 from .pipeline import Pipeline, cores
 
 ALIGNMENT = 64
@@ -90,7 +90,7 @@ class Writer:
         return max((t.end for t in self.tensors.values()), default=len(self._header))
 
     def __enter__(self) -> Writer:
-        self.temporary, self._file = claim(self.target)
+        self.temporary, self._file = create_part_file(self.target)
         try:
             _check_target(self.target, self.overwrite)
             self._check_space()

@@ -27,7 +27,8 @@ from warm import Warm
 
 from mxfp8 import kernels
 from mxfp8.quant.cli import main
-from mxfp8.quant.container import part_file as claims
+from mxfp8.quant.container import part_file
+from mxfp8.quant.container.part_file import SUFFIX, create_part_file
 from mxfp8.quant.container.writer import Writer
 from mxfp8.quant.conversion.convert import convert, convert_file, plan_source
 from mxfp8.quant.sources.file import FileSource
@@ -487,98 +488,131 @@ def test_conversions_to_other_targets_in_the_same_folder_go_on(warm, source, who
     assert other.read_bytes() == target.read_bytes() == whole
 
 
-def test_of_many_claims_at_once_exactly_one_succeeds(target):
+@pytest.mark.parametrize("left", [False, True])
+def test_of_many_writers_at_once_exactly_one_succeeds(target, left):
+    part = target.with_name(target.name + SUFFIX)
     for _ in range(20):
         together, files, refused = threading.Barrier(6), [], []
+        if left:
+            part.write_bytes(OLD)
 
-        def claim(together=together, files=files, refused=refused):
+        def write(together=together, files=files, refused=refused):
             together.wait()
             try:
-                files.append(claims.claim(target))
+                files.append(create_part_file(target))
             except OSError as error:
                 refused.append(error.errno)
 
-        threads = [threading.Thread(target=claim) for _ in range(6)]
+        threads = [threading.Thread(target=write) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert (len(files), refused) == (1, [errno.EBUSY] * 5)
         ((path, file),) = files
-        assert names(target.parent) == [path.name]
+        assert (path, names(target.parent), path.read_bytes()) == (part, [part.name], b"")
         file.close()
         path.unlink()
 
 
-def test_only_what_a_dead_writer_left_is_deleted(target):
-    mine = [f"{target.name}.123-0123abcd.part", f"{target.name}.1-ffffffff.part"]
-    others = [
-        f"{target.name}.part",
-        f"{target.name}.123-0123abc.part",
-        f"{target.name}.123-0123ABCD.part",
-        f"{target.name}.123-0123abcd.part.bak",
-        f"{target.name}.x-0123abcd.part",
-        f"{target.name}2.123-0123abcd.part",
-        f"{target.name}.old.123-0123abcd.part",
-        f"a{target.name}.123-0123abcd.part",
-        target.name.replace(".", "x") + ".123-0123abcd.part",
-    ]
-    for name in mine + others:
-        target.with_name(name).write_bytes(OLD)
-    target.with_name(f"{target.name}.5-00000000.part").mkdir()
-    target.with_name(f"{target.name}.6-00000000.part").symlink_to(target.with_name(others[0]))
-    kept = sorted({*names(target.parent)} - {*mine})
+def write_one_byte(target) -> None:
     with Writer(target, [("a", "U8", (1,))], {}) as writer:
         writer.write("a", b"a")
-    assert names(target.parent) == sorted([*kept, target.name])
 
 
-def test_a_file_system_without_locks_keeps_what_may_be_alive(target, monkeypatch, caplog):
+def test_only_what_a_dead_writer_left_is_deleted(target):
+    part = target.name + SUFFIX
+    others = [f"{target.name}.part", f"{part}.bak", f"a{part}", f"{target.name}2{SUFFIX}"]
+    for name in (part, *others):
+        target.with_name(name).write_bytes(OLD)
+    write_one_byte(target)
+    assert names(target.parent) == sorted([*others, target.name])
+
+
+def test_a_finished_file_survives_the_part_file_that_is_a_second_name_for_it(target):
+    """What a writer leaves that dies after the file has its name and before the part file went."""
+    target.write_bytes(OLD)
+    os.link(target, target.with_name(target.name + SUFFIX))
+    with pytest.raises(FileExistsError):
+        write_one_byte(target)
+    assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("elsewhere")])
+def test_something_else_under_the_name_of_a_part_file_is_kept(target, make):
+    make(target.with_name(target.name + SUFFIX))
+    with pytest.raises(OSError, match=f"'{target.name}{SUFFIX}' is in the way"):
+        write_one_byte(target)
+    assert names(target.parent) == [target.name + SUFFIX]
+
+
+def test_a_file_system_without_locks_keeps_what_may_be_alive(target, monkeypatch):
     """Made up: the file systems here have locks."""
 
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claims.fcntl, "flock", refuse)
-    left = target.with_name(f"{target.name}.123-0123abcd.part")
-    left.write_bytes(OLD)
-    with Writer(target, [("a", "U8", (1,))], {}) as writer:
-        writer.write("a", b"a")
-    assert names(target.parent) == sorted([target.name, left.name])
-    assert f"{left} looks like what a dead conversion left" in caplog.text
+    monkeypatch.setattr(part_file.fcntl, "flock", refuse)
+    part = target.with_name(target.name + SUFFIX)
+    part.write_bytes(OLD)
+    with pytest.raises(OSError, match="cannot tell whether a conversion is writing it; delete it"):
+        write_one_byte(target)
+    assert part.read_bytes() == OLD
+    part.unlink()
+    write_one_byte(target)
+    assert names(target.parent) == [target.name]
 
 
 def test_a_file_taken_for_dead_before_it_was_locked(target, monkeypatch):
-    """Without a lock on the folder, another claim may come between creating and locking."""
+    """Another writer may come between creating and locking, and takes the file for a leftover."""
 
     def too_late(descriptor):
         (path,) = target.parent.iterdir()
         path.unlink()
+        path.write_bytes(OLD)  # the other's
+        return lock(descriptor)
 
-    monkeypatch.setattr(claims, "_lock", too_late)
+    lock = part_file._lock
+    monkeypatch.setattr(part_file, "_lock", too_late)
     with pytest.raises(OSError, match="another conversion is writing this file"):
-        claims.claim(target)
-    assert names(target.parent) == []
+        create_part_file(target)
+    assert names(target.parent) == [target.name + SUFFIX]
+
+
+def test_a_leftover_that_another_writer_replaced_meanwhile_is_not_deleted(target, monkeypatch):
+    """Between opening and locking it: the lock is on the old file, the name is of the new one."""
+
+    def too_late(descriptor):
+        monkeypatch.undo()
+        part.unlink()
+        others.append(create_part_file(target))
+        return lock(descriptor)
+
+    part, others, lock = target.with_name(target.name + SUFFIX), [], part_file._lock
+    part.write_bytes(OLD)
+    monkeypatch.setattr(part_file, "_lock", too_late)
+    with pytest.raises(OSError, match="another conversion is writing this file"):
+        create_part_file(target)
+    assert names(target.parent) == [part.name]
+    others[0][1].close()
 
 
 def test_windows_deletes_what_nobody_holds(target, monkeypatch):
     """The path for Windows, which has not been run there: an open file cannot be deleted."""
-    monkeypatch.setattr(claims, "fcntl", None)
-    target.with_name(f"{target.name}.123-0123abcd.part").write_bytes(OLD)
-    path, file = claims.claim(target)
-    file.close()
-    assert names(target.parent) == [path.name]
+    monkeypatch.setattr(part_file, "fcntl", None)
+    part = target.with_name(target.name + SUFFIX)
+    part.write_bytes(OLD)
+    path, file = create_part_file(target)
+    assert (names(target.parent), path.read_bytes()) == ([part.name], b"")
 
     def held(self, missing_ok=False):
-        if self.name == path.name:
-            raise PermissionError(errno.EACCES, "The process cannot access the file")
-        unlink(self, missing_ok)
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
 
-    unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", held)
     with pytest.raises(OSError, match="another conversion is writing this file"):
-        claims.claim(target)
-    assert names(target.parent) == [path.name]
+        create_part_file(target)
+    assert names(target.parent) == [part.name]
+    file.close()
 
 
 def test_the_file_has_the_tensors_of_its_source(source, whole, tmp_path):
