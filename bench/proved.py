@@ -1,18 +1,23 @@
-"""What is proved of each backend on each card, and how: docs/proved.md, from results files alone.
+"""What runs where, and how that is proved: the generated sections of docs/hardware.md.
 
-    python bench/proved.py             write docs/proved.md
-    python bench/proved.py --readme    rewrite the table between the markers in README.md
-    python bench/proved.py --check     exit with 1 if either differs from what results files say, or
-                                       kernels from those that were compiled
+    python bench/proved.py             rewrite both sections from the results files
+    python bench/proved.py --check     exit with 1 if a section differs from the results files, or
+                                       the kernels from those that were compiled
     python bench/proved.py --compile [triton] [cute] [interpreter]
                                        measure these first, or all: bench/results/compiled.json
 
-`--compile` has every kernel compiled for every architecture in every configuration
-(`kernels/aot.py`), each in a process of its own, because a compiler that does not know an
-architecture may end it, and runs the kernels' tests in Triton's interpreter: a quarter of an hour
-or more on two cores. compiled.json also has a hash of the kernels' code, so that no test has to
-compile all of it. The page also has what `bench/gpu` and `bench/cpu.py` left in bench/results,
-and the reasons of `kernels/dispatch.py`, asked of devices that are not there.
+`--compile` compiles every kernel for every architecture in every configuration (`kernels/aot.py`),
+each architecture in a process of its own, because a compiler that does not know an architecture may
+abort, and runs the kernels' tests in Triton's interpreter: a quarter of an hour or more on two
+cores. compiled.json also holds a hash of the kernels' code, so that no test has to compile all of
+it. The sections also use what `bench/gpu` and `bench/cpu.py` left in bench/results, and the reasons
+of `kernels/dispatch.py`, evaluated for devices that are not present.
+
+A cell is the strongest evidence there is: *run* (a results file of `bench/gpu` from such a card, or
+of `bench/cpu.py`), *compiled* (all of the backend's kernels, by one version of a compiler), *one
+configuration of each kernel compiled*, or *unsupported*. *library* means that torch or a vendor's
+code does it, and that it was not run on such a card. Tests that ran in the interpreter have a table
+of their own.
 """
 
 from __future__ import annotations
@@ -31,28 +36,68 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "bench")]  # which have a versions.py each
+
+import working_copy  # noqa: E402
+
+if "mxfp8" not in sys.modules:
+    working_copy.load()
+
+import torch  # noqa: E402
+from gpu.report import impersonal  # noqa: E402
+
+from mxfp8.kernels import aot, device_facts, dispatch  # noqa: E402
+from mxfp8.kernels.backends import fp8_rowwise  # noqa: E402
+from mxfp8.kernels.backends.cute import mx  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 COMPILED = RESULTS / "compiled.json"
-TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, whose interpreter is whole
+PAGE = ROOT / "docs" / "hardware.md"
+TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, for the interpreter
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx950")
-# What compiles -> the modules of `kernels` that it compiles, which share code.
+# Compiler -> the modules in kernels/backends/<compiler> that hold its kernels and what they share.
 SOURCES = {
     "triton": ("cast", "w8a16", "rowwise", "fp8_gemm", "mx"),
     "cute": ("mx", "sm100", "sm120", "store"),
 }
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
 PARTS = (*SOURCES, "interpreter")
-sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "bench")]
+CARDS = {
+    "sm_75": "Turing (RTX 20)", "sm_80": "Ampere (A100)", "sm_86": "Ampere (RTX 30)",
+    "sm_89": "Ada (RTX 40, L40)", "sm_90": "Hopper (H100, H200)", "sm_100": "Blackwell (B200)",
+    "sm_103": "Blackwell (B300)", "sm_110": "Blackwell (Thor)", "sm_120": "Blackwell (RTX 50)",
+    "sm_121": "Blackwell (GB10)", "gfx90a": "AMD MI200", "gfx942": "AMD MI300",
+    "gfx950": "AMD MI350", "gfx1201": "AMD RX 9070", "cpu": "CPU", "mps": "Apple (MPS)",
+    "xpu": "Intel (XPU)",
+}  # fmt: skip
+# Backend -> its Triton kernels; an architecture uses those that `aot.builds` has for it.
+KERNELS = {
+    "triton": ("dequantize_kernel", "quantize_kernel", "one_row_kernel", "small_m_kernel"),
+    "fp8": ("rowwise_weight_kernel", "rowwise_input_kernel", "rowwise_matmul_kernel"),
+    "triton_mx": ("mx_kernel",),
+}
+MISSING, PARTLY = "not compiled", "one configuration of each kernel compiled"
+DEFINITIONS = """\
+Generated by `python bench/proved.py` from `bench/results` and `kernels/dispatch.py`; edits are
+overwritten. **run**: a results file from such a device, without a failed check. *compiled*: all
+kernels that are launched there, in every configuration for bfloat16 and float16 with a bias, to
+machine code without the card, and none spills; by CuTe DSL, for bfloat16 only. *library*: torch
+multiplies; its operands are checked against its documented rules (`tests/kernels/test_blocks.py`),
+and it was not run on such a device."""
 
 
 def label(arch: str) -> str:
     return arch if arch.startswith("gfx") else f"sm_{arch}"
 
 
+# ---- measuring -------------------------------------------------------------------------------
+
+
 def environment(triton: str) -> dict[str, str]:
-    """One in which that Triton comes first."""
+    """An environment in which that version of Triton is imported."""
     if version("triton") == triton:
         return dict(os.environ)
     from comfyui import fetch_package
@@ -61,36 +106,69 @@ def environment(triton: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def compiled(triton: str, arch: str) -> dict:
-    """What a Triton makes of every kernel for an architecture, or the sentence it refuses with."""
+def compile_with_triton(triton: str, arch: str) -> dict:
+    """Every kernel as a version of Triton compiles it for an architecture, or its error."""
     command = [sys.executable, "-m", "mxfp8.kernels.aot", "--arch", arch, "--json"]
-    ended = subprocess.run(
+    process = subprocess.run(
         command, env=environment(triton), cwd=ROOT, capture_output=True, text=True
     )
-    found = {"triton": triton, "arch": label(arch), "error": None, "kernels": []}
-    if ended.returncode:
-        return found | {"error": refusal(ended.stderr)}
-    for binary in json.loads(ended.stdout):
-        found["kernels"].append(summary(binary))
-    return found
+    run = {"triton": triton, "arch": label(arch), "error": None, "kernels": []}
+    if process.returncode:
+        return run | {"error": error_line(process.stderr)}
+    return run | {"kernels": [summary(binary) for binary in json.loads(process.stdout)]}
 
 
 def summary(binary: dict) -> dict:
-    """What is kept of one kernel of `aot --json`: its instructions only as far as they multiply."""
-    from mxfp8.kernels.aot import Binary
-
-    return {name: binary[name] for name in KEPT} | {"matrix": Binary(**binary).matrix}
+    """What is kept of one kernel of `aot --json`: of its instructions only matrix instructions."""
+    return {name: binary[name] for name in KEPT} | {"matrix": aot.Binary(**binary).matrix}
 
 
-def refusal(said: str) -> str:
-    """The line of a compiler's complaint that says what it lacks."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [n for n in lines if "fatal" in n or "LLVM ERROR" in n]
-    return (telling or lines[-1:] or ["no word"])[0][:200]
+def error_line(stderr: str) -> str:
+    """The line of a compiler's output that names the error."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    fatal = [line for line in lines if "fatal" in line or "LLVM ERROR" in line]
+    return (fatal or lines[-1:] or ["no message"])[0][:200]
 
 
-def interpreted() -> dict[str, dict[str, int]]:
-    """Tests of each file that Triton's interpreter ran: how many, and how many passed."""
+def by_triton() -> list[dict]:
+    """Every kernel by every version of Triton, for every architecture."""
+    pairs, runs = itertools.product(TRITONS, ARCHITECTURES), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(lambda pair: compile_with_triton(*pair), pairs):
+            outcome = run["error"] or f"{len(run['kernels'])} kernels"
+            print(f"Triton {run['triton']}, {run['arch']}: {outcome}", flush=True)
+            runs.append(run)
+    return runs
+
+
+def by_cute() -> list[dict]:
+    """The CuTe kernels (`kernels/backends/cute`) for every card that they support.
+
+    In a process with the newest Triton, whose disassembler knows all of these cards.
+    """
+    code = "import json, proved; print(json.dumps(proved.compile_with_cute()))"
+    env = environment(TRITONS[-1])
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(ROOT / "bench")])
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def compile_with_cute() -> list[dict]:
+    rows = []
+    for name in dict(mx.ARCHITECTURES.values()):
+        compiled = mx.compile_for(name)
+        binary = aot.disassemble(
+            compiled.cubin, compiled.ptx, compiled.kernel, compiled.config, compiled.shared
+        )
+        row = {"version": version("nvidia-cutlass-dsl"), "arch": name.rstrip("a")}
+        rows.append(row | summary(vars(binary)))
+    return rows
+
+
+def by_interpreter() -> dict:
+    """The tests of each file in Triton's interpreter: how many ran, and how many passed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -105,130 +183,305 @@ def interpreted() -> dict[str, dict[str, int]]:
         name = case.get("classname").rpartition(".")[2]
         ran[name] += 1
         passed[name] += not len(case)  # failures, errors and skips are children
-    return {name: {"tests": ran[name], "passed": passed[name]} for name in sorted(ran)}
-
-
-def by_cute() -> list[dict]:
-    """What CuTe DSL makes of its kernels (`kernels/cute_mx.py`), for every card it has one for."""
-    from mxfp8.kernels import aot
-    from mxfp8.kernels.backends.cute import mx
-
-    found = []
-    for name in dict(mx.ARCHITECTURES.values()):
-        made = mx.compile_for(name)
-        binary = aot.disassemble(made.cubin, made.ptx, made.kernel, made.config, made.shared)
-        kept = {"version": version("nvidia-cutlass-dsl"), "arch": name.rstrip("a")}
-        found.append(kept | summary(vars(binary)))
-    return found
-
-
-def cute() -> list[dict]:
-    """The same beside the newest Triton, whose disassembler knows all of these cards."""
-    code = "import json, proved; print(json.dumps(proved.by_cute()))"
-    paths = os.pathsep.join([environment(TRITONS[-1])["PYTHONPATH"], str(ROOT / "bench")])
-    command = [sys.executable, "-c", code]
-    said = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True,
-        check=True,
-    ).stdout  # fmt: skip
-    return json.loads(said.splitlines()[-1])
-
-
-def by_triton() -> list[dict]:
-    """What every Triton makes of its kernels, for every architecture."""
-    pairs, runs = itertools.product(TRITONS, ARCHITECTURES), []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for run in pool.map(lambda pair: compiled(*pair), pairs):
-            said = run["error"] or f"{len(run['kernels'])} kernels"
-            print(f"Triton {run['triton']}, {run['arch']}: {said}", flush=True)
-            runs.append(run)
-    return runs
+    files = {name: {"tests": ran[name], "passed": passed[name]} for name in sorted(ran)}
+    return {"triton": TRITONS[-1], "files": files}
 
 
 def code_of(node):
-    """A syntax tree without docstrings and without what this version of Python adds, as tuples."""
+    """A syntax tree as tuples, without docstrings and without fields that depend on Python."""
     if isinstance(node, ast.AST):
         fields = [(n, code_of(v)) for n, v in ast.iter_fields(node) if v not in (None, [])]
         return type(node).__name__, fields
     if isinstance(node, list):
-        words = [n for n in node if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-        return [code_of(n) for n in node if n not in words]
+        strings = [n for n in node if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        return [code_of(n) for n in node if n not in strings]
     return node
 
 
 def sources(folder: Path = ROOT / "kernels") -> dict[str, str]:
-    """What compiles -> a hash of its kernels' code, which words do not change."""
-    found = {}
+    """Compiler -> a hash of its kernels' code, which comments and docstrings do not change."""
+    hashes = {}
     for name, modules in SOURCES.items():
-        room = folder / "backends" / name
-        texts = [(room / f"{m}.py").read_text(encoding="utf-8") for m in modules]
-        code = repr([code_of(ast.parse(text)) for text in texts])
-        found[name] = hashlib.sha256(code.encode()).hexdigest()[:16]
-    return found
+        paths = [folder / "backends" / name / f"{module}.py" for module in modules]
+        code = repr([code_of(ast.parse(path.read_text(encoding="utf-8"))) for path in paths])
+        hashes[name] = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return hashes
 
 
 def changed() -> list[str]:
-    """What compiles kernels that are not those of compiled.json any more."""
-    then = recorded()["sources"]
+    """The compilers whose kernels are not those of compiled.json any more."""
+    then = json.loads(COMPILED.read_text(encoding="utf-8"))["sources"]
     return [name for name, code in sources().items() if then.get(name) != code]
 
 
-def recorded() -> dict:
-    return json.loads(COMPILED.read_text(encoding="utf-8"))
-
-
 def measure(parts: list[str]) -> None:
-    """bench/results/compiled.json; what is not measured anew stays."""
-    found, code = recorded(), sources()
+    """Write bench/results/compiled.json; what is not measured again stays."""
+    record, code = json.loads(COMPILED.read_text(encoding="utf-8")), sources()
     if "triton" in parts:
-        found["runs"] = by_triton()
+        record["runs"] = by_triton()
     if "cute" in parts:
-        found["cute"] = cute()
+        record["cute"] = by_cute()
     if "interpreter" in parts:
-        found["interpreter"] = {"triton": TRITONS[-1], "files": interpreted()}
-    found.setdefault("sources", {}).update({p: code[p] for p in parts if p in code})
-    COMPILED.write_text(text_of(found), encoding="utf-8")
+        record["interpreter"] = by_interpreter()
+    record.setdefault("sources", {}).update({p: code[p] for p in parts if p in code})
+    COMPILED.write_text(compiled_json(record), encoding="utf-8")
 
 
-def text_of(found: dict) -> str:
-    """As JSON, a kernel a line."""
-    rows = [json.dumps(run | {"kernels": []})[:-3] for run in found["runs"]]
-    blocks = []
-    for head, run in zip(rows, found["runs"], strict=True):
+def compiled_json(record: dict) -> str:
+    """As JSON, one kernel per line."""
+    runs = []
+    for run in record["runs"]:
+        head = json.dumps(run | {"kernels": []})[:-3]
         kernels = ",\n   ".join(json.dumps(kernel) for kernel in run["kernels"])
-        blocks.append(f"  {head}[{kernels and f'{chr(10)}   {kernels}'}]}}")
-    rows = ",\n  ".join(json.dumps(kernel) for kernel in found["cute"])
-    first = {name: found[name] for name in ("sources", "interpreter")}
-    head = json.dumps(first, indent=1).removesuffix("\n}")
-    head += f',\n "cute": [\n  {rows}\n ]'
-    return head + ',\n "runs": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
+        runs.append(f"  {head}[{kernels and f'{chr(10)}   {kernels}'}]}}")
+    cute = ",\n  ".join(json.dumps(kernel) for kernel in record["cute"])
+    head = json.dumps({name: record[name] for name in ("sources", "interpreter")}, indent=1)
+    head = head.removesuffix("\n}") + f',\n "cute": [\n  {cute}\n ]'
+    return head + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n"
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+
+def load_results() -> dict[str, dict]:
+    """Every results file by name."""
+    return {p.name: json.loads(p.read_text(encoding="utf-8")) for p in RESULTS.glob("*.json")}
+
+
+def described(arch: str) -> str:
+    """A device in words, and its architecture if it has one."""
+    return f"{CARDS[arch]}, {arch}" if arch.startswith(("sm_", "gfx")) else CARDS[arch]
+
+
+def unsupported_reasons(arch: str) -> dict[str, str | None]:
+    """Why each backend does not support linears on a device that is not present, or None."""
+    capability, architecture, device = None, None, torch.device("cuda", 0)
+    if arch.startswith("sm_"):
+        capability = divmod(int(arch[3:]), 10)
+    elif arch.startswith("gfx"):
+        architecture = arch
+    else:
+        device = torch.device(arch)
+    facts = {
+        "capability": lambda device: capability, "amd_architecture": lambda device: architecture,
+        "triton_unsupported_reason": lambda: None,
+    }  # fmt: skip
+    reasons = {}
+    with (
+        mock.patch.multiple(device_facts, **facts),
+        mock.patch("triton.__version__", TRITONS[-1]),
+        mock.patch.object(fp8_rowwise, "_torch_runs", lambda device: True),
+        mock.patch.object(mx, "dsl_unsupported_reason", lambda: None),
+    ):
+        for backend in dispatch.BACKENDS:
+            if backend.name != "reference":
+                precision = "fast" if backend.input_form else "exact"
+                problem = dispatch.Problem("linear", device, torch.bfloat16, precision)
+                reasons[backend.name] = backend.unsupported_reason(problem)
+    return reasons
+
+
+def needed(backend: str, arch: str, one: bool) -> set[tuple[str, str]]:
+    """(kernel, configuration) that a backend launches on an architecture: all, or one of each."""
+    number = arch.removeprefix("sm_")
+    builds = aot.builds(int(number) if number.isdigit() else number)
+    ours = [build for build in builds if build.name in KERNELS.get(backend, ())]
+    return {(build.name, build.config) for build in (aot.last_of_each(ours) if one else ours)}
+
+
+def tritons(results: dict[str, dict], backend: str, arch: str, one: bool = False) -> list[str]:
+    """The versions of Triton that compiled all of a backend's kernels without a spill.
+
+    Args:
+        one: whether one configuration of each kernel is enough.
+    """
+    wanted, versions = needed(backend, arch, one), []
+    for run in results["compiled.json"]["runs"]:
+        if run["arch"] != arch or not wanted:
+            continue
+        ours = [k for k in run["kernels"] if k["kernel"] in KERNELS[backend]]
+        scales = backend != "triton_mx" or all(k["block_scaled"] for k in ours)
+        compiled = {(k["kernel"], k["config"]) for k in ours}
+        if scales and wanted <= compiled and not any(k["spills"] for k in ours):
+            versions.append(run["triton"])
+    return versions
+
+
+def cute_versions(results: dict[str, dict], arch: str) -> list[str]:
+    """The versions of CuTe DSL that compiled its kernel with block scales and without a spill."""
+    ours = [k for k in results["compiled.json"]["cute"] if k["arch"] == arch]
+    sound = all(k["block_scaled"] and not k["spills"] for k in ours)
+    return sorted({k["version"] for k in ours}) if sound else []
+
+
+def runs(results: dict[str, dict], backend: str, arch: str) -> list[str]:
+    """Results files in which a backend ran on such a device, without a failed check."""
+    if arch == "cpu":
+        return ["cpu.json"] if backend == "eager" and "cpu.json" in results else []
+    names = []
+    for name, result in results.items():
+        capability = result.get("machine", {}).get("capability")
+        if capability is None or f"sm_{capability.replace('.', '')}" != arch:
+            continue
+        backends = {str(row.get("backend")).partition(",")[0] for row in result.get("rows", ())}
+        failed = any(check["wrong"] for check in result.get("checks", ()))
+        if backend in backends and not failed:
+            names.append(name)
+    return sorted(names)
+
+
+def cell(results: dict[str, dict], backend: str, arch: str, reason: str | None) -> str:
+    """The evidence for a backend on an architecture; `reason`: why it is unsupported, or None."""
+    files = runs(results, backend, arch)
+    if files:
+        return "**run** (" + ", ".join(f"[{n}](../bench/results/{n})" for n in files) + ")"
+    if reason is not None:
+        return "unsupported"
+    for one, state in ((False, "compiled"), (True, PARTLY)):
+        versions = tritons(results, backend, arch, one)
+        if versions:
+            return f"{state}, Triton {' and '.join(versions)}"
+    if backend == "cute_mx":
+        versions = " and ".join(cute_versions(results, arch))
+        return f"compiled for bfloat16 with a bias, CuTe DSL {versions}" if versions else MISSING
+    if backend == "eager":
+        return "plain torch, not run"
+    return MISSING if backend in KERNELS else "library, not run"
+
+
+def proof(results: dict[str, dict], backend: str, arch: str) -> str:
+    """The same in a word or two, for the backend that runs."""
+    if runs(results, backend, arch):
+        return "run"
+    for one, state in ((False, "compiled"), (True, PARTLY)):
+        if tritons(results, backend, arch, one):
+            return state
+    return MISSING if backend in KERNELS else "not run"
+
+
+def chosen(reasons: dict[str, str | None]) -> tuple[str, str]:
+    """The backends that are chosen for precision (exact, fast), in the order of dispatch."""
+    order = [b for b in dispatch.BACKENDS if b.automatic and reasons[b.name] is None]
+    exact = next(b.name for b in order if not b.input_form)
+    return exact, next((b.name for b in order if b.input_form), exact)
+
+
+def choices(results: dict[str, dict]) -> list[str]:
+    """The table of what is chosen automatically on each card, and what is proved of it."""
+    rows = []
+    for arch in CARDS:
+        exact, fast = (
+            f"{name}, {proof(results, name, arch)}" for name in chosen(unsupported_reasons(arch))
+        )
+        rows.append((described(arch), exact, "as exact" if exact == fast else fast))
+    return table(("card", "`exact`", "`fast`, and `auto`"), rows)
+
+
+def table(heads, rows) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in lines] + [""]
+
+
+def evidence(results: dict[str, dict]) -> list[str]:
+    """All backends on all devices, and what that rests on."""
+    reasons = {arch: unsupported_reasons(arch) for arch in CARDS}
+    names = list(reasons["cpu"])
+    rows = [
+        (described(arch), *(cell(results, name, arch, reasons[arch][name]) for name in names))
+        for arch in CARDS
+    ]
+    lines = [*DEFINITIONS.splitlines(), "", *table(("device", *names), rows)]
+    lines += [*interpreted(results), *block_scaled(results), *not_compiled(results)]
+    lines += ["### Unsupported, and why", ""]
+    for name in names:
+        by_reason: dict[str, list[str]] = {}
+        for arch in CARDS:
+            if reasons[arch][name] is not None and not runs(results, name, arch):
+                reason = impersonal(reasons[arch][name]).partition("; this")[0]
+                by_reason.setdefault(reason, []).append(arch)
+        lines += [f"- {name} {why}: {', '.join(archs)}" for why, archs in by_reason.items()]
+    return [*lines, ""]
+
+
+def interpreted(results: dict[str, dict]) -> list[str]:
+    record = results["compiled.json"]["interpreter"]
+    rows = [
+        (f"[{name}.py](../tests/kernels/triton/{name}.py)", count["tests"], count["passed"])
+        for name, count in record["files"].items()
+    ]
+    text = (
+        f"The kernels' tests in the interpreter of Triton {record['triton']}, against the oracle:"
+    )
+    return ["### Interpreted", "", text, "", *table(("file", "tests", "passed"), rows)]
+
+
+def block_scaled(results: dict[str, dict]) -> list[str]:
+    heads = ("device", "by", "for", "registers", "spills", "shared memory", "multiplies with",
+             "scales by `tcgen05.cp`")  # fmt: skip
+    record = results["compiled.json"]
+    kernels = [
+        (run["arch"], f"Triton {run['triton']}", kernel)
+        for run in record["runs"]
+        for kernel in run["kernels"]
+        if kernel["kernel"] == "mx_kernel"
+    ]
+    kernels += [(k["arch"], f"CuTe DSL {k['version']}", k) for k in record["cute"]]
+    rows = []
+    for arch, by, k in kernels:
+        matrix = ", ".join(f"{name} x {count}" for name, count in k["matrix"].items())
+        numbers = (k[name] for name in ("config", "registers", "spills", "shared"))
+        rows.append((arch, by, *numbers, matrix, k["scale_copies"] or ""))
+    return ["### Block-scaled matmuls, compiled", "", *table(heads, rows)]
+
+
+def not_compiled(results: dict[str, dict]) -> list[str]:
+    lines = ["### Not compiled, or with spills", ""]
+    all_runs = results["compiled.json"]["runs"]
+    for run in all_runs:
+        for k in run["kernels"]:
+            if k["spills"]:
+                name = f"{k['kernel']} ({k['config']})" if k["config"] else k["kernel"]
+                times = f"{k['spills']} loads from and stores to local memory"
+                lines.append(f"- {run['arch']} by Triton {run['triton']}: {name} has {times}")
+    failed = [run for run in all_runs if run["error"]]
+    lines += [f"- {run['arch']} by Triton {run['triton']}: {run['error']}" for run in failed]
+    return [*lines, ""]
+
+
+SECTIONS = {"what runs where": choices, "what is proved": evidence}
+
+
+def with_sections(page: str) -> str:
+    """The page with both sections rewritten between their markers."""
+    results = load_results()
+    for name, make in SECTIONS.items():
+        before, start, rest = page.partition(f"<!-- {name}: bench/proved.py -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not start or not end:
+            raise ValueError(f"{PAGE.name} has no markers of the section {name!r}")
+        page = before + start + "\n" + "\n".join(make(results)) + "\n" + end + after
+    return page
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("readme", "check"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--compile", nargs="*", choices=PARTS)
     arguments = parser.parse_args(words)
     if arguments.compile is not None:
         measure(arguments.compile or list(PARTS))
-    from proved_page import PAGE, README, page, with_table
-
-    texts = {PAGE: page()}
-    if README.is_file():
-        texts[README] = with_table(README.read_text(encoding="utf-8"))
-    if arguments.check:
-        stale = [p for p, text in texts.items() if p.read_text(encoding="utf-8") != text]
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what results files say: bench/proved.py")
-        for name in changed():
-            stale.append(name)
-            print(f"kernels are not those of compiled.json: bench/proved.py --compile {name}")
-        return int(bool(stale))
-    target = README if arguments.readme else PAGE
-    target.write_text(texts[target], encoding="utf-8")
-    print(f"written: {target}")
-    return 0
+    page = PAGE.read_text(encoding="utf-8")
+    if not arguments.check:
+        PAGE.write_text(with_sections(page), encoding="utf-8")
+        print(f"written: {PAGE}")
+        return 0
+    stale = changed()
+    for name in stale:
+        print(f"kernels are not those of compiled.json: bench/proved.py --compile {name}")
+    if with_sections(page) != page:
+        stale.append(PAGE.name)
+        print(f"{PAGE.name} does not match the results files: run bench/proved.py")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

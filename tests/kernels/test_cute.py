@@ -155,8 +155,7 @@ def problem(M, N, K, dtype, bias):
 
 def run(ptx, arch, tokens, weight, bias, dtype, M, N, eager=False):
     """Every block of the grid, one after the other: [M, N] of `dtype`."""
-    from ptx_machine import Block, Memory
-    from ptx_matrices import TensorMap
+    from ptx_machine import Block, Memory, TensorMap
 
     memory = Memory()
     out = torch.full((M, N), torch.nan, dtype=dtype)

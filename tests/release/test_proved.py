@@ -1,4 +1,4 @@
-"""docs/proved.md and the README's table are what results files say, and no more."""
+"""The generated sections of docs/hardware.md match the results files, and claim no more."""
 
 from __future__ import annotations
 
@@ -12,61 +12,63 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))
 
 import proved  # noqa: E402
-import proved_page  # noqa: E402
 
 
 @pytest.fixture
-def found():
+def results():
     """A copy of all results files."""
-    return proved_page.results()
+    return proved.load_results()
 
 
-def test_the_committed_page_and_table_are_what_results_files_say(capsys):
+def test_the_committed_page_and_kernels_match_the_results_files(capsys):
     assert proved.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_page_or_a_table_that_was_edited_is_noticed(tmp_path, monkeypatch, capsys):
-    for name, path in (("PAGE", proved_page.PAGE), ("README", proved_page.README)):
-        edited = tmp_path / path.name
-        edited.write_text(path.read_text(encoding="utf-8").replace("not run |", "**run** |"))
-        with monkeypatch.context() as patch:
-            patch.setattr(proved_page, name, edited)
-            patch.setattr(proved, "ROOT", tmp_path)
-            assert proved.main(["--check"]) == 1
-        assert capsys.readouterr().out.startswith(f"{path.name} is not what results files say")
+def test_an_edited_section_is_noticed_and_text_around_it_is_not(tmp_path, monkeypatch, capsys):
+    page = proved.PAGE.read_text(encoding="utf-8")
+    edited = tmp_path / "hardware.md"
+    monkeypatch.setattr(proved, "PAGE", edited)
+    for before, after in (("| eager, not run |", "| eager, run |"), ("not run |", "**run** |")):
+        edited.write_text(page.replace(before, after, 1), encoding="utf-8")
+        assert proved.main(["--check"]) == 1
+        assert capsys.readouterr().out.startswith("hardware.md does not match the results files")
+    edited.write_text(f"before\n{page}after\n", encoding="utf-8")
+    assert proved.main(["--check"]) == 0
+    edited.write_text("# Title\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"hardware.md has no markers of the section"):
+        proved.main([])
 
 
-def test_only_a_results_file_from_such_a_card_makes_a_backend_run(found):
+def test_only_a_results_file_from_such_a_card_makes_a_backend_run(results):
     row = {"op": "linear", "backend": "torch_mx", "M": 4096, "N": 1, "K": 1, "us": 1.0}
-    found["rtx.json"] = {"machine": {"capability": "12.0"}, "rows": [row], "checks": []}
-    refused = proved_page.refusals("sm_120")
-    cell = proved_page.cell(found, "torch_mx", "sm_120", refused["torch_mx"])
+    results["rtx.json"] = {"machine": {"capability": "12.0"}, "rows": [row], "checks": []}
+    reason = proved.unsupported_reasons("sm_120")["torch_mx"]
+    cell = proved.cell(results, "torch_mx", "sm_120", reason)
     assert cell == "**run** ([rtx.json](../bench/results/rtx.json))"
     for backend, arch in (("torch_mx", "sm_100"), ("triton", "sm_120")):
-        assert "run**" not in proved_page.cell(found, backend, arch, None)
-    found["rtx.json"]["checks"] = [{"check": "block matmul, torch_mx", "wrong": "noise"}]
-    assert proved_page.cell(found, "torch_mx", "sm_120", None) == "library, not run"
+        assert "run**" not in proved.cell(results, backend, arch, None)
+    results["rtx.json"]["checks"] = [{"check": "block matmul, torch_mx", "wrong": "noise"}]
+    assert proved.cell(results, "torch_mx", "sm_120", None) == "library, not run"
 
 
-def test_a_kernel_that_spills_or_does_not_scale_is_not_called_compiled(found):
-    assert proved_page.compiled(found, "triton_mx", "sm_121") == ["3.9.0"]
+def test_a_kernel_that_spills_or_does_not_scale_is_not_called_compiled(results):
+    assert proved.tritons(results, "triton_mx", "sm_121") == ["3.9.0"]
     for change in ({"spills": 1}, {"block_scaled": False}):
-        changed = proved_page.results()
+        changed = proved.load_results()
         for run in changed["compiled.json"]["runs"]:
             for kernel in run["kernels"]:
                 kernel.update(change)
-        assert proved_page.cell(changed, "triton_mx", "sm_121", None) == "not compiled"
+        assert proved.cell(changed, "triton_mx", "sm_121", None) == "not compiled"
 
 
-def without(found, arch: str, kernel: str, config: str) -> dict[str, dict]:
-    """Results files in which no Triton compiled a kernel in configurations that begin like this."""
-    for run in found["compiled.json"]["runs"]:
+def without(results, arch: str, kernel: str, config: str) -> None:
+    """Drop a kernel's configurations that begin like this from every Triton's results."""
+    for run in results["compiled.json"]["runs"]:
         if run["arch"] == arch:
             run["kernels"] = [
                 k for k in run["kernels"]
                 if k["kernel"] != kernel or not k["config"].startswith(config)
             ]  # fmt: skip
-    return found
 
 
 @pytest.mark.parametrize(
@@ -74,61 +76,65 @@ def without(found, arch: str, kernel: str, config: str) -> dict[str, dict]:
     [
         ("triton", "sm_80", "small_m_kernel"), ("triton", "sm_110", "one_row_kernel"),
         ("triton", "gfx950", "quantize_kernel"), ("fp8", "sm_89", "rowwise_weight_kernel"),
-        ("fp8", "sm_90", "tma_kernel"), ("fp8", "sm_103", "rowwise_input_kernel"),
+        ("fp8", "sm_90", "rowwise_matmul_kernel"), ("fp8", "sm_103", "rowwise_input_kernel"),
         ("triton_mx", "sm_121", "mx_kernel"),
     ],
 )  # fmt: skip
-def test_every_kernel_of_a_backend_has_to_be_compiled(found, backend, arch, kernel):
-    assert proved_page.cell(found, backend, arch, None).startswith("compiled, Triton ")
-    assert proved_page.proof(found, backend, arch) == "compiled"
-    without(found, arch, kernel, "")
-    assert proved_page.cell(found, backend, arch, None) == "not compiled"
-    assert proved_page.proof(found, backend, arch) == proved_page.MISSING
+def test_every_kernel_of_a_backend_has_to_be_compiled(results, backend, arch, kernel):
+    assert proved.cell(results, backend, arch, None).startswith("compiled, Triton ")
+    assert proved.proof(results, backend, arch) == "compiled"
+    without(results, arch, kernel, "")
+    assert proved.cell(results, backend, arch, None) == "not compiled"
+    assert proved.proof(results, backend, arch) == proved.MISSING
 
 
-def test_one_configuration_of_each_kernel_is_told_as_that(found):
-    without(found, "sm_121", "mx_kernel", "bf16")
-    told = "one configuration of each kernel compiled"
-    assert proved_page.cell(found, "triton_mx", "sm_121", None) == f"{told}, Triton 3.9.0"
-    assert proved_page.proof(found, "triton_mx", "sm_121") == told
+def test_one_configuration_of_each_kernel_is_stated_as_that(results):
+    without(results, "sm_121", "mx_kernel", "bf16")
+    state = "one configuration of each kernel compiled"
+    assert proved.cell(results, "triton_mx", "sm_121", None) == f"{state}, Triton 3.9.0"
+    assert proved.proof(results, "triton_mx", "sm_121") == state
 
 
-def test_what_cute_compiled_is_told_with_its_type(found):
-    cell = proved_page.cell(found, "cute_mx", "sm_100", None)
+def test_what_cute_compiled_is_stated_with_its_dtype(results):
+    cell = proved.cell(results, "cute_mx", "sm_100", None)
     assert cell == "compiled for bfloat16 with a bias, CuTe DSL 4.8.1"
-    assert {k["config"] for k in found["compiled.json"]["cute"]} == {"bfloat16, bias"}
-    found["compiled.json"]["cute"] = []
-    assert proved_page.cell(found, "cute_mx", "sm_100", None) == "not compiled"
+    assert {k["config"] for k in results["compiled.json"]["cute"]} == {"bfloat16, bias"}
+    results["compiled.json"]["cute"] = []
+    assert proved.cell(results, "cute_mx", "sm_100", None) == "not compiled"
 
 
 @pytest.mark.parametrize("compiler", proved.SOURCES)
+@pytest.mark.parametrize("module", [0, -1])
 def test_kernels_that_changed_since_they_were_compiled_are_noticed(
-    compiler, tmp_path, monkeypatch, capsys
+    compiler, module, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "kernels"
     shutil.copytree(ROOT / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / f"{proved.SOURCES[compiler][-1]}.py"
+    path = folder / "backends" / compiler / f"{proved.SOURCES[compiler][module]}.py"
     code = path.read_text(encoding="utf-8")
     path.write_text(code.replace('"""', '"""Words. ', 1) + "# more\n", encoding="utf-8")
     assert proved.sources(folder) == proved.sources()
-    path.write_text(code.replace(" - 1", " - 2", 1), encoding="utf-8")
+    path.write_text(f"{code}\nchanged = True\n", encoding="utf-8")
     changed = proved.sources(folder)
-    assert [name for name, made in proved.sources().items() if changed[name] != made] == [compiler]
+    assert [name for name, code in proved.sources().items() if changed[name] != code] == [compiler]
     monkeypatch.setattr(proved, "sources", lambda: changed)
     assert proved.main(["--check"]) == 1
-    said = f"kernels are not those of compiled.json: bench/proved.py --compile {compiler}"
-    assert said in capsys.readouterr().out
+    message = f"kernels are not those of compiled.json: bench/proved.py --compile {compiler}"
+    assert message in capsys.readouterr().out
 
 
-def test_a_readme_without_markers_stays_as_it_is():
-    assert proved_page.with_table("# Title\n") == "# Title\n"
-    marked = f"before\n{proved_page.START}\nold\n{proved_page.END}\nafter\n"
-    table = proved_page.with_table(marked)
-    assert "old" not in table and table.startswith("before\n") and table.endswith("\nafter\n")
-    assert proved_page.with_table(table) == table
+def test_the_sources_are_all_modules_with_kernels():
+    for compiler, modules in proved.SOURCES.items():
+        folder = ROOT / "kernels" / "backends" / compiler
+        with_kernels = {
+            path.stem
+            for path in folder.glob("*.py")
+            if "@triton.jit" in (text := path.read_text(encoding="utf-8")) or "@cute." in text
+        }
+        assert with_kernels <= set(modules)
 
 
-def test_what_a_compiler_lacks_is_told_in_its_own_line():
-    said = "warning: x\nptxas fatal   : Value 'sm_110a' is not defined\n.version 8.8\n}\n"
-    assert proved.refusal(said) == "ptxas fatal   : Value 'sm_110a' is not defined"
-    assert proved.refusal("Traceback\nRuntimeError: nothing\n") == "RuntimeError: nothing"
+def test_the_error_of_a_compiler_is_its_own_line():
+    stderr = "warning: x\nptxas fatal   : Value 'sm_110a' is not defined\n.version 8.8\n}\n"
+    assert proved.error_line(stderr) == "ptxas fatal   : Value 'sm_110a' is not defined"
+    assert proved.error_line("Traceback\nRuntimeError: nothing\n") == "RuntimeError: nothing"

@@ -1,15 +1,14 @@
-"""Runs the PTX of one block of threads on the CPU: what the CuTe kernels need of it, no more.
+"""A PTX interpreter for one thread block, on the CPU: the instructions that the CuTe kernels use.
 
-A compiled kernel is text that says what each thread does, so it can be run without a GPU, slowly.
 Each instruction follows the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution/), the
-matrix instructions included, and nothing here knows how the kernels are made: what comes out right
-had its addresses, fragments, scales, barriers and predicates right. What it cannot show: that a GPU
-and its assembler do as the ISA says, and how fast.
+matrix instructions included, and nothing here knows how the kernels are written: a correct result
+means that addresses, fragments, scales, barriers and predicates are correct. It cannot show that a
+GPU and its assembler follow the ISA, nor how fast they are.
 
-Memory is strict. Global memory is what the test hands over; a byte beyond it raises. Shared and
-tensor memory start as 0xFF, NaN in E4M3, E8M0 and float32. What is asynchronous happens as late as
-it may, or at once: late copies (and early multiplications) show a wait too few, early copies (and
-late multiplications) a buffer that is filled while it is read.
+Memory is strict. Global memory is what the test provides; access beyond it raises. Shared and
+tensor memory start as 0xFF, which is NaN in E4M3, E8M0 and float32. Asynchronous operations complete
+as late as they may, or at once: late copies (and early multiplications) expose a missing wait, early
+copies (and late multiplications) a buffer that is filled while it is read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
-from ptx_matrices import LANES, SHARED_AT, Matrices, one
 
 _SIZE = {"b8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
 _SIZE |= {"b64": 8, "pred": 1, "u64": 8, "s64": 8, "bf16": 2, "f16": 2}
@@ -28,19 +26,50 @@ _COMPARE = {
 }  # fmt: skip
 
 
+LANES = np.arange(32)
+SHARED_AT = 1 << 16  # where shared memory starts, in its own space
+
+
+def _values() -> tuple[np.ndarray, np.ndarray]:
+    """The values of the 256 codes of E4M3 and of E8M0."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    e4m3 = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    e4m3 = np.where((byte & 127) == 127, np.nan, np.where(byte & 128, -e4m3, e4m3))
+    return e4m3, np.where(byte == 255, np.nan, 2.0 ** (byte - 127.0))
+
+
+E4M3, E8M0 = _values()
+
+
+def one(taken: np.ndarray) -> int:
+    """The lane that executes an instruction for a single thread."""
+    assert taken.sum() == 1, "one thread of a warp"
+    return int(np.flatnonzero(taken)[0])
+
+
+@dataclass
+class TensorMap:
+    """A tensor map: boxes of codes [rows, K], in the 128-byte swizzle."""
+
+    codes: np.ndarray
+    box: tuple[int, int] = (128, 128)
+
+
 class Memory:
-    """Bytes at addresses, of which only those that were handed over may be touched."""
+    """Global memory: the arrays that a test provides, each at an address of its own."""
 
     def __init__(self):
         self.pieces: list[np.ndarray] = []
 
     def add(self, array: np.ndarray) -> int:
-        """Hand over an array's bytes; returns their address, a multiple of 2**32."""
+        """Add an array's bytes; returns their address, a multiple of 2**32."""
         self.pieces.append(array.reshape(-1).view(np.uint8))
         return len(self.pieces) << 32
 
     def at(self, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes they are in, all in one piece, and where: [addresses, size]."""
+        """The array that holds the addresses, and indices into it: [addresses, size]."""
         index = int(address[0] >> 32)
         data, first = self.pieces[index - 1], address - (index << 32)
         if first.min() < 0 or first.max() > len(data) - size:
@@ -60,7 +89,7 @@ class Instruction:
 
 @dataclass
 class Warp:
-    """32 threads: registers by name, each with its own program counter."""
+    """32 threads: registers by name, a program counter per thread."""
 
     index: int
     registers: dict[str, np.ndarray] = field(default_factory=dict)
@@ -70,7 +99,7 @@ class Warp:
 
 
 def parse(ptx: str) -> tuple[list[Instruction], dict[str, list[int]], list[str]]:
-    """Instructions, where each label is among them, and the names of the parameters."""
+    """Instructions, the positions of labels among them, and the names of the parameters."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     start = re.search(r"^\{", ptx, re.MULTILINE).start()
     parameters = re.findall(r"\.param [^\n]*?(\w+_param_\d+)", ptx[:start])
@@ -90,12 +119,12 @@ def parse(ptx: str) -> tuple[list[Instruction], dict[str, list[int]], list[str]]
     return instructions, labels, parameters
 
 
-class Block(Matrices):
-    """One block of threads, at `place` in the grid.
+class Block:
+    """One thread block, at `place` in the grid.
 
     Args:
         parameters: of the kernel, in order: addresses of `memory`, integers, or a TensorMap.
-        eager: whether copies happen at once, and multiplications late, or the other way round.
+        eager: whether copies happen at once and multiplications late, or the other way round.
     """
 
     def __init__(self, ptx, memory, parameters, place, threads, shared, eager=False):
@@ -110,7 +139,7 @@ class Block(Matrices):
         self.pending: list = []
 
     def run(self) -> None:
-        """All warps to their end, each as far as it gets before another's turn."""
+        """Run all warps to the end, each until it has to wait before the next one's turn."""
         running = {warp.index: self.steps(warp) for warp in self.warps}
         waiting: dict[int, tuple] = {}
         while running:
@@ -133,7 +162,7 @@ class Block(Matrices):
                 raise RuntimeError(f"all wait: {[what for what, _ in waiting.values()]}")
 
     def steps(self, warp):
-        """Run a warp; yields what it waits for, and whether that has happened."""
+        """Run a warp; yields (what it waits for, a function: whether that has happened)."""
         end = len(self.program)
         while (here := warp.at.min()) < end:
             active = warp.at == here
@@ -163,7 +192,7 @@ class Block(Matrices):
     # Operands.
 
     def read(self, warp, operand, kind="b64"):
-        """An operand of every lane: bits, signed integers or floats."""
+        """The value of an operand in every lane: bits, signed integers or floats."""
         bits = warp.registers.get(operand)
         if bits is None:
             bits = warp.registers[operand] = self.constant(warp, operand)
@@ -224,7 +253,7 @@ class Block(Matrices):
         return [part.strip() for part in operand.strip("{}").split(",")]
 
     def in_shared(self, address, size):
-        """Shared memory and where in it: [addresses, size]."""
+        """Shared memory, and indices into it: [addresses, size]."""
         first = np.asarray(address).astype(np.int64).reshape(-1) - SHARED_AT
         assert first.min() >= 0 and first.max() <= len(self.shared) - size, first
         assert not (first % min(size, 16)).any(), f"shared memory at {first} is not aligned"
@@ -329,10 +358,10 @@ class Block(Matrices):
         into, size = self.vector(operands[0]), _SIZE[kind]
         where = self.in_shared if name[1] == "shared" else self.memory.at
         data, at = where(self.address(warp, operands[1])[taken], len(into) * size)
-        found = np.zeros((32, len(into)), f"u{size}")
-        found[taken] = data[at].view(f"u{size}")
+        values = np.zeros((32, len(into)), f"u{size}")
+        values[taken] = data[at].view(f"u{size}")
         for i, part in enumerate(into):
-            self.write(warp, part, found[:, i], f"b{8 * size}", taken)
+            self.write(warp, part, values[:, i], f"b{8 * size}", taken)
 
     def do_st(self, warp, name, operands, taken):
         size = _SIZE[name[-1]]
@@ -383,7 +412,7 @@ class Block(Matrices):
         return f"mbarrier {address}", lambda: self.barriers[address][3] & 1 != parity
 
     def arrive(self, address, count, size):
-        """Count arrivals and bytes that are to come; a phase ends when none are left."""
+        """Count arrivals and expected bytes; a phase completes when none are left."""
         barrier = self.barriers[address]
         barrier[1] -= count
         barrier[2] += size
@@ -411,3 +440,149 @@ class Block(Matrices):
     def do_elect(self, warp, name, operands, taken):
         assert taken.all(), "elected among some threads of a warp"
         self.write(warp, operands[0].partition("|")[2], LANES == 0, "pred", taken)
+
+    # Matrices of a warp.
+
+    def do_ldmatrix(self, warp, name, operands, taken):
+        assert taken.all() and name[3:5] == ["m8n8", "x4"], name
+        data, at = self.in_shared(self.address(warp, operands[1]), 16)
+        words = data[at].view(np.uint32)  # [4 * 8 rows, 4]: lane = row * 4 + word
+        for i, register in enumerate(self.vector(operands[0])):
+            self.write(warp, register, words[8 * i : 8 * i + 8].reshape(32), "b32", taken)
+
+    def do_mma(self, warp, name, operands, taken):
+        """m16n8k32, E4M3, one E8M0 scale per row of A and column of B."""
+        text = ".".join(name)
+        assert taken.all() and "block_scale.scale_vec::1X.m16n8k32.row.col" in text, text
+        assert text.endswith("f32.e4m3.e4m3.f32.ue8m0"), text
+        row, quad = LANES >> 2, LANES & 3
+
+        def codes(register):
+            words = self.read(warp, register, "b32").astype(np.uint32)
+            return E4M3[words.view(np.uint8).reshape(32, 4)]
+
+        a, b, c = np.zeros((16, 32)), np.zeros((8, 32)), np.zeros((16, 8), np.float32)
+        at = (quad * 4)[:, None] + np.arange(4)
+        for i, register in enumerate(self.vector(operands[1])):
+            a[(row + i % 2 * 8)[:, None], i // 2 * 16 + at] = codes(register)
+        for i, register in enumerate(self.vector(operands[2])):
+            b[row[:, None], i * 16 + at] = codes(register)
+        for i, register in enumerate(self.vector(operands[3])):
+            c[row + i // 2 * 8, quad * 2 + i % 2] = self.read(warp, register, "f32")
+        scales = []
+        for operand, select in ((operands[4], operands[5]), (operands[6], operands[7])):
+            byte, thread = map(int, self.vector(select))
+            assert thread == 0
+            words = self.read(warp, operand.strip("{}"), "b32").astype(np.uint32)
+            scales.append(E8M0[words.view(np.uint8).reshape(32, 4)[:, byte]])
+        a_scale, b_scale = np.zeros(16), np.zeros(8)
+        asked = LANES[quad < 2]  # threads 0 and 1 of four: row, and row + 8
+        a_scale[(asked >> 2) + (asked & 1) * 8] = scales[0][asked]
+        b_scale[:] = scales[1][::4]  # thread 0 of four
+        d = (c + (a * a_scale[:, None]) @ (b * b_scale[:, None]).T).astype(np.float32)
+        for i, register in enumerate(self.vector(operands[0])):
+            self.write(warp, register, d[row + i // 2 * 8, quad * 2 + i % 2], "f32", taken)
+
+    # The tensor memory accelerator.
+
+    def bulk(self, warp, name, operands, taken):
+        """A copy by the tensor memory accelerator: plain bytes, or a box of a matrix."""
+        lane = one(taken)
+        to = int(self.address(warp, operands[0])[lane])
+        if "tensor" in name:
+            index, column, row = self.vector(
+                operands[1].replace("[", "").replace("]", "").replace("{", "")
+            )
+            tensor = list(self.parameters.values())[int(self.read(warp, index)[lane])]
+            column, row = (int(self.read(warp, c, "s32")[lane]) for c in (column, row))
+            barrier, (rows, columns) = operands[2], tensor.box
+            values = np.zeros((rows, columns), np.uint8)
+            part = tensor.codes[row : row + rows, column : column + columns]
+            values[: part.shape[0], : part.shape[1]] = part
+            at = to + np.arange(rows * columns)
+            at ^= (at >> 7 & 7) << 4  # the 128-byte swizzle, of addresses
+            assert to % 1024 == 0
+        else:
+            size, barrier = int(self.read(warp, operands[2])[lane]), operands[3]
+            data, there = self.memory.at(self.address(warp, operands[1])[[lane]], size)
+            values, at = data[there], to + np.arange(size)
+        barrier = int(self.address(warp, barrier)[lane])
+
+        def copy():
+            self.shared[at - SHARED_AT] = values.reshape(-1)
+            self.arrive(barrier, 0, -values.size)
+
+        self.happen(copy, self.eager)
+
+    # Tensor memory.
+
+    def do_tcgen05(self, warp, name, operands, taken):
+        if name[1] in ("fence::before_thread_sync", "fence::after_thread_sync"):
+            return
+        if name[1] in ("alloc", "dealloc", "relinquish_alloc_permit", "ld", "wait::ld"):
+            assert taken.all(), name
+            lane = 0
+        else:
+            lane = one(taken)
+        if name[1] == "alloc":
+            assert int(self.read(warp, operands[1])[0]) == 256
+            data, at = self.in_shared(self.address(warp, operands[0])[:1], 4)
+            data[at] = np.array([[0, 1, 0, 0]], np.uint8)  # from column 256
+        elif name[1] == "ld":
+            self.load(warp, name, operands, taken)
+        elif name[1] == "commit":
+            barrier = int(self.address(warp, operands[0])[lane])
+            self.happen(lambda: self.arrive(barrier, 1, 0), not self.eager)
+        elif name[1] == "cp":
+            assert name[3:] == ["32x128b", "warpx4"], name
+            to, source = (int(self.read(warp, o.strip("[]"))[lane]) for o in operands)
+            self.happen(lambda: self.copy_scales(to, source), not self.eager)
+        elif name[1] == "mma":
+            assert ".".join(name[3:]) == "kind::mxf8f6f4.block_scale.scale_vec::1X", name
+            values = [int(self.read(warp, o.strip("[]"))[lane]) for o in operands[:6]]
+            add = bool(self.read(warp, operands[6], "pred")[lane])
+            self.happen(lambda: self.multiply(*values, add), not self.eager)
+
+    def load(self, warp, name, operands, taken):
+        assert name[2:] == ["sync", "aligned", "32x32b", "x32", "b32"], name
+        address = int(self.address(warp, operands[1])[0])
+        lanes, column = address >> 16, address & 0xFFFF
+        assert lanes == warp.index % 4 * 32, "a warp reads its own lanes"
+        for i, register in enumerate(self.vector(operands[0])):
+            self.write(warp, register, self.tensor[lanes + LANES, column + i], "b32", taken)
+
+    def matrix(self, descriptor, rows, width, pitch):
+        """Bytes [rows, width] that a matrix descriptor points at."""
+        start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+        assert descriptor >> 46 & 7 == 1 and descriptor >> 49 & 15 == 0
+        swizzled = {0: False, 2: True}[descriptor >> 61]
+        row, k = np.arange(rows)[:, None], np.arange(width)
+        at = start + (row >> 3) * stride + (row & 7) * pitch + k
+        if swizzled:
+            at = at ^ (at >> 7 & 7) << 4
+        return self.shared[at - SHARED_AT]
+
+    def copy_scales(self, to, descriptor):
+        words = np.ascontiguousarray(self.matrix(descriptor, 32, 16, 16)).view(np.uint32)
+        for part in range(4):
+            self.tensor[part * 32 + LANES, to : to + 4] = words
+
+    def multiply(self, to, a, b, instruction, a_scale, b_scale, add):
+        """128 x N x 32: E4M3 codes, an E8M0 scale per row of both."""
+        columns, rows = (instruction >> 17 & 63) << 3, (instruction >> 24 & 31) << 4
+        other = instruction & ~(63 << 17 | 31 << 24 | 3 << 29 | 3 << 4)
+        assert rows == 128 and other == 1 << 23, "E4M3 by E4M3, K-major, scales in E8M0"
+        values = []
+        for source, scale, count, byte in (
+            (a, a_scale, rows, instruction >> 29 & 3), (b, b_scale, columns, instruction >> 4 & 3),
+        ):  # fmt: skip
+            at = np.arange(count)
+            words = self.tensor[at % 32, scale + at // 32]
+            assert (words == self.tensor[96 + at % 32, scale + at // 32]).all(), "for all warps"
+            scales = E8M0[words >> np.uint32(8 * byte) & np.uint32(255)]
+            codes = self.matrix(source, count, 32, 128)
+            values.append(E4M3[codes] * scales[:, None])
+        product = values[0] @ values[1].T
+        place = self.tensor[:rows, to : to + columns]
+        before = place.view(np.float32) if add else 0
+        place[:] = (before + product).astype(np.float32).view(np.uint32)
