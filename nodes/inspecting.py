@@ -7,13 +7,11 @@ from collections import Counter
 from comfy_api.latest import io
 
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
-from ..quant.reports.conversion import KEPT, gigabytes, listed
+from ..quant.reports.conversion import KEPT, gigabytes
 from .host import paths
 from .host.progress import Progress, show
 from .runtime.describe import describe
 from .widgets import CATEGORY, NO_FILE, ROWS
-
-_MOST_SENTENCES = 20  # shown; the JSON has all
 
 
 class MXFP8Inspect(io.ComfyNode):
@@ -78,7 +76,7 @@ class MXFP8Inspect(io.ComfyNode):
         else:
             path = paths.source_path(file)
             inspection = inspect_file(path, every_byte=every_byte, progress=Progress(cls))
-            summary = _summary_of_file(inspection)
+            summary = "\n".join([inspection.summary(), *_kept(inspection)])
         show(cls, summary)
         text = inspection.to_json()
         return io.NodeOutput(summary, text, ui={"text": [summary], "mxfp8_report": [text]})
@@ -113,13 +111,6 @@ def inspect_model(patcher) -> Inspection:
         every_byte=False,
         layers=layers,
     )
-
-
-def _summary_of_file(inspection: Inspection) -> str:
-    lines = [inspection.summary()]
-    for label, sentences in (("WARNING", inspection.warnings), ("PROBLEM", inspection.problems)):
-        lines += listed(label, sentences, _MOST_SENTENCES)
-    return "\n".join([*lines, *_kept(inspection)])
 
 
 def _summary_of_model(inspection: Inspection) -> str:

@@ -26,7 +26,10 @@ from . import format
 from .conversion import policy
 from .memory import is_out_of_memory
 
-_MOST_PROBLEMS = 20  # printed
+_MODEL = (
+    "a safetensors file, the index of a sharded one (.safetensors.index.json), or a model folder"
+)
+_OVERWRITE = "replace DST if it exists"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,43 +38,40 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _termination_as_interrupt():
             return arguments.run(arguments)
-    except ModuleNotFoundError as error:
-        print(
-            f"mxfp8: {error.name} is missing; use ComfyUI's Python, or pip install "
-            '"mxfp8[standalone]"',
-            file=sys.stderr,
-        )
-        return 1
-    except FileExistsError as error:
-        print(f"mxfp8: {error.filename} exists; --overwrite replaces it", file=sys.stderr)
-        return 1
-    except OSError as error:
-        said = error.strerror or str(error)
-        if error.filename and error.strerror:
-            said = f"{error.filename}: {said}"
-        print(f"mxfp8: {said}", file=sys.stderr)
-        return 1
-    except (ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        message = _message(error)
+        if message is None:
             raise
-        said = "" if isinstance(error, RuntimeError) else str(error)
-        print(f"mxfp8: {said or 'out of memory; close other programs'}", file=sys.stderr)
+        print(f"mxfp8: {message}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mxfp8: interrupted; nothing was left behind", file=sys.stderr)
-        return 1
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user about an error; None about a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was left behind"
+    if isinstance(error, ModuleNotFoundError):
+        return f'{error.name} is missing; use ComfyUI\'s Python, or pip install "mxfp8[standalone]"'
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} exists; --overwrite replaces it"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{error.filename}: {reason}" if error.filename and error.strerror else reason
+    if isinstance(error, (ValueError, MemoryError)) and str(error):
+        return str(error)
+    return "out of memory; close other programs" if is_out_of_memory(error) else None
 
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM and a closed terminal end the work as Ctrl-C does: cleanly."""
+    """Let SIGTERM and a closed terminal end the work as cleanly as Ctrl-C."""
 
     def interrupt(number, frame):
-        signal.signal(number, signal.SIG_IGN)  # once is enough; cleaning up takes a moment
+        signal.signal(number, signal.SIG_IGN)  # cleaning up takes a moment
         raise KeyboardInterrupt
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
+    if threading.current_thread() is threading.main_thread():  # signals work only there
         for name in ("SIGTERM", "SIGHUP"):  # Windows has only the first
             if hasattr(signal, name):
                 number = getattr(signal, name)
@@ -85,20 +85,22 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mxfp8", description="MXFP8 (8-bit microscaling) for safetensors models."
+        prog="mxfp8",
+        description="Convert, inspect, verify and repair models in MXFP8 (8-bit microscaling).",
     )
     parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    convert = commands.add_parser("convert", help="convert a BF16, F16 or F32 model to MXFP8")
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = commands.add_parser(name, help=summary, description=description)
+        subparser.set_defaults(run=run)
+        return subparser
+
+    convert = command("convert", _convert, "convert a BF16, F16 or F32 model to MXFP8")
+    convert.add_argument("source", metavar="SRC", type=Path, help=f"model to convert: {_MODEL}")
     convert.add_argument(
-        "source",
-        metavar="SRC",
-        type=Path,
-        help="safetensors file, index of several (.safetensors.index.json), or model folder",
-    )
-    convert.add_argument(
-        "target", metavar="DST", type=Path, help="file to make, whole or not at all"
+        "target", metavar="DST", type=Path, help="file to write; it appears whole or not at all"
     )
     names = list(policy.presets())
     convert.add_argument(
@@ -106,23 +108,24 @@ def _parser() -> argparse.ArgumentParser:
         default=policy.AUTO,
         choices=names,
         metavar="NAME",
-        help=f"which layers stay: {', '.join(names)}",
+        help=f"which layers to quantize; default: auto; one of: {', '.join(names)}",
     )
     convert.add_argument(
         "--include",
         metavar="RE",
         type=_expression,
         action="append",
-        help="quantize keys this finds, even if the preset keeps them; may be repeated",
+        help="quantize tensors whose names RE matches, even if the preset keeps them; may be "
+        "repeated",
     )
     convert.add_argument(
         "--exclude",
         metavar="RE",
         type=_expression,
         action="append",
-        help="keep keys this finds, whatever else; may be repeated",
+        help="keep tensors whose names RE matches, whatever else is given; may be repeated",
     )
-    convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    convert.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     convert.add_argument(
         "--device",
         metavar="NAME",
@@ -132,61 +135,56 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         metavar="FILE",
         type=Path,
-        help="what the layers are given (safetensors); rounds them for that, which takes longer",
+        help="calibration (safetensors); choose the rounding with the least error of layer "
+        "outputs on its data, which takes longer",
     )
-    convert.add_argument("--report", metavar="FILE.json", type=Path, help="write a report")
+    convert.add_argument(
+        "--report", metavar="FILE.json", type=Path, help="write the report of every layer as JSON"
+    )
     convert.add_argument(
         "--dry-run", action="store_true", help="list every decision with its reason; write nothing"
     )
-    convert.set_defaults(run=_convert)
 
-    inspect = commands.add_parser("inspect", help="what a file holds, and what is wrong with it")
+    inspect = command("inspect", _inspect, "show what a file holds and what is wrong with it")
     inspect.add_argument("file", metavar="FILE", type=Path, help="safetensors file")
-    inspect.add_argument("--json", action="store_true", help="print JSON, with every layer")
+    inspect.add_argument("--json", action="store_true", help="print JSON with every layer")
     inspect.add_argument(
-        "--header", action="store_true", help="read the header only, not every byte"
+        "--header", action="store_true", help="read only the header, not every byte"
     )
-    inspect.set_defaults(run=_inspect)
 
-    repair = commands.add_parser(
-        "repair", help="rebuild lost markers, the order of scales, their dtype"
+    repair = command(
+        "repair", _repair, "rebuild lost markers, and rewrite row-major or F8_E8M0 scales"
     )
-    repair.add_argument("source", metavar="SRC", type=Path, help="MXFP8 file to read")
-    repair.add_argument("target", metavar="DST", type=Path, help="file to make")
+    repair.add_argument("source", metavar="SRC", type=Path, help="MXFP8 file to repair")
+    repair.add_argument("target", metavar="DST", type=Path, help="file to write")
     repair.add_argument(
         "--scales",
         choices=format.ORDERS,
         default=format.AUTO,
-        help="order of scales whose shape fits both; auto: what padding and statistics show",
+        help="order of scales whose shape fits both; default: auto, by padding and statistics",
     )
-    repair.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    repair.set_defaults(run=_repair)
+    repair.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
 
-    verify = commands.add_parser("verify", help="compare an MXFP8 file with its original")
+    verify = command("verify", _verify, "compare an MXFP8 file with its original")
     verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
     verify.add_argument(
-        "--source", metavar="SRC", type=Path, required=True, help="what it was made from"
+        "--source", metavar="SRC", type=Path, required=True, help=f"its original: {_MODEL}"
     )
-    verify.set_defaults(run=_verify)
 
-    probe = commands.add_parser(
-        "probe", help="quant_probe's scores of an original's layers, beside their measured error"
+    probe = command(
+        "probe", _probe, "compare quant_probe's sensitivity scores with the error of MXFP8"
     )
-    probe.add_argument(
-        "source", metavar="FILE", type=Path, help="a model to convert, as for `convert`"
-    )
+    probe.add_argument("source", metavar="SRC", type=Path, help=f"model to probe: {_MODEL}")
     probe.add_argument(
         "--calibration",
         metavar="FILE",
         type=Path,
-        help="what the layers are given (safetensors): measures what they put out, too",
+        help="calibration (safetensors); measure the error of layer outputs on its data, too",
     )
-    probe.add_argument("--json", metavar="FILE.json", type=Path, help="write it as JSON")
-    probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write it as a table")
-    probe.set_defaults(run=_probe)
+    probe.add_argument("--json", metavar="FILE.json", type=Path, help="write the result as JSON")
+    probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the result as a table")
 
-    backends = commands.add_parser("backends", help="what would run on this machine, and why")
-    backends.set_defaults(run=_backends)
+    command("backends", _backends, "list the backends, and which of them run on this machine")
     return parser
 
 
@@ -194,7 +192,9 @@ def _expression(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}"
+        ) from error
     return text
 
 
@@ -203,7 +203,7 @@ def _progress(label: str) -> Iterator:
     """A progress bar with throughput and ETA, as a callback."""
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # its thread never starts, and never returns, for want of memory
+    tqdm.monitor_interval = 0  # starting its thread hangs when memory is short
     with tqdm(
         desc=label,
         unit="B",
@@ -211,7 +211,7 @@ def _progress(label: str) -> Iterator:
         unit_divisor=1000,
         leave=False,
         file=sys.stderr,
-        disable=None,  # where nobody watches
+        disable=None,  # if stderr is no terminal
     ) as bar:
 
         def update(done: int, total: int, key: str) -> None:
@@ -243,13 +243,17 @@ def _convert(arguments) -> int:
         )  # fmt: skip
     print(report.summary())
     if arguments.report:
-        arguments.report.write_text(report.to_json(), encoding="utf-8")
-        print(f"report: {arguments.report}")
+        _write("report", arguments.report, report.to_json())
     return 0
 
 
+def _write(label: str, path: Path, text: str) -> None:
+    path.write_bytes(text.encode())  # with the line ends that it has
+    print(f"{label}: {path}")
+
+
 def _calibration(arguments):
-    """What --calibration names, or None."""
+    """The calibration that --calibration names, or None."""
     if not arguments.calibration:
         return None
     from .conversion.calibration import load
@@ -259,14 +263,14 @@ def _calibration(arguments):
 
 
 def _any_of(expressions: list[str] | None) -> str | None:
-    """One expression that finds what any of several finds."""
+    """One expression that matches whatever any of these does."""
     if not expressions or len(expressions) == 1:
         return expressions[0] if expressions else None
     return "|".join(f"(?:{e})" for e in expressions)
 
 
 def _check_output(arguments, option: str, kind: str = "json") -> None:
-    """Refuse an output path that cannot be written or would replace a file that is read."""
+    """Raise ValueError for an output path that is not writable or is one of the files to read."""
     from .sources.open import open_source
 
     path = getattr(arguments, option)
@@ -307,26 +311,15 @@ def _inspect(arguments) -> int:
     from .checks.inspect import inspect_file
 
     with _progress("inspect") if not arguments.header else contextlib.nullcontext() as progress:
-        found = inspect_file(arguments.file, every_byte=not arguments.header, progress=progress)
-    if arguments.json:
-        print(found.to_json())
-    else:
-        print(found.summary())
-        _print_all("WARNING", found.warnings)
-        _print_all("PROBLEM", found.problems)
-    return 1 if found.problems else 0
-
-
-def _print_all(label: str, sentences: list[str]) -> None:
-    from .reports.conversion import listed
-
-    for line in listed(label, sentences, _MOST_PROBLEMS):
-        print(line)
+        result = inspect_file(arguments.file, every_byte=not arguments.header, progress=progress)
+    print(result.to_json() if arguments.json else result.summary())
+    return 1 if result.problems else 0
 
 
 def _repair(arguments) -> int:
     from .checks.repair import repair_file
     from .checks.scan import check_file
+    from .reports.conversion import listed
 
     with _progress("repair") as progress:
         result = repair_file(
@@ -336,8 +329,7 @@ def _repair(arguments) -> int:
             overwrite=arguments.overwrite,
             progress=progress,
         )
-    print(result.summary())
-    _print_all("WARNING", check_file(arguments.target))
+    print(result.summary(), *listed("WARNING", check_file(arguments.target)), sep="\n")
     return 0
 
 
@@ -346,16 +338,7 @@ def _verify(arguments) -> int:
 
     with _progress("verify") as progress:
         result = verify_file(arguments.file, arguments.source, progress)
-    for name, energy in result.layers.items():
-        value = "exact" if energy.sqnr_db is None else f"{energy.sqnr_db:6.2f} dB"
-        print(f"{value}  {name}")
-    if result.sqnr_db is not None:
-        worst = result.layers[result.worst].sqnr_db
-        print(
-            f"\n{len(result.layers)} MXFP8 layers, SQNR {result.sqnr_db:.2f} dB; "
-            f"worst {result.worst}: {worst:.2f} dB"
-        )
-    _print_all("PROBLEM", result.problems)
+    print(result.summary())
     return 1 if result.problems else 0
 
 
@@ -367,20 +350,18 @@ def _probe(arguments) -> int:
         _check_output(arguments, kind, kind)
     calibration = _calibration(arguments)
     with _progress("probe") as progress:
-        found = probe_file(arguments.source, calibration=calibration, progress=progress)
+        result = probe_file(arguments.source, calibration=calibration, progress=progress)
     print("score   advice  SQNR      " + "error     " * (calibration is not None) + "layer")
-    for layer in sorted(found.layers, key=lambda layer: -layer.score):
+    for layer in sorted(result.layers, key=lambda layer: -layer.score):
         sqnr = "exact   " if layer.sqnr_db is None else f"{layer.sqnr_db:5.2f} dB"
         error = "" if layer.output_error is None else f"  {layer.output_error:.2e}"
         print(f"{layer.score:.4f}  {layer.recommendation:6}  {sqnr}{error}  {layer.key}")
     print(
-        "\nscore and advice: quant_probe's, by statistics of the weights; SQNR: measured. "
-        f"`convert` does not follow the advice.\n{found.summary()}"
+        "\nscore and advice are quant_probe's, from statistics of the weights; `convert` does not "
+        f"use them. SQNR is measured.\n{result.summary()}"
     )
     for kind in outputs:
-        path, text = getattr(arguments, kind), getattr(found, f"to_{kind}")()
-        path.write_bytes(text.encode())  # as it is: a table's lines end as its format has them
-        print(f"{kind}: {path}")
+        _write(kind, getattr(arguments, kind), getattr(result, f"to_{kind}")())
     return 0
 
 
@@ -391,9 +372,9 @@ def _backends(arguments) -> int:
     print("\nBackends, in order of preference:")
     for status in list_backends():
         print(f"  {status}")
-    print("\nA linear runs, at precision")
-    for choice in describe_paths():
-        print(f"  {choice}")
+    print("\nLinear layers, by precision:")
+    for path in describe_paths():
+        print(f"  {path}")
     return 0
 
 

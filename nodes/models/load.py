@@ -88,7 +88,7 @@ def read_state(header: Header, scales: str = format.AUTO) -> tuple[dict[str, tor
             rows, blocks = layer.weight.shape[0], layer.weight.shape[1] // layout.BLOCK
             scale = state[layer.scale.name].view(torch.uint8)
             tiled = layout.tile(scale[:rows, :blocks])
-            scan.refuse_nan_scales(header.path.name, layer, 0, tiled)
+            scan.check_scales(header.path.name, layer, 0, tiled)
             state[layer.scale.name] = tiled
     metadata = {k: v for k, v in (metadata or {}).items() if k != format.QUANTIZATION_METADATA}
     return state, metadata

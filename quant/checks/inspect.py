@@ -1,12 +1,12 @@
-"""What a file holds, and what is wrong with it: the header's facts, and a scan of every byte.
+"""What a file holds and what is wrong with it: its header, and a scan of every byte.
 
-The header alone needs no torch and takes milliseconds; the bytes of MXFP8 layers are read in slabs.
+The header alone needs no torch and takes milliseconds; the MXFP8 layers are read in slabs.
 """
 
 from __future__ import annotations
 
 import functools
-import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +16,12 @@ from ..container.header import quoted
 from ..conversion import policy
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
-from ..reports import comparison, metadata
+from ..reports import comparison, document, metadata
 from ..reports.comparison import Comparison
-from ..reports.conversion import KEPT, MXFP8, Report, gigabytes
+from ..reports.conversion import KEPT, MXFP8, Report, gigabytes, listed
 from ..sources import unsupported
 
-VERSION = 1
+KEY = "mxfp8_inspection"
 
 
 @dataclass
@@ -30,11 +30,11 @@ class LayerInspection:
 
     Attributes:
         shape: unpadded (N, K); bytes: of codes and scales; scale_dtype: "U8" or "F8_E8M0".
-        decision: "mxfp8", the name of another format, or "kept"; reason: why, in words.
-        dtype: of the weight in the file. What follows is of MXFP8 layers alone.
-        nan_codes, nan_scales: counts within the shape; padding: bytes of padding that are not
-            zero; scale_order: "tiled" or "row-major" by the evidence, None where nothing tells.
-            All None if only the header was read.
+        decision: "mxfp8", the name of another format, or "kept", with the reason.
+        dtype: of the weight in the file.
+        nan_codes, nan_scales: counts within the shape; padding: non-zero bytes of padding;
+            scale_order: "tiled" or "row-major", None without evidence. Of MXFP8 layers, and only if
+            every byte was read.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Inspection:
     """A whole file.
 
     Attributes:
-        formats: format of a marker -> number of layers.
-        report, comparison: what the header says of its conversion and of a comparison, as those
-            modules have it; None where it says nothing that can be read.
+        formats: format in the markers -> number of layers.
+        metadata: names of the entries in the header.
         every_byte: whether the layers were read, or only the header.
         problems, warnings: sentences; a file with problems should not be used.
+        report, comparison: as kept in the header; None if missing or damaged.
     """
 
     file: str
@@ -84,40 +84,38 @@ class Inspection:
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
-        return json.dumps({"mxfp8_inspection": VERSION, **asdict(self)}, indent=1)
+        return document.write(KEY, asdict(self))
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
+        whole = self.every_byte and self.mxfp8_bytes
         return "\n".join([
             f"{self.file}: {gigabytes(self.bytes)}, {self.tensors} tensors",
             f"architecture: {self.architecture or 'not recognized'}",
-            *(self.counted() or ["no layer is quantized, as far as its markers say"]),
+            *(self.counted() or ["no layer is marked as quantized"]),
             f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
             f"metadata: {', '.join(self.metadata) or 'none'}",
-            self._verdict(),
+            f"read: {'every byte of its MXFP8 layers' if whole else 'the header'}"
+            + ("" if self.problems else "; no problems found"),
             *metadata.lines(self.report, self.comparison),
+            *listed("WARNING", self.warnings),
+            *listed("PROBLEM", self.problems),
         ])  # fmt: skip
 
     def counted(self) -> list[str]:
-        """How many layers are in which format."""
+        """The number of layers in each format, a line each."""
         return [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
-
-    def _verdict(self) -> str:
-        """What was read, and whether that is sound."""
-        whole = self.every_byte and self.mxfp8_bytes
-        read = f"read: {'every byte of its MXFP8 layers' if whole else 'the header'}"
-        return read if self.problems else f"{read}; no problems found"
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:
-    """Look into a safetensors file.
+    """Inspect a safetensors file.
 
     Args:
-        every_byte: whether to read the MXFP8 layers; without, torch is not needed.
+        every_byte: whether to read the MXFP8 layers, for which torch is needed.
         progress: called after every slab.
 
     Raises:
-        FormatError: its header or markers are damaged, so that nothing in it can be relied on.
+        FormatError: the header or the markers are damaged, so that nothing in the file is reliable.
         OSError: it cannot be read.
     """
     unsupported.check_file(Path(path))
@@ -130,30 +128,26 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
 
 
 def _from_header(header: Header, every_byte: bool) -> Inspection:
-    formats: dict[str, int] = {}
-    for conf in header.markers.values():
-        formats[conf["format"]] = formats.get(conf["format"], 0) + 1
-    found = policy.detect_architecture(header.tensors)
-    said = metadata.read(header.metadata)
-    ours = (*header.layers, *header.experts)
-    parts = {name + part for name in ours for part in (WEIGHT, SCALE, MARKER)}
-    sizes = {True: 0, False: 0}
+    architecture, _ = policy.detect_architecture(header.tensors) or (None, None)
+    provenance = metadata.read(header.metadata)
+    parts = {n + p for n in (*header.layers, *header.experts) for p in (WEIGHT, SCALE, MARKER)}
+    sizes = Counter()
     for tensor in header.tensors.values():
         sizes[tensor.name in parts] += tensor.nbytes
     return Inspection(
         file=header.path.name,
         bytes=header.file_size,
         tensors=len(header.tensors),
-        architecture=found[0] if found else None,
-        formats=formats,
+        architecture=architecture,
+        formats=dict(Counter(conf["format"] for conf in header.markers.values())),
         mxfp8_bytes=sizes[True],
         other_bytes=sizes[False],
         metadata=sorted(header.metadata),
         every_byte=every_byte,
         layers=[*_layers(header)],
-        warnings=list(said.warnings),
-        report=said.report,
-        comparison=said.comparison,
+        warnings=list(provenance.warnings),
+        report=provenance.report,
+        comparison=provenance.comparison,
     )
 
 
@@ -188,38 +182,31 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
     from ..sources.file import FileSource
     from . import scan
 
-    total = sum(layer.bytes for layer in result.mxfp8)
-    advance = Meter(total, progress)
-
+    advance = Meter(sum(layer.bytes for layer in result.mxfp8), progress)
     with FileSource(path) as source:
-        checks = (
-            lambda source: scan.refuse_tables(source.name, source.header.layers.values()),
-            scan.refuse_unmarked,
-            scan.refuse_nan_experts,
-        )
-        for check in checks:
+        for check in (scan.check_embeddings, scan.check_unmarked, scan.check_experts):
             try:
                 check(source)
             except FormatError as error:
                 result.problems.append(str(error))
         for layer in result.mxfp8:
-            tick = functools.partial(advance, key=layer.name)
-            found = scan.scan_layer(source, source.header.layers[layer.name], tick)
-            layer.nan_codes, layer.nan_scales = found.nan_codes, found.nan_scales
-            layer.padding, layer.scale_order = found.padding, found.order.order
-            result.problems += [f"{quoted(layer.name)}: {p}" for p in found.problems]
-            result.warnings += [f"{quoted(layer.name)}: {w}" for w in found.warnings]
+            stored = source.header.layers[layer.name]
+            scanned = scan.scan_layer(source, stored, functools.partial(advance, key=layer.name))
+            layer.nan_codes, layer.nan_scales = scanned.nan_codes, scanned.nan_scales
+            layer.padding, layer.scale_order = scanned.padding, scanned.order.order
+            result.problems += [f"{quoted(layer.name)}: {p}" for p in scanned.problems]
+            result.warnings += [f"{quoted(layer.name)}: {w}" for w in scanned.warnings]
         if result.comparison is not None:
             _check_comparison(source, result)
 
 
 def _check_comparison(source, result: Inspection) -> None:
-    """Warn of a comparison that was measured on other weights."""
+    """Warn if the comparison in the header was measured on other weights."""
     from ..sources.file import as_bytes
 
     rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
-    found = comparison.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
-    if result.comparison.model.fingerprint != found:
+    fingerprint = comparison.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
+    if result.comparison.model.fingerprint != fingerprint:
         result.warnings.append(
-            "the comparison in the header was measured on other weights than the file's"
+            "the comparison in the header was measured on weights other than this file's"
         )

@@ -1,27 +1,27 @@
-"""How sensitive a weight is said to be, beside what MXFP8 does to it.
+"""quant_probe's sensitivity scores of a model's layers, next to their measured error in MXFP8.
 
-quant_probe (https://github.com/insecure-erasure/quant_probe) guesses from a weight's values which
+quant_probe (https://github.com/insecure-erasure/quant_probe) predicts from a weight's values which
 layers to keep: excess kurtosis, range and shape make a score, and the top tenth is kept. It
-measures no error. Here are its scores and recommendations, from its documentation and to the digits
-of its table, beside the error that MXFP8 has: SQNR of the weight, and with a calibration the error
-of the layer's output. Their rank correlation says what the score is worth for a model.
+measures no error. This module computes its scores and recommendations, as documented and to the
+digits of its table, and measures the error in MXFP8: the SQNR of the weight and, with a
+calibration, the error of the layer's output. The rank correlation of the two shows how much the
+score is worth for a model.
 
-The tool knows Z-Image and Wan; other models are scored with its settings for Z-Image. Its last
-step, which can level what was recommended for a kind of layer over the depth of a model, is left
-out.
+The tool knows Z-Image and Wan; other models are scored with its settings for Z-Image. Its last,
+optional step, which evens out recommendations for a type of layer over the depth of a model, is
+left out.
 
 A weight is read twice, some rows at a time: for its moments, then to count outliers and quantize.
-The tool makes float32 copies of whole weights. What fits in one slab is computed as it does that,
-to the last bit, because the layer that is itself the quantile of the scores falls on this side or
-that by the last bit. Larger weights get power sums in float64, as precise and in little memory;
-there the tool's own last bits depend on the number of threads.
+The tool makes float32 copies of whole weights. A weight of one slab is computed exactly as there,
+because the last bit decides about the layer that is itself the quantile of the scores. Larger ones
+get power sums in float64, as precise and in little memory; there the tool's own last bits depend on
+the number of threads.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,26 +30,27 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ... import kernels
-from ..container.header import FormatError, quoted
+from ..container.header import FormatError, nbytes, quoted
 from ..conversion import policy
 from ..conversion.calibration import Calibration, check_model
-from ..format import DTYPES, FLOATS, WEIGHT, bare, numel
+from ..format import FLOATS, WEIGHT, bare, numel
 from ..progress import Meter, Progress
+from ..reports import document
 from ..reports.conversion import SqnrAccumulator
 from ..sources.file import Source
 from ..sources.open import open_source
 
-VERSION = 1
+KEY = "mxfp8_probe"
 KEEP, FP8, NVFP4 = "*KEEP*", "FP8", "NVFP4"
 _WEIGHTS = 0.6, 0.3, 0.1  # of kurtosis, range and aspect ratio in the score
-_FENCE = 1.5  # interquartile ranges around the quartiles, to which kurtosis is clipped
-_MOST_KURTOSIS = 8.0  # kept whatever the score
+_FENCE = 1.5  # interquartile ranges beyond the quartiles, where kurtosis is clipped
+_MOST_KURTOSIS = 8.0  # from here on a layer is kept whatever its score
 _KEEP_QUANTILE = 0.9  # of the scores
 _FP8 = {"Wan": (0.75, 0.5)}  # quantile from which a layer is FP8, and the least score
 _FP8_ELSE = 0.5, 0.0
 _OUTLIER = 3.0  # standard deviations from the mean
-_MAIN = ("blocks", "layers")  # named in no layer type
-_SLAB = 1 << 21  # values looked at once
+_MAIN = ("blocks", "layers")  # left out of layer types
+_SLAB = 1 << 21  # values read at a time
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class ProbedLayer:
     """One weight.
 
     Attributes:
-        layer_type: name without the number of its block; subgraph: what the blocks are called.
+        layer_type: name without the number of its block; subgraph: name of the list of blocks.
         excess_kurtosis, dynamic_range, std, outlier_pct, aspect_ratio, score, recommendation,
-            reason: as quant_probe has them.
-        sqnr_db: of the weight in MXFP8, None where nothing is lost.
-        output_error: relative error of the layer's output on the inputs of a calibration, rounded
-            to nearest; None without one.
+            reason: as in quant_probe.
+        sqnr_db: of the weight in MXFP8; None without any error.
+        output_error: relative error of the layer's output on the calibration data, with the weight
+            rounded to nearest; None without a calibration.
     """
 
     key: str
@@ -84,11 +85,11 @@ class ProbedLayer:
 
 @dataclass(frozen=True)
 class Probe:
-    """A model's layers.
+    """The layers of a model.
 
     Attributes:
         weight_correlation, output_correlation: Spearman's, of the scores with the measured errors;
-            None where nothing varies or nothing was measured.
+            None if either is constant or was not measured.
     """
 
     file: str
@@ -99,7 +100,7 @@ class Probe:
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
-        return json.dumps({"mxfp8_probe": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        return document.write(KEY, asdict(self))
 
     def to_csv(self) -> str:
         """A table with quant_probe's columns and digits, then ours."""
@@ -120,27 +121,27 @@ class Probe:
         """A few lines for a terminal."""
         counts = Counter(layer.recommendation for layer in self.layers)
         shares = ", ".join(f"{counts[name]} {name}" for name in (KEEP, FP8, NVFP4))
-        lines = [f"{len(self.layers)} layers, by their scores: {shares}"]
-        found = [layer.sqnr_db for layer in self.layers if layer.sqnr_db is not None]
-        if found:
-            lines.append(f"in MXFP8, SQNR {min(found):.2f} to {max(found):.2f} dB")
+        lines = [f"{len(self.layers)} layers, by score: {shares}"]
+        sqnr = [layer.sqnr_db for layer in self.layers if layer.sqnr_db is not None]
+        if sqnr:
+            lines.append(f"SQNR in MXFP8: {min(sqnr):.2f} to {max(sqnr):.2f} dB")
         correlations = [
-            f"{value:+.2f} with the error of {what}"
-            for value, what in (
-                (self.weight_correlation, "the weights"),
-                (self.output_correlation, "what the layers put out"),
+            f"{value:+.2f} with {error}"
+            for value, error in (
+                (self.weight_correlation, "weight error"),
+                (self.output_correlation, "layer output error"),
             )
             if value is not None
         ]
         if correlations:
             lines.append(
                 f"rank correlation of the score: {', '.join(correlations)} "
-                "(+1: it sorts layers by error; 0: it says nothing)"
+                "(+1: sorts layers by error; 0: unrelated)"
             )
         return "\n".join(lines)
 
 
-# quant_probe's columns, and how it writes them.
+# quant_probe's columns and their formats.
 _COLUMNS = {
     "key": "", "layer_type": "", "block_idx": "", "subgraph": "", "rows": "", "cols": "",
     "excess_kurtosis": ".4f", "dynamic_range": ".4f", "std": ".6f", "outlier_pct": ".2f",
@@ -155,8 +156,8 @@ def probe_file(
 
     Args:
         path: a model that is not quantized, as for `convert_file`.
-        calibration: what its layers are given, for the error of their outputs.
-        progress: called after every slab, of which there are twice as many as the model has.
+        calibration: of the model, to measure the error of layer outputs.
+        progress: called after every slab; the bytes of the model count twice.
 
     Raises:
         FormatError: the file is damaged, quantized, or has no numbered blocks.
@@ -170,29 +171,28 @@ def probe_file(
         if not places:
             raise FormatError(
                 f"{source.name}: no F32, F16 or BF16 matrix in numbered blocks "
-                "('layers.0.....weight'), which are what is scored"
+                "('layers.0.....weight'); only those are scored"
             )
-        advance = Meter(2 * sum(_nbytes(source, key) for key in places), progress)
-        found = policy.detect_architecture(source.tensors)
-        architecture = found[0] if found else None
+        advance = Meter(2 * sum(nbytes(*source.tensors[key]) for key in places), progress)
+        architecture, _ = policy.detect_architecture(source.tensors) or (None, None)
         measured = [
             _measure(source, key, place, calibration, advance) for key, place in places.items()
         ]
         layers = _recommended(_scored(measured), architecture)
     scores = [layer.score for layer in layers]
     noise = [-math.inf if layer.sqnr_db is None else -layer.sqnr_db for layer in layers]
-    heard = [layer for layer in layers if layer.output_error is not None]
+    calibrated = [layer for layer in layers if layer.output_error is not None]
     return Probe(
         source.name,
         architecture,
         rank_correlation(scores, noise),
-        rank_correlation([la.score for la in heard], [la.output_error for la in heard]),
+        rank_correlation([x.score for x in calibrated], [x.output_error for x in calibrated]),
         tuple(layers),
     )
 
 
 def _place(key: str, source: Source) -> tuple[str, int, str] | None:
-    """(layer type, number of the block, what the blocks are called), None if it is not scored."""
+    """(layer type, number of the block, name of the list of blocks), or None if not scored."""
     dtype, shape = source.tensors[key]
     if not key.endswith(WEIGHT) or dtype not in FLOATS or len(shape) != 2 or not numel(shape):
         return None
@@ -200,25 +200,20 @@ def _place(key: str, source: Source) -> tuple[str, int, str] | None:
     at = next((i for i, part in enumerate(parts) if i and part.isdecimal()), len(parts))
     blocks, kind = ".".join(parts[:at]), ".".join(parts[at + 1 :])
     if not kind or (blocks.endswith("_refiner") and kind.startswith("adaLN_modulation")):
-        return None  # the tool leaves Z-Image's refiners their modulations
+        return None  # the tool skips the modulations of Z-Image's refiners
     return kind if blocks in _MAIN else f"{blocks}.{kind}", int(parts[at]), blocks
 
 
-def _nbytes(source: Source, key: str) -> int:
-    dtype, shape = source.tensors[key]
-    return numel(shape) * DTYPES[dtype] // 8
-
-
-# ---- what is measured ------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """How values are spread.
+    """The distribution of a weight's values.
 
     Attributes:
-        std: with n - 1; kurtosis: excess kurtosis, the fourth central moment over std**4 less 3;
-            both 0 where nothing varies. range: largest less smallest magnitude, in float32.
+        std: with n - 1; kurtosis: excess kurtosis, the fourth central moment over std**4, minus 3;
+            both 0 if all values are equal. range: largest minus smallest magnitude, in float32.
     """
 
     mean: float
@@ -228,7 +223,7 @@ class _Spread:
 
 
 def _spread_of(weight: torch.Tensor) -> _Spread:
-    """Of one slab, with quant_probe's float32 arithmetic."""
+    """The distribution of one slab, with quant_probe's float32 arithmetic."""
     x = weight.float().flatten()
     mean, std, size = x.mean(), x.std() if x.numel() > 1 else x.new_zeros(()), x.abs()
     kurtosis = ((x - mean) ** 4).mean() / std**4 - 3.0 if std > 0 else 0.0
@@ -236,26 +231,24 @@ def _spread_of(weight: torch.Tensor) -> _Spread:
 
 
 def _spread_over(slabs: Iterable[torch.Tensor]) -> _Spread:
-    """Of several, from sums of powers about the mean of the first, so that nothing cancels."""
-    count, about, sums = 0, 0.0, [0.0] * 4
+    """The distribution over slabs, from power sums about the mean of the first: no cancellation."""
+    count, center, sums = 0, 0.0, [0.0] * 4
     least, most = torch.tensor(torch.inf), torch.tensor(0.0)
     for weight in slabs:
-        least, most = (
-            torch.minimum(least, weight.abs().min()),
-            torch.maximum(most, weight.abs().max()),
-        )
+        low, high = weight.abs().aminmax()
+        least, most = torch.minimum(least, low), torch.maximum(most, high)
         x = weight.double()
-        about = about if count else float(x.mean())
+        center = center if count else float(x.mean())
         count += x.numel()
-        x -= about
+        x -= center
         square = x * x
-        found = x.sum(), square.sum(), (x * square).sum(), square.square_().sum()
-        sums = [a + float(b) for a, b in zip(sums, found, strict=True)]
+        powers = x.sum(), square.sum(), (x * square).sum(), square.square_().sum()
+        sums = [a + float(b) for a, b in zip(sums, powers, strict=True)]
     d, second, third, fourth = (value / count for value in sums)
     std = math.sqrt(max(0.0, second - d * d) * count / (count - 1))
     central = fourth - 4 * d * third + 6 * d * d * second - 3 * d**4
     kurtosis = central / std**4 - 3 if std else 0.0
-    return _Spread(about + d, std, kurtosis, float(most.float() - least.float()))
+    return _Spread(center + d, std, kurtosis, float(most.float() - least.float()))
 
 
 @torch.inference_mode()
@@ -263,19 +256,19 @@ def _measure(source: Source, key: str, place, calibration, advance: Callable) ->
     rows, cols = source.tensors[key][1]
     slabs = (weight for _, weight in _slabs(source, key, advance))
     spread = _spread_of(*slabs) if rows * cols <= _SLAB else _spread_over(slabs)
-    energy, outliers = SqnrAccumulator(), 0
+    sqnr, outliers = SqnrAccumulator(), 0
     moments = calibration and calibration.of(key.removesuffix(WEIGHT))
-    second = moments.second if moments else None
+    hessian = moments.second if moments else None
     lost = size = 0.0
     for first, weight in _slabs(source, key, advance):
         outliers += int(((weight.float() - spread.mean).abs_() > _OUTLIER * spread.std).sum())
         qdata, scale, signal, noise = kernels.quantize_and_measure(weight)
-        energy.add(first, signal, noise)
-        if second is not None:
+        sqnr.add(first, signal, noise)
+        if hessian is not None:
             weight = weight.float()
             error = weight - kernels.dequantize(qdata, scale, torch.float32, tuple(weight.shape))
-            lost += float((error @ second).mul_(error).sum(dtype=torch.float64))
-            size += float((weight @ second).mul_(weight).sum(dtype=torch.float64))
+            lost += float((error @ hessian).mul_(error).sum(dtype=torch.float64))
+            size += float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
     kind, block, blocks = place
     return ProbedLayer(
         key=key,
@@ -288,13 +281,13 @@ def _measure(source: Source, key: str, place, calibration, advance: Callable) ->
         std=spread.std,
         outlier_pct=100 * outliers / (rows * cols) if spread.std else 0.0,
         aspect_ratio=max(rows, cols) / min(rows, cols),
-        sqnr_db=energy.sqnr_db,
+        sqnr_db=sqnr.sqnr_db,
         output_error=math.sqrt(max(0.0, lost) / size) if size > 0 else None,
     )
 
 
 def _slabs(source: Source, key: str, advance: Callable):
-    """(first row, rows of a weight), finite."""
+    """(first row, rows) of a weight, checked to be finite."""
     rows, cols = source.tensors[key][1]
     step = max(1, _SLAB // cols)
     for first in range(0, rows, step):
@@ -307,11 +300,11 @@ def _slabs(source: Source, key: str, advance: Callable):
         advance(weight.nbytes, key)
 
 
-# ---- what quant_probe makes of it ------------------------------------------------------------
+# ---- scoring, as quant_probe does ------------------------------------------------------------
 
 
 def _scored(layers: list[ProbedLayer]) -> list[ProbedLayer]:
-    """With scores: kurtosis on a scale for the model, range and shape on one for the layer type."""
+    """Layers with scores: kurtosis relative to the model, range and shape to the layer type."""
     low, high = (_quantile([la.excess_kurtosis for la in layers], q) for q in (0.25, 0.75))
     fences = low - _FENCE * (high - low), high + _FENCE * (high - low)
     alike: dict[str, list[ProbedLayer]] = {}
@@ -331,7 +324,7 @@ def _scored(layers: list[ProbedLayer]) -> list[ProbedLayer]:
 
 
 def _share(value: float, of: Iterable[float]) -> float:
-    """Where a value lies between the least and the most, 0 to 1; 0 where they are one."""
+    """Where a value lies between the least and the most, 0 to 1; 0 if they are equal."""
     least, most = min(of), max(of)
     return (min(most, max(least, value)) - least) / (most - least) if most > least else 0.0
 
@@ -350,20 +343,17 @@ def _recommended(layers: list[ProbedLayer], architecture: str | None) -> list[Pr
             return NVFP4, "default"
         return (FP8, "score_percentile") if layer.score >= least else (NVFP4, "score_below_fp8_min")
 
-    found = [recommend(layer) for layer in layers]
-    return [
-        replace(layer, recommendation=what, reason=why)
-        for layer, (what, why) in zip(layers, found, strict=True)
-    ]
+    advice = [(layer, *recommend(layer)) for layer in layers]
+    return [replace(layer, recommendation=what, reason=why) for layer, what, why in advice]
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    """Between the two nearest, linearly, in float32 as the tool has it."""
+    """A quantile with linear interpolation, in float32 as in the tool."""
     return float(torch.quantile(torch.tensor(values, dtype=torch.float32), share))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's, equal values at their mean rank; None where one of them does not vary."""
+    """Spearman's rank correlation, ties at their mean rank; None if one of the two is constant."""
     if len(a) < 2 or min(a) == max(a) or min(b) == max(b):
         return None
     pair = torch.tensor([_ranks(a), _ranks(b)], dtype=torch.float64)
@@ -374,5 +364,5 @@ def _ranks(values: Sequence[float]) -> list[float]:
     places: dict[float, list[int]] = {}
     for place, value in enumerate(sorted(values)):
         places.setdefault(value, []).append(place)
-    mean = {value: sum(found) / len(found) for value, found in places.items()}
+    mean = {value: sum(ranks) / len(ranks) for value, ranks in places.items()}
     return [mean[value] for value in values]

@@ -1,12 +1,12 @@
-"""Rebuild what a file lost: markers, the order of its scales, their dtype. Codes stay as they are.
+"""Repairs a file: lost markers, row-major scales, scales as F8_E8M0. Codes stay as they are.
 
-A matrix is taken for an MXFP8 layer if it is F8_E4M3 with sizes that fit, its scales are there as
-U8 or F8_E8M0 in a shape that fits, and its codes bear the mark of the format (`scan`). Markers that
-exist are kept. A new one leaves out what cannot be known any more, the shape and the dtype before
-quantizing; readers take the shape from the model.
+A matrix counts as an MXFP8 layer if it is F8_E4M3 with a shape that fits, has scales as U8 or
+F8_E8M0 with a shape that fits, and if its codes have the mark of the format (see `scan`). Existing
+markers are kept. A new one leaves out the original shape and dtype, which are no longer known;
+readers take the shape from the model.
 
-Where row-major scales have a shape of their own they are tiled without asking. Where the shape fits
-both orders, the padding and statistics decide, or the caller does.
+Scales whose shape can only be row-major are reordered. Where the shape fits both orders, the
+padding and statistics decide, or the caller does.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from . import scan
 
 @dataclass
 class Repair:
-    """What was done, layer by layer.
+    """The repairs that were made, by the names of layers.
 
     Attributes:
-        marked: layers that got a marker; tiled: layers whose scales were brought into tiled order.
-        retyped: layers whose scales became U8.
-        layers: all MXFP8 layers of the new file.
+        marked: with new markers; tiled: with scales reordered to tiled; retyped: with scales
+            rewritten as U8.
+        layers: the number of MXFP8 layers in the new file.
     """
 
     source: str
@@ -48,16 +48,16 @@ class Repair:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
-        done = [
-            f"{what}: {len(names)} of {self.layers} layers ({quoted(names[0])} the first)"
-            for what, names in (
-                ("markers written", self.marked),
-                ("scales brought into tiled order", self.tiled),
+        repairs = [
+            f"{repair}: {len(names)} of {self.layers} layers, first {quoted(names[0])}"
+            for repair, names in (
+                ("markers rebuilt", self.marked),
+                ("scales reordered to tiled", self.tiled),
                 ("scales rewritten as U8", self.retyped),
             )
             if names
         ]
-        return "\n".join([f"{self.source} -> {self.target}", *done])
+        return "\n".join([f"{self.source} -> {self.target}", *repairs])
 
 
 def repair_file(
@@ -69,14 +69,14 @@ def repair_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Repair:
-    """Write a copy of an MXFP8 file with whole markers and tiled U8 scales.
+    """Write a copy of an MXFP8 file with complete markers and tiled U8 scales.
 
     Args:
         source, target: paths; the target appears whole or not at all.
         scales: the order of scales whose shape fits both: "tiled", "row-major", or "auto", which
-            asks the padding and statistics of each layer.
+            goes by the padding and statistics of each layer.
         formats: names that a marker may give; layers in other formats than MXFP8 are copied.
-        progress: called after every piece; an exception it raises stops the work cleanly.
+        progress: called after every piece; an exception from it stops the work cleanly.
 
     Raises:
         FormatError: the file is damaged, a layer's scales are missing or do not fit, or there is
@@ -91,10 +91,10 @@ def repair_file(
         layers = _layers(opened, formats)
         result = Repair(opened.name, os.path.basename(target), layers=len(layers))
         row_major = _row_major(opened, layers, scales)
-        marked = _marked_twice(opened.header)
-        result.marked = [n for n in layers if n not in marked]
-        result.tiled = [n for n in layers if n in row_major]
-        result.retyped = [n for n, layer in layers.items() if layer.scale.dtype != "U8"]
+        fully_marked = _fully_marked(opened.header)
+        result.marked = [name for name in layers if name not in fully_marked]
+        result.tiled = [name for name in layers if name in row_major]
+        result.retyped = [name for name, layer in layers.items() if layer.scale.dtype != "U8"]
         if not (result.marked or result.tiled or result.retyped):
             raise FormatError(
                 f"{opened.name}: nothing to repair: {len(layers)} MXFP8 layers, all with both "
@@ -105,10 +105,10 @@ def repair_file(
 
 
 def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
-    """Marked and recognized layers by name; scales may have either order and dtype."""
-    header, found = source.header, {}
+    """Marked and recognized layers by name, in file order; scales in either order and dtype."""
+    header, layers = source.header, {}
     header.check_formats(formats)
-    _ = header.experts
+    _ = header.experts  # checks them
     for name, conf in header.markers.items():
         if conf["format"] == format.MXFP8 and "num_experts" not in conf:
             weight = header.tensors.get(name + WEIGHT)
@@ -117,7 +117,7 @@ def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
                     f"{header.path.name}: {quoted(name)} is marked as MXFP8, but there is no "
                     f"tensor {quoted(name + WEIGHT)}: the file is incomplete, get it again"
                 )
-            found[name] = _candidate(header, weight, conf)
+            layers[name] = _candidate(header, weight, conf)
     for weight in scan.unmarked_matrices(header):
         name = weight.name.removesuffix(WEIGHT)
         scale = header.tensors.get(name + SCALE)
@@ -125,20 +125,24 @@ def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
             continue
         blocks, marked = scan.sample_marks(source, weight)
         if marked >= scan.MARKED * blocks:
-            found[name] = _candidate(header, weight, None)
-    scan.refuse_unmarked(source, known=found)
-    scan.refuse_nan_experts(source)
-    scan.refuse_tables(source.name, found.values())
+            layers[name] = _candidate(header, weight, None)
+    scan.check_unmarked(source, known=layers)
+    scan.check_experts(source)
+    scan.check_embeddings(source, layers.values())
     diffusers.check_names(source.name, header.tensors)
-    if not found:
+    if not layers:
         raise FormatError(
             f"{header.path.name}: nothing to repair: no layer has MXFP8 codes and scales"
         )
-    return dict(sorted(found.items(), key=lambda item: item[1].weight.begin))
+    return dict(sorted(layers.items(), key=lambda item: item[1].weight.begin))
 
 
 def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Layer:
-    """A layer to be written, with the marker it has or gets."""
+    """A layer to be written, with its own marker or a new one.
+
+    Raises:
+        FormatError: its weight or scales cannot be MXFP8.
+    """
     name = weight.name.removesuffix(WEIGHT)
     where = f"{header.path.name}: {quoted(name)}"
     if weight.dtype != "F8_E4M3" or len(weight.shape) != 2 or weight.shape[1] % BLOCK:
@@ -160,8 +164,8 @@ def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Laye
     return Layer(name, format.layer_shape(where, weight, conf), weight, scale, conf)
 
 
-def _marked_twice(header: Header) -> set[str]:
-    """Names of the layers that have both markers already."""
+def _fully_marked(header: Header) -> set[str]:
+    """Names of the layers with both markers."""
     inside = format.header_markers(header.path.name, header.metadata)
     names = {format.full_name(header, name) for name in inside}
     return {name for name in names if name + MARKER in header.tensors}
@@ -172,11 +176,11 @@ def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> 
     orders = {}
     for name, layer in layers.items():
         if layer.scale.shape != layout.scale_shape(*layer.weight.shape):
-            orders[name] = "row-major"  # by its shape it can be nothing else
+            orders[name] = "row-major"  # its shape fits nothing else
+        elif scales == format.AUTO:
+            orders[name] = scan.order_evidence(source, layer).order
         else:
-            orders[name] = (
-                scan.order_evidence(source, layer).order if scales == format.AUTO else scales
-            )
+            orders[name] = scales
     rest = "row-major" if set(orders.values()) - {None} == {"row-major"} else "tiled"
     return {name for name, order in orders.items() if (order or rest) == "row-major"}
 
@@ -188,11 +192,12 @@ def _tiled_scale(source: FileSource, layer: Layer, row_major: bool) -> Iterator[
         scale = source.rows(layer.scale.name, first, last).view(torch.uint8)
         if row_major:
             scale = layout.tile(scale[: min(last, rows) - first, :blocks])
-        scan.refuse_nan_scales(source.name, layer, first, scale)
+        scan.check_scales(source.name, layer, first, scale)
         yield scale
 
 
 def _write(source: FileSource, target, layers, row_major, overwrite, progress) -> None:
+    """Write the target: everything is copied but the scales and markers of these layers."""
     by_scale = {layer.scale.name: layer for layer in layers.values()}
     markers = {name: format.marker_bytes(layer.conf) for name, layer in layers.items()}
     dropped = {name + MARKER for name in layers}
@@ -203,10 +208,10 @@ def _write(source: FileSource, target, layers, row_major, overwrite, progress) -
         if key not in dropped:
             tensors.append((key, dtype, shape))
     tensors += [(name + MARKER, "U8", (len(text),)) for name, text in markers.items()]
-    total = sum(t.nbytes for t in source.header.tensors.values())
-    advance = Meter(total, progress)
-
-    metadata = format.with_markers(source.metadata, _all_markers(source.header, layers))
+    advance = Meter(sum(t.nbytes for t in source.header.tensors.values()), progress)
+    others = {name: c for name, c in source.header.markers.items() if name not in layers}
+    confs = others | {name: layer.conf for name, layer in layers.items()}
+    metadata = format.with_markers(source.metadata, confs)
     with Writer(target, tensors, metadata, overwrite, lambda: advance(0, VERIFY)) as writer:
         for key, info in source.header.tensors.items():
             if key in by_scale:
@@ -220,9 +225,3 @@ def _write(source: FileSource, target, layers, row_major, overwrite, progress) -
                     advance(len(piece), key)
         for name, text in markers.items():
             writer.write(name + MARKER, text)
-
-
-def _all_markers(header: Header, layers: Mapping[str, Layer]) -> dict[str, Mapping]:
-    """Markers of every layer of the file, those of other formats included."""
-    others = {n: c for n, c in header.markers.items() if n not in layers}
-    return {**others, **{name: layer.conf for name, layer in layers.items()}}

@@ -1,27 +1,27 @@
-"""What a header cannot tell: scale bytes, codes and padding of a file, and what they give away.
+"""What the bytes of a file show that its header cannot: NaN, lost markers, the order of its scales.
 
-`check_file` is what loading asks for: header, markers and every scale byte, with samples of the
+`check_file` is the check before loading: header, markers, every scale byte, and samples of the
 codes. `scan_layer` reads every byte of a layer, in slabs, so memory does not grow with the model.
 
-Two mistakes that stock ComfyUI loads without a word leave traces:
+Two defects that stock ComfyUI loads without an error can be detected:
 
 Lost markers. The scale rule leaves every non-zero block of 32 with its largest code at 224 or
-above. In a plain cast to FP8 no block has that, in a per-tensor scaled one half of them. So codes
-of a matrix without a marker whose blocks nearly all have it are MXFP8; run as weights they are
-noise.
+above (the mark). A plain cast to FP8 has no such block, and one with a scale per tensor about half.
+So a matrix without a marker in which nearly all blocks have the mark holds MXFP8 codes; run as
+weights they are noise.
 
-Row-major scales. Where no size needs padding, the shape of the scales is the same in row-major and
-in tiled order. Where one does, the zeros of the padding lie elsewhere. Failing that, statistics: a
+Row-major scales. If no size needs padding, the shape of the scales is the same in row-major and in
+tiled order. If one does, the zeros of the padding are in other places. Otherwise statistics tell: a
 block's magnitude is that of its codes times its scale, and an amax just above a power of two halves
 the codes and doubles the scale, so in the right order the logarithms of the two are anticorrelated;
-in a wrong one they are independent. With n blocks the correlation of independent values is
-1 / sqrt(n) wide. That is evidence, not proof: it gives a warning, and the user decides.
+in the wrong one they are independent, and their correlation over n blocks has a standard deviation
+of 1 / sqrt(n). That is evidence and no proof: it gives a warning, and the user decides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,62 +46,58 @@ from ..format import (
 from ..sources import diffusers
 from ..sources.file import FileSource
 
-_SLAB = 1 << 22  # codes looked at once
-_SAMPLE = 1 << 16  # codes sampled of a tensor when a file is loaded
+_SLAB = 1 << 22  # codes read at a time
+_SAMPLE = 1 << 16  # codes sampled per tensor before loading
 _RUNS = 64  # places they come from
-_SAMPLED_LAYERS = 16  # layers whose order of scales is looked at when a file is loaded
-_FEWEST = 64  # non-zero blocks: half of a scaled tensor's have the mark, 2**-64 that all have it
-MARKED = 0.99  # share of such blocks with the mark
+_SAMPLED_LAYERS = 16  # layers whose order of scales is tested before loading
+_FEWEST = 64  # non-zero blocks; by chance, all of a scaled cast's have the mark once in 2**64
+MARKED = 0.99  # least share of the non-zero blocks with the mark in MXFP8 codes
 _FULL = 0x76  # the code of 224
-_SIGMAS = 6.0
-_ENERGIES = 1 << 15  # blocks whose energy is computed at once
-
+_SIGMAS = 6.0  # standard deviations of the correlation that count as evidence
+_ENERGIES = 1 << 15  # blocks whose energy is computed at a time
 _SMALLEST_VOCABULARY = 16_384  # rows
 
 
 @dataclass
 class LayerScan:
-    """What was found in the bytes of one layer.
+    """The defects in the bytes of one layer.
 
     Attributes:
         nan_codes: NaN codes within the layer's shape; nan_scales: scale bytes 255.
-        padding: bytes of padding, of data or scales, that are not zero.
-        blocks, marked: non-zero blocks of 32, and those with a code of 224 or above.
+        padding: non-zero bytes in the padding of codes and scales.
         order: evidence on the order of the scales.
     """
 
+    order: OrderEvidence
     nan_codes: int = 0
     nan_scales: int = 0
     padding: int = 0
-    blocks: int = 0
-    marked: int = 0
-    order: OrderEvidence | None = None
 
     @property
     def problems(self) -> list[str]:
         """Sentences on what is wrong, without the layer's name."""
-        found = []
+        problems = []
         if self.nan_scales:
-            found.append(f"{self.nan_scales} scale bytes are 255 (NaN): damaged; {AGAIN}")
+            problems.append(f"{self.nan_scales} scale bytes are 255 (NaN): damaged; {AGAIN}")
         if self.nan_codes:
-            found.append(
+            problems.append(
                 f"{self.nan_codes} codes are NaN: damaged, or its source held NaN; {AGAIN}"
             )
-        return found
+        return problems
 
     @property
     def warnings(self) -> list[str]:
         """Sentences on what is suspicious."""
-        found = []
+        warnings = []
         if self.padding:
-            found.append(f"{self.padding} bytes of padding are not zero")
-        if self.order is not None and self.order.order == "row-major":
-            found.append(ROW_MAJOR)
-        return found
+            warnings.append(f"{self.padding} bytes of padding are not zero")
+        if self.order.order == "row-major":
+            warnings.append(ROW_MAJOR)
+        return warnings
 
 
 ROW_MAJOR = (
-    "its scales look row-major, and ComfyUI takes them as tiled. If its images are noise, choose "
+    "its scales look row-major, and ComfyUI reads them as tiled. If its images are noise, select "
     f"row-major scales in the loader, or repair the file with {REPAIR}"
 )
 
@@ -118,9 +114,9 @@ def check_source(
     """Check what loading relies on: header, markers and every scale byte.
 
     Args:
-        formats: names that a marker may give; other formats than MXFP8 are not looked into.
-        order: of the scales, if the caller knows it: then nothing is suspicious about it. Scales
-            that are row-major are checked where they are brought into tiled order.
+        formats: names that a marker may give; layers in other formats than MXFP8 are not checked.
+        order: of the scales, or "auto" to be warned if they look row-major. Row-major scales are
+            checked where they are reordered.
 
     Returns:
         Warnings, as sentences.
@@ -133,33 +129,33 @@ def check_source(
     header.check_layers(formats)
     if header.layers:
         diffusers.check_names(source.name, header.tensors)
-    refuse_tables(source.name, header.layers.values())
-    refuse_unmarked(source)
-    refuse_nan_experts(source)
+    check_embeddings(source)
+    check_unmarked(source)
+    check_experts(source)
     if order != "row-major":
         for layer in header.layers.values():
             for first, scale in _scale_slabs(source, layer):
-                refuse_nan_scales(source.name, layer, first, scale)
+                check_scales(source.name, layer, first, scale)
     return _order_warnings(source) if order == format.AUTO else []
 
 
-def refuse_tables(file: str, layers: Iterable[Layer]) -> None:
-    """Raise FormatError for an MXFP8 layer that is an embedding by its name."""
-    for layer in layers:
+def check_embeddings(source: FileSource, layers: Iterable[Layer] | None = None) -> None:
+    """Raise FormatError for an MXFP8 layer, by default of the header, named like an embedding."""
+    for layer in source.header.layers.values() if layers is None else layers:
         leaf = layer.name.rpartition(".")[2]
         if leaf in TABLES or (leaf in VOCABULARIES and layer.shape[0] >= _SMALLEST_VOCABULARY):
             raise FormatError(
-                f"{file}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
+                f"{source.name}: {quoted(layer.name)} {list(layer.shape)} is an embedding in "
                 "MXFP8; ComfyUI would look up raw codes. Convert the original again with this "
-                "pack, which keeps embeddings as they are"
+                "pack, which leaves embeddings as they are"
             )
 
 
 # ---- scales ----------------------------------------------------------------------------------
 
 
-def refuse_nan_scales(file: str, layer: Layer, first: int, scale: torch.Tensor) -> None:
-    """Raise FormatError where one of the tiled scales in use, from row `first` on, is byte 255."""
+def check_scales(file: str, layer: Layer, first: int, scale: torch.Tensor) -> None:
+    """Raise FormatError if one of the tiled scales in use, from row `first` on, is byte 255."""
     if not (scale == E8M0_NAN).any():
         return
     rows = min(layer.shape[0] - first, scale.shape[0])
@@ -173,8 +169,8 @@ def refuse_nan_scales(file: str, layer: Layer, first: int, scale: torch.Tensor) 
         )
 
 
-def refuse_nan_experts(source: FileSource) -> None:
-    """Raise FormatError where a scale byte of a bank of experts is 255."""
+def check_experts(source: FileSource) -> None:
+    """Raise FormatError if a scale byte of a bank of experts is 255."""
     for layer in source.header.experts.values():
         for piece in source.pieces(layer.scale.name):
             if (torch.frombuffer(piece, dtype=torch.uint8) == E8M0_NAN).any():
@@ -194,30 +190,28 @@ def _scale_slabs(source: FileSource, layer: Layer) -> Iterator[tuple[int, torch.
 # ---- lost markers ----------------------------------------------------------------------------
 
 
-def refuse_unmarked(source: FileSource, known: Iterable[str] = ()) -> None:
-    """Raise FormatError where matrices without a marker hold MXFP8 codes, from a sample.
+def check_unmarked(source: FileSource, known: Iterable[str] = ()) -> None:
+    """Raise FormatError if matrices without a marker hold MXFP8 codes, going by a sample.
 
     Args:
-        known: names of layers that are left out.
+        known: names of layers to skip.
     """
     header = source.header
-    pooled = [0, 0]
+    few = [0, 0]  # of matrices with too few blocks to tell, which may be enough together
     for tensor in unmarked_matrices(header):
         if tensor.name.removesuffix(WEIGHT) in known:
             continue
         blocks, marked = sample_marks(source, tensor)
+        if blocks < _FEWEST:
+            blocks, marked = few = [few[0] + blocks, few[1] + marked]
         if blocks >= _FEWEST and marked >= MARKED * blocks:
             raise _lost(header, tensor)
-        if blocks < _FEWEST:  # too few to tell; together they may do
-            pooled = [pooled[0] + blocks, pooled[1] + marked]
-            if pooled[0] >= _FEWEST and pooled[1] >= MARKED * pooled[0]:
-                raise _lost(header, tensor)
 
 
 def unmarked_matrices(header: Header) -> list[TensorInfo]:
-    """FP8 matrices that could be MXFP8 codes, of layers that no marker mentions.
+    """FP8 matrices that could be MXFP8 codes, of layers without a marker.
 
-    Those with a scale in floating point are in an older scaled FP8 format, which ComfyUI reads.
+    Those with a floating-point scale are in an older scaled FP8 format, which ComfyUI reads.
     """
 
     def scaled(layer: str) -> bool:
@@ -240,14 +234,14 @@ def unmarked_matrices(header: Header) -> list[TensorInfo]:
 def _lost(header: Header, tensor: TensorInfo) -> FormatError:
     scale = header.tensors.get(tensor.name.removesuffix(WEIGHT) + SCALE)
     fits = scale is not None and scale.dtype in SCALES
-    way = (
-        f"its scales are there: {REPAIR} writes the markers anew"
+    remedy = (
+        f"its scales are there: {REPAIR} rebuilds the markers"
         if fits
         else "its scales are missing too, so it cannot be repaired: get the file again"
     )
     return FormatError(
         f"{header.path.name}: {quoted(tensor.name)} {list(tensor.shape)} holds MXFP8 codes, but no "
-        f"marker says so, and ComfyUI would run them as weights; {way}"
+        f"marker says so, and ComfyUI would run them as weights; {remedy}"
     )
 
 
@@ -279,49 +273,40 @@ def _marks(code: torch.Tensor) -> tuple[int, int]:
 # ---- order of the scales ---------------------------------------------------------------------
 
 
-@dataclass
 class _Correlation:
-    """Of two variables, from sums over slabs."""
+    """The correlation of two variables, from sums over slabs."""
 
-    count: int = 0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
+    def __init__(self) -> None:
+        self._sums = [0.0] * 6
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.count += x.numel()
-        self.x += float(x.sum())
-        self.y += float(y.sum())
-        self.xx += float((x * x).sum())
-        self.yy += float((y * y).sum())
-        self.xy += float((x * y).sum())
+        terms = x.numel(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()
+        self._sums = [a + float(b) for a, b in zip(self._sums, terms, strict=True)]
 
     @property
     def sigmas(self) -> float:
-        """In widths of the correlation that independent variables have; 0 where nothing varies."""
-        n = self.count
+        """In standard deviations of independent variables; 0 if one of the two is constant."""
+        n, x, y, xx, yy, xy = self._sums
         if n < _FEWEST:
             return 0.0
-        spread = (self.xx - self.x**2 / n) * (self.yy - self.y**2 / n)
-        # A variance below the roundings of its sums is none.
-        if spread <= 1e-20 * self.xx * self.yy:
+        spread = (xx - x**2 / n) * (yy - y**2 / n)
+        # A variance below the rounding errors of its sums counts as zero.
+        if spread <= 1e-20 * xx * yy:
             return 0.0
-        return (self.xy - self.x * self.y / n) / math.sqrt(spread / n)
+        return (xy - x * y / n) / math.sqrt(spread / n)
 
 
 class OrderEvidence:
-    """What speaks for the scales of a layer being tiled or row-major."""
+    """Evidence on whether the scales of a layer are tiled or row-major."""
 
     def __init__(self, layer: Layer):
         self._rows, self._blocks = layer.weight.shape[0], layer.weight.shape[1] // BLOCK
         self._correlation = {"tiled": _Correlation(), "row-major": _Correlation()}
-        self.padding = dict.fromkeys(self._correlation, 0)  # bytes that are not zero
+        self.padding = dict.fromkeys(self._correlation, 0)  # non-zero bytes
 
     @property
     def order(self) -> str | None:
-        """ "tiled" or "row-major", or None where nothing tells."""
+        """ "tiled", "row-major", or None without evidence."""
         tiled, row_major = self.padding.values()
         if (tiled == 0) == (row_major == 0):
             tiled, row_major = (c.sigmas for c in self._correlation.values())
@@ -330,7 +315,7 @@ class OrderEvidence:
         return "tiled" if tiled < row_major else "row-major"
 
     def add_scale(self, first: int, scale: torch.Tensor) -> None:
-        """Account for tiled bytes [m, C] of the rows from `first`, a multiple of 128."""
+        """Add tiled bytes [m, C] of the rows from `first`, a multiple of 128."""
         rows, cols = scale.shape
         used = min(rows, self._rows - first)
         for order, matrix in (("tiled", layout.untile(scale, rows, cols)), ("row-major", scale)):
@@ -338,10 +323,10 @@ class OrderEvidence:
             self.padding[order] += outside
 
     def add(self, code: torch.Tensor, scale: torch.Tensor) -> None:
-        """Account for uint8 codes [m, K'] and the scales of their tiles [roundup(m, 128), C]."""
+        """Add uint8 codes [m, K'] and the scales of their tiles [roundup(m, 128), C]."""
         rows, blocks = code.shape[0], self._blocks
         code = code.reshape(-1, BLOCK)
-        parts = code.split(_ENERGIES)  # in float32, wide rows take four times their size
+        parts = code.split(_ENERGIES)  # as float32, they take four times their size
         energy = torch.cat([_energy(part) for part in parts]).view(rows, blocks)
         level = energy.double().log2_()
         for order, matrix in (("tiled", layout.untile(scale, rows, blocks)), ("row-major", scale)):
@@ -357,19 +342,19 @@ def _energy(code: torch.Tensor) -> torch.Tensor:
 
 
 def _order_warnings(source: FileSource) -> list[str]:
-    """A warning where layers of a sample look as if their scales were row-major."""
+    """A warning if the scales of sampled layers look row-major."""
     layers = list(source.header.layers.values())
     step = max(1, len(layers) // _SAMPLED_LAYERS)
     sample = layers[::step][:_SAMPLED_LAYERS]
-    found = [layer for layer in sample if order_evidence(source, layer).order == "row-major"]
-    if not found:
+    names = [x.name for x in sample if order_evidence(source, x).order == "row-major"]
+    if not names:
         return []
-    share = f" ({len(found)} of {len(sample)} layers looked at)" if len(sample) > 1 else ""
-    return [f"{source.name}: {quoted(found[0].name)}{share}: {ROW_MAJOR}"]
+    share = f" ({len(names)} of {len(sample)} sampled layers)" if len(sample) > 1 else ""
+    return [f"{source.name}: {quoted(names[0])}{share}: {ROW_MAJOR}"]
 
 
 def order_evidence(source: FileSource, layer: Layer) -> OrderEvidence:
-    """From all scales and the first tile of rows."""
+    """Evidence from all scales of a layer and its first tile of rows."""
     evidence = OrderEvidence(layer)
     for first, scale in _scale_slabs(source, layer):
         evidence.add_scale(first, scale)
@@ -382,15 +367,17 @@ def order_evidence(source: FileSource, layer: Layer) -> OrderEvidence:
 # ---- every byte ------------------------------------------------------------------------------
 
 
-def scan_layer(source: FileSource, layer: Layer, progress=None) -> LayerScan:
+def scan_layer(
+    source: FileSource, layer: Layer, advance: Callable[[int], object] | None = None
+) -> LayerScan:
     """Read every byte of a layer, in slabs.
 
     Args:
-        progress: called with the bytes read since the last call.
+        advance: called with the bytes read since the last call.
     """
     rows, cols = layer.shape
     blocks = -(-cols // BLOCK)
-    result = LayerScan(order=OrderEvidence(layer))
+    result = LayerScan(OrderEvidence(layer))
     for first, last in layout.slabs(*layer.weight.shape, _SLAB):
         code = source.rows(layer.weight.name, first, last).view(torch.uint8)
         tiles = layout.round_up(last, TILE_ROWS)
@@ -401,11 +388,8 @@ def scan_layer(source: FileSource, layer: Layer, progress=None) -> LayerScan:
         result.nan_scales += int((plain[:used, :blocks] == E8M0_NAN).sum())
         for matrix, inner in ((code, code[:used, :cols]), (plain, plain[:used, :blocks])):
             result.padding += int(matrix.count_nonzero() - inner.count_nonzero())
-        found, marked = _marks(code)
-        result.blocks += found
-        result.marked += marked
         result.order.add_scale(first, scale)
         result.order.add(code, scale)
-        if progress is not None:
-            progress(code.numel() + scale.numel())
+        if advance is not None:
+            advance(code.numel() + scale.numel())
     return result

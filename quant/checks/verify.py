@@ -1,4 +1,4 @@
-"""Check an MXFP8 file against the model it was made from, from the bytes on disk."""
+"""Compares an MXFP8 file with the model that it was made from, from the bytes on disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from ... import kernels
 from ...kernels import layout
-from ..container.header import advising, quoted
-from ..format import DTYPES, MARKER, SCALE, WEIGHT, bare, numel
-from ..progress import Meter
-from ..reports.conversion import MIN_SQNR, SqnrAccumulator, total_sqnr
+from ..container.header import advising, nbytes, quoted
+from ..format import MARKER, SCALE, WEIGHT, Layer, bare
+from ..progress import Meter, Progress
+from ..reports.conversion import MIN_SQNR, SqnrAccumulator, listed, total_sqnr
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
 from .scan import scan_layer
@@ -19,11 +19,11 @@ _SLAB = 1 << 23  # values compared at a time
 
 @dataclass
 class Verification:
-    """What was found.
+    """The result of `verify_file`.
 
     Attributes:
-        layers: layer -> measured energy, in file order.
-        problems: sentences; empty where the file is sound.
+        layers: layer -> its signal and noise, in file order.
+        problems: sentences; empty if the file is sound.
     """
 
     layers: dict[str, SqnrAccumulator] = field(default_factory=dict)
@@ -39,15 +39,28 @@ class Verification:
         lossy = {n: e.sqnr_db for n, e in self.layers.items() if e.sqnr_db is not None}
         return min(lossy, key=lossy.get, default=None)
 
+    def summary(self) -> str:
+        """The SQNR of every layer and of all together, and the problems, a line each."""
+        lines = []
+        for name, energy in self.layers.items():
+            value = "exact" if energy.sqnr_db is None else f"{energy.sqnr_db:6.2f} dB"
+            lines.append(f"{value}  {name}")
+        if self.worst is not None:
+            lines.append(
+                f"\n{len(self.layers)} MXFP8 layers, SQNR {self.sqnr_db:.2f} dB; "
+                f"worst layer {self.worst}: {self.layers[self.worst].sqnr_db:.2f} dB"
+            )
+        return "\n".join([*lines, *listed("PROBLEM", self.problems)])
 
-def verify_file(path, source, progress=None) -> Verification:
+
+def verify_file(path, source, progress: Progress | None = None) -> Verification:
     """Dequantize every MXFP8 layer of `path` and compare it with `source`, block by block.
 
     Tensors that are not quantized must be equal byte for byte. Key prefixes may differ.
 
     Args:
         source: path of a file, an index of several, or a folder, as for `convert_file`.
-        progress: called with (bytes compared, bytes in all, key).
+        progress: called after every tensor.
 
     Raises:
         FormatError: one of the files is damaged.
@@ -55,43 +68,34 @@ def verify_file(path, source, progress=None) -> Verification:
     result = Verification()
     with FileSource(path) as stored, _open_original(source, stored) as original:
         if not stored.header.layers:
-            result.problems.append("there is no MXFP8 layer in it")
-        names = _match(stored, original, result)
-        layers = stored.header.layers
-        total = sum(_nbytes(original, o) for o in names.values())
-        advance = Meter(total, progress)
-        for key, original_key in names.items():
-            layer = layers.get(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
-            if layer is not None:
-                energy = _compare_layer(stored, original, layer, original_key, result)
-                if energy is not None:
-                    result.layers[layer.name] = energy
-                    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
-                        result.problems.append(
-                            f"{quoted(layer.name)} is {energy.sqnr_db:.2f} dB from the source; "
-                            f"rounding leaves at least {MIN_SQNR:.1f} dB: damaged, or of another "
-                            "model"
-                        )
-            elif not _equal(stored, original, key, original_key):
+            result.problems.append("the file holds no MXFP8 layer")
+        partners = _match(stored, original, result)
+        layers = {name + WEIGHT: layer for name, layer in stored.header.layers.items()}
+        sizes = {key: nbytes(*original.tensors[partner]) for key, partner in partners.items()}
+        advance = Meter(sum(sizes.values()), progress)
+        for key, partner in partners.items():
+            if key in layers:
+                _compare_layer(stored, original, layers[key], partner, result)
+            elif not _equal(stored, original, key, partner):
                 result.problems.append(f"{quoted(key)} differs from the source")
-            advance(_nbytes(original, original_key), key)
+            advance(sizes[key], key)
     return result
 
 
 def _open_original(source, stored: FileSource):
-    """`open_source`, with a hint for whoever gave the two the other way round."""
+    """`open_source`, with a hint if the two files seem to be swapped."""
     if stored.header.layers:
         return open_source(source)
-    with advising(f"{stored.name} is not: the MXFP8 file comes first, its original is the source"):
+    swapped = f"{stored.name} is not quantized, so the two may be swapped"
+    with advising(f"{swapped}: the MXFP8 file comes first, its original is the source"):
         return open_source(source)
 
 
 def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:
-    """Key in the file -> key in the source; what has no partner is a problem."""
+    """Key in the file -> key in the source; a key without a partner is a problem."""
     by_name = {bare(key): key for key in original.tensors}
-    names, parts = {}, set()
-    for name in stored.header.layers:
-        parts |= {name + SCALE, name + MARKER}
+    parts = {name + part for name in stored.header.layers for part in (SCALE, MARKER)}
+    partners = {}
     for key in stored.tensors:
         if key in parts:
             continue
@@ -99,26 +103,23 @@ def _match(stored: FileSource, original: StoredSource, result: Verification) -> 
         if partner is None:
             result.problems.append(f"{quoted(key)} is not in the source")
         else:
-            names[key] = partner
-    for key in sorted(original.tensors.keys() - names.values()):
+            partners[key] = partner
+    for key in sorted(original.tensors.keys() - partners.values()):
         result.problems.append(f"{quoted(key)} of the source is missing")
-    return names
+    return partners
 
 
-def _nbytes(source: StoredSource, key: str) -> int:
-    dtype, shape = source.tensors[key]
-    return numel(shape) * DTYPES[dtype] // 8
-
-
-def _compare_layer(stored, original, layer, original_key, result) -> SqnrAccumulator | None:
-    shape = original.tensors[original_key][1]
+def _compare_layer(
+    stored: FileSource, original: StoredSource, layer: Layer, key: str, result: Verification
+) -> None:
+    """Add a layer's SQNR against a tensor of the source, and its problems, to the result."""
+    name = quoted(layer.name)
+    shape = original.tensors[key][1]
     if not layer.holds(shape):
-        result.problems.append(
-            f"{quoted(layer.name)} has shape {list(layer.shape)}, the source {list(shape)}"
-        )
-        return None
-    found = scan_layer(stored, layer)
-    result.problems += [f"{quoted(layer.name)}: {s}" for s in (*found.problems, *found.warnings)]
+        result.problems.append(f"{name} has shape {list(layer.shape)}, the source {list(shape)}")
+        return
+    scanned = scan_layer(stored, layer)
+    result.problems += [f"{name}: {text}" for text in (*scanned.problems, *scanned.warnings)]
     rows, cols = shape
     energy = SqnrAccumulator()
     for first, last in layout.slabs(rows, cols, _SLAB):
@@ -126,19 +127,22 @@ def _compare_layer(stored, original, layer, original_key, result) -> SqnrAccumul
         qdata = stored.rows(layer.weight.name, first, end)
         tiles = layout.round_up(last, layout.TILE_ROWS)
         scale = stored.rows(layer.scale.name, first, tiles)
-        signal, noise = kernels.signal_and_noise(
-            original.rows(original_key, first, last), qdata, scale
-        )
+        signal, noise = kernels.signal_and_noise(original.rows(key, first, last), qdata, scale)
         if not noise.isfinite().all():
-            if not found.problems:
-                result.problems.append(f"{quoted(layer.name)} decodes to infinity")
-            return None
+            if not scanned.problems:
+                result.problems.append(f"{name} decodes to infinity")
+            return
         energy.add(first, signal, noise)
-    return energy
+    result.layers[layer.name] = energy
+    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
+        result.problems.append(
+            f"{name} has an SQNR of {energy.sqnr_db:.2f} dB against the source; rounding alone "
+            f"leaves at least {MIN_SQNR:.1f} dB: it is damaged, or from another model"
+        )
 
 
-def _equal(stored: FileSource, original: StoredSource, key: str, original_key: str) -> bool:
-    if stored.tensors[key] != original.tensors[original_key]:
+def _equal(stored: FileSource, original: StoredSource, key: str, partner: str) -> bool:
+    if stored.tensors[key] != original.tensors[partner]:
         return False
-    pairs = zip(stored.pieces(key), original.pieces(original_key), strict=True)
+    pairs = zip(stored.pieces(key), original.pieces(partner), strict=True)
     return all(a == b for a, b in pairs)

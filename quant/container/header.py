@@ -219,6 +219,11 @@ def numel(shape: Iterable[int]) -> int:
     return count
 
 
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """The bytes of a tensor of a header dtype."""
+    return numel(shape) * DTYPES[dtype] // 8
+
+
 def is_size(value) -> bool:
     """Whether a JSON value can be a size or an offset."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -19,6 +19,7 @@ KEPT = "kept"
 # dB, the least that rounding to E4M3 leaves: half a spacing of a value just above a power of two,
 # 1 in 17. Trained weights have 31 to 32.
 MIN_SQNR = 24.6
+_MOST_LISTED = 20  # sentences in a summary; JSON has all
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,11 @@ def _calibrated_on(about: dict) -> str:
     return f"calibrated on {run}, {steps} steps each, {least}"
 
 
-def listed(label: str, sentences: Sequence[str], most: int) -> list[str]:
-    """Lines with the first sentences, and the number of the rest."""
-    lines = [f"{label}: {sentence}" for sentence in sentences[:most]]
-    more = len(sentences) - most
-    return [*lines, f"{label}: {more} more like these"] if more > 0 else lines
+def listed(label: str, sentences: Sequence[str]) -> list[str]:
+    """A line for each of the first sentences, and one for the number of the rest."""
+    lines = [f"{label}: {sentence}" for sentence in sentences[:_MOST_LISTED]]
+    more = len(sentences) - len(lines)
+    return [*lines, f"{label}: {more} more like these"] if more else lines
 
 
 def gigabytes(count: int) -> str:

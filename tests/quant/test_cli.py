@@ -164,7 +164,7 @@ def test_a_file_without_markers_is_inspected_repaired_and_verified(source, targe
     assert (status, "holds MXFP8 codes" in out) == (1, True)
     status, out, err = run("repair", lost, new)
     assert (status, err) == (0, "")
-    assert "markers written: 3 of 3 layers" in out
+    assert "markers rebuilt: 3 of 3 layers" in out
     assert run("verify", new, "--source", source)[0] == 0
     status, _, err = run("repair", new, lost, "--overwrite")
     assert (status, "nothing to repair" in err) == (1, True)
@@ -325,12 +325,12 @@ def test_verify_finds_a_damaged_layer(source, target, run):
     rewrite(target, spoil)
     status, out, _ = run("verify", target, "--source", source)
     assert status == 1
-    assert "PROBLEM: 'b' is " in out
-    assert "rounding leaves at least 24.6 dB" in out
+    assert "PROBLEM: 'b' has an SQNR of " in out
+    assert "rounding alone leaves at least 24.6 dB" in out
 
 
 def test_verify_says_that_a_file_holds_no_mxfp8(source):
-    assert problems(source, source) == ["there is no MXFP8 layer in it"]
+    assert problems(source, source) == ["the file holds no MXFP8 layer"]
 
 
 @pytest.mark.parametrize("report", ["source", "new"])
@@ -367,11 +367,9 @@ def test_verify_finds_what_decodes_to_nan_or_infinity(source, target, part, valu
 
 
 def test_verify_of_two_files_the_other_way_round_says_so(source, target, run):
-    status, _, said = run("verify", source, "--source", target)
+    status, _, err = run("verify", source, "--source", target)
     assert status == 1
-    assert said.strip().endswith(
-        "source is not: the MXFP8 file comes first, its original is the source"
-    )
+    assert "source is not quantized, so the two may be swapped: the MXFP8 file comes first" in err
 
 
 @pytest.mark.parametrize(("part", "index"), [("weight", (319, 63)), ("weight_scale", (383, 3))])

@@ -392,7 +392,7 @@ def test_inspect_prints_a_comparison_and_knows_whose_it_is(tmp_path, capsys):
     path, codes = embedded(tmp_path, COMPARISON.to_json())
     assert inspect_file(path, every_byte=False).warnings == []  # no weights were read
     (warning,) = inspect_file(path).warnings
-    assert "measured on other weights than the file's" in warning
+    assert "measured on weights other than this file's" in warning
 
     side = replace(COMPARISON.model, fingerprint=fingerprint([("a", codes)]))
     ours = replace(COMPARISON, model=side)

@@ -103,7 +103,7 @@ def test_with_a_calibration_the_error_of_the_output_is_measured(model):
         error = torch.trace(change @ H @ change.t()) / torch.trace(weight @ H @ weight.t())
         assert layer.output_error == pytest.approx(float(error) ** 0.5, rel=1e-4)
     assert found.output_correlation is not None
-    assert "with the error of what the layers put out" in found.summary()
+    assert "with layer output error" in found.summary()
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_summary_says_what_was_done(tmp_path, sound, name):
     path = save(tmp_path, damage(sound[0]), sound[1] if keep_header else None)
     summary = repair_file(path, tmp_path / "new", scales=scales).summary()
     assert "model -> new" in summary
-    words = {"no markers": "markers written", "row-major scales": "into tiled order"}
+    words = {"no markers": "markers rebuilt", "row-major scales": "reordered to tiled"}
     assert f"{words.get(name, 'rewritten as U8')}: 3 of 3 layers" in summary
 
 

@@ -224,7 +224,7 @@ def test_the_warning_counts_the_layers_that_look_it(tmp_path):
         scale, qdata = tensors[f"l{i}.weight_scale"], tensors[f"l{i}.weight"]
         tensors[f"l{i}.weight_scale"] = row_major(scale, qdata)
     (warning,) = scan.check_file(save(tmp_path, tensors, metadata))
-    assert "(2 of 4 layers looked at)" in warning
+    assert "(2 of 4 sampled layers)" in warning
 
 
 def test_wrong_order_of_a_real_trained_model_is_seen(tmp_path):
@@ -258,8 +258,6 @@ def test_a_scan_counts_what_is_wrong_wherever_it_is(tmp_path, monkeypatch, slab)
         layer = source.header.layers["a"]
         found = scan.scan_layer(source, layer, seen.append)
     assert (found.nan_codes, found.nan_scales, found.padding) == (3, 1, 5)
-    assert found.blocks == 300 * 3 + 2
-    assert found.marked >= 900 - 3
     assert sum(seen) == layer.weight.nbytes + layer.scale.nbytes
     assert [p.split(" ", 1)[0] for p in found.problems] == ["1", "3"]
     assert found.warnings == ["5 bytes of padding are not zero"]
