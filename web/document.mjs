@@ -40,12 +40,12 @@ const MEASURES = [
   { key: "bytes_after", label: "Size", rows: "layers", format: bytes, outline: "bytes_before",
     outlineLabel: "before" },
   { key: "bytes", label: "Size", rows: "layers", format: bytes },
-  { key: "divergence", label: "Divergence by step", rows: "steps", format: relative },
-  { key: "latent_snr_db", label: "Latent SNR by seed", rows: "seeds", format: decibels,
+  { key: "divergence", label: "Divergence", rows: "steps", format: relative },
+  { key: "latent_snr_db", label: "Latent SNR", rows: "seeds", format: decibels,
     higher: true, floating: true },
-  { key: "psnr_db", label: "PSNR by seed", rows: "seeds", format: decibels, higher: true,
+  { key: "psnr_db", label: "PSNR", rows: "seeds", format: decibels, higher: true,
     floating: true },
-  { key: "ssim", label: "SSIM by seed", rows: "seeds", format: ratio, higher: true },
+  { key: "ssim", label: "SSIM", rows: "seeds", format: ratio, higher: true },
 ];
 
 /**
@@ -144,7 +144,7 @@ export function describe(row) {
     if (!isFinite(value(row, measure))) continue;
     const outline = row[measure.outline];
     const beside = typeof outline === "number";
-    add(measure.label.replace(/ by .*/, ""), measure.format(row[measure.key])
+    add(measure.label, measure.format(row[measure.key])
       + (beside ? ` (${measure.outlineLabel} ${measure.format(outline)})` : ""));
   }
   const worst = row.worst_block;
