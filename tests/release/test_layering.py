@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -187,6 +188,32 @@ def test_the_root_imports_nothing_until_comfyui_asks():
 )
 def test_the_check_catches_an_import_outside_a_function(source, lines):
     assert imports_outside_functions(source) == lines
+
+
+def drawn(text):
+    """Paths in the tree that CONTRIBUTING.md draws: names indented below their folder's."""
+    (picture,) = re.findall(r"^```\w*\n(__init__\.py .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    paths, above = [], []
+    for indent, name in re.findall(r"^( *)([\w./]+)", picture, re.MULTILINE):
+        while above and above[-1][0] >= len(indent):
+            above.pop()
+        path = (above[-1][1] if above else "") + name
+        paths.append(path)
+        if name.endswith("/"):
+            above.append((len(indent), path))
+    return paths
+
+
+def test_the_tree_in_contributing_is_that_of_the_rooms():
+    paths = drawn((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    inside = [path for path in paths if path.startswith(tuple(f"{room}/" for room in ROOMS))]
+    assert sorted(p for p in inside if p.endswith(".py")) == sorted(sources(*ROOMS))
+
+
+def test_the_check_sees_where_in_a_tree_a_file_is():
+    text = "```\n__init__.py  a\n\nk/   b\n  x.py  c.py, d\n  in/  e\n    y.py\n  z.py\nw/\n```\n"
+    assert drawn(text) == ["__init__.py", "k/", "k/x.py", "k/in/", "k/in/y.py", "k/z.py", "w/"]
 
 
 def not_cp1252(text):
