@@ -69,7 +69,7 @@ def mxfp8(weight: torch.Tensor, _) -> torch.Tensor:
 
 
 def mxfp8_calibrated(weight: torch.Tensor, moments) -> torch.Tensor:
-    rounded = round_weight(weight, moments.second, moments.rows)
+    rounded = round_weight(weight, moments.hessian, moments.rows)
     return kernels.dequantize(rounded.qdata, rounded.scale, torch.float32, shape=weight.shape)
 
 
@@ -101,7 +101,7 @@ def measure(convert: Callable, layers, calibration, test) -> dict[str, float]:
         weight = layer.weight.detach()
         error = convert(weight, calibration[name]).reshape(weight.shape).float() - weight
         decibels.append(float(10 * torch.log10(weight.square().sum() / error.square().sum())))
-        hessian = test[name].second.double()
+        hessian = test[name].hessian.double()
 
         def output_energy(w: torch.Tensor, hessian=hessian) -> float:
             """Mean square norm of w x over the inputs x."""

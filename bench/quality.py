@@ -130,9 +130,9 @@ def layer_seconds() -> float:
     weight = torch.randn(N, K, generator=generator) * 0.02
     mixed = torch.randn(4096, 512, generator=generator) @ torch.randn(512, K, generator=generator)
     x = mixed + torch.randn(4096, K, generator=generator)
-    second = x.t() @ x / len(x)
+    hessian = x.t() @ x / len(x)
     start = time.perf_counter()
-    round_weight(weight, second, len(x))
+    round_weight(weight, hessian, len(x))
     return time.perf_counter() - start
 
 

@@ -141,7 +141,7 @@ def _result(layers: dict, accumulators: dict[str, HessianAccumulator], seconds: 
     lost: dict[str, list[str]] = {}  # by what they were given
     for name, accumulator in accumulators.items():
         if name not in layers:
-            lost.setdefault(accumulator.given, []).append(quoted(name))
+            lost.setdefault(accumulator.received, []).append(quoted(name))
     faults = [
         f"{_counted(len(names), 'layer')} given {given}, to be rounded to nearest: {_some(names)}"
         for given, names in lost.items()

@@ -258,7 +258,7 @@ def _measure(source: Source, key: str, place, calibration, advance: Callable) ->
     spread = _spread_of(*slabs) if rows * cols <= _SLAB else _spread_over(slabs)
     sqnr, outliers = SqnrAccumulator(), 0
     moments = calibration and calibration.of(key.removesuffix(WEIGHT))
-    hessian = moments.second if moments else None
+    hessian = moments.hessian if moments else None
     lost = size = 0.0
     for first, weight in _slabs(source, key, advance):
         outliers += int(((weight.float() - spread.mean).abs_() > _OUTLIER * spread.std).sum())

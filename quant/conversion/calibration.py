@@ -1,13 +1,13 @@
-"""What the layers of a model are given, as far as calibrated rounding needs it (`gptq`).
+"""Statistics of the inputs of a model's layers, for calibrated rounding (`gptq`).
 
-For inputs X [n, K] of a linear layer that is X.T X / n, the second moments, [K, K]; each channel's
-mean and largest magnitude are noted beside them. They are gathered while the model runs on whatever
-its user thinks typical, and kept in a safetensors file that belongs to one model: its first rows
-are hashed with the layers' names and shapes, and another model's calibration is refused.
+For the inputs X [n, K] of a linear layer rounding needs the Hessian X.T X / n, [K, K]; each
+channel's mean and largest magnitude are kept beside it. They are gathered while the model runs on
+data that its user finds typical, and kept in a safetensors file that belongs to one model: its
+layers' names, shapes and first rows are hashed, and another model's calibration is refused.
 
-A model's moments are larger than its weights (Z-Image: 22 GB), so a file's are read layer by layer,
-each time they are asked for. Files of version 1, without means and magnitudes, are read too: what
-took hours to gather stays good, and rounding needs the second moments alone.
+Hessians are larger than the weights (Z-Image: 22 GB), so those in a file are read layer by layer,
+each time they are asked for. Files of versions 1 and 2, which call the Hessian `X.second`, are read
+too; version 1 has no means and magnitudes, and rounding needs the Hessian alone.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from torch import nn
 
 from ..container.header import quoted
 from ..container.writer import Writer
-from ..format import WEIGHT, FormatError, TensorInfo, bare, read_header
+from ..format import WEIGHT, FormatError, TensorInfo, bare
 from ..progress import VERIFY, Meter, Progress
-from ..sources.file import FileSource, as_bytes
+from ..sources.file import FileSource, Source, as_bytes
 
-SECOND, MEAN, AMAX = ".second", ".mean", ".amax"
+HESSIAN, MEAN, AMAX = ".hessian", ".mean", ".amax"
+_OLD_HESSIAN = ".second"  # in files of versions 1 and 2
 _METADATA = "mxfp8_calibration"
-_VERSION = 2
-_SECOND_ONLY = 1  # the version before
-_ROWS = 1 << 12  # of inputs, made float32 at once
+_VERSION = 3
+_ROWS = 1 << 12  # of inputs that become float32 at once
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer's inputs.
+    """Statistics of one layer's inputs X.
 
     Attributes:
-        second: X.T X / n, float32 [K, K]; rows: n.
-        mean, amax: of each channel, float32 [K]; None in a calibration of version 1.
+        hessian: X.T X / n, float32 [K, K]; rows: n.
+        mean, amax: each channel's mean and largest magnitude, float32 [K]; None if unknown.
     """
 
-    second: torch.Tensor
+    hessian: torch.Tensor
     rows: int
     mean: torch.Tensor | None = None
     amax: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class Moments:
     @property
     def width(self) -> int:
         """K."""
-        return self.second.shape[0]
+        return self.hessian.shape[0]
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,39 @@ class StoredMoments:
 
     @property
     def width(self) -> int:
-        return self.source.tensors[self.name + SECOND][1][0]
+        return self.source.tensors[_hessian_key(self.source, self.name)][1][0]
 
     @property
-    def second(self) -> torch.Tensor:
-        return self._read(SECOND)
+    def hessian(self) -> torch.Tensor:
+        return self._read(_hessian_key(self.source, self.name))
 
     @property
     def mean(self) -> torch.Tensor | None:
-        return self._read(MEAN)
+        return self._read(self.name + MEAN)
 
     @property
     def amax(self) -> torch.Tensor | None:
-        return self._read(AMAX)
+        return self._read(self.name + AMAX)
 
-    def _read(self, part: str) -> torch.Tensor | None:
-        key = self.name + part
+    def _read(self, key: str) -> torch.Tensor | None:
         if key not in self.source.tensors:
             return None
         with self.source as source:
             return source.rows(key, 0, self.width)
 
 
+def _hessian_key(source: FileSource, name: str) -> str:
+    return name + (_OLD_HESSIAN if name + _OLD_HESSIAN in source.tensors else HESSIAN)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Moments by layer, under names without the prefix of a diffusion model.
+    """Statistics of the inputs of a model's layers.
 
     Attributes:
+        layers: by name, without the prefix of a diffusion model.
         model: fingerprint of the model that was run.
-        about: how it was run, in what JSON has; empty where nobody said, as in older files.
+        about: how it was run, as JSON types; empty if unknown, as in older files.
     """
 
     layers: Mapping[str, Moments | StoredMoments]
@@ -101,7 +105,7 @@ class Calibration:
     about: Mapping[str, object] = field(default_factory=dict)
 
     def of(self, layer: str) -> Moments | StoredMoments | None:
-        """The moments of a layer, whatever prefix its name has here."""
+        """The statistics of a layer, whose name may have a prefix."""
         return self.layers.get(bare(layer))
 
     def save(
@@ -113,21 +117,22 @@ class Calibration:
         """Write a safetensors file, whole or not at all, layer by layer.
 
         Args:
-            progress: called after every layer, and while what was written is read back; an
-                exception it raises leaves no file.
+            progress: called after every layer, and while the file is read back; if it raises, no
+                file is left.
 
         Raises:
             OSError: as `writer.Writer`.
         """
-        old = any(m.mean is None for m in self.layers.values())  # read from a file of version 1
-        parts = (SECOND,) if old else (SECOND, MEAN, AMAX)
+        # Of a calibration from a file of version 1, the Hessians are all there is.
+        bare_hessians = any(moments.mean is None for moments in self.layers.values())
+        parts = (HESSIAN,) if bare_hessians else (HESSIAN, MEAN, AMAX)
         tensors = [
-            (name + part, "F32", (moments.width,) * (2 if part == SECOND else 1))
+            (name + part, "F32", (moments.width,) * (2 if part == HESSIAN else 1))
             for name, moments in self.layers.items()
             for part in parts
         ]
         metadata = {
-            "version": _SECOND_ONLY if old else _VERSION,
+            "version": _VERSION,
             "model": self.model,
             "rows": {name: moments.rows for name, moments in self.layers.items()},
             "about": dict(self.about),
@@ -148,67 +153,70 @@ def _size(tensors: Iterable[TensorInfo]) -> int:
 
 
 def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibration:
-    """Check what `Calibration.save` wrote, every byte; it is read again layer by layer.
+    """Open a calibration file, after checking every byte of it; layers are read when asked for.
 
     Args:
         progress: called after every layer; what it raises passes through.
 
     Raises:
-        FormatError: the file is damaged, or no calibration of a version known here.
+        FormatError: the file is damaged, or not a calibration of a version that is known here.
         OSError: it cannot be read.
     """
-    header = read_header(path)
+    source = FileSource(path)
     try:
-        metadata = json.loads(header.metadata[_METADATA])
+        metadata = json.loads(source.metadata[_METADATA])
         rows, about = dict(metadata["rows"]), dict(metadata.get("about", {}))
         model, version = str(metadata["model"]), metadata["version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{header.path.name} is no calibration file") from error
-    if version not in (_SECOND_ONLY, _VERSION):
+        raise FormatError(f"{source.name} is not a calibration file") from error
+    if version not in range(1, _VERSION + 1):
         raise FormatError(
-            f"{header.path.name} is a calibration of version {quoted(version)}; this pack reads "
-            f"{_SECOND_ONLY} and {_VERSION}, so update it, or calibrate again"
+            f"{source.name} is a calibration of version {quoted(version)}; this pack reads "
+            f"versions 1 to {_VERSION}, so update it, or calibrate again"
         )
-    parts = (SECOND,) if version == _SECOND_ONLY else (SECOND, MEAN, AMAX)
-    advance = Meter(_size(header.tensors.values()), progress)
-    with FileSource(path) as source:
+    advance = Meter(_size(source.header.tensors.values()), progress)
+    with source:
         for name, count in rows.items():
-            _check_layer(source, name, count, parts)
-            advance(_size(header.tensors[name + part] for part in parts), name)
+            advance(_check_layer(source, name, count), name)
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
     return Calibration(layers, model, about)
 
 
-def _check_layer(source: FileSource, name: str, count, parts: Iterable[str]) -> None:
-    """Raise FormatError where a layer's moments are not what `save` writes."""
-    dtype, shape = source.tensors.get(name + SECOND, (None, ()))
+def _check_layer(source: FileSource, name: str, count) -> int:
+    """Raise FormatError where a layer's statistics are not what `save` writes; returns their size.
+
+    Args:
+        count: of the input rows, as the metadata says.
+    """
+    key = _hessian_key(source, name)
+    where = f"{source.name}: the Hessian of {quoted(name)}"
+    dtype, shape = source.tensors.get(key, (None, ()))
     if dtype != "F32" or len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
-        raise FormatError(
-            f"{source.name}: second moments of {quoted(name)} are {dtype} {list(shape)}; "
-            "they must be a square F32 matrix"
-        )
-    finite = positive = True
-    for part in parts:
-        found = source.tensors.get(name + part, (None, ()))
-        if part != SECOND and found != ("F32", shape[:1]):
+        raise FormatError(f"{where} is {dtype} {list(shape)}; it must be a square F32 matrix")
+    keys = [key, *(name + part for part in (MEAN, AMAX) if name + part in source.tensors)]
+    for channels in keys[1:]:
+        dtype, size = source.tensors[channels]
+        if (dtype, size) != ("F32", shape[:1]):
             raise FormatError(
-                f"{source.name}: {quoted(name + part)} is {found[0]} {list(found[1])}; it must be "
-                f"F32 {[shape[0]]}, one value for each column of the second moments"
+                f"{source.name}: {quoted(channels)} is {dtype} {list(size)}; it must be "
+                f"F32 {[shape[0]]}, one value for each column of the Hessian"
             )
-        values = source.rows(name + part, 0, shape[0])
-        finite = finite and bool(values.isfinite().all())
-        if part == SECOND:
-            positive = not (values.diagonal() < 0).any()
-    if not isinstance(count, int) or count < 1 or not finite:
+    hessian, *others = (source.rows(part, 0, shape[0]) for part in keys)
+    if (
+        not isinstance(count, int)
+        or count < 1
+        or not all(bool(values.isfinite().all()) for values in (hessian, *others))
+    ):
         raise FormatError(
-            f"{source.name}: second moments of {quoted(name)} {list(shape)} hold NaN or "
-            f"Inf, or are of {quoted(count)} rows; calibrate again"
+            f"{where} {list(shape)} holds NaN or Inf, or is of {quoted(count)} rows; calibrate "
+            "again"
         )
-    if not positive:
+    if (hessian.diagonal() < 0).any():
         raise FormatError(
-            f"{source.name}: second moments of {quoted(name)} {list(shape)} have negative values "
-            "on their diagonal, where squares are; calibrate again"
+            f"{where} {list(shape)} has negative values on its diagonal, where squares are; "
+            "calibrate again"
         )
+    return _size(source.header.tensors[part] for part in keys)
 
 
 def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
@@ -224,103 +232,97 @@ def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) ->
     return digest.hexdigest()
 
 
-def check_model(calibration: Calibration, source) -> None:
-    """Check that a calibration belongs to the model that is to be converted.
-
-    Raises:
-        ValueError: it is another model's.
-    """
-    names = {bare(key.removesuffix(WEIGHT)): key for key in source.tensors if key.endswith(WEIGHT)}
-    missing = next((name for name in calibration.layers if name not in names), None)
-    if missing is not None:
-        raise ValueError(
-            f"{source.name}: the calibration has a layer {quoted(missing)}, which this model "
-            "lacks; it belongs to another model"
-        )
+def check_model(calibration: Calibration, source: Source) -> None:
+    """Raise ValueError for a calibration of another model than the one that is to be converted."""
+    keys = {bare(key.removesuffix(WEIGHT)): key for key in source.tensors if key.endswith(WEIGHT)}
     for name, moments in calibration.layers.items():
-        shape = list(source.tensors[names[name]][1])
+        if name not in keys:
+            raise ValueError(
+                f"{source.name}: the calibration has a layer {quoted(name)}, which this model "
+                "lacks; it belongs to another model"
+            )
+        shape = list(source.tensors[keys[name]][1])
         if [moments.width] != shape[-1:]:
             raise ValueError(
-                f"{source.name}: the calibration has second moments "
-                f"{[moments.width] * 2} for {quoted(names[name])} {shape}; they must be "
-                f"{shape[-1:] * 2}, so it belongs to another model"
+                f"{source.name}: the calibration has a Hessian {[moments.width] * 2} for "
+                f"{quoted(keys[name])} {shape}; it must be {shape[-1:] * 2}, so it belongs to "
+                "another model"
             )
-    keys = [names[name] for name in calibration.layers]
-    found = fingerprint((k.removesuffix(WEIGHT), source.tensors[k][1], source.rows(k, 0, 1)[0])
-                        for k in keys)  # fmt: skip
-    if found != calibration.model:
+    weights = ((name, source.tensors[keys[name]][1], source.rows(keys[name], 0, 1)[0])
+               for name in calibration.layers)  # fmt: skip
+    if fingerprint(weights) != calibration.model:
         raise ValueError(
             f"{source.name}: the calibration was made with other weights; calibrate this model"
         )
 
 
 def nbytes(width: int) -> int:
-    """Memory in which the moments of a layer with `width` inputs are added up."""
+    """Memory that the `HessianAccumulator` of a layer with `width` inputs takes."""
     return 4 * width * (width + 3)
 
 
 class HessianAccumulator:
-    """Adds up the moments of one layer's inputs, until they are taken.
+    """Adds up the statistics of one layer's inputs, until they are taken.
 
     Attributes:
-        rows: so far; dropped: those that held NaN or Inf, and are not among them.
-        closed: whether they were taken, and nothing is added any more.
+        rows: of inputs so far; dropped: further ones, left out since they held NaN or Inf.
+        closed: whether the statistics were taken, after which nothing is added.
     """
 
     def __init__(self) -> None:
         self.rows = self.dropped = 0
         self.closed = False
-        self._second: torch.Tensor | None = None
+        self._hessian: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None  # float64: of millions of rows
         self._amax: torch.Tensor | None = None
 
     @property
-    def given(self) -> str:
-        """What the layer was given, where `take` has nothing to return."""
+    def received(self) -> str:
+        """What the layer's inputs were, where `take` has nothing to return."""
         if self.rows:
             return "values whose squares float32 cannot hold"
         return "nothing finite" if self.dropped else "nothing"
 
     def reserve(self, width: int, device: torch.device) -> None:
-        """Take the memory now, not with the first input, when others may have taken it."""
-        self._second = torch.zeros(width, width, device=device)
+        """Allocate now, not with the first input, when the memory may be in use."""
+        self._hessian = torch.zeros(width, width, device=device)
         precise = torch.float64 if has_float64(device) else torch.float32
         self._sum = torch.zeros(width, device=device, dtype=precise)
         self._amax = torch.zeros(width, device=device)
 
     def add(self, x: torch.Tensor) -> None:
-        """Account for inputs [..., K]."""
+        """Add inputs [..., K]."""
         if self.closed:
             return
         K = x.shape[-1]
-        if self._second is None:
+        if self._hessian is None:
             self.reserve(K, x.device)
         for part in x.detach().reshape(-1, K).split(_ROWS):
-            flat = part.to(self._second.device, torch.float32)
+            flat = part.to(self._hessian.device, torch.float32)
             finite = flat.isfinite().all(-1)
             if not finite.all():
                 flat = flat[finite]
             self.rows += len(flat)
             self.dropped += len(part) - len(flat)
             if len(flat):
-                self._second.addmm_(flat.t(), flat)
+                self._hessian.addmm_(flat.t(), flat)
                 self._sum += flat.sum(0)
                 torch.maximum(self._amax, flat.abs().amax(0), out=self._amax)
 
     def take(self) -> Moments | None:
-        """The moments, on the CPU, and close; None without rows, or where squares overflowed."""
-        found = None
-        if self.rows and not self.closed and self._second.isfinite().all():
+        """Close, and return the statistics on the CPU; None without rows, or after overflow."""
+        moments = None
+        if self.rows and not self.closed and self._hessian.isfinite().all():
             mean = (self._sum / self.rows).float()
-            found = Moments(
-                self._second.div_(self.rows).cpu(), self.rows, mean.cpu(), self._amax.cpu()
+            moments = Moments(
+                self._hessian.div_(self.rows).cpu(), self.rows, mean.cpu(), self._amax.cpu()
             )
         self.drop()
-        return found
+        return moments
 
     def drop(self) -> None:
         """Free the memory and close."""
-        self._second = self._sum = self._amax = None
+        self._hessian = self._sum = self._amax = None
         self.closed = True
 
 
@@ -335,29 +337,29 @@ def has_float64(device: torch.device) -> bool:
 def watch(
     module: nn.Module, select: Callable[[str, nn.Module], bool]
 ) -> Iterator[dict[str, HessianAccumulator]]:
-    """Within the context, gather what the linear layers of a module are given.
+    """Within the context, gather statistics of the inputs of a module's linear layers.
 
     Args:
         select: (name, layer) -> whether to gather for it.
     """
-    sums: dict[str, HessianAccumulator] = {}
+    accumulators: dict[str, HessianAccumulator] = {}
     hooks = []
+
+    def watch_layer(name: str, layer: nn.Linear) -> None:
+        def add(layer: nn.Module, args: tuple, options: dict) -> None:
+            accumulator.add(args[0] if args else options["input"])
+
+        accumulator = accumulators[name] = HessianAccumulator()
+        hooks.append(layer.register_forward_pre_hook(add, with_kwargs=True))
+
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and select(name, layer):
-            found = sums[name] = HessianAccumulator()
-            hooks.append(layer.register_forward_pre_hook(_noting(found), with_kwargs=True))
+            watch_layer(name, layer)
     try:
-        yield sums
+        yield accumulators
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _noting(found: HessianAccumulator) -> Callable:
-    def note(layer: nn.Module, args: tuple, options: dict) -> None:
-        found.add(args[0] if args else options["input"])
-
-    return note
 
 
 @torch.no_grad()
@@ -367,35 +369,33 @@ def calibrate(
     run: Callable = lambda module, batch: module(**batch),
     select: Callable[[str, nn.Module], bool] = lambda name, layer: True,
 ) -> Calibration:
-    """Run a torch module on batches and gather what its linear layers are given.
+    """Run a torch module on batches and gather statistics of its linear layers' inputs.
 
-    All layers' sums are in memory at once, on the module's device: 4 K (K + 3) bytes for a layer of
-    K inputs. Where that is too much, `select` fewer: a conversion rounds the others to nearest.
+    Those of all layers are in memory at once, on the module's device: 4 K (K + 3) bytes for a layer
+    of K inputs. If that is too much, `select` fewer: a conversion rounds the others to nearest.
 
     Args:
         module: in eval mode, as it will be used.
-        run: (module, batch), what a batch is run by; default: as keyword arguments.
+        run: (module, batch) -> anything; default: the batch as keyword arguments.
         select: (name, layer) -> whether to gather for it.
 
     Raises:
-        ValueError: the module is in training mode, or no layer was given anything, or only what is
-            not finite, or has no finite squares.
+        ValueError: the module is in training mode, or no layer had a finite input with finite
+            squares.
     """
     if module.training:
         raise ValueError(
-            f"this {type(module).__name__} is in training mode, in which layers may be given what "
-            "they never are in use (dropout); call its eval() first"
+            f"this {type(module).__name__} is in training mode, where layers get other inputs than "
+            "in use (dropout); call its eval() first"
         )
-    with watch(module, select) as sums:
+    with watch(module, select) as accumulators:
         for batch in batches:
             run(module, batch)
-    found = {name: sum.take() for name, sum in sums.items()}
-    layers = {name: moments for name, moments in found.items() if moments}
+    layers = {name: one.take() for name, one in accumulators.items()}
+    layers = {name: moments for name, moments in layers.items() if moments}
     if not layers:
         raise ValueError(
-            "calibration is empty: no linear layer was given a finite input with finite squares"
+            "calibration is empty: no linear layer had a finite input with finite squares"
         )
-    weights = dict(module.named_modules())
-    return Calibration(
-        layers, fingerprint((n, weights[n].weight.shape, weights[n].weight[0]) for n in layers)
-    )
+    weights = ((name, module.get_submodule(name).weight) for name in layers)
+    return Calibration(layers, fingerprint((name, w.shape, w[0]) for name, w in weights))

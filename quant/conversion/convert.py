@@ -345,7 +345,7 @@ class _Conversion:
         weight = self._rows(decision.key, 0, decision.shape[0]).to(device)
         _check_storable(self._where(decision), weight, *kernels.quantize(weight), 0)
         rounded = gptq.round_weight(
-            weight, moments.second, moments.rows, name=quoted(decision.key), tick=tick
+            weight, moments.hessian, moments.rows, name=quoted(decision.key), tick=tick
         )
         stored, error = (rounded.qdata, rounded.scale), rounded.error
         sqnr = _sqnr_of(weight, *stored)
@@ -360,7 +360,7 @@ class _Conversion:
         other = self.held_out.of(decision.layer)
         if other is None:
             return _Result(sqnr)
-        hessian = other.second
+        hessian = other.hessian
         return _Result(
             sqnr,
             gptq.output_error(weight, *stored, hessian, tick),

@@ -1,32 +1,33 @@
-"""Calibrated rounding: which of the neighboring codes, when a layer's inputs are known.
+"""Calibrated rounding (GPTQ): which of two neighboring codes, when a layer's inputs are known.
 
-Rounding each weight to nearest is best for the weights, not for what they are multiplied with. Of a
-layer's inputs X [n, K] this uses H = X.T X / n: the output's squared error is e H e.T, summed over
-the rows e of the difference between the weight and what is stored. Two steps make it small, in the
+Rounding each weight to nearest is best for the weights, not for the layer's output. For a layer's
+inputs X [n, K] this uses the Hessian H = X.T X / n: the output's squared error is e H e.T, summed
+over the rows e of the difference between the weight and what is stored. Two steps reduce it, in the
 stock format and at its size:
 
 1. Error feedback along K (GPTQ, https://arxiv.org/abs/2210.17323, as LDLQ,
-   https://arxiv.org/abs/2307.13304): columns are rounded one after the other, and each takes over
-   what the earlier ones got wrong. With H = R R.T, R upper triangular, column j is given the errors
-   before it times R[:, j] / R[j, j]: one Cholesky factorization, no inverse. A block's scale is
-   chosen by the usual rule when its first column is reached. Blocks with large inputs come first,
-   and so do the columns within a block, which the format allows: scales go with the block.
-2. Coordinate descent: column by column once more, each to the code that is best with all others as
-   they are now. The error cannot grow.
+   https://arxiv.org/abs/2307.13304): columns are rounded one after the other, and each makes up for
+   the errors of the earlier ones. With H = R R.T, R upper triangular, the errors before column j
+   times R[:, j] / R[j, j] are added to it: one Cholesky factorization, no inverse. A block's scale
+   is chosen by the usual rule when its first column is reached. Blocks with large inputs come
+   first, and so do the columns within a block, which the format allows: scales go with the block.
+2. Coordinate descent: each column once more, to the code that is best while all others stay. The
+   error cannot grow.
 
-Few inputs say little about K directions, and rounding that trusts them is worse on others than
-rounding to nearest. So H is damped by 0.3 K / n of its mean diagonal, besides the usual 0.01: of
-0.03 to 1.0 that was best on MiniLM's layers for n of 16, 100, 500 and 2,000 alike. There the error
-on other inputs was 0.93, 0.82, 0.70 and 0.62 of plain rounding's (without: 1.02, 1.07, 0.83, 0.64).
+Few inputs say little about K directions, and rounding that trusts them is worse on other inputs
+than rounding to nearest. So H is damped by 0.3 K / n of its mean diagonal, besides the usual 0.01:
+of 0.03 to 1.0 that was best on MiniLM's layers for n of 16, 100, 500 and 2,000 alike. There the
+error on other inputs was 0.93, 0.82, 0.70 and 0.62 of plain rounding's (without: 1.02, 1.07, 0.83,
+0.64).
 
 A row keeps plain rounding where the result is no better on those inputs, damped or not.
 
 Rejected, after trials on MiniLM with the texts of bench/quality.py: a search over scales, up or
 down by a power of two (no gain); no order of blocks and columns (4% worse); layer after layer, each
-on what the layers before it put out once they are rounded (the layers' error the same, end to end
-0.99 of it, for as many calibrations as the model has steps); and, for the fast path, the original's
-output as target on activations that are quantized per token (there, the layers' error 1.01 and end
-to end 1.04 of it; on plain activations 1.08 and 1.21).
+on the outputs of the rounded layers before it (the layers' error the same, end to end 0.99 of it,
+for as many calibrations as the model has steps); and, for the fast path, the original's output as
+target on activations that are quantized per token (there, the layers' error 1.01 and end to end
+1.04 of it; on plain activations 1.08 and 1.21).
 """
 
 from __future__ import annotations
@@ -39,21 +40,22 @@ import torch
 from ... import kernels
 from ...kernels.layout import BLOCK
 
-DAMPING, FEW_INPUTS = 0.01, 0.3  # of the mean of H's diagonal, added to it; times K / n
+# Added to H's diagonal, times its mean: a constant, and a factor of K / n.
+DAMPING, DAMPING_BY_ROWS = 0.01, 0.3
 SWEEPS = 2  # of coordinate descent
 _SPAN = 128  # columns whose feedback from all others is computed at once
-_HALF = 1024  # columns of H's half that energies take at once
+_HALF = 1024  # columns of H's half that errors are measured with at once
 _LARGEST = 448.0
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight as it is stored.
+    """A rounded weight.
 
     Attributes:
         qdata, scale: as `kernels.quantize` returns them.
-        error, nearest: root of e H e.T over w H w.T, of this and of plain rounding; 0 where
-            these are all zero, or the layer's inputs.
+        error, nearest: relative output error of this and of rounding to nearest, the root of
+            e H e.T over w H w.T; 0 where the weight or H is zero.
     """
 
     qdata: torch.Tensor
@@ -64,20 +66,20 @@ class Rounded:
 
 def round_weight(
     weight: torch.Tensor,
-    second: torch.Tensor,
+    hessian: torch.Tensor,
     rows: int | None = None,
     *,
     name: str = "this layer",
     sweeps: int = SWEEPS,
     tick: Callable[[], None] | None = None,
 ) -> Rounded:
-    """Round a weight to MXFP8 for the inputs it was seen with.
+    """Round a weight to MXFP8 for given inputs.
 
     Args:
         weight: [N, K], float32, float16 or bfloat16, finite, on the device that is to compute.
-        second: [K, K], X.T X / n of the inputs, any float dtype.
-        rows: n; default: as many as K need.
-        name: what errors call the layer.
+        hessian: [K, K], X.T X / n of the inputs, any float dtype.
+        rows: n; default: enough for K.
+        name: the layer's, for errors.
         sweeps: of coordinate descent.
         tick: called before every span of columns, in the feedback, in each sweep and where errors
             are measured: at least once a second on a layer of 3840 x 10240. But the Cholesky
@@ -85,31 +87,31 @@ def round_weight(
             through.
 
     Raises:
-        ValueError: sizes that do not fit, or moments that are not finite, or that no inputs have.
+        ValueError: sizes that do not fit, or a Hessian that is not finite or not positive definite.
     """
     N, K = weight.shape
-    if tuple(second.shape) != (K, K):
+    if tuple(hessian.shape) != (K, K):
         raise ValueError(
-            f"second moments of {name} have shape {list(second.shape)}; a weight "
+            f"the Hessian of {name} has shape {list(hessian.shape)}; a weight "
             f"{list(weight.shape)} needs {[K, K]}"
         )
-    if not second.isfinite().all():
-        raise ValueError(f"second moments of {name} hold NaN or Inf; calibrate again")
+    if not hessian.isfinite().all():
+        raise ValueError(f"the Hessian of {name} holds NaN or Inf; calibrate again")
     plain = kernels.quantize(weight)
-    if not weight.any() or not second.diagonal().any():
+    if not weight.any() or not hessian.diagonal().any():
         return Rounded(*plain, 0.0, 0.0)
 
     wide = torch.nn.functional.pad(weight.float(), (0, -K % BLOCK))
-    H = _padded(second.to(weight.device, torch.float32), wide.shape[1])
+    H = _padded(hessian.to(weight.device, torch.float32), wide.shape[1])
     nearest = kernels.dequantize(*plain, torch.float32)[:N]
-    ridge = (DAMPING + (FEW_INPUTS * K / rows if rows else 0.0)) * H.diagonal().mean()
+    ridge = (DAMPING + (DAMPING_BY_ROWS * K / rows if rows else 0.0)) * H.diagonal().mean()
     order = _order(H)
     damped = H[order][:, order]
     damped.diagonal().add_(ridge)
     tick = tick or (lambda: None)
     state = _State(wide, order)
     if not _feed_back(state, damped, tick):
-        raise ValueError(f"second moments of {name} are not positive definite; calibrate again")
+        raise ValueError(f"the Hessian of {name} is not positive definite; calibrate again")
     for _ in range(sweeps):
         _descend(state, damped, tick)
 
@@ -135,27 +137,27 @@ def output_error(
     weight: torch.Tensor,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    second: torch.Tensor,
+    hessian: torch.Tensor,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
     """The relative error of a layer's output: the root of e H e.T over w H w.T.
 
     Args:
         weight: [N, K]; qdata, scale: what is stored of it, as `kernels.quantize` returns them.
-        second: H, [K, K], of these inputs or of others than the weight was rounded for.
+        hessian: H, [K, K], of these inputs or of others than the weight was rounded for.
         tick: as of `round_weight`.
     """
-    H = second.to(weight.device, torch.float32)
+    H = hessian.to(weight.device, torch.float32)
     weight = weight.float()
     error = weight - kernels.dequantize(qdata, scale, torch.float32, tuple(weight.shape))
     lost, size = (float(_energy(part, H, tick).sum()) for part in (error, weight))
     return (max(0.0, lost) / size) ** 0.5 if size > 0 else 0.0
 
 
-def _padded(second: torch.Tensor, size: int) -> torch.Tensor:
-    """[K', K'], the diagonal next to nothing where no input was seen: errors there hardly count."""
-    H = torch.zeros(size, size, device=second.device)
-    H[: len(second), : len(second)] = second
+def _padded(hessian: torch.Tensor, size: int) -> torch.Tensor:
+    """[K', K'], with a tiny diagonal where all inputs were zero: errors there hardly count."""
+    H = torch.zeros(size, size, device=hessian.device)
+    H[: len(hessian), : len(hessian)] = hessian
     unseen = H.diagonal() == 0
     H.diagonal()[unseen] = H.diagonal()[~unseen].mean() * 1e-6
     return H
@@ -168,17 +170,17 @@ def _energy(error: torch.Tensor, H: torch.Tensor, tick: Callable[[], None]) -> t
         tick()
         span = slice(begin, begin + _HALF)
         part = error[:, span]
-        found = part @ H[span, span]
-        found.addmm_(error[:, :begin], H[:begin, span], alpha=2)
-        total += (found.double() * part.double()).sum(-1)
+        product = part @ H[span, span]
+        product.addmm_(error[:, :begin], H[:begin, span], alpha=2)
+        total += (product.double() * part.double()).sum(-1)
     return total
 
 
 class _State:
-    """Rounded values and their blocks' scales, in the order in which columns are taken.
+    """Rounded values and their blocks' scales, in the order in which columns are rounded.
 
-    Matrices are transposed: a column lies in one piece. Across rows of 40 KB, every value of it
-    would be a cache line of its own.
+    Matrices are transposed, so that a column is contiguous. Across rows of 40 KB, each of its
+    values would be in a cache line of its own.
     """
 
     def __init__(self, weight: torch.Tensor, order: torch.Tensor):
@@ -196,7 +198,7 @@ class _State:
         return result.t().contiguous()
 
     def round(self, column: int, target: torch.Tensor) -> torch.Tensor:
-        """Round a column to the codes next to `target`; returns by how much its error grew."""
+        """Round a column to the codes nearest to `target`; returns the change of its error."""
         unit = self.unit[column // BLOCK]
         code = (target / unit).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         rounded = code.float() * unit
@@ -207,7 +209,7 @@ class _State:
 
 
 def _order(H: torch.Tensor) -> torch.Tensor:
-    """Columns by the size of their inputs, largest first, blocks kept together. int64 [K']."""
+    """Columns by the size of their inputs, largest first, within blocks likewise. int64 [K']."""
     size = H.diagonal().view(-1, BLOCK)
     blocks = size.sum(-1).argsort(dim=0, descending=True, stable=True)
     columns = size.argsort(dim=-1, descending=True, stable=True)
@@ -215,10 +217,10 @@ def _order(H: torch.Tensor) -> torch.Tensor:
 
 
 def _feed_back(state: _State, H: torch.Tensor, tick: Callable[[], None]) -> bool:
-    """Round column after column, each with what the earlier ones got wrong.
+    """Round column after column, each making up for the errors of the earlier ones.
 
     Returns:
-        Whether H is positive definite; if not, nothing was done.
+        Whether H is positive definite; if it is not, nothing is done.
     """
     L, failed = torch.linalg.cholesky_ex(H.flip(0, 1).double())
     if failed:
@@ -241,13 +243,13 @@ def _feed_back(state: _State, H: torch.Tensor, tick: Callable[[], None]) -> bool
 
 
 def _unit(block: torch.Tensor) -> torch.Tensor:
-    """The scales that the rule gives blocks [32, N], as float32 powers of two."""
+    """The scales of blocks [32, N] by the usual rule, as float32 powers of two."""
     mantissa, exponent = torch.frexp(block.abs().amax(0))
     return torch.exp2((exponent - 9 + (mantissa > 0.875).int()).clamp(-126, 120).float())
 
 
 def _descend(state: _State, H: torch.Tensor, tick: Callable[[], None]) -> None:
-    """Round every column once more, each with all others as they are now."""
+    """Round every column once more, each for the current errors of all others."""
     for begin in range(0, len(H), _SPAN):
         tick()
         end = min(len(H), begin + _SPAN)

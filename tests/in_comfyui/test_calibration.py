@@ -96,12 +96,12 @@ def test_groups_that_fit_the_memory_see_what_all_see_together(comfy):
     assert one.model == other.model and one.layers.keys() == other.layers.keys()
     for name, moments in one.layers.items():
         assert moments.rows == other.layers[name].rows
-        for part in ("second", "mean", "amax"):
+        for part in ("hessian", "mean", "amax"):
             apart = difference(getattr(other.layers[name], part), getattr(moments, part))
             assert apart < 1e-5, (name, part)
-        # What they are of each other: no mean is beyond the largest, nor its square the second's.
+        # No mean is beyond the largest magnitude, nor its square beyond the mean of squares.
         assert (moments.mean.abs() <= moments.amax * 1.001).all()
-        assert (moments.mean**2 <= moments.second.diagonal() * 1.001).all()
+        assert (moments.mean**2 <= moments.hessian.diagonal() * 1.001).all()
 
 
 def test_the_model_is_left_as_it_was_and_a_lora_is_part_of_it(comfy):

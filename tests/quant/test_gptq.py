@@ -40,7 +40,7 @@ def inputs(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
     return normal(rows, max(1, cols // 4), seed=seed) @ mix[: max(1, cols // 4)]
 
 
-def second(x: torch.Tensor) -> torch.Tensor:
+def hessian(x: torch.Tensor) -> torch.Tensor:
     return x.t() @ x / len(x)
 
 
@@ -54,7 +54,7 @@ def row_errors(weight, stored, x) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(33, 64), (40, 300), (8, 31), (64, 256)])
 def test_no_row_is_worse_than_rounded_to_nearest_and_the_sum_is_better(shape, dtype):
     weight, x = normal(*shape).to(dtype), inputs(400, shape[1], seed=5)
-    found = round_weight(weight, second(x))
+    found = round_weight(weight, hessian(x))
     ours = row_errors(weight, (found.qdata, found.scale), x)
     plain = row_errors(weight, kernels.quantize(weight), x)
     assert (ours <= plain * 1.001).all()
@@ -68,7 +68,7 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_the_sum_is_better(shape, dt
 def test_few_inputs_do_not_make_it_worse_on_others(rows):
     weight, x = normal(64, 256), inputs(rows, 256)
     x += normal(rows, 256, seed=7) * x.std() * 0.3
-    found = round_weight(weight, second(x), rows)
+    found = round_weight(weight, hessian(x), rows)
     others = inputs(2000, 256, seed=50)
     others += normal(2000, 256, seed=51) * others.std() * 0.3
     ours = row_errors(weight, (found.qdata, found.scale), others)
@@ -77,14 +77,14 @@ def test_few_inputs_do_not_make_it_worse_on_others(rows):
 
 def test_coordinate_descent_helps_and_more_of_it_does_not_hurt():
     weight, x = normal(64, 256), inputs(2000, 256)
-    errors = [round_weight(weight, second(x), sweeps=n).error for n in (0, 1, 2, 4)]
+    errors = [round_weight(weight, hessian(x), sweeps=n).error for n in (0, 1, 2, 4)]
     assert errors[1] < 0.99 * errors[0]
     assert errors == sorted(errors, reverse=True)
 
 
 def test_the_result_is_the_stock_format_with_its_mark():
     weight, x = normal(100, 320), inputs(800, 320)
-    found = round_weight(weight, second(x))
+    found = round_weight(weight, hessian(x))
     plain = kernels.quantize(weight)
     assert [(t.dtype, t.shape) for t in (found.qdata, found.scale)] == [
         (t.dtype, t.shape) for t in plain
@@ -98,7 +98,7 @@ def test_the_result_is_the_stock_format_with_its_mark():
 
 
 def test_the_same_inputs_give_the_same_bytes():
-    weight, moments = normal(40, 96), second(inputs(300, 96))
+    weight, moments = normal(40, 96), hessian(inputs(300, 96))
     first, again = round_weight(weight, moments), round_weight(weight, moments)
     assert same(first.qdata.view(torch.uint8), again.qdata.view(torch.uint8))
 
@@ -106,14 +106,14 @@ def test_the_same_inputs_give_the_same_bytes():
 def test_columns_that_saw_nothing_and_layers_that_never_fire():
     weight, x = normal(40, 96), inputs(300, 96)
     x[:, 10:50] = 0
-    found = round_weight(weight, second(x))
+    found = round_weight(weight, hessian(x))
     assert found.error < found.nearest
     value = kernels.dequantize(found.qdata, found.scale, torch.float32, (40, 96))
     assert value.isfinite().all()
     assert ((value - weight).norm() / weight.norm()) < 0.1
     silent = round_weight(weight, torch.zeros(96, 96))
     assert (silent.error, silent.nearest) == (0, 0)
-    zero = round_weight(torch.zeros(40, 96), second(x))
+    zero = round_weight(torch.zeros(40, 96), hessian(x))
     assert (zero.error, zero.nearest) == (0, 0)
     assert same(silent.scale, kernels.quantize(weight)[1])
 
@@ -121,7 +121,7 @@ def test_columns_that_saw_nothing_and_layers_that_never_fire():
 def test_rows_of_zeros_and_huge_values_stay_what_they_are():
     weight = normal(8, 64)
     weight[1], weight[2] = 0, weight[2] * 2.0**100
-    found = round_weight(weight, second(inputs(300, 64)))
+    found = round_weight(weight, hessian(inputs(300, 64)))
     value = kernels.dequantize(found.qdata, found.scale, torch.float32, (8, 64))
     assert (value[1] == 0).all() and value.isfinite().all()
     assert ((value - weight).norm(dim=-1) <= 0.1 * weight.norm(dim=-1)).all()
@@ -131,7 +131,7 @@ def test_rows_of_zeros_and_huge_values_stay_what_they_are():
     ("moments", "message"),
     [
         (torch.zeros(64, 32), r"shape \[64, 32\]; a weight \[8, 64\] needs \[64, 64\]"),
-        (torch.full((64, 64), torch.nan), "hold NaN or Inf"),
+        (torch.full((64, 64), torch.nan), "holds NaN or Inf"),
     ],
 )
 def test_moments_that_do_not_fit_are_refused(moments, message):
@@ -162,9 +162,9 @@ def test_moments_are_those_of_what_the_layers_are_given():
     x = torch.cat([b[0] for b in given])
     x = x[x.isfinite().all(-1)]
     assert {n: m.rows for n, m in found.layers.items()} == {"0": 511, "2": 511}
-    assert torch.allclose(found.of("0").second, second(x), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.of("0").hessian, hessian(x), rtol=1e-4, atol=1e-4)
     hidden = model[1](model[0](x)).detach()
-    assert torch.allclose(found.of("model.diffusion_model.2").second, second(hidden),
+    assert torch.allclose(found.of("model.diffusion_model.2").hessian, hessian(hidden),
                           rtol=1e-3, atol=1e-3)  # fmt: skip
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -176,7 +176,7 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
     assert again.model == found.model
     assert again.layers.keys() == found.layers.keys()
     for name, moments in found.layers.items():
-        assert same(again.of(name).second, moments.second)
+        assert same(again.of(name).hessian, moments.hessian)
         assert again.of(name).rows == moments.rows
     assert again.about == {}
     with pytest.raises(FileExistsError):
@@ -232,21 +232,21 @@ def test_a_sum_that_was_taken_holds_nothing_and_takes_nothing():
     found = one.take()
     one.add(torch.ones(2, 3, 4))
     assert (found.rows, one.rows, one.take()) == (6, 6, None)
-    assert torch.equal(found.second, torch.ones(4, 4))
+    assert torch.equal(found.hessian, torch.ones(4, 4))
 
 
 def test_inputs_whose_squares_are_infinite_count_as_nothing():
     one = calibration.HessianAccumulator()
     one.add(torch.full((2, 4), 1e30))
     assert one.take() is None
-    assert (one.rows, one.given) == (2, "values whose squares float32 cannot hold")
+    assert (one.rows, one.received) == (2, "values whose squares float32 cannot hold")
 
 
 def test_rows_that_are_not_finite_are_counted():
     one = calibration.HessianAccumulator()
-    assert one.given == "nothing"
+    assert one.received == "nothing"
     one.add(torch.full((2, 4), torch.nan))
-    assert (one.rows, one.dropped, one.given) == (0, 2, "nothing finite")
+    assert (one.rows, one.dropped, one.received) == (0, 2, "nothing finite")
     one.add(torch.tensor([[1.0, torch.inf, 1, 1], [1, 1, 1, 1], [0, 0, 0, torch.nan]]))
     assert (one.take().rows, one.dropped) == (1, 4)
 
@@ -254,10 +254,10 @@ def test_rows_that_are_not_finite_are_counted():
 def test_memory_that_was_reserved_is_what_inputs_are_added_to():
     one = calibration.HessianAccumulator()
     one.reserve(4, torch.device("cpu"))
-    place = one._second.data_ptr()
+    place = one._hessian.data_ptr()
     one.add(torch.ones(2, 3, 4, dtype=torch.float16))
-    assert one._second.data_ptr() == place
-    assert torch.equal(one.take().second, torch.ones(4, 4))
+    assert one._hessian.data_ptr() == place
+    assert torch.equal(one.take().hessian, torch.ones(4, 4))
 
 
 def test_float64_is_not_asked_of_devices_that_lack_it(monkeypatch):
@@ -279,7 +279,7 @@ def test_layers_that_are_called_by_keyword_are_seen():
             return self.inner(input=x)
 
     found = calibrate(Keyword().eval(), batches(0), run)
-    assert same(found.of("inner").second, calibrate(network(), batches(0), run).of("0").second)
+    assert same(found.of("inner").hessian, calibrate(network(), batches(0), run).of("0").hessian)
 
 
 def test_a_module_in_training_mode_is_refused():
@@ -291,19 +291,40 @@ def test_a_stored_calibration_is_read_when_it_is_asked_for(tmp_path):
     path = tmp_path / "c.safetensors"
     calibrate(network(), batches(0), run).save(path)
     found = calibration.load(path)
-    before = found.of("2").second
-    assert same(found.of("2").second, before)
+    before = found.of("2").hessian
+    assert same(found.of("2").hessian, before)
     calibrate(network(), batches(9), run).save(path, overwrite=True)
     with pytest.raises(OSError, match="changed or replaced"):
-        _ = found.of("2").second
+        _ = found.of("2").hessian
 
 
 def version_1(found: Calibration) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata, as the first version wrote them."""
-    tensors = {f"{name}.second": moments.second for name, moments in found.layers.items()}
+    tensors = {f"{name}.second": moments.hessian for name, moments in found.layers.items()}
     rows = {name: moments.rows for name, moments in found.layers.items()}
     about = {"version": 1, "model": found.model, "rows": rows}
     return tensors, {"mxfp8_calibration": json.dumps(about)}
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "calibration.safetensors"
+
+
+def test_a_calibration_with_the_former_name_of_the_hessian_is_read(tmp_path):
+    """Commit b709552 wrote the file: the Hessian was called `second` then."""
+    tensors, metadata = load(FIXTURE)
+    assert {key.rpartition(".")[2] for key in tensors} == {"second", "mean", "amax"}
+    about = json.loads(metadata["mxfp8_calibration"])
+    found = calibration.load(FIXTURE)
+    assert (found.model, found.about) == (about["model"], about["about"])
+    found.save(tmp_path / "new.safetensors")
+    stored, _ = load(tmp_path / "new.safetensors")
+    assert {key.rpartition(".")[2] for key in stored} == {"hessian", "mean", "amax"}
+    for held in (found, calibration.load(tmp_path / "new.safetensors")):
+        assert {name: moments.rows for name, moments in held.layers.items()} == about["rows"]
+        for name, moments in held.layers.items():
+            assert same(moments.hessian, tensors[f"{name}.second"])
+            assert same(moments.mean, tensors[f"{name}.mean"])
+            assert same(moments.amax, tensors[f"{name}.amax"])
 
 
 def test_a_calibration_of_version_1_rounds_as_it_did(model):
@@ -317,33 +338,31 @@ def test_a_calibration_of_version_1_rounds_as_it_did(model):
     assert (model / "new-way").read_bytes() == (model / "old-way").read_bytes()
     old.save(model / "again.safetensors")
     again = calibration.load(model / "again.safetensors")
-    assert same(again.of("2").second, found.of("2").second) and again.of("2").mean is None
+    assert same(again.of("2").hessian, found.of("2").hessian) and again.of("2").mean is None
 
 
 def test_a_calibration_of_a_later_version_is_refused(model):
     tensors, metadata = version_1(calibration.load(model / "calibration.safetensors"))
     metadata["mxfp8_calibration"] = metadata["mxfp8_calibration"].replace(
-        '"version": 1', '"version": 3'
+        '"version": 1', '"version": 4'
     )
     save_file(tensors, model / "later.safetensors", metadata)
-    with pytest.raises(FormatError, match="version 3; this pack reads 1 and 2, so update it"):
+    with pytest.raises(FormatError, match="version 4; this pack reads versions 1 to 3, so update"):
         calibration.load(model / "later.safetensors")
 
 
-def test_a_calibration_without_its_means_is_refused_by_layer(model):
-    tensors, metadata = version_1(calibration.load(model / "calibration.safetensors"))
-    metadata["mxfp8_calibration"] = metadata["mxfp8_calibration"].replace(
-        '"version": 1', '"version": 2'
-    )
-    save_file(tensors, model / "half.safetensors", metadata)
-    with pytest.raises(FormatError, match=r"'0.mean' is None \[\]; it must be F32 \[96\]"):
-        calibration.load(model / "half.safetensors")
+def test_means_of_another_width_are_refused_by_layer(model):
+    tensors, metadata = load(model / "calibration.safetensors")
+    tensors["0.mean"] = torch.zeros(95)
+    save_file(tensors, model / "damaged.safetensors", metadata)
+    with pytest.raises(FormatError, match=r"'0.mean' is F32 \[95\]; it must be F32 \[96\]"):
+        calibration.load(model / "damaged.safetensors")
 
 
 def test_an_empty_calibration_is_refused():
-    with pytest.raises(ValueError, match="no linear layer was given a finite input"):
+    with pytest.raises(ValueError, match="no linear layer had a finite input"):
         calibrate(network(), [], run)
-    with pytest.raises(ValueError, match="no linear layer was given a finite input"):
+    with pytest.raises(ValueError, match="no linear layer had a finite input"):
         calibrate(network(), [torch.full((1, 4, 96), torch.inf)], run)
 
 
@@ -357,7 +376,7 @@ def model(tmp_path):
 
 
 def test_a_tick_comes_many_times_within_a_layer_and_changes_nothing():
-    weight, moments = normal(40, 512), second(inputs(900, 512))
+    weight, moments = normal(40, 512), hessian(inputs(900, 512))
     ticks = []
     found = round_weight(weight, moments, tick=lambda: ticks.append(0))
     assert len(ticks) >= 512 // 128 * (1 + gptq.SWEEPS)
@@ -517,16 +536,16 @@ def test_a_value_that_reads_back_as_infinity_is_refused_by_row(model):
 def test_moments_that_no_inputs_have_are_refused_by_layer(model):
     """Finite, but no X.T X: a square below zero, or a factorization that fails half-way."""
     found = calibration.load(model / "calibration.safetensors")
-    second, rows = found.of("2").second, found.of("2").rows
-    negative, indefinite = second.clone(), second.clone()
+    whole, rows = found.of("2").hessian, found.of("2").rows
+    negative, indefinite = whole.clone(), whole.clone()
     negative[3, 3] = -1
-    indefinite[3, 4] = indefinite[4, 3] = 100 * second.diagonal().max()
+    indefinite[3, 4] = indefinite[4, 3] = 100 * whole.diagonal().max()
     for name, wrong in (("negative", negative), ("indefinite", indefinite)):
         Calibration({**found.layers, "2": Moments(wrong, rows)}, found.model).save(model / name)
-    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] have negative values on their"):
+    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] has negative values on its"):
         calibration.load(model / "negative")
     found = calibration.load(model / "indefinite")
-    with pytest.raises(ValueError, match=r"'2\.weight' are not positive definite; calibrate again"):
+    with pytest.raises(ValueError, match=r"'2\.weight' is not positive definite; calibrate again"):
         convert_file(model / "net.safetensors", model / "out", calibration=found)
     assert not (model / "out").exists()
 
@@ -545,26 +564,26 @@ def test_devices_without_float64_leave_calibrated_layers_to_the_cpu(model, monke
 @pytest.mark.parametrize("wrong", ["NaN", "no rows"])
 def test_a_damaged_calibration_is_refused_by_layer(model, wrong):
     found = calibration.load(model / "calibration.safetensors")
-    second, rows = found.of("2").second.clone(), found.of("2").rows
+    damaged, rows = found.of("2").hessian.clone(), found.of("2").rows
     if wrong == "NaN":
-        second[3, 4] = torch.nan
-    layers = {**found.layers, "2": Moments(second, 0 if wrong == "no rows" else rows)}
+        damaged[3, 4] = torch.nan
+    layers = {**found.layers, "2": Moments(damaged, 0 if wrong == "no rows" else rows)}
     Calibration(layers, found.model).save(model / "damaged.safetensors")
-    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] hold NaN or Inf, or"):
+    with pytest.raises(FormatError, match=r"of '2' \[128, 128\] holds NaN or Inf, or"):
         calibration.load(model / "damaged.safetensors")
 
 
 def test_moments_of_another_width_are_refused_by_layer(model):
     found = calibration.load(model / "calibration.safetensors")
     layers = {**found.layers, "2": Moments(torch.eye(96), 5)}
-    with pytest.raises(ValueError, match=r"\[96, 96\] for '2.weight' \[64, 128\]; they must be"):
+    with pytest.raises(ValueError, match=r"\[96, 96\] for '2.weight' \[64, 128\]; it must be"):
         convert_file(model / "net.safetensors", model / "out",
                      calibration=Calibration(layers, found.model))  # fmt: skip
     assert not (model / "out").exists()
 
 
 def test_what_is_no_calibration_is_refused(model):
-    with pytest.raises(FormatError, match=r"net.safetensors is no calibration file"):
+    with pytest.raises(FormatError, match=r"net.safetensors is not a calibration file"):
         calibration.load(model / "net.safetensors")
 
 

@@ -99,7 +99,7 @@ def test_with_a_calibration_the_error_of_the_output_is_measured(model):
     for layer in found.layers:
         weight = state[layer.key].double()
         stored = kernels.dequantize(*kernels.quantize(weight.float()), torch.float32, layer.shape)
-        H, change = moments.of(layer.key.removesuffix(".weight")).second.double(), stored - weight
+        H, change = moments.of(layer.key.removesuffix(".weight")).hessian.double(), stored - weight
         error = torch.trace(change @ H @ change.t()) / torch.trace(weight @ H @ weight.t())
         assert layer.output_error == pytest.approx(float(error) ** 0.5, rel=1e-4)
     assert found.output_correlation is not None

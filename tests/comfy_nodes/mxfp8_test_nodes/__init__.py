@@ -328,7 +328,7 @@ class TestMoments(_Node):
 def _reserved() -> int:
     gc.collect()
     kind = _pack("quant.conversion.calibration").HessianAccumulator
-    return sum(isinstance(o, kind) and o._second is not None for o in gc.get_objects())
+    return sum(isinstance(o, kind) and o._hessian is not None for o in gc.get_objects())
 
 
 class TestRights(_Node):
