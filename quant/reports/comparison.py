@@ -120,6 +120,12 @@ class Setting:
     device: str
     versions: dict[str, str]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps of {self.sampler}/{self.scheduler}, cfg {self.cfg:g}, denoise "
+            f"{self.denoise:g}, latent {list(self.latent_shape)}"
+        )
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -135,6 +141,22 @@ class Floor:
     draws: bool
     repeat_snr_db: Mean | None = None
     other_noise_snr_db: Mean | None = None
+
+    def lines(self) -> list[str]:
+        lines = []
+        if self.repeats:
+            lines.append("noise floor: none; a second run of the reference was identical")
+        elif self.repeat_snr_db is not None:
+            lines.append(
+                "noise floor: the reference is not deterministic; its second run has SNR "
+                f"{interval(self.repeat_snr_db, 'dB')}"
+            )
+        if self.draws and self.other_noise_snr_db is not None:
+            lines.append(
+                "this sampler draws noise of its own: with other noise the reference itself has "
+                f"SNR {interval(self.other_noise_snr_db, 'dB')}"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -190,20 +212,16 @@ class Comparison:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
-        setting = self.setting
-        versions = ", ".join(f"{name} {v}" for name, v in setting.versions.items())
-        lines = [
+        versions = ", ".join(f"{name} {v}" for name, v in self.setting.versions.items())
+        return "\n".join([
             self.title(),
-            f"{len(self.seeds)} seeds, {setting.steps} steps of {setting.sampler}/"
-            f"{setting.scheduler}, cfg {setting.cfg:g}, denoise {setting.denoise:g}, latent "
-            f"{list(setting.latent_shape)}",
+            f"{len(self.seeds)} seeds, {self.setting}",
             *self._results(),
-            *_floor_lines(self.floor),
+            *(self.floor.lines() if self.floor else []),
             *self._sides(),
-            f"measured on {setting.device}: {versions}",
+            f"measured on {self.setting.device}: {versions}",
             *self.notes,
-        ]
-        return "\n".join(lines)
+        ])  # fmt: skip
 
     def _results(self) -> list[str]:
         same = sum(seed.identical for seed in self.seeds)
@@ -267,25 +285,6 @@ def interval(mean: Mean, unit: str) -> str:
         f"{center}{' ' * bool(unit)}{unit} (95% bootstrap CI {low} to {high}{narrow} "
         f"n = {mean.count})"
     )
-
-
-def _floor_lines(floor: Floor | None) -> list[str]:
-    if floor is None:
-        return []
-    lines = []
-    if floor.repeats:
-        lines.append("noise floor: none; a second run of the reference was identical")
-    elif floor.repeat_snr_db is not None:
-        lines.append(
-            "noise floor: the reference is not deterministic; its second run has SNR "
-            f"{interval(floor.repeat_snr_db, 'dB')}"
-        )
-    if floor.draws and floor.other_noise_snr_db is not None:
-        lines.append(
-            "this sampler draws noise of its own: with other noise the reference itself has SNR "
-            f"{interval(floor.other_noise_snr_db, 'dB')}"
-        )
-    return lines
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:

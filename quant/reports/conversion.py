@@ -190,15 +190,18 @@ class SqnrAccumulator:
         if ratio.numel() and ratio[index] > 0:
             row, block = divmod(index, signal.shape[1])
             value = -10 * math.log10(float(ratio[index]))
-            if self.worst is None or value < self.worst.sqnr_db:
-                self.worst = Block(first_row + row, block, value)
+            self._keep(Block(first_row + row, block, value))
 
     def merge(self, later: SqnrAccumulator) -> None:
         """Add the sums over rows further down."""
         self.signal += later.signal
         self.noise += later.noise
-        if later.worst and (self.worst is None or later.worst.sqnr_db < self.worst.sqnr_db):
-            self.worst = later.worst
+        if later.worst is not None:
+            self._keep(later.worst)
+
+    def _keep(self, block: Block) -> None:
+        if self.worst is None or block.sqnr_db < self.worst.sqnr_db:
+            self.worst = block
 
     @property
     def sqnr_db(self) -> float | None:

@@ -119,14 +119,10 @@ def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
 
 
 def _draw_titles(page: _Page, comparison: Comparison) -> None:
-    setting = comparison.setting
     room = WIDTH - 2 * _MARGIN
     page.fitted((_MARGIN, _MARGIN - 8), comparison.title(), room, 24)
-    about = (
-        f"{len(comparison.seeds)} seeds, {setting.steps} steps of {setting.sampler}/"
-        f"{setting.scheduler}, cfg {setting.cfg:g}, latent {list(setting.latent_shape)}, "
-        f"{setting.device}"
-    )
+    setting = comparison.setting
+    about = f"{len(comparison.seeds)} seeds, {setting}, {setting.device}"
     page.fitted((_MARGIN, _MARGIN + 26), about, room, 16, _PALE)
     if comparison.problems:
         page.fitted((_MARGIN, _MARGIN + 50), "; ".join(comparison.problems), room, 16, "#b42318")

@@ -118,8 +118,8 @@ def test_inspect_json_has_the_same_and_every_layer(target, run):
     assert data["formats"] == {"mxfp8": 3}
     assert data["bytes"] == target.stat().st_size
     assert data["other_bytes"] == 300 * 2 + 7 * 4
-    found = {layer["name"]: layer for layer in data["layers"]}
-    assert found["b"] == {
+    layers = {layer["name"]: layer for layer in data["layers"]}
+    assert layers["b"] == {
         "name": "b",
         "shape": [300, 33],
         "bytes": 320 * 64 + 384 * 4,
@@ -134,9 +134,9 @@ def test_inspect_json_has_the_same_and_every_layer(target, run):
         "dtype": "F8_E4M3",
     }
     assert (data["problems"], data["warnings"]) == ([], [])
-    layers = sum(layer["bytes"] for layer in found.values() if layer["decision"] == "mxfp8")
+    size = sum(layer["bytes"] for layer in layers.values() if layer["decision"] == "mxfp8")
     markers = sum(t.numel() for k, t in load(target)[0].items() if k.endswith(".comfy_quant"))
-    assert data["mxfp8_bytes"] == layers + markers
+    assert data["mxfp8_bytes"] == size + markers
 
 
 def test_inspect_finds_what_is_wrong_in_any_byte(target, run):
@@ -278,14 +278,14 @@ def test_verify_measures_every_layer_as_the_conversion_did(source, target, run):
     path = source.with_name("report.json")
     assert run("convert", source, target, "--overwrite", "--report", path)[0] == 0
     report = Report.from_json(path.read_text(encoding="utf-8"))
-    found = verify_file(target, source)
-    assert found.problems == []
-    assert found.sqnr_db == pytest.approx(report.sqnr_db, rel=1e-6)
-    assert {name: e.sqnr_db for name, e in found.layers.items()} == {
+    result = verify_file(target, source)
+    assert result.problems == []
+    assert result.sqnr_db == pytest.approx(report.sqnr_db, rel=1e-6)
+    assert {name: e.sqnr_db for name, e in result.layers.items()} == {
         layer.name: layer.sqnr_db and pytest.approx(layer.sqnr_db, rel=1e-6)
         for layer in report.quantized
     }
-    assert found.worst == report.worst.name
+    assert result.worst == report.worst.name
 
 
 def test_verify_prints_layers_and_returns_0_for_a_sound_file(source, target, run):
@@ -377,8 +377,7 @@ def test_verify_finds_padding_that_is_not_zero(source, target, part, index):
     def spoil(tensors):
         tensors[f"b.{part}"].view(torch.uint8)[index] = 1
 
-    found = problems(rewrite(target, spoil), source)
-    assert found == ["'b': 1 bytes of padding are not zero"]
+    assert problems(rewrite(target, spoil), source) == ["'b': 1 bytes of padding are not zero"]
 
 
 CHANGES = {
@@ -420,8 +419,8 @@ def test_a_marker_without_a_shape_is_no_problem(source, target):
 
     layers = {name: {"format": "mxfp8"} for name in ("a", "b", "zero")}
     rewrite(target, forget, {"_quantization_metadata": json.dumps({"layers": layers})})
-    found = verify_file(target, source)
-    assert (found.problems, found.layers.keys()) == ([], layers.keys())
+    result = verify_file(target, source)
+    assert (result.problems, result.layers.keys()) == ([], layers.keys())
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.", "net."])

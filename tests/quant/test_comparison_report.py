@@ -66,20 +66,20 @@ def test_the_interval_of_two_values_is_known():
 
 def test_the_interval_is_scipys_percentile_bootstrap():
     values = numpy.random.default_rng(3).normal(31, 1, 12)
-    found = mean_of(list(values))
+    mean = mean_of(list(values))
     theirs = stats.bootstrap(
         (values,), numpy.mean, n_resamples=20_000, method="percentile", random_state=1
     ).confidence_interval
     # Quantiles of 10,000 means scatter by about 2% of their deviation, 0.3 here.
-    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.04)
-    assert found.mean == pytest.approx(values.mean()) and found == mean_of(list(values))
+    assert (mean.low, mean.high) == pytest.approx(tuple(theirs), abs=0.04)
+    assert mean.mean == pytest.approx(values.mean()) and mean == mean_of(list(values))
 
 
 def test_the_interval_of_four_seeds_is_as_narrow_as_it_says():
     """It holds the true mean of normal values about four times in five."""
     drawn = numpy.random.default_rng(5).normal(31, 1, (100, 4))
-    found = [mean_of(list(values)) for values in drawn]
-    share = sum(mean.low <= 31 <= mean.high for mean in found) / len(found)
+    means = [mean_of(list(values)) for values in drawn]
+    share = sum(mean.low <= 31 <= mean.high for mean in means) / len(means)
     assert share == pytest.approx(0.8, abs=0.12)  # three deviations of a share of 100
     small_m, many = Mean(31, 30, 32, 9), Mean(31, 30, 32, 10)
     assert comparison.interval(small_m, "dB").endswith(
@@ -146,11 +146,11 @@ def test_psnr_and_ssim_are_those_of_their_papers():
 
 
 @pytest.mark.parametrize(
-    "found", [COMPARISON, SAME, replace(COMPARISON, floor=None, notes=("a", "b"))]
+    "record", [COMPARISON, SAME, replace(COMPARISON, floor=None, notes=("a", "b"))]
 )
-def test_json_comes_back_as_it_was(found):
-    assert Comparison.from_json(found.to_json()) == found
-    assert Comparison.from_json(found.to_json(indent=None)) == found
+def test_json_comes_back_as_it_was(record):
+    assert Comparison.from_json(record.to_json()) == record
+    assert Comparison.from_json(record.to_json(indent=None)) == record
 
 
 def test_json_names_its_version_its_steps_and_its_seeds():
@@ -186,15 +186,15 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
-def test_what_is_no_comparison_is_refused_and_only_warned_of_in_a_file(text):
+def test_a_damaged_comparison_is_an_error_alone_and_a_warning_in_a_file(text):
     with pytest.raises(ValueError):
         Comparison.from_json(text)
-    found = metadata.read({"mxfp8_comparison": text, "mxfp8_report": text})
-    assert (found.comparison, found.report) == (None, None)
-    assert [w.partition(" in the header cannot be read")[0] for w in found.warnings] == [
+    provenance = metadata.read({"mxfp8_comparison": text, "mxfp8_report": text})
+    assert (provenance.comparison, provenance.report) == (None, None)
+    assert [w.partition(" in the header cannot be read")[0] for w in provenance.warnings] == [
         "mxfp8_report", "mxfp8_comparison",
     ]  # fmt: skip
-    assert all(len(warning) < 400 for warning in found.warnings)
+    assert all(len(warning) < 400 for warning in provenance.warnings)
 
 
 REPORT = Report(
@@ -203,7 +203,7 @@ REPORT = Report(
 )  # fmt: skip
 
 
-def test_a_report_of_other_types_is_warned_of():
+def test_a_report_with_fields_of_other_types_is_a_warning():
     for change in (
         {"layers": [7]},
         {"bytes_before": 10**299},
@@ -212,20 +212,20 @@ def test_a_report_of_other_types_is_warned_of():
         {"sqnr_db": math.nan},
     ):
         text = json.dumps({**json.loads(REPORT.to_json()), **change})
-        found = metadata.read({"mxfp8_report": text})
-        assert found.report is None and len(found.warnings) == 1, change
+        provenance = metadata.read({"mxfp8_report": text})
+        assert provenance.report is None and len(provenance.warnings) == 1, change
     assert metadata.read({"mxfp8_report": REPORT.to_json()}).report == REPORT
 
 
-def test_an_entry_that_is_too_long_is_refused_and_warned_of(monkeypatch):
+def test_an_entry_that_is_too_long_is_an_error_or_a_warning(monkeypatch):
     monkeypatch.setattr(metadata, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="at most 100 fit in a file's header"):
         metadata.check_size("mxfp8_report", "a" * 101)
-    found = metadata.read({"mxfp8_report": REPORT.to_json()})
-    assert found.report is None and "at most 100" in found.warnings[0]
+    provenance = metadata.read({"mxfp8_report": REPORT.to_json()})
+    assert provenance.report is None and "at most 100" in provenance.warnings[0]
 
 
-def test_a_strangers_comparison_moves_no_cursor():
+def test_control_characters_in_a_comparison_are_not_printed():
     hostile = replace(COMPARISON, notes=("\x1b[2J" + "x" * 1000,))
     lines = metadata.lines(None, hostile)
     assert "\x1b" not in "".join(lines) and max(map(len, lines)) < 310
@@ -287,12 +287,12 @@ def test_the_summary_of_what_is_identical_and_of_what_is_not_on_every_seed():
 
 def test_a_fingerprint_knows_names_and_codes_but_no_prefix_and_no_order():
     rows = [("a", b"\x01\x02"), ("b.c", b"\x03")]
-    found = fingerprint(rows)
-    assert found == fingerprint(rows[::-1])
-    assert found == fingerprint((f"model.diffusion_model.{name}", codes) for name, codes in rows)
+    mark = fingerprint(rows)
+    assert mark == fingerprint(rows[::-1])
+    assert mark == fingerprint((f"model.diffusion_model.{name}", codes) for name, codes in rows)
     others = ([("a", b"\x01\x02")], [("a", b"\x01\x02"), ("b.c", b"\x04")],
               [("a", b"\x01\x02"), ("b.d", b"\x03")])  # fmt: skip
-    assert all(fingerprint(other) != found for other in others)
+    assert all(fingerprint(other) != mark for other in others)
     assert fingerprint([]) is None
 
 
@@ -328,8 +328,8 @@ def test_the_picture_of_an_identical_model_has_no_band():
 @pytest.mark.parametrize("value", [9.5, 31.35, 108.42])
 def test_the_interval_fits_beside_its_title(value):
     """The title is dark and the interval pale: between the two there is paper."""
-    found = replace(COMPARISON, latent_snr_db=Mean(value, value - 1, value + 1, 4))
-    line = numpy.asarray(plot.draw(found).convert("L"))[112:132, 900:]
+    record = replace(COMPARISON, latent_snr_db=Mean(value, value - 1, value + 1, 4))
+    line = numpy.asarray(plot.draw(record).convert("L"))[112:132, 900:]
     title, text = numpy.argwhere(line < 60)[:, 1], numpy.argwhere(line < 130)[:, 1]
     assert (text > title.max() + 1).any()
     gap = text[text > title.max() + 1].min() - title.max()
@@ -338,14 +338,14 @@ def test_the_interval_fits_beside_its_title(value):
 
 @pytest.mark.parametrize("count", [1, 4, 64])
 def test_any_number_of_seeds_and_steps_is_drawn(count):
-    found = replace(
+    record = replace(
         COMPARISON,
         steps=tuple(Step(i + 1, 1.0, 0.1, 0.2) for i in range(count)),
         seeds=tuple(Seed(2**64 - 1 - i, False, 30.0 + i) for i in range(count)),
         notes=("note",),
     )
-    assert len(pixels(plot.draw(found), plot._LINE)) > 50
-    none = replace(found, latent_snr_db=None, steps=())
+    assert len(pixels(plot.draw(record), plot._LINE)) > 50
+    none = replace(record, latent_snr_db=None, steps=())
     assert len(pixels(plot.draw(none), plot._LINE, 0)) == 0
 
 
@@ -358,25 +358,19 @@ def test_the_strip_shows_both_images_and_their_difference_amplified():
     plain = plot.draw(COMPARISON)
     y = plain.height + 100
     third = plot.WIDTH // 3
-    found = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
-    assert found == [(100, 100, 100), (103, 100, 100), (192, 0, 0)]
+    colors = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
+    assert colors == [(100, 100, 100), (103, 100, 100), (192, 0, 0)]
     assert plot.make_strip(reference, Image.new("RGB", (64, 64), (255, 0, 0))).factor == 1
     assert plot.make_strip(reference, reference).difference.getbbox() is None
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (30.5, 32), (5, 5), (0, 0), (0, 3e-7)])
 def test_ticks_are_round_and_enclose_the_range(low, high):
-    found = plot._ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and len(found) <= 7
-    steps = numpy.diff(found)
+    ticks = plot._ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and len(ticks) <= 7
+    steps = numpy.diff(ticks)
     assert steps == pytest.approx(steps[0])
     assert f"{steps[0]:.0e}"[0] in "125"
-
-
-def test_the_comparison_never_promises_too_much():
-    for found in (COMPARISON, SAME):
-        assert "lossless" not in found.summary().lower()
-    assert "lossless" not in (comparison.__doc__ or "")
 
 
 def embedded(folder, text: str):
@@ -388,7 +382,7 @@ def embedded(folder, text: str):
     return folder / "compared", bytes(tensors["a.weight"][0].view(torch.uint8).numpy())
 
 
-def test_inspect_prints_a_comparison_and_knows_whose_it_is(tmp_path, capsys):
+def test_inspect_prints_a_comparison_and_checks_its_fingerprint(tmp_path, capsys):
     path, codes = embedded(tmp_path, COMPARISON.to_json())
     assert inspect_file(path, every_byte=False).warnings == []  # no weights were read
     (warning,) = inspect_file(path).warnings
@@ -397,8 +391,8 @@ def test_inspect_prints_a_comparison_and_knows_whose_it_is(tmp_path, capsys):
     side = replace(COMPARISON.model, fingerprint=fingerprint([("a", codes)]))
     ours = replace(COMPARISON, model=side)
     path, _ = embedded(tmp_path, ours.to_json(indent=None))
-    found = inspect_file(path)
-    assert found.comparison == ours and found.warnings == found.problems == []
+    inspection = inspect_file(path)
+    assert inspection.comparison == ours and inspection.warnings == inspection.problems == []
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
     assert "comparison, as stated in the file:" in out
@@ -416,11 +410,13 @@ def test_inspect_reads_a_comparison_under_its_former_name(capsys):
     for side in (certificate["reference"], certificate["model"]):
         side["paths"] = side.pop("ways")
     certificate["mxfp8_comparison"] = certificate.pop("mxfp8_certificate")
-    found = inspect_file(path)
-    assert found.warnings == found.problems == []  # so the fingerprint is still the same, too
-    assert json.loads(found.report.to_json()) == report
-    assert json.loads(found.comparison.to_json()) == certificate
-    assert found.comparison.model.paths == {"triton, exact": 52, "fp8, fast": 3}
+    inspection = inspect_file(path)
+    assert (
+        inspection.warnings == inspection.problems == []
+    )  # nor another fingerprint
+    assert json.loads(inspection.report.to_json()) == report
+    assert json.loads(inspection.comparison.to_json()) == certificate
+    assert inspection.comparison.model.paths == {"triton, exact": 52, "fp8, fast": 3}
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "conversion, as stated in the file:" in shown

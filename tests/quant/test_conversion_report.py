@@ -98,13 +98,13 @@ def test_a_report_says_what_was_sampled_for_it_and_which_layers_were_asked_for(a
 def test_a_conversion_says_what_it_was_given(tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32)).eval()
     save_file(net.state_dict(), tmp_path / "source")
-    found = calibrate(net, [torch.ones(7, 64)], lambda module, batch: module(batch))
+    calibration = calibrate(net, [torch.ones(7, 64)], lambda module, batch: module(batch))
     report = convert_file(
         tmp_path / "source", tmp_path / "target", Selection(include="0", exclude="nothing"),
-        calibration=replace(found, about=RUN),
+        calibration=replace(calibration, about=RUN),
     )  # fmt: skip
     assert (report.include, report.exclude) == ("0", "nothing")
-    expected = {**RUN, "model": found.model, "layers": 2, "least_rows": 7}
+    expected = {**RUN, "model": calibration.model, "layers": 2, "least_rows": 7}
     assert report.calibration == expected
     assert "calibrated on seeds 100 to 101, 8 steps each, at least 7 rows" in report.summary()
     plain = convert_file(tmp_path / "source", tmp_path / "plain")

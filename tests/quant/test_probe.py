@@ -28,12 +28,12 @@ def rows(text: str) -> dict[str, dict[str, str]]:
 
 
 def test_scores_and_recommendations_are_quant_probes_to_the_digit():
-    wanted = rows(TABLE.read_text(encoding="utf-8"))
-    found = rows(probe_file(ZIMAGE).to_csv())
-    assert found.keys() == wanted.keys()
-    for key, row in wanted.items():
+    expected = rows(TABLE.read_text(encoding="utf-8"))
+    table = rows(probe_file(ZIMAGE).to_csv())
+    assert table.keys() == expected.keys()
+    for key, row in expected.items():
         assert row.pop("effective_recommendation") == row["recommendation"]
-        assert {name: found[key][name] for name in row} == row
+        assert {name: table[key][name] for name in row} == row
 
 
 def test_slabs_say_what_the_whole_weight_says(monkeypatch):
@@ -82,28 +82,28 @@ def model(tmp_path):
 
 
 def test_only_matrices_inside_numbered_blocks_are_scored_and_heavy_tails_are_kept(model):
-    found = {layer.key: layer for layer in probe_file(model / "model.safetensors").layers}
-    assert sorted(found) == [f"blocks.{i}.ffn.0.weight" for i in range(3)]
-    heavy = found["blocks.1.ffn.0.weight"]
+    layers = {layer.key: layer for layer in probe_file(model / "model.safetensors").layers}
+    assert sorted(layers) == [f"blocks.{i}.ffn.0.weight" for i in range(3)]
+    heavy = layers["blocks.1.ffn.0.weight"]
     assert (heavy.recommendation, heavy.reason) == ("*KEEP*", "kurtosis_floor")
     assert (heavy.layer_type, heavy.block_idx, heavy.subgraph) == ("ffn.0", 1, "blocks")
     assert heavy.excess_kurtosis > 8 and heavy.sqnr_db > 30  # which MXFP8 does not mind
 
 
 def test_with_a_calibration_the_error_of_the_output_is_measured(model):
-    found = probe_file(
+    result = probe_file(
         model / "model.safetensors", calibration=calibration.load(model / "calibration.safetensors")
     )
     state, _ = load(model / "model.safetensors")
     moments = calibration.load(model / "calibration.safetensors")
-    for layer in found.layers:
+    for layer in result.layers:
         weight = state[layer.key].double()
         stored = kernels.dequantize(*kernels.quantize(weight.float()), torch.float32, layer.shape)
         H, change = moments.of(layer.key.removesuffix(".weight")).hessian.double(), stored - weight
         error = torch.trace(change @ H @ change.t()) / torch.trace(weight @ H @ weight.t())
         assert layer.output_error == pytest.approx(float(error) ** 0.5, rel=1e-4)
-    assert found.output_correlation is not None
-    assert "with layer output error" in found.summary()
+    assert result.output_correlation is not None
+    assert "with layer output error" in result.summary()
 
 
 @pytest.mark.parametrize(

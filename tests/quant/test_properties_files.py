@@ -99,9 +99,9 @@ def test_any_model_converts_to_what_the_oracle_says(folder, weights, others, met
 
     assert Report.from_json(report.to_json()) == report
     assert {x.name for x in report.quantized} == markers.keys()
-    found = inspect_file(target)
-    assert found.problems == []
-    assert {x.name: x.shape for x in found.mxfp8} == {
+    inspection = inspect_file(target)
+    assert inspection.problems == []
+    assert {x.name: x.shape for x in inspection.mxfp8} == {
         key.removesuffix(".weight"): tuple(tensors[key].shape) for key in chosen
     }
     assert check_file(target) == []
@@ -142,10 +142,10 @@ def test_tensors_under_names_that_conversion_uses_are_kept_or_refused(folder, ex
         return
     stored, _ = load(target)
     assert all(same(stored[name], tensor) for name, tensor in others.items())
-    for got, wanted in zip(
+    for actual, expected in zip(
         (stored["a.weight"], stored["a.weight_scale"]), reference.quantize(weight), strict=True
     ):
-        assert same(got, wanted)
+        assert same(actual, expected)
 
 
 def test_a_name_that_conversion_uses_is_refused_by_file(folder):
@@ -183,10 +183,10 @@ def test_a_module_comes_back_from_its_state_dict(folder, rows, cols, bias, dtype
     (layer,) = format.read_header(path).layers.values()
     assert (layer.name, layer.shape) == ("0", (rows, cols))
     state = load_file(path)
-    for got, wanted in zip(
+    for actual, expected in zip(
         (state["0.weight"], state["0.weight_scale"]), reference.quantize(linear.weight), strict=True
     ):
-        assert same(got, wanted)
+        assert same(actual, expected)
 
     other = nn.Sequential(MXFP8Linear(cols, rows, bias, dtype=FLOATS[dtype]))
     other.load_state_dict(state)

@@ -86,17 +86,17 @@ def test_a_damaged_file_becomes_what_it_was(tmp_path, sound, kind):
     kept = metadata if keep_header else {"title": "tiny"}
     path = save(tmp_path, damage(tensors), kept)
     result = repair_file(path, tmp_path / "new", scales=scales)
-    found, found_metadata = load(tmp_path / "new")
-    assert found.keys() == tensors.keys()
+    repaired, repaired_metadata = load(tmp_path / "new")
+    assert repaired.keys() == tensors.keys()
     for name, tensor in tensors.items():
         if name.endswith(MARKER):
-            wanted, marker = (json.loads(bytes(t.tolist())) for t in (tensor, found[name]))
+            expected, marker = (json.loads(bytes(t.tolist())) for t in (tensor, repaired[name]))
             if kind in ("no markers", "all at once"):  # what cannot be known is left out
-                wanted = {key: wanted[key] for key in ("format", "group_size")}
-            assert marker == wanted, name
+                expected = {key: expected[key] for key in ("format", "group_size")}
+            assert marker == expected, name
         else:
-            assert same(found[name], tensor), name
-    assert found_metadata["title"] == "tiny"
+            assert same(repaired[name], tensor), name
+    assert repaired_metadata["title"] == "tiny"
     assert scan.check_file(tmp_path / "new") == []
     assert result.layers == 3
     layers = read_header(tmp_path / "new").layers

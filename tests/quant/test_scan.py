@@ -107,9 +107,9 @@ def test_a_scale_of_255_in_the_padding_is_no_part_of_the_layer(tmp_path):
     path = save(tmp_path, tensors, metadata)
     assert scan.check_file(path) == []
     with FileSource(path) as source:
-        found = scan.scan_layer(source, source.header.layers["a"])
-    assert found.problems == []
-    assert found.warnings == [f"{84 * 4 + 300} bytes of padding are not zero"]
+        result = scan.scan_layer(source, source.header.layers["a"])
+    assert result.problems == []
+    assert result.warnings == [f"{84 * 4 + 300} bytes of padding are not zero"]
 
 
 def test_a_scale_of_255_in_a_bank_of_experts_is_refused(tmp_path):
@@ -256,17 +256,17 @@ def test_a_scan_counts_what_is_wrong_wherever_it_is(tmp_path, monkeypatch, slab)
     seen = []
     with FileSource(path) as source:
         layer = source.header.layers["a"]
-        found = scan.scan_layer(source, layer, seen.append)
-    assert (found.nan_codes, found.nan_scales, found.padding) == (3, 1, 5)
+        result = scan.scan_layer(source, layer, seen.append)
+    assert (result.nan_codes, result.nan_scales, result.padding) == (3, 1, 5)
     assert sum(seen) == layer.weight.nbytes + layer.scale.nbytes
-    assert [p.split(" ", 1)[0] for p in found.problems] == ["1", "3"]
-    assert found.warnings == ["5 bytes of padding are not zero"]
+    assert [p.split(" ", 1)[0] for p in result.problems] == ["1", "3"]
+    assert result.warnings == ["5 bytes of padding are not zero"]
 
 
 def test_a_scan_finds_the_oddities_of_the_original_tool():
     with FileSource(GOLDEN / "f_tiny_nan_simple.safetensors") as source:
-        found = scan.scan_layer(source, source.header.layers["tiny_block"])
-    assert found.problems == [f"31 codes are NaN: damaged, or its source held NaN; {AGAIN}"]
+        result = scan.scan_layer(source, source.header.layers["tiny_block"])
+    assert result.problems == [f"31 codes are NaN: damaged, or its source held NaN; {AGAIN}"]
 
 
 def test_unknown_formats_follow_what_the_caller_can_read(tmp_path):
