@@ -13,7 +13,7 @@ from ..quant.conversion.convert import plan_source
 from ..quant.conversion.policy import Selection
 from ..quant.format import WEIGHT
 from ..quant.progress import duration
-from ..quant.reports.conversion import gigabytes
+from ..quant.reports.conversion import format_size
 from ..quant.sources.unsupported import check_unquantized
 from .host import filenames, paths
 from .host.progress import Progress, RunProgress, show
@@ -126,7 +126,7 @@ def _announce(groups: list[Group], settings: SamplerSettings) -> str:
     layers = _counted(sum(map(len, groups)), "layer")
     runs = _counted(len(groups) * settings.seeds, "run")
     return (
-        f"{layers}, {gigabytes(nbytes(*groups))} in {_counted(len(groups), 'group')}: "
+        f"{layers}, {format_size(nbytes(*groups))} in {_counted(len(groups), 'group')}: "
         f"{runs} of {_counted(settings.steps, 'step')}"
     )
 
@@ -192,7 +192,7 @@ class MXFP8SaveCalibration(io.ComfyNode):
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
         with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
             calibration.save(path, progress=Progress(cls))
-        text = f"{path.name}: {gigabytes(path.stat().st_size)}"
+        text = f"{path.name}: {format_size(path.stat().st_size)}"
         show(cls, text)
         return io.NodeOutput(ui={"text": [text]})
 

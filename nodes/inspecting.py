@@ -7,7 +7,7 @@ from collections import Counter
 from comfy_api.latest import io
 
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
-from ..quant.reports.conversion import KEPT, gigabytes
+from ..quant.reports.conversion import KEPT, format_size
 from .host import paths
 from .host.progress import Progress, show
 from .runtime.describe import describe
@@ -115,10 +115,8 @@ def inspect_model(patcher) -> Inspection:
 
 def _summary_of_model(inspection: Inspection) -> str:
     return "\n".join([
-        f"{inspection.file}: {gigabytes(inspection.bytes)} in memory",
-        *(inspection.counted() or ["no layer is quantized"]),
-        f"MXFP8 {gigabytes(inspection.mxfp8_bytes)}, "
-        f"everything else {gigabytes(inspection.other_bytes)}",
+        f"{inspection.file}: {format_size(inspection.bytes)} in memory",
+        *inspection.contents(),
         *_kept(inspection),
     ])  # fmt: skip
 

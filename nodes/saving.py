@@ -17,7 +17,7 @@ from ..quant.container.writer import Writer
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
 from ..quant.reports.comparison import Comparison
-from ..quant.reports.conversion import Report, gigabytes
+from ..quant.reports.conversion import Report, format_size
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from ..quant.sources.file import HEADER_DTYPES, as_bytes
 from .host import filenames, paths
@@ -85,7 +85,7 @@ class MXFP8SaveModel(io.ComfyNode):
         }
         with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
             size = save_model(model, path, metadata, Progress(cls))
-        text = f"{path.name}: {gigabytes(size)}"
+        text = f"{path.name}: {format_size(size)}"
         if note := note_on_seeds(report, comparison):
             logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
             text += f"\nWARNING: the comparison was {note}"

@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrappersMP
 from ...quant.conversion import calibration
 from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
 from ...quant.memory import is_out_of_memory
-from ...quant.reports.conversion import gigabytes
+from ...quant.reports.conversion import format_size
 from ..host import paths
 from ..host.progress import check_interrupt
 from .source import PREFIX
@@ -60,8 +60,8 @@ def check_disk(model: str, groups: list[Group]) -> None:
     free = shutil.disk_usage(paths.temporary_path().parent).free
     if len(groups) > 1 and needed > free:
         raise ValueError(
-            f"calibrating this {model} in {len(groups)} groups takes {gigabytes(needed)} in "
-            f"ComfyUI's temp folder, which has {gigabytes(free)} free; free space there, raise "
+            f"calibrating this {model} in {len(groups)} groups takes {format_size(needed)} in "
+            f"ComfyUI's temp folder, which has {format_size(free)} free; free space there, raise "
             "memory_gb, or exclude layers"
         )
 

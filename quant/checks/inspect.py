@@ -18,7 +18,7 @@ from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
 from ..reports import comparison, document, metadata
 from ..reports.comparison import Comparison
-from ..reports.conversion import KEPT, MXFP8, Report, gigabytes, listed
+from ..reports.conversion import KEPT, MXFP8, Report, format_size, listed
 from ..sources import unsupported
 
 KEY = "mxfp8_inspection"
@@ -90,10 +90,9 @@ class Inspection:
         """A few lines for a terminal or a node."""
         whole = self.every_byte and self.mxfp8_bytes
         return "\n".join([
-            f"{self.file}: {gigabytes(self.bytes)}, {self.tensors} tensors",
+            f"{self.file}: {format_size(self.bytes)}, {self.tensors} tensors",
             f"architecture: {self.architecture or 'not recognized'}",
-            *(self.counted() or ["no layer is marked as quantized"]),
-            f"MXFP8 {gigabytes(self.mxfp8_bytes)}, everything else {gigabytes(self.other_bytes)}",
+            *self.contents(),
             f"metadata: {', '.join(self.metadata) or 'none'}",
             f"read: {'every byte of its MXFP8 layers' if whole else 'the header'}"
             + ("" if self.problems else "; no problems found"),
@@ -102,9 +101,11 @@ class Inspection:
             *listed("PROBLEM", self.problems),
         ])  # fmt: skip
 
-    def counted(self) -> list[str]:
-        """The number of layers in each format, a line each."""
-        return [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
+    def contents(self) -> list[str]:
+        """The number of layers in each format, a line each, and the bytes in MXFP8."""
+        formats = [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
+        mxfp8, other = format_size(self.mxfp8_bytes), format_size(self.other_bytes)
+        return [*(formats or ["no quantized layers"]), f"MXFP8 {mxfp8}, everything else {other}"]
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:

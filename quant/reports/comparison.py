@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from ..format import bare
 from . import document
-from .conversion import gigabytes
+from .conversion import format_size
 
 KEY = "mxfp8_comparison"
 OLD_KEY = "mxfp8_certificate"  # its name in older files, where a side's paths were "ways"
@@ -254,7 +254,7 @@ class Comparison:
             if side.seconds is not None:
                 parts.append(f"{side.seconds:.2f} s per run")
             if side.peak_bytes is not None:
-                parts.append(f"peak memory {gigabytes(side.peak_bytes)}")
+                parts.append(f"peak memory {format_size(side.peak_bytes)}")
             if parts:
                 lines.append(f"{name}: {', '.join(parts)}")
         return lines

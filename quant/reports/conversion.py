@@ -116,7 +116,7 @@ class Report:
         kept = len(self.layers) - len(self.quantized)
         lines = [
             f"{self.source} -> {self.target}",
-            f"{gigabytes(self.bytes_before)} -> {gigabytes(self.bytes_after)} "
+            f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)} "
             f"({100 * self.bytes_after / max(self.bytes_before, 1):.1f}%) in {self.seconds:.1f} s",
             f"{len(self.quantized)} layers MXFP8, {kept} kept (preset {self.preset}, "
             f"{self.architecture or 'architecture not recognized'})",
@@ -158,7 +158,7 @@ def listed(label: str, sentences: Sequence[str]) -> list[str]:
     return [*lines, f"{label}: {more} more like these"] if more else lines
 
 
-def gigabytes(count: int) -> str:
+def format_size(count: int) -> str:
     """A size in decimal units, as disks and model pages give it."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:

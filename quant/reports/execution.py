@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
 from . import document
-from .conversion import KEPT, MXFP8, gigabytes
+from .conversion import KEPT, MXFP8, format_size
 
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
@@ -125,7 +125,7 @@ class BackendReport:
         paths = self.paths()
         text = paths[0][0] if len(paths) == 1 else "; ".join(f"{n} {path}" for path, n in paths)
         limit = f" ({self.limited_by})" if self.limited_by else ""
-        size = gigabytes(sum(layer.bytes for layer in self.mxfp8))
+        size = format_size(sum(layer.bytes for layer in self.mxfp8))
         noun = "layer" if len(self.mxfp8) == 1 else "layers"
         return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {text}{limit}"
 
@@ -136,11 +136,11 @@ class BackendReport:
         lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
         lines.append(f"inputs with few rows: {self.small_m}")
         lines += [f"not used: {reason}" for reason in self.unsupported]
-        sizes = [f"{kind} {gigabytes(m.device)}" for kind, m in self.memory.items() if m.device]
+        sizes = [f"{kind} {format_size(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
         lines.append(f"memory on {self.device}: {', '.join(sizes) or 'nothing yet'}")
         if away:
-            lines.append(f"offloaded: {gigabytes(away)}")
+            lines.append(f"offloaded: {format_size(away)}")
         lines += [
             f"{t.layers} layers {list(t.shape)} on {t.backend}, {t.rows} rows: "
             f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f}x as fast as dense {self.dtype}, "

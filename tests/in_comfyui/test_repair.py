@@ -8,7 +8,7 @@ import bad_files
 import pytest
 from comfyui import PromptError
 from graphs import SAME, Graph, difference, load_ours, ours, run
-from quantized_files import rows_major, write
+from quantized_files import make_row_major, write
 
 pytestmark = pytest.mark.comfy
 
@@ -42,7 +42,7 @@ def test_a_file_without_markers_is_refused_repaired_and_loaded(comfy):
 
 @pytest.mark.parametrize("scales", ["auto", "row-major"])
 def test_row_major_scales_are_repaired(comfy, scales):
-    file = write(comfy, f"rows {scales}", rows_major)
+    file = write(comfy, f"rows {scales}", make_row_major)
     graph, node = repair(file, f"sub/tiled-{scales}", scales)
     text = comfy.run(graph)[node]["text"][0]
     assert "scales reordered to tiled: 19 of 19 layers" in text

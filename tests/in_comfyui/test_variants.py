@@ -10,7 +10,7 @@ from bad_files import Draft
 from comfy_kitchen.tensor import QuantizedTensor
 from comfyui import PromptError, make_models
 from graphs import SAME, Graph, difference, ours, run
-from quantized_files import rows_major, write
+from quantized_files import make_row_major, write
 
 from mxfp8 import kernels
 from mxfp8.kernels import layout
@@ -239,7 +239,7 @@ def test_a_file_without_mxfp8_loads_as_stock_loads_it_with_a_notice(comfy, name)
 
 
 def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
-    file = write(comfy, "row-major", rows_major)
+    file = write(comfy, "row-major", make_row_major)
     found = sampled(comfy, {
         "auto": lambda g: ours(g, file),
         "tiled": lambda g: ours(g, file, scales="tiled"),
@@ -260,7 +260,7 @@ def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
 
 def test_a_nan_scale_is_found_in_either_order(comfy):
     def spoil(d: Draft) -> None:
-        rows_major(d)
+        make_row_major(d)
         scale = d.tensors[f"{LAYER}.weight_scale"]
         scale[2] = scale[2][:8] + bytes([255]) + scale[2][9:]
 

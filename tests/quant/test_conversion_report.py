@@ -17,7 +17,7 @@ from mxfp8.quant.reports.conversion import (
     LayerReport,
     Report,
     SqnrAccumulator,
-    gigabytes,
+    format_size,
     sqnr_db,
     total_sqnr,
 )
@@ -174,7 +174,7 @@ def test_the_summary_of_a_lossless_unrecognized_model():
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (2_340_000, "2.34 MB"), (10**9, "1.00 GB")],
 )
 def test_sizes_are_in_decimal_units(count, text):
-    assert gigabytes(count) == text
+    assert format_size(count) == text
 
 
 @pytest.mark.parametrize(

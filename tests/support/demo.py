@@ -24,7 +24,7 @@ from graphs import output_files
 from PIL import Image
 from workflows import drop_text_encoder, find, load_example, set_inputs
 
-from mxfp8.quant.reports.conversion import Report, gigabytes
+from mxfp8.quant.reports.conversion import Report, format_size
 
 BASE = ROOT / "demo-output"
 SIZE, STEPS = 256, 2
@@ -69,7 +69,7 @@ def main() -> None:
 
     print(f"\n{Report.from_json(report.read_text(encoding='utf-8')).summary()}\n")
     for label, path in (("original", source), ("MXFP8", saved)):
-        print(f"{label + ' model':15} {gigabytes(path.stat().st_size):>9}  {path}")
+        print(f"{label + ' model':15} {format_size(path.stat().st_size):>9}  {path}")
     print(f"{'original image':15} {'':9}  {original}")
     print(f"{'MXFP8 image':15} {psnr(quantized, original):>6.1f} dB  {quantized}")
     same = "identical" if math.isinf(psnr(reloaded, quantized)) else "differs!"

@@ -59,7 +59,7 @@ def save(folder, tensors, metadata=None):
     return folder / "model"
 
 
-def rows_major(d: Draft) -> None:
+def make_row_major(d: Draft) -> None:
     for name, (_, shape, data) in d.tensors.items():
         if name.endswith(".weight_scale"):
             rows, cols = d.tensors[name.removesuffix("_scale")][1]
