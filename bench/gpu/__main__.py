@@ -1,14 +1,14 @@
-"""The kernels on a GPU: right at real shapes, and how fast, in one run.
+"""The kernels on a GPU: correctness at real shapes, and speed, in one run.
 
     python bench/gpu [--minutes 8] [--out DIR] [--section NAME ...] [--check]
     python bench/gpu --device cpu --quick            to try the script without a GPU
 
-Needs torch and Triton; for stock ComfyUI's own way also comfy-kitchen, whose wheel can be on
-PYTHONPATH as it is. It measures what the device can do at most, checks every kernel against the
-oracle, then times every operation against dense BF16, stock's way and its roofline, and two blocks
-end to end. Goals are printed last, with holds or FAILS. Results go to
-bench/results/<gpu>-<date>.json and a table beside it after every section, so that a run that is cut
-short leaves what it had. Exits with 1 when a kernel is wrong, with --check when a goal fails too.
+Needs torch and Triton, and comfy-kitchen (its wheel on PYTHONPATH will do) for stock ComfyUI's
+kernels. It measures the limits of the device, checks every kernel against the oracle, then times
+every operation against dense BF16, stock and its roofline, and two blocks end to end. Goals are
+printed last, each with holds or FAILS. Results go to bench/results/<gpu>-<date>.json, and tables
+beside it, after every section, so that a run that is cut short leaves what it has. Exits with 1 if
+a kernel is wrong, and with --check also if a goal fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECTIONS = ("check", "casts", "linears", "host", "blocks")
 
 
 class Run:
-    """One run of the script: what it has found, and how much time is left."""
+    """One run of the script: its results so far, and the time that is left."""
 
     def __init__(self, arguments, device: torch.device):
         from gpu.paths import STOCK, fast_unsupported_reason
@@ -64,34 +64,34 @@ class Run:
             "left_out": [],
             "rows": [],
         }
-        refused = fast_unsupported_reason(device)
-        if refused is not None:
-            self.result["left_out"].append(f"precision fast: {refused}")
+        unsupported_reason = fast_unsupported_reason(device)
+        if unsupported_reason is not None:
+            self.result["left_out"].append(f"precision fast: {unsupported_reason}")
 
     def has_time(self, what: str) -> bool:
-        """Whether there is; what there is none for is listed."""
+        """Whether there is time left; if not, list what is left out."""
         if time.monotonic() < self.end:
             return True
         self.result["left_out"].append(f"{what}: no time left")
         return False
 
     def save(self) -> None:
-        # Goals are a GPU's: on a CPU nothing was measured that they speak of.
+        # The goals are for GPUs: on a CPU none of them was measured.
         rows = self.result["rows"] if self.device.type == "cuda" else []
         self.result["goals"] = report.goals(rows)
         report.write(self.result, self.path)
 
-    def rows(self, what: str, found: Iterable[dict]) -> None:
-        """Take in rows as they come, and print them."""
+    def rows(self, what: str, rows: Iterable[dict]) -> None:
+        """Collect rows as they come, and print them."""
         if not self.has_time(what):
             return
         try:
-            for row in found:
+            for row in rows:
                 self.result["rows"].append(row)
                 print(*(f"{v}" for v in row.values() if v is not None), flush=True)
         except torch.cuda.OutOfMemoryError as error:
             self.result["left_out"].append(f"{what}: {reason(error)}")
-        except Exception as error:  # a kernel that raises is wrong; the rest is measured still
+        except Exception as error:  # a kernel that raises is wrong; the rest is still measured
             wrong = {"check": what, "shape": [], "wrong": reason(error)}
             self.result["checks"].append(wrong)
             print(f"WRONG {what}: {wrong['wrong']}", flush=True)
@@ -103,10 +103,10 @@ class Run:
 
         for check in checks(self.device, self.quick, self.plan.shapes):
             if self.has_time(f"check of {check.name} {check.shape}"):
-                found = check.result()
-                self.result["checks"].append(found)
-                if found["wrong"]:
-                    print(f"WRONG {check.name} {check.shape}: {found['wrong']}", flush=True)
+                result = check.result()
+                self.result["checks"].append(result)
+                if result["wrong"]:
+                    print(f"WRONG {check.name} {check.shape}: {result['wrong']}", flush=True)
         wrong = sum(bool(c["wrong"]) for c in self.result["checks"])
         print(f"{len(self.result['checks'])} checks, {wrong} failed", flush=True)
 
@@ -124,11 +124,11 @@ class Run:
         elif section == "blocks":
             for make in (blocks.ZImage.make, blocks.Flux.make):
                 block = make(self.plan.shrink)
-                found = blocks.measure(bench, block, self.plan.tokens)
-                self.rows(block.name, self._peaks(found))
+                measured = blocks.measure(bench, block, self.plan.tokens)
+                self.rows(block.name, self._peaks(measured))
 
-    def _peaks(self, found):
-        for row, peak in found:
+    def _peaks(self, measured):
+        for row, peak in measured:
             self.result["peak_memory"].append(peak)
             yield row
 
@@ -157,7 +157,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--minutes", type=float, default=8, help="then stop where it is")
+    parser.add_argument("--minutes", type=float, default=8, help="stop after this time")
     parser.add_argument("--out", type=Path, default=working_copy.RESULTS, metavar="DIR")
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal fails")
@@ -179,7 +179,7 @@ def main() -> int:
     failed = 0
     for goal in run.result["goals"]:
         failed += goal["state"] == "FAILS"
-        print(f"{goal['goal']}: {goal['found']}, bound {goal['bound']}: {goal['state']}")
+        print(f"{goal['goal']}: {goal['value']}, bound {goal['bound']}: {goal['state']}")
     wrong = [c for c in run.result["checks"] if c["wrong"]]
     for check in wrong:
         print(f"WRONG {check['check']} {check['shape']}: {check['wrong']}")

@@ -1,9 +1,9 @@
-"""One Z-Image block and one Flux double block, end to end, in every way of computing a linear.
+"""One Z-Image block and one Flux double block, end to end, with every method of `paths`.
 
-The linears, their shapes and what is around them are those of the models; weights are random.
-Z-Image keeps its modulation in BF16, as its preset for conversion does. Time is that of eager mode,
-which ComfyUI runs; the error is against float32 with the original weights, so that it counts what
-quantizing the weights costs too.
+The linears, their shapes and the operations around them are those of the models; weights are
+random. Z-Image keeps its modulation in BF16, as its conversion preset does. Times are those of
+eager mode, which ComfyUI runs; the error is against float32 with the original weights, so it
+includes the error of quantizing the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from gpu.paths import Way, backend, relative
+from gpu.paths import Method, backend_name, relative
 from gpu.rows import Bench, row
 from gpu.shapes import numbers, weight
 
@@ -23,38 +23,43 @@ _HEAD = 128
 
 
 class Linears:
-    """The linears of a block by name, each stored as a way of computing them wants it."""
+    """The linears of a block by name, their weights stored as a method needs them."""
 
-    def __init__(self, block: Block, device, ways: dict[str, Way], name: str, dtype=torch.bfloat16):
-        self.way = ways[name]
+    def __init__(
+        self, block: Block, device, methods: dict[str, Method], name: str, dtype=torch.bfloat16
+    ):
+        self.method = methods[name]
         self.layers = {}
         for seed, (layer, (N, K)) in enumerate(block.shapes.items()):
-            used = ways["bf16"] if layer in block.kept else self.way
+            used = methods["bf16"] if layer in block.kept else self.method
             if used.precision == "fast" and layer in block.vectors:
-                used = ways["exact"]  # as `kernels.linear` does; a fold would only take memory
+                used = methods["exact"]  # as `kernels.linear` does; no prepared weight is needed
             bias = numbers(device, N, seed=seed, scale=0.02).to(dtype) if block.biased else None
             self.layers[layer] = used, used.store(weight(device, N, K, seed).to(dtype)), bias
 
     def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        way, stored, bias = self.layers[name]
-        return way.run(x, stored, bias)
+        method, stored, bias = self.layers[name]
+        return method.run(x, stored, bias)
 
     def pair(self, first: str, second: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Two linears that take the same input."""
-        if not self.way.shares:
+        """Two linears with the same input."""
+        if not self.method.shares:
             return self(first, x), self(second, x)
-        tokens = kernels.quantize_input(x, kernels.input_form(x, "fast") or "rowwise")
+        quantized_input = kernels.quantize_input(x, kernels.input_form(x, "fast") or "rowwise")
         layers = (self.layers[name] for name in (first, second))
-        return tuple(way.run(x, stored, bias, tokens) for way, stored, bias in layers)
+        return tuple(
+            method.run(x, stored, bias, quantized_input) for method, stored, bias in layers
+        )
 
 
 @dataclass(frozen=True)
 class Block:
-    """(N, K) of linears by name.
+    """A transformer block.
 
     Attributes:
+        shapes: (N, K) of its linears by name.
         kept: linears that stay in BF16.
-        vectors: linears of one row: modulations.
+        vectors: linears whose input has one row: modulations.
     """
 
     name: str
@@ -165,36 +170,37 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def measure(bench: Bench, block: Block, tokens: int) -> Iterator[tuple[dict, dict]]:
-    """(row, peak memory) of every way; N and K of a row are null."""
-    device, ways = bench.device, bench.ways
-    wide = Linears(block, device, ways, "bf16", torch.float32)
-    wanted = block.forward(wide, block.inputs(device, tokens, torch.float32))
-    wanted = wanted.to("cpu", torch.float32)
+    """(row, peak memory) of every method; N and K of a row are null."""
+    device, methods = bench.device, bench.methods
+    wide = Linears(block, device, methods, "bf16", torch.float32)
+    expected = block.forward(wide, block.inputs(device, tokens, torch.float32))
+    expected = expected.to("cpu", torch.float32)
     del wide
     inputs = block.inputs(device, tokens)
     peaks, errors = {}, {}
-    for name in ways:
-        # One way at a time, so that its peak holds its weights and nobody else's.
+    for name in methods:
+        # One method at a time, so that its peak holds only its own weights.
         before = bench.clock.allocated()
-        linears = Linears(block, device, ways, name)
+        linears = Linears(block, device, methods, name)
         block.forward(linears, inputs)
-        kept: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         peaks[name] = bench.clock.peak_bytes(
-            lambda way=linears, kept=kept: kept.append(block.forward(way, inputs)), before
+            lambda linears=linears, outputs=outputs: outputs.append(block.forward(linears, inputs)),
+            before,
         )
-        errors[name] = relative(kept[0].to("cpu", torch.float32), wanted)
-        del linears, kept
+        errors[name] = relative(outputs[0].to("cpu", torch.float32), expected)
+        del linears, outputs
 
-    built = {name: Linears(block, device, ways, name) for name in ways}
+    built = {name: Linears(block, device, methods, name) for name in methods}
     runs = {name: lambda i, b=b: block.forward(b, inputs) for name, b in built.items()}
     spent = bench.time(block.name, runs, graph=False)
     rivals = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
     for name, us in spent.items():
-        way = ways[name]
+        method = methods[name]
         if name in ("bf16", "stock"):
-            ran = "torch" if name == "bf16" else "stock"
+            backend = "torch" if name == "bf16" else "stock"
         else:
-            ran = backend(device, way, tokens)
-        found = row(block.name, way.precision, ran, way.cached, tokens, None, None, us, **rivals,
-                    error=errors[name])  # fmt: skip
-        yield found, {"op": block.name, "way": name, "M": tokens, "peak_bytes": peaks[name]}
+            backend = backend_name(device, method, tokens)
+        result = row(block.name, method.precision, backend, method.cached, tokens, None, None, us,
+                     **rivals, error=errors[name])  # fmt: skip
+        yield result, {"op": block.name, "method": name, "M": tokens, "peak_bytes": peaks[name]}

@@ -1,7 +1,7 @@
-"""What the device can do at most, measured, and how long operations would then take.
+"""The measured limits of a device, and the roofline times of operations that follow from them.
 
-Bandwidth is that of a large copy, bytes read plus bytes written; rates are those of torch's matmul
-on 8192 x 8192 random values (zeros run faster: they take less power).
+Bandwidth is that of a large copy, bytes read plus bytes written; matmul rates are those of torch on
+8192 x 8192 random values (zeros run faster, because they take less power).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FP8_BYTES = 1 + 1 / 32  # per MXFP8 weight, its scale included
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates per second; `fp8_by_row_flops` is torch's FP8 matmul with a scale per row."""
+    """Rates per second; `fp8_by_row_flops` is torch's row-wise scaled FP8 matmul."""
 
     copy_bytes: float
     bf16_flops: float
@@ -32,34 +32,34 @@ class Ceilings:
         return nbytes / self.copy_bytes * 1e6
 
     def unpack(self, N: int, K: int) -> float:
-        """Dequantize, or quantize: read one, write the other."""
+        """Dequantize or quantize: read one form, write the other."""
         return self.moved(N * K * (2 + _FP8_BYTES))
 
-    def fold(self, N: int, K: int) -> float:
+    def to_rowwise(self, N: int, K: int) -> float:
         return self.moved(N * K * (1 + _FP8_BYTES) + 4 * N)
 
-    def tokens(self, M: int, K: int) -> float:
+    def quantize_rowwise(self, M: int, K: int) -> float:
         return self.moved(M * K * 3 + 4 * M)
 
     def matmul(self, M: int, N: int, K: int, element: float, fp8: bool = False) -> float:
-        """A product of matrices, `element` bytes per value of x and weight, BF16 out.
+        """A matmul with `element` bytes per value of x and weight, and BF16 results.
 
-        Read once or multiplied, whichever takes longer.
+        The time to read both once or to multiply them, whichever is longer.
         """
         rate = self.fp8_flops if fp8 else self.bf16_flops
         moved = self.moved(element * (M * K + N * K) + 2 * M * N)
         return max(moved, 2 * M * N * K / rate * 1e6)
 
     def exact(self, M: int, N: int, K: int, small_m: bool) -> float:
-        """Few rows: the packed weight is read once. Many: it is unpacked, then multiplied."""
+        """For few rows the stored weight is read once; for many it is unpacked, then multiplied."""
         if small_m:
             moved = self.moved(N * K * _FP8_BYTES + 2 * M * (K + N))
             return max(moved, 2 * M * N * K / self.bf16_flops * 1e6)
         return self.unpack(N, K) + self.matmul(M, N, K, 2)
 
     def fast(self, M: int, N: int, K: int, cached: bool) -> float:
-        spent = self.tokens(M, K) + self.matmul(M, N, K, 1, fp8=True)
-        return spent if cached else spent + self.fold(N, K)
+        spent = self.quantize_rowwise(M, K) + self.matmul(M, N, K, 1, fp8=True)
+        return spent if cached else spent + self.to_rowwise(N, K)
 
 
 def measure(clock: Clock, quick: bool) -> Ceilings:
@@ -79,7 +79,7 @@ def measure(clock: Clock, quick: bool) -> Ceilings:
         by_row = torch.ones(side, 1, device=device)
         runs["fp8"] = lambda i: _scaled_mm(x, w, one, one)
         runs["fp8 by row"] = lambda i: _scaled_mm(x, w, by_row, by_row.t())
-        for _ in range(50):  # out of the clocks of an idle device
+        for _ in range(50):  # raises the clocks of an idle device
             torch.nn.functional.linear(a, b)
     spent = clock.time(runs, sets=2)
     if clock.failures:

@@ -1,8 +1,8 @@
-"""Time on a device: medians of device events around replays of a CUDA graph.
+"""Times on a device: medians of device events around replays of a CUDA graph.
 
-A graph, because a small kernel is done before the host has launched the next one. Contestants run
-in turn, round after round, so that a change in the device's clocks meets all of them, and go round
-several sets of inputs that do not fit its cache together. Without a GPU it is the host's clock.
+A graph, because a small kernel finishes before the host has launched the next one. Contestants take
+turns, round after round, so that a change in the device's clocks affects all of them, and rotate
+through sets of inputs that together exceed its cache. Without a GPU the host's clock is used.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 11
-_LEAST_US = 1500.0  # of a timed stretch: events resolve half a microsecond
+_LEAST_US = 1500.0  # per timed stretch: events resolve half a microsecond
 _MOST_CALLS = 256
 
 
 class Clock:
-    """Attributes: failures: contestant -> why it could not be timed, of the last `time`."""
+    """`failures`: contestant -> why the last `time` could not time it."""
 
     def __init__(self, device: torch.device, rounds: int = ROUNDS):
         self.device = device
@@ -32,8 +32,8 @@ class Clock:
         """Microseconds per call, the median over rounds.
 
         Args:
-            runs: contestant -> what it runs on the i-th set of inputs.
-            graph: whether to time replays of a CUDA graph; otherwise calls as the host makes them.
+            runs: contestant -> a function that runs it on the i-th set of inputs.
+            graph: whether to time replays of a CUDA graph; otherwise calls from the host.
         """
         self.failures = {}
         prepared = {}
@@ -51,7 +51,7 @@ class Clock:
         return {name: statistics.median(values) for name, values in measured.items()}
 
     def _prepare(self, run, sets: int, graph: bool) -> tuple[Callable[[], None], int]:
-        """(what to time, calls in it), after it has run on every set: that compiles it."""
+        """(a function to time, calls in it), after running on every set, which compiles it."""
         for _ in range(2):
             for index in range(sets):
                 run(index)
@@ -68,7 +68,7 @@ class Clock:
         if not graph:
             return lambda: [run(i % sets) for i in range(calls)] and None, calls
         recorded = torch.cuda.CUDAGraph()
-        # Results are kept for one rotation: a buffer written again at once stays in the cache.
+        # Results are kept for one rotation: a buffer that is reused at once stays in the cache.
         kept: list[object] = [None] * sets
         torch.cuda.synchronize()
         with torch.cuda.graph(recorded):
@@ -77,7 +77,7 @@ class Clock:
         return recorded.replay, calls
 
     def _stretch(self, run: Callable[[], object]) -> float:
-        """Microseconds that a run takes."""
+        """Microseconds of one run."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             run()
@@ -92,7 +92,7 @@ class Clock:
     def host(self, run: Callable[[], object]) -> float:
         """Microseconds of the host's time per call, the median over rounds.
 
-        `run` must take the device less time than the host, or it is the device that is timed.
+        `run` must take the device less time than the host, or the device is what is timed.
         """
         measured = []
         calls = 200 if self.device.type == "cuda" else 10
@@ -108,16 +108,16 @@ class Clock:
         return statistics.median(measured)
 
     def wait(self) -> None:
-        """Until the device has done all it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def allocated(self) -> int:
-        """Bytes of the device's memory that tensors take now."""
+        """Bytes of the device's memory that tensors occupy."""
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def peak_bytes(self, run: Callable[[], object], before: int) -> int | None:
-        """The most memory that was allocated while something ran, beyond `before`."""
+        """The peak of allocated memory during a run, less `before`."""
         if self.device.type != "cuda":
             run()
             return None
@@ -129,6 +129,6 @@ class Clock:
 
 
 def reason(error: Exception) -> str:
-    """An exception in a line."""
-    said = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {said[:300]}"
+    """An exception as one line."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message[:300]}"

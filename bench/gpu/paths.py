@@ -1,4 +1,4 @@
-"""The ways to compute a linear that are compared: dense BF16, stock ComfyUI's, and ours."""
+"""The methods of computing a linear that are compared: dense BF16, stock ComfyUI's, and ours."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ try:
     import comfy_kitchen
     from comfy_kitchen.backends.eager import quantization as kitchen
 
-    STOCK = "comfy-kitchen: unpacked in eager passes; from Blackwell on, quantized and multiplied"
+    STOCK = "comfy-kitchen: unpacks in eager passes; from Blackwell on, quantizes x and multiplies"
 except (ImportError, OSError, RuntimeError) as _error:
     kitchen = None
-    STOCK = f"several eager passes written after comfy-kitchen's, which is not here ({_error})"
+    STOCK = f"eager passes modeled on comfy-kitchen, which cannot be imported ({_error})"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way: `store` makes of a BF16 weight what it keeps, `run(x, stored, bias)` multiplies.
+class Method:
+    """One method: `store(weight)` makes what it keeps, `run(x, stored, bias)` multiplies.
 
     Attributes:
         precision: "exact" or "fast"; None for dense BF16.
-        cached: whether the row fold is kept; None where there is none.
-        shares: whether linears that take one input quantize it once.
-        by: the backend that is named; None: that which is chosen.
+        cached: whether the prepared weight is kept; None where there is none.
+        shares: whether linears with the same input quantize it once.
+        backend: the backend that is named; None: the one that is chosen.
     """
 
     store: Callable
@@ -37,11 +37,11 @@ class Way:
     precision: str | None = None
     cached: bool | None = None
     shares: bool = False
-    by: str | None = None
+    backend: str | None = None
 
 
 def stock_quantize(x: torch.Tensor):
-    """(codes, tiled scales) as stock ComfyUI makes them: on a GPU by comfy-kitchen's own kernel."""
+    """(codes, tiled scales) as stock ComfyUI quantizes: on a GPU by comfy-kitchen's kernel."""
     if kitchen is not None and x.device.type == "cuda":
         return comfy_kitchen.quantize_mxfp8(x, pad_32x=True)
     if kitchen is not None:
@@ -71,12 +71,12 @@ def _stock(x, stored, bias):
     return torch.nn.functional.linear(x, stock_dequantize(*stored, x.dtype), bias)
 
 
-def _stock_in_blocks(x, stored, bias):
-    """Stock's way from Blackwell on: x is quantized for every linear, torch multiplies."""
+def _stock_block_scaled(x, stored, bias):
+    """Stock from Blackwell on: x is quantized for every linear, torch multiplies."""
     flat = x.reshape(-1, x.shape[-1])
-    tokens, (qdata, scale) = stock_quantize(flat), stored
+    (x_q, x_scale), (qdata, scale) = stock_quantize(flat), stored
     out = comfy_kitchen.scaled_mm_mxfp8(
-        tokens[0], qdata, tokens[1], scale.view(torch.float8_e8m0fnu), bias, x.dtype
+        x_q, qdata, x_scale, scale.view(torch.float8_e8m0fnu), bias, x.dtype
     )
     return out[: len(flat)].reshape(*x.shape[:-1], -1)
 
@@ -91,22 +91,24 @@ def _fast_problem(device: torch.device) -> dispatch.Problem:
 
 
 def block_backends(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Block-scaled matmuls that run here by name, and of the others why not.
+    """(block-scaled matmuls that run here, reasons why the others do not), both by backend.
 
     On a CPU that is the oracle alone, to try the script.
     """
-    runs, refused = {}, {}
+    if device.type != "cuda":
+        return {"reference": reference.block_matmul}, {}
+    matmuls, reasons = {}, {}
     for record in dispatch.BACKENDS:
         if record.input_form == "mxfp8":
             reason = dispatch._unsupported_reason(record, _fast_problem(device))
             if reason is None:
-                runs[record.name] = record.matmul
+                matmuls[record.name] = record.matmul
             else:
-                refused[record.name] = reason
-    return (runs, refused) if device.type == "cuda" else ({"reference": reference.block_matmul}, {})
+                reasons[record.name] = reason
+    return matmuls, reasons
 
 
-def _named(name: str) -> Callable:
+def _by_backend(name: str) -> Callable:
     """Our fast linear by one backend."""
 
     def run(x, stored, bias):
@@ -120,85 +122,77 @@ def _exact(x, stored, bias):
     return kernels.linear(x, *stored, bias, precision="exact")
 
 
-def _with_fold(weight):
+def _with_prepared_weight(weight):
     qdata, scale = kernels.quantize(weight)
     return qdata, scale, kernels.to_rowwise(qdata, scale)
 
 
-def _fast(x, stored, bias, tokens=None):
-    qdata, scale, *folded = stored
+def _fast(x, stored, bias, quantized_input=None):
+    qdata, scale, *prepared = stored
     return kernels.linear(
-        x,
-        qdata,
-        scale,
-        bias,
-        precision="fast",
-        prepared_weight=folded[0] if folded else None,
-        quantized_input=tokens,
-    )
+        x, qdata, scale, bias, precision="fast",
+        prepared_weight=prepared[0] if prepared else None, quantized_input=quantized_input,
+    )  # fmt: skip
 
 
-def _fast_in_torch(x, stored, bias, tokens=None):
-    """Where no FP8 tensor cores are: the same three steps in plain torch, to try the script."""
-    qdata, scale, *folded = stored
-    flat = x.reshape(-1, x.shape[-1])
-    code, token_scale = fp8_rowwise.quantize_rowwise(flat) if tokens is None else tokens
-    weight, row_scale = folded[0] if folded else fp8_rowwise.to_rowwise(qdata, scale)
-    out = fp8_rowwise.scaled_matmul(
-        code, token_scale, weight, row_scale, bias, x.dtype, qdata.shape[0]
-    )
+def _fast_in_torch(x, stored, bias, quantized_input=None):
+    """Without FP8 tensor cores: the same three steps in plain torch, to try the script."""
+    qdata, scale, *prepared = stored
+    if quantized_input is None:
+        quantized_input = fp8_rowwise.quantize_rowwise(x.reshape(-1, x.shape[-1]))
+    weight = prepared[0] if prepared else fp8_rowwise.to_rowwise(qdata, scale)
+    out = fp8_rowwise.scaled_matmul(*quantized_input, *weight, bias, x.dtype, qdata.shape[0])
     return out.reshape(*x.shape[:-1], -1)
 
 
-def ways(device: torch.device) -> dict[str, Way]:
+def all_methods(device: torch.device) -> dict[str, Method]:
     """By name; "fast" ones only where the device has a backend for them."""
-    found = {
-        "bf16": Way(lambda weight: weight, torch.nn.functional.linear),
-        "stock": Way(
-            kernels.quantize, _stock_in_blocks if _stock_multiplies(device) else _stock, "exact"
-        ),
-        "exact": Way(kernels.quantize, _exact, "exact"),
+    stock = _stock_block_scaled if _stock_multiplies(device) else _stock
+    methods = {
+        "bf16": Method(lambda weight: weight, torch.nn.functional.linear),
+        "stock": Method(kernels.quantize, stock, "exact"),
+        "exact": Method(kernels.quantize, _exact, "exact"),
     }
-    if fast_unsupported_reason(device) is None:
-        here = dispatch.input_form(device, torch.bfloat16, "fast")
-        if here and here[0] == "mxfp8":  # nothing is derived from a weight that could be kept
-            found["fast"] = Way(kernels.quantize, _fast, "fast")
-            found["fast shared"] = Way(kernels.quantize, _fast, "fast", shares=True)
-            others = block_backends(device)[0].keys() - {here[1]}
-            found |= {n: Way(kernels.quantize, _named(n), "fast", by=n) for n in sorted(others)}
-            return found
-        fast = _fast if here else _fast_in_torch
-        found["fast"] = Way(kernels.quantize, fast, "fast", False)
-        found["fast cached"] = Way(_with_fold, fast, "fast", True)
-        found["fast cached shared"] = Way(_with_fold, fast, "fast", True, shares=True)
-    return found
+    if fast_unsupported_reason(device) is not None:
+        return methods
+    form_and_backend = dispatch.input_form(device, torch.bfloat16, "fast")
+    if form_and_backend and form_and_backend[0] == "mxfp8":  # no weight is prepared
+        methods["fast"] = Method(kernels.quantize, _fast, "fast")
+        methods["fast shared"] = Method(kernels.quantize, _fast, "fast", shares=True)
+        for name in sorted(block_backends(device)[0].keys() - {form_and_backend[1]}):
+            methods[name] = Method(kernels.quantize, _by_backend(name), "fast", backend=name)
+        return methods
+    fast = _fast if form_and_backend else _fast_in_torch
+    methods["fast"] = Method(kernels.quantize, fast, "fast", False)
+    methods["fast cached"] = Method(_with_prepared_weight, fast, "fast", True)
+    methods["fast cached shared"] = Method(_with_prepared_weight, fast, "fast", True, shares=True)
+    return methods
 
 
 def fast_unsupported_reason(device: torch.device) -> str | None:
     """Why there is no fast linear to measure, or None. On a CPU plain torch stands in."""
     if device.type != "cuda" or dispatch.input_form(device, torch.bfloat16, "fast"):
         return None
-    reasons = [s.reason for s in kernels.list_backends(device) if s.name == "fp8"]
-    return reasons[0] if reasons else "no backend folds"
+    return next(s.reason for s in kernels.list_backends(device) if s.name == "fp8")
 
 
-def backend(device: torch.device, way: Way, rows: int) -> str:
-    """The name of the backend that runs one of our ways with this many rows."""
-    if way.by is not None:
-        return way.by
+def backend_name(device: torch.device, method: Method, rows: int) -> str:
+    """The backend that runs one of our methods with this many rows."""
+    if method.backend is not None:
+        return method.backend
     probe = torch.empty(0, dtype=torch.bfloat16, device=device)
-    name = dispatch.choose("linear", probe, way.precision, rows)[0].name
-    if way.precision == "fast" and not dispatch.input_form(device, torch.bfloat16, "fast"):
+    name = dispatch.choose("linear", probe, method.precision, rows)[0].name
+    if method.precision == "fast" and not dispatch.input_form(device, torch.bfloat16, "fast"):
         name = "plain torch"
-    return f"{name}, shared tokens" if way.shares else name
+    return f"{name}, shared input" if method.shares else name
 
 
 def exact_weight(qdata, scale) -> torch.Tensor:
-    """The stored weight in float64. Plain torch: nothing that is measured has a part in it."""
+    """The stored weight in float64, by plain torch: independent of what is measured."""
     return eager.dequantize(qdata, scale, torch.float32, *qdata.shape).double()
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over norm of what is wanted."""
-    found, wanted = found.double(), wanted.double()
-    return float((found - wanted).norm() / wanted.norm())
+def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is expected."""
+    out, expected = out.double(), expected.double()
+    return float((out - expected).norm() / expected.norm())

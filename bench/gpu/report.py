@@ -1,4 +1,4 @@
-"""The goals that the rows are held to, and the results as a file and as tables."""
+"""The goals, and the results as a file and as tables."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from gpu.shapes import LARGE, MODELS, ONE_ROW, SHAPES
 
 @dataclass(frozen=True)
 class Goal:
-    """A geometric mean over `rows` of a ratio that must be at least `least`.
+    """A bound on the geometric mean, over some rows, of a column's ratio to our time.
 
     Attributes:
-        ratio: over us: the column it is of; or "us" itself, then at most `least`.
-        wanted: how many rows it takes; with fewer it was not measured.
+        bound: the mean must be at least this; if `column` is "us", the largest time at most this.
+        column: of the time that is divided by ours.
+        count: rows that it takes; with fewer the goal was not measured.
+        selects: whether a row belongs to the goal.
     """
 
     name: str
-    least: float
-    ratio: str
-    wanted: int
-    rows: Callable[[dict], bool]
+    bound: float
+    column: str
+    count: int
+    selects: Callable[[dict], bool]
 
     def result(self, rows: Iterable[dict]) -> dict:
-        found = [r for r in rows if self.rows(r) and r["us"] and (r[self.ratio] or 0) > 0]
+        selected = [r for r in rows if self.selects(r) and r["us"] and (r[self.column] or 0) > 0]
         state, value = "not measured", None
-        if len(found) >= self.wanted:
-            if self.ratio == "us":
-                value = max(r["us"] for r in found)
-                holds = value <= self.least
+        if len(selected) >= self.count:
+            if self.column == "us":
+                value = max(r["us"] for r in selected)
+                holds = value <= self.bound
             else:
-                logs = [math.log(r[self.ratio] / r["us"]) for r in found]
+                logs = [math.log(r[self.column] / r["us"]) for r in selected]
                 value = math.exp(sum(logs) / len(logs))
-                holds = value >= self.least
+                holds = value >= self.bound
             value, state = round(value, 3), "holds" if holds else "FAILS"
-        return {"goal": self.name, "bound": self.least, "found": value, "state": state}
+        return {"goal": self.name, "bound": self.bound, "value": value, "state": state}
 
 
 def _cast(op: str, backend: str) -> Callable[[dict], bool]:
@@ -47,12 +49,12 @@ def _cast(op: str, backend: str) -> Callable[[dict], bool]:
 
 
 def _linear(precision: str, cached, *counts: int, shapes=SHAPES) -> Callable[[dict], bool]:
-    def has(r: dict) -> bool:
+    def selects(r: dict) -> bool:
         ours = r["op"] == "linear" and r["backend"] != "dequantize + torch"
-        how = r["precision"] == precision and r["cached"] is cached
-        return ours and how and r["M"] in counts and (r["N"], r["K"]) in shapes
+        same = r["precision"] == precision and r["cached"] is cached
+        return ours and same and r["M"] in counts and (r["N"], r["K"]) in shapes
 
-    return has
+    return selects
 
 
 _COUNT = len(SHAPES)
@@ -69,7 +71,7 @@ GOALS = (
          _linear("fast", True, 4096)),
     Goal("fast cached, M = 1024, 2048, 4096, over stock", 3.0, "stock_us", 3 * _COUNT,
          _linear("fast", True, 1024, 2048, 4096)),
-    Goal("the host's microseconds per linear", 25, "us", 1, lambda r: r["op"] == "host_us"),
+    Goal("host microseconds per linear", 25, "us", 1, lambda r: r["op"] == "host_us"),
 )  # fmt: skip
 
 
@@ -78,10 +80,11 @@ def goals(rows: list[dict]) -> list[dict]:
 
 
 def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | None:
-    """Why a run does not show a backend to be right and faster than torch_mx on a card, or None.
+    """Why results do not show a backend to be correct and faster than torch_mx on a card, or None.
 
-    It takes a run on such a card, no check that failed, one of this backend, and less time than
-    torch_mx's over all problems of block-scaled matmuls that both were timed on, two at least.
+    They have to be from such a card, with no failed check and at least one check of this backend,
+    and with less time than torch_mx (geometric mean) over the block-scaled matmuls that both were
+    timed on, at least two.
     """
     card = "{}.{}".format(*capability)
     if result["machine"].get("capability") != card:
@@ -104,7 +107,7 @@ def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | No
 
 
 def write(result: dict, path: Path) -> None:
-    """The results as JSON, and the tables beside it; whole or not at all."""
+    """Write the results as JSON and as tables; each file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in result["rows"]]
     rest = {key: value for key, value in result.items() if key != "rows"}
@@ -118,7 +121,7 @@ def write(result: dict, path: Path) -> None:
 
 
 def impersonal(text: str) -> str:
-    """Without the folders of whoever ran it, which messages of errors may hold."""
+    """Text without the folders of this machine, which error messages may contain."""
     folders = {str(Path(__file__).resolve().parents[2]), sys.prefix, str(Path.home())}
     for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
         if len(folder) > 1:
@@ -130,8 +133,8 @@ def markdown(result: dict) -> str:
     """Goals, ceilings and rows as tables."""
     machine = result["machine"]
     lines = [f"# {machine['gpu'] or 'CPU'}, {result['date']}", ""]
-    said = (f"{k} {v}" for k, v in machine.items() if v and k not in ("gpu", "backends"))
-    lines += [", ".join(said), "", *(f"- {status}" for status in machine["backends"]), ""]
+    facts = (f"{k} {v}" for k, v in machine.items() if v and k not in ("gpu", "backends"))
+    lines += [", ".join(facts), "", *(f"- {status}" for status in machine["backends"]), ""]
     failed = [c for c in result["checks"] if c["wrong"]]
     lines += [f"{len(result['checks'])} checks of kernels, {len(failed)} failed."]
     lines += [f"- {c['check']} {c['shape']}: {c['wrong']}" for c in failed]
@@ -148,19 +151,17 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _goals(found: list[dict]) -> list[str]:
-    lines = ["| goal | bound | found | |", "|---|---|---|---|"]
-    return [
-        *lines,
-        *(f"| {g['goal']} | {g['bound']} | {g['found'] or ''} | {g['state']} |" for g in found),
-        "",
-    ]
+def _goals(results: list[dict]) -> list[str]:
+    lines = ["| goal | bound | measured | |", "|---|---|---|---|"]
+    for g in results:
+        lines.append(f"| {g['goal']} | {g['bound']} | {g['value'] or ''} | {g['state']} |")
+    return [*lines, ""]
 
 
-def _ceilings(found: dict) -> list[str]:
+def _ceilings(ceilings: dict) -> list[str]:
     lines = ["| ceiling | before | after |", "|---|---|---|"]
-    after = found.get("after") or {}
-    for name, value in found.items():
+    after = ceilings.get("after") or {}
+    for name, value in ceilings.items():
         if name != "after" and value:
             unit, scale = ("GB/s", 1e9) if name == "copy_bytes" else ("TFLOP/s", 1e12)
             then = f"{after[name] / scale:.0f} {unit}" if after.get(name) else ""
@@ -183,7 +184,7 @@ def _is_of(r: dict, shapes) -> bool:
 
 
 def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, ...]) -> list[str]:
-    """Rows with, beside each time, what ours is faster by, or its share of the roofline."""
+    """Rows, with the ratio of each rival's time, or of the roofline, to ours."""
     heads = [h for c in columns for h in ([c, _RATIOS[c]] if c in _RATIOS else [c])]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in filter(keep, rows):
@@ -197,11 +198,11 @@ def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, .
     return [*lines, ""]
 
 
-def _peaks(found: list[dict]) -> list[str]:
-    if not found:
+def _peaks(peaks: list[dict]) -> list[str]:
+    if not peaks:
         return []
-    lines = ["| block | way | M | peak memory |", "|---|---|---|---|"]
-    for peak in found:
+    lines = ["| block | method | M | peak memory |", "|---|---|---|---|"]
+    for peak in peaks:
         size = f"{peak['peak_bytes'] / 1e6:.0f} MB" if peak["peak_bytes"] else ""
-        lines.append(f"| {peak['op']} | {peak['way']} | {peak['M']} | {size} |")
+        lines.append(f"| {peak['op']} | {peak['method']} | {peak['M']} | {size} |")
     return [*lines, ""]

@@ -1,7 +1,7 @@
-"""Times of every operation: dense BF16, stock ComfyUI's way, ours, and the roofline.
+"""Times of every operation: dense BF16, stock ComfyUI, ours, and the roofline.
 
 A row's `error` is the relative error of the output against float64, with the stored weights and
-unquantized activations: of casts it is null, because their bits are checked instead.
+unquantized activations; it is null for casts, whose bits are checked instead.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from gpu.ceilings import Ceilings
 from gpu.clock import Clock
 from gpu.paths import (
-    Way,
-    backend,
+    Method,
+    all_methods,
+    backend_name,
     block_backends,
     exact_weight,
     relative,
     stock_dequantize,
     stock_quantize,
-    ways,
 )
 from gpu.shapes import numbers, sets_beyond, weight
 from working_copy import l2_bytes
@@ -33,31 +33,31 @@ _SAMPLE = 128  # rows at either end of an output whose error is measured
 
 
 def row(op: str, precision, backend, cached, M, N, K, us, **rest) -> dict:
-    """A row of the results; what does not apply is None."""
+    """A row of the results; None where a column does not apply."""
     names = ("bf16_us", "stock_us", "roofline_us", "error")
     assert rest.keys() <= set(names), rest
-    found = {"op": op, "precision": precision, "backend": backend, "cached": cached}
-    found |= {"M": M, "N": N, "K": K, "us": us} | {name: rest.get(name) for name in names}
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
+    columns = {"op": op, "precision": precision, "backend": backend, "cached": cached}
+    columns |= {"M": M, "N": N, "K": K, "us": us} | {name: rest.get(name) for name in names}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in columns.items()}
 
 
 @dataclass
 class Bench:
-    """What sections work with.
+    """What every section needs.
 
     Attributes:
-        left_out: sentences on what was not measured, and why.
+        left_out: what was not measured, and why.
     """
 
     device: torch.device
     clock: Clock
     ceilings: Ceilings
-    ways: dict[str, Way]
+    methods: dict[str, Method]
     left_out: list[str]
 
     @classmethod
     def start(cls, clock: Clock, ceilings: Ceilings, left_out: list[str]) -> Bench:
-        return cls(clock.device, clock, ceilings, ways(clock.device), left_out)
+        return cls(clock.device, clock, ceilings, all_methods(clock.device), left_out)
 
     def sets(self, nbytes: int) -> int:
         return sets_beyond(l2_bytes(self.device), nbytes)
@@ -69,7 +69,7 @@ class Bench:
 
 
 def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
-    """Dequantize, quantize and fold a weight [N, K], and quantize as many tokens."""
+    """The casts of a weight [N, K], and of an input with as many rows."""
     count = bench.sets(N * K)
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
     packed = [kernels.quantize(w) for w in plain]
@@ -86,8 +86,8 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
     limits = {
         "dequantize": bench.ceilings.unpack(N, K),
         "quantize": bench.ceilings.unpack(N, K),
-        "to_rowwise": bench.ceilings.fold(N, K),
-        "quantize_rowwise": bench.ceilings.tokens(N, K),
+        "to_rowwise": bench.ceilings.to_rowwise(N, K),
+        "quantize_rowwise": bench.ceilings.quantize_rowwise(N, K),
     }
     for op, limit in limits.items():
         if op in spent:
@@ -95,27 +95,26 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
             if op in ("dequantize", "quantize"):
                 name = dispatch.choose(op, packed[0][0] if op == "dequantize" else plain[0])[0].name
             stock = spent.get(f"stock {op}")
-            # Tokens are rows of x [M, K]: as many as the weight has.
             M, rows = (N, None) if op == "quantize_rowwise" else (None, N)
             yield row(op, None, name, None, M, rows, K, spent[op], stock_us=stock,
                       roofline_us=limit)  # fmt: skip
 
 
 def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
-    """All ways of one linear, and its FP8 matmul alone, by torch and by Triton."""
+    """All methods of one linear, and its 8-bit matmuls alone, by every backend."""
     count = bench.sets(N * K + 2 * M * K)
     xs = [numbers(bench.device, M, K, seed=seed) for seed in range(count)]
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
     small_m = fp8_rowwise.SMALL_M >= M
     chosen = {
-        name: way
-        for name, way in bench.ways.items()
-        if not way.shares and not (small_m and way.precision == "fast")
+        name: method
+        for name, method in bench.methods.items()
+        if not method.shares and not (small_m and method.precision == "fast")
     }
-    stored = {name: [way.store(w) for w in plain] for name, way in chosen.items()}
+    stored = {name: [method.store(w) for w in plain] for name, method in chosen.items()}
     runs = {
-        name: lambda i, n=name, w=way: w.run(xs[i], stored[n][i], None)
-        for name, way in chosen.items()
+        name: lambda i, n=name, m=method: m.run(xs[i], stored[n][i], None)
+        for name, method in chosen.items()
     }
     products = _products(bench, xs, plain, M, N) if M >= 16 else {}
     products |= _block_products(bench, xs, plain, M, N) if M >= 16 else {}
@@ -128,85 +127,86 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
     rivals = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
     sample = torch.arange(M, device=bench.device)
     sample = torch.cat([sample[:_SAMPLE], sample[_SAMPLE:][-_SAMPLE:]])
-    wanted = xs[0][sample].double() @ exact_weight(*stored["exact"][0]).t()
+    expected = xs[0][sample].double() @ exact_weight(*stored["exact"][0]).t()
 
-    def measured(op, way, name, of, limit):
-        error = relative((runs | products)[of](0)[sample], wanted)
-        cached = None if way is None else way.cached
-        precision = "fast" if way is None else way.precision
-        return row(op, precision, name, cached, M, N, K, spent[of], **rivals, roofline_us=limit,
-                   error=error)  # fmt: skip
+    def measured(op, method, backend, name, limit):
+        error = relative((runs | products)[name](0)[sample], expected)
+        cached = None if method is None else method.cached
+        precision = "fast" if method is None else method.precision
+        return row(op, precision, backend, cached, M, N, K, spent[name], **rivals,
+                   roofline_us=limit, error=error)  # fmt: skip
 
-    for name, way in chosen.items():
+    for name, method in chosen.items():
         if name in spent and name not in ("bf16", "stock"):
-            if way.precision == "exact":
+            if method.precision == "exact":
                 limit = bench.ceilings.exact(M, N, K, small_m)
             else:
-                limit = bench.ceilings.fast(M, N, K, way.cached is not False)
-            yield measured("linear", way, backend(bench.device, way, M), name, limit)
+                limit = bench.ceilings.fast(M, N, K, method.cached is not False)
+            yield measured("linear", method, backend_name(bench.device, method, M), name, limit)
     if "unpacked" in spent:
         limit = bench.ceilings.exact(M, N, K, small_m)
         yield measured("linear", chosen["exact"], "dequantize + torch", "unpacked", limit)
     for name in products:
         if name in spent:
-            op, _, ran = name.rpartition(": ")
+            op, _, backend = name.rpartition(": ")
             limit = bench.ceilings.matmul(M, N, K, 1 + 1 / 32 * bool(op), fp8=True)
-            yield measured(op or "scaled_matmul", None, ran, name, limit)
+            yield measured(op or "scaled_matmul", None, backend, name, limit)
 
 
 def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
-    """The FP8 matmul alone, on tokens and weights that are quantized already."""
+    """The row-wise scaled FP8 matmul alone, on prepared weights and quantized inputs."""
     device = bench.device
     runs: dict[str, Callable] = {}
-    torch_has_it = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
+    by_torch = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
+    by_triton = device_facts.runs_triton(device)
     if device.type == "cuda" and (device_facts.capability(device) or (0, 0)) < (8, 9):
         return runs
-    if not torch_has_it and not device_facts.runs_triton(device):
+    if not by_torch and not by_triton:
         return runs
-    tokens = [kernels.quantize_input(x, "rowwise") for x in xs]
-    folded = [kernels.to_rowwise(*kernels.quantize(w)) for w in plain]
-    if torch_has_it:
+    inputs = [kernels.quantize_input(x, "rowwise") for x in xs]
+    weights = [kernels.to_rowwise(*kernels.quantize(w)) for w in plain]
+    if by_torch:
         runs["torch._scaled_mm"] = lambda i: torch._scaled_mm(
-            tokens[i][0], folded[i][0].t(), scale_a=tokens[i][1][:, None],
-            scale_b=folded[i][1][None, :], out_dtype=torch.bfloat16, use_fast_accum=True,
+            inputs[i][0], weights[i][0].t(), scale_a=inputs[i][1][:, None],
+            scale_b=weights[i][1][None, :], out_dtype=torch.bfloat16, use_fast_accum=True,
         )  # fmt: skip
-    if device_facts.runs_triton(device):
+    if by_triton:
         from mxfp8.kernels.backends.triton import fp8_gemm
 
-        runs["triton"] = lambda i: fp8_gemm.matmul(*tokens[i], *folded[i], None, torch.bfloat16, N)
+        runs["triton"] = lambda i: fp8_gemm.matmul(*inputs[i], *weights[i], None, torch.bfloat16, N)
     return runs
 
 
 def _block_products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
     """The block-scaled matmuls alone, by every backend that has one here."""
-    matmuls, refused = block_backends(bench.device)
-    said = [f"block_matmul by {name}: {reason}" for name, reason in refused.items()]
-    bench.left_out += [line for line in said if line not in bench.left_out]
+    matmuls, reasons = block_backends(bench.device)
+    lines = [f"block_matmul by {name}: {reason}" for name, reason in reasons.items()]
+    bench.left_out += [line for line in lines if line not in bench.left_out]
     if not matmuls:
         return {}
-    tokens, weights = ([kernels.quantize(t) for t in given] for given in (xs, plain))
+    inputs, weights = ([kernels.quantize(t) for t in tensors] for tensors in (xs, plain))
     return {
-        f"block_matmul: {name}": lambda i, run=run: run(
-            tokens[i], weights[i], None, torch.bfloat16, M, N
+        f"block_matmul: {name}": lambda i, matmul=matmul: matmul(
+            inputs[i], weights[i], None, torch.bfloat16, M, N
         )
-        for name, run in matmuls.items()
+        for name, matmul in matmuls.items()
     }
 
 
 def host(bench: Bench) -> Iterator[dict]:
-    """The host's time to launch one linear, in eager mode: microseconds in `us`."""
+    """The host's microseconds to launch one linear in eager mode."""
     N, K = 256, 256
     plain = weight(bench.device, N, K)
     for M in (1, 128):
         x = numbers(bench.device, M, K)
         spent = {}
-        for name, way in bench.ways.items():
-            if way.shares or (way.precision == "fast" and fp8_rowwise.SMALL_M >= M):
+        for name, method in bench.methods.items():
+            if method.shares or (method.precision == "fast" and fp8_rowwise.SMALL_M >= M):
                 continue
-            stored = way.store(plain)
-            spent[name] = bench.clock.host(lambda w=way, s=stored, x=x: w.run(x, s, None))
+            stored = method.store(plain)
+            spent[name] = bench.clock.host(lambda m=method, s=stored, x=x: m.run(x, s, None))
         rivals = {"bf16_us": spent.pop("bf16"), "stock_us": spent.pop("stock")}
         for name, us in spent.items():
-            way = bench.ways[name]
-            yield row("host_us", way.precision, backend(bench.device, way, M), way.cached,
-                      M, N, K, us, **rivals)  # fmt: skip
+            method = bench.methods[name]
+            backend = backend_name(bench.device, method, M)
+            yield row("host_us", method.precision, backend, method.cached, M, N, K, us, **rivals)

@@ -1,4 +1,4 @@
-"""The linears that the benchmark measures, and the random matrices it measures them on."""
+"""The shapes that the benchmark measures, and random matrices of those shapes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MODELS = {  # (N, K) of the linears inside the blocks
     "Wan": ((5120, 5120), (13824, 5120), (5120, 13824)),
 }  # fmt: skip
 SHAPES = tuple(shape for shapes in MODELS.values() for shape in shapes)
-LARGE = (10240, 3840), (13824, 5120)  # those that goals for the casts name
-ONE_ROW = (5120, 5120)  # that of the goal for M = 1
+LARGE = (10240, 3840), (13824, 5120)  # of the goals for casts
+ONE_ROW = (5120, 5120)  # of the goal for M = 1
 SOME = (10240, 3840), (3072, 3072), (5120, 5120), (3072, 15360)
-EVERY_M = (4096, 1024, 2048)  # at which all shapes are measured
+EVERY_M = (4096, 1024, 2048)  # at which all of SHAPES are measured, and at SOME_M only SOME
 SOME_M = (1, 4, 16, 64, 256, 8192, 16384)
 
 
@@ -26,10 +26,10 @@ class Plan:
     """What a run measures.
 
     Attributes:
-        problems: (M, N, K) of linears, the most wanted first.
-        shapes: (N, K) of dequantize, quantize and fold.
+        problems: (M, N, K) of linears, the most important first.
+        shapes: (N, K) of the casts.
         tokens: image tokens of a block.
-        shrink: what the widths of blocks are divided by.
+        shrink: a divisor of the widths of blocks.
     """
 
     problems: tuple[tuple[int, int, int], ...]
@@ -39,7 +39,7 @@ class Plan:
 
 
 def plan(quick: bool) -> Plan:
-    """All of it, or with `quick` sizes that a CPU computes in a second, to try the script."""
+    """The whole plan, or with `quick` sizes that a CPU computes in a second, to try the script."""
     if quick:
         problems = ((1, 96, 256), (16, 96, 256), (128, 96, 256), (130, 160, 96))
         return Plan(problems, ((256, 192), (96, 256)), 48, 16)
@@ -55,10 +55,10 @@ def numbers(device, *size: int, seed: int = 0, scale: float = 1.0, dtype=torch.b
 
 
 def weight(device, rows: int, cols: int, seed: int = 0) -> torch.Tensor:
-    """A BF16 weight [rows, cols] whose output is about as large as its input."""
+    """A BF16 weight [rows, cols] whose output has about the magnitude of its input."""
     return numbers(device, rows, cols, seed=seed, scale=cols**-0.5)
 
 
 def sets_beyond(cache: int, nbytes: int) -> int:
-    """How many sets of inputs of this size to go round so that none is still in the cache."""
+    """How many sets of inputs of this size to rotate through so that none is still cached."""
     return max(2, min(32, -(-3 * cache // max(nbytes, 1))))

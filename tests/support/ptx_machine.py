@@ -6,9 +6,9 @@ means that addresses, fragments, scales, barriers and predicates are correct. It
 GPU and its assembler follow the ISA, nor how fast they are.
 
 Memory is strict. Global memory is what the test provides; access beyond it raises. Shared and
-tensor memory start as 0xFF, which is NaN in E4M3, E8M0 and float32. Asynchronous operations complete
-as late as they may, or at once: late copies (and early multiplications) expose a missing wait, early
-copies (and late multiplications) a buffer that is filled while it is read.
+tensor memory start as 0xFF, which is NaN in E4M3, E8M0 and float32. Asynchronous operations
+complete as late as they may, or at once: late copies (and early multiplications) expose a missing
+wait, early copies (and late multiplications) a buffer that is filled while it is read.
 """
 
 from __future__ import annotations
