@@ -1,6 +1,6 @@
-"""This repository as the package `mxfp8`, installed or not, and what a benchmark ran on.
+"""This repository as the package `mxfp8`, installed or not, and the facts of a benchmark's machine.
 
-Benchmarks measure the working copy they are in, whatever else is installed under its name.
+Benchmarks measure the working copy they are in, whatever else is installed as `mxfp8`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def load() -> None:
-    """Make `import mxfp8` find this repository, whose root is the package."""
+    """Make `import mxfp8` import this repository, whose root is the package."""
     spec = importlib.util.spec_from_file_location(
         "mxfp8", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -29,7 +29,7 @@ def load() -> None:
 
 
 def kernels_sha256() -> str:
-    """Of the contents of every file of kernels/, in the order of their paths."""
+    """A hash of every file in kernels/, in the order of their paths."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         digest.update(path.read_bytes())
@@ -37,13 +37,13 @@ def kernels_sha256() -> str:
 
 
 def machine(device) -> dict[str, object]:
-    """What ran: the device, and the versions that decide about its speed."""
+    """The device, and the versions that its speed depends on."""
     import torch
 
-    found: dict[str, object] = {"gpu": None}
+    facts: dict[str, object] = {"gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found = {
+        facts = {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -52,7 +52,7 @@ def machine(device) -> dict[str, object]:
             "driver": _driver(),
         }
     packages = ("torch", "triton", "comfy-kitchen", "comfy-aimdo")
-    return found | {
+    return facts | {
         "system": platform.platform(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -61,7 +61,7 @@ def machine(device) -> dict[str, object]:
 
 
 def l2_bytes(device) -> int:
-    """Size of the device's last cache; on a CPU a guess that keeps tests small."""
+    """Bytes of the device's last-level cache; on a CPU a guess that keeps tests small."""
     import torch
 
     if device.type != "cuda":
@@ -86,6 +86,6 @@ def _version(package: str) -> str | None:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.check_output(command, text=True, timeout=20)
-        return said.splitlines()[0].strip()
+        output = subprocess.check_output(command, text=True, timeout=20)
+        return output.splitlines()[0].strip()
     return None

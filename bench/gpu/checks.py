@@ -241,12 +241,12 @@ def _fast_checks(device, quick: bool) -> Iterator[Check]:
     for N, K in shapes:
         for M in (70,) if quick else (16, 65, 256, 1000, 4096):
             for name, matmul in matmuls.items():
-                yield Check(f"FP8 matmul, {name}", (M, N, K),
-                            partial(_rowwise_matmul, device, M, N, K, matmul, M != 256))  # fmt: skip
+                run = partial(_rowwise_matmul, device, M, N, K, matmul, M != 256)
+                yield Check(f"FP8 matmul, {name}", (M, N, K), run)
     if "triton" in matmuls:  # K and columns that are not multiples of a tile
         for M, N, K in ((70, 96, 160),) if quick else ((77, 1056, 1056), (513, 3104, 96)):
-            yield Check("FP8 matmul, triton, tails", (M, N, K),
-                        partial(_rowwise_matmul, device, M, N, K, _by_triton, True, 24))  # fmt: skip
+            run = partial(_rowwise_matmul, device, M, N, K, _by_triton, True, 24)
+            yield Check("FP8 matmul, triton, tails", (M, N, K), run)
     for kind in ("normal", "heavy-tailed", "column outliers"):
         M, N, K = (70, 96, 256) if quick else (1024, 3840, 3840)
         yield Check(f"fast against native MX x MX, {kind} activations", (M, N, K),
@@ -326,10 +326,8 @@ def _rowwise_matmul(device, M, N, K, matmul, biased: bool, padding: int = 0) -> 
     b, b_scale = fp8_rowwise.to_rowwise_eager(*eager.quantize(w))
     columns = N - padding
     bias = numbers(device, columns, seed=3) if biased else None
-    expected = (a.double() * a_scale.double()[:, None]) @ (
-        b.double() * b_scale.double()[:, None]
-    ).t()
-    expected = expected[:, :columns] + (bias.double() if biased else 0)
+    x, w = a.double() * a_scale.double()[:, None], b.double() * b_scale.double()[:, None]
+    expected = (x @ w.t())[:, :columns] + (bias.double() if biased else 0)
 
     def run():
         return matmul(a, a_scale, b, b_scale, bias, torch.bfloat16, columns)
