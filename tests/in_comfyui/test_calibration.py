@@ -317,9 +317,9 @@ def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
     slow = graph.add("TestForward", model=original, how="slow", call=0)  # 5 s and more a step
     found = calibrated(graph, slow, "flux")
     graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/stopped")
+    seen = comfy.log.read_text(errors="replace").count("calibration of")
     prompt = comfy.submit(graph)
     deadline = time.monotonic() + 60
-    seen = comfy.log.read_text(errors="replace").count("calibration of")
     while comfy.log.read_text(errors="replace").count("calibration of") == seen:
         assert time.monotonic() < deadline
         time.sleep(0.05)

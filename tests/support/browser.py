@@ -126,5 +126,15 @@ class ComfyPage:
         ended = self.page.evaluate("() => window.ended")
         assert ended == ends, ended
 
+    def settle(self, frames: int = 30) -> None:
+        """Wait for the page to draw so many frames: half a second, longer on a busy machine."""
+        self.page.evaluate(
+            """(left) => new Promise((done) => {
+                const next = () => (left-- > 0 ? requestAnimationFrame(next) : done());
+                next();
+            })""",
+            frames,
+        )
+
     def close(self) -> None:
         self.page.close()

@@ -1,6 +1,6 @@
 """Runs of the command in forked children of a process that has torch already: 20 ms instead of 2 s.
 
-    python tests/warm.py      (by `Warm`, which talks to it in lines of JSON)
+    python tests/support/warm.py      (by `Warm`, which talks to it in lines of JSON)
 
 A child can be told to send itself a signal at the n-th call of a function, so that a test can kill,
 stop or interrupt it exactly there, or to live under limits of memory, file size or permission.
@@ -68,7 +68,10 @@ class Warm:
         """Wait for a child to end or to be stopped (status -SIGSTOP)."""
         status = self._ask(do="wait", child=child)
         output = Path(self._folder.name, str(child))  # missing if it was killed right away
-        return Ended(status, output.read_text() if output.exists() else "")
+        text = output.read_text() if output.exists() else ""
+        if status != -signal.SIGSTOP:
+            output.unlink(missing_ok=True)  # another child may get its number
+        return Ended(status, text)
 
     def run(self, *words, **how) -> Ended:
         """`start` and `wait`."""

@@ -73,7 +73,7 @@ def take(shown, node: int, path: Path) -> None:
         }""",
         node,
     )
-    shown.page.wait_for_timeout(500)
+    shown.settle()
     shown.page.locator(f"[data-node-id='{node}']").screenshot(path=path)
     with Image.open(path) as image:
         assert image.width >= 200 and image.height >= 80
@@ -201,7 +201,7 @@ def test_an_example_opens_whole(comfy, examples, pictures, name):
     assert not failed
     graph = to_graph(workflow, comfy.get("/object_info"))  # what the other tests run
     assert {k: n["inputs"] for k, n in sent.items()} == {k: n["inputs"] for k, n in graph.items()}
-    examples.page.wait_for_timeout(500)
+    examples.settle()
     box = examples.page.evaluate(
         """() => {
             const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30,
@@ -216,7 +216,7 @@ def test_an_example_opens_whole(comfy, examples, pictures, name):
             return { x: 70, y: 110, width: (right - left) * scale, height: (bottom - top) * scale };
         }"""
     )
-    examples.page.wait_for_timeout(800)
+    examples.settle()
     png = examples.page.screenshot(clip=box, style=HIDDEN)
     path = pictures / "example_workflows" / f"{name}.jpg"
     path.parent.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ def test_pointing_at_a_bar_shows_its_layer_at_every_zoom(quantized, zoom):
         f"() => {{ app.canvas.ds.scale = {zoom}; app.canvas.ds.offset = [-300, -100];"
         " app.canvas.setDirty(true, true); }"
     )
-    quantized.page.wait_for_timeout(400)
+    quantized.settle()
     layers = report(quantized)["layers"]
     for index in (0, 5, len(layers) - 1):
         box = boxes(quantized)[index]
@@ -99,7 +99,7 @@ def test_pointing_at_a_bar_shows_its_layer_at_every_zoom(quantized, zoom):
         assert " x ".join(map(str, layers[index]["shape"])) in details
         assert layers[index]["reason"] in details
     quantized.page.evaluate("() => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }")
-    quantized.page.wait_for_timeout(300)
+    quantized.settle()
 
 
 def test_layers_are_sorted_and_filtered(quantized):

@@ -127,7 +127,8 @@ def test_layer_percent_speed_and_time_left_arrive(comfy, large):
     for text in under_way:
         assert re.fullmatch(r"blocks\.\d+\.weight\n\d+%, [\d.]+ MB/s, [\w ]+ left", text), text
     times = [now for now, _, text in seen.texts if percent(text) is not None]
-    assert len(times) <= 4 * (times[-1] - times[0]) + 2
+    # Four a second are sent; on a busy machine some arrive late, close together.
+    assert len(times) <= 4 * (times[-1] - times[0]) + 8
 
 
 HOSTILE = "<img src=x onerror=alert(1)> & [[a|http://b]] [[[c HTTPS://d WWW.e __LNK0__"
