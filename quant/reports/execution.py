@@ -173,9 +173,7 @@ def limiting_reason(
     """
     if device == "cpu":
         return "no GPU"
-    if precision == "exact" and path.backend != _SLOWEST:
-        return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
-    return _missing(path) if path.precision == "exact" else None
+    return _exact_reason(path, precision, encoder) if path.precision == "exact" else None
 
 
 def layer_reason(
@@ -200,13 +198,14 @@ def layer_reason(
         return "activations quantized to MXFP8, weights as stored"
     if many.precision == "fast":
         return f"exact: {fp8_rowwise.SMALL_M} rows or fewer"
-    if precision == "exact" and path.backend != _SLOWEST:
-        return "exact, as text encoders run in ComfyUI" if encoder else "exact, as chosen"
     # Asked of many rows: with few, FP8 backends are unsupported for that reason.
-    return f"{path.backend}: {_missing(many) or 'no faster backend is available'}"
+    reason = _exact_reason(many, precision, encoder)
+    return f"{path.backend}: {reason or 'no faster backend is available'}"
 
 
-def _missing(path: ExecutionPath) -> str | None:
-    """Why a faster backend is not available."""
+def _exact_reason(path: ExecutionPath, precision: str, encoder: bool) -> str | None:
+    """Why an exact path was taken: it was asked for, or a faster backend is not available."""
+    if precision == "exact" and path.backend != _SLOWEST:
+        return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
     reasons = dict(path.unsupported)
     return next((reasons[name] for name in _FASTER if name in reasons), None)

@@ -75,8 +75,10 @@ def test_nobody_chose_that_it_runs_exact(comfy, encoder):
     model = load_ours(graph, "flux")
     forced, free = (graph.add("TestBackend", model=model, name=n) for n in ("reference", ""))
     nodes = {
-        "exact, as chosen": graph.add("MXFP8BackendReport", model=forced, measure=False, rows=77),
-        "exact, as text encoders run in ComfyUI": graph.add(
+        "reference: exact was chosen": graph.add(
+            "MXFP8BackendReport", model=forced, measure=False, rows=77
+        ),
+        "reference: text encoders run exact, as in ComfyUI": graph.add(
             "MXFP8BackendReport", clip=load(graph), measure=False, rows=77
         ),
     }

@@ -26,7 +26,7 @@ def reason(precision="auto", rows=4096, change=2e-7) -> str:
 ROWWISE = "weight prepared with one scale per row, which changes it by at most 2e-07"
 FEW = "exact: 64 rows or fewer"
 BLOCKS = "activations quantized to MXFP8, weights as stored"
-CHOSEN = "exact, as chosen"
+CHOSEN = "triton: exact was chosen"
 NO_FP8 = "triton: needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; this one"
 # The reason with precision auto and many rows, auto and few rows, exact and many rows.
 REASONS = {
@@ -90,7 +90,7 @@ def test_nobody_chose_that_text_encoders_run_exact(card):
     limit = execution.limiting_reason("cuda", path, "exact", encoder=True)
     assert limit == "text encoders run exact, as in ComfyUI"
     reason = execution.layer_reason(path, path, "exact", None, encoder=True)
-    assert reason == "exact, as text encoders run in ComfyUI"
+    assert reason == f"triton: {limit}"
 
 
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
