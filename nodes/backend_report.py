@@ -10,7 +10,7 @@ import logging
 from comfy_api.latest import io
 
 from ..quant.reports.execution import BackendReport
-from .host.progress import Progress, show
+from .host.progress import Progress, output
 from .runtime.describe import describe, load, measure
 from .widgets import CATEGORY, ROWS
 
@@ -73,8 +73,7 @@ class MXFP8BackendReport(io.ComfyNode):
         report = _make_report(cls, clip.patcher if model is None else model, rows, measure)
         summary, text = report.summary(), report.to_json()
         logger.info("MXFP8: %s", summary)
-        show(cls, report.line())
-        return io.NodeOutput(summary, text, ui={"text": [summary], "mxfp8_report": [text]})
+        return output(cls, summary, summary, text, document=text)
 
 
 def _make_report(node: type[io.ComfyNode], patcher, rows: int, timed: bool) -> BackendReport:

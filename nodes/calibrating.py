@@ -15,8 +15,8 @@ from ..quant.format import WEIGHT
 from ..quant.progress import duration
 from ..quant.reports.conversion import format_size
 from ..quant.sources.unsupported import check_unquantized
-from .host import filenames, paths
-from .host.progress import Progress, RunProgress, show
+from .host import paths
+from .host.progress import Progress, RunProgress, output, show
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
 from .models.source import ModelSource
 from .models.transfer import check_movable
@@ -118,8 +118,7 @@ class MXFP8Calibrate(io.ComfyNode):
             "preset": preset, "include": include, "exclude": exclude,
         }  # fmt: skip
         text = "\n".join([work, *_result(layers, accumulators, progress.seconds)])
-        show(cls, text)
-        return io.NodeOutput(Calibration(layers, mark, about), ui={"text": [text]})
+        return output(cls, text, Calibration(layers, mark, about))
 
 
 def _announce(groups: list[Group], settings: SamplerSettings) -> str:
@@ -190,11 +189,9 @@ class MXFP8SaveCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
-        with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
+        with paths.saving(filename_prefix) as path:
             calibration.save(path, progress=Progress(cls))
-        text = f"{path.name}: {format_size(path.stat().st_size)}"
-        show(cls, text)
-        return io.NodeOutput(ui={"text": [text]})
+        return output(cls, f"{path.name}: {format_size(path.stat().st_size)}")
 
 
 class MXFP8LoadCalibration(io.ComfyNode):

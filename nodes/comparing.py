@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 
-import comfy.model_management
-import comfyui_version
 import nodes as comfy_nodes
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
-from ..quant.reports.comparison import Comparison, Setting, mean_of
-from ..quant.version import version
-from .host.progress import show
-from .models.paired_sampling import PairedResult, check_pair, sample_pairs
+from .host.progress import output
+from .models.paired_sampling import check_pair, compare_models
 from .widgets import CATEGORY, ComparisonType, SamplerSettings
 
 logger = logging.getLogger(__name__)
@@ -75,54 +71,15 @@ class MXFP8Compare(io.ComfyNode):
         check_pair(reference, model)
         settings = SamplerSettings(**sampling)
         decode = None if vae is None else _decoder(vae)
-        paired = sample_pairs(cls, reference, model, settings, decode)
-        comparison = _comparison(paired, settings, model)
+        comparison, images = compare_models(cls, reference, model, settings, decode)
         summary, text = comparison.summary(), comparison.to_json()
         logger.info("MXFP8: %s", summary)
-        show(cls, summary)
-        strip = plot.make_strip(*map(_picture, paired.images)) if paired.images else None
+        strip = plot.make_strip(*map(_picture, images)) if images else None
         picture = _tensor(plot.draw(comparison, strip))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(
-            picture, summary, text, comparison,
-            ui={**shown, "text": [summary], "mxfp8_report": [text]},
+        return output(
+            cls, summary, picture, summary, text, comparison, document=text, **shown
         )  # fmt: skip
-
-
-def _comparison(paired: PairedResult, settings: SamplerSettings, patcher) -> Comparison:
-    device = patcher.load_device
-    notes = list(paired.notes)
-    if device.type != "cuda":
-        notes.append(f"peak memory was not measured: {device} does not count it")
-    elif patcher.is_dynamic():
-        notes.append("peak memory is torch's count; dynamic VRAM may hold weights outside it")
-    if paired.floor is None:
-        notes.append("no noise floor was measured: the reference's output cannot be compared")
-    return Comparison(
-        reference=paired.reference,
-        model=paired.model,
-        setting=Setting(
-            sampler=settings.sampler_name,
-            scheduler=settings.scheduler,
-            steps=settings.steps,
-            cfg=settings.cfg,
-            denoise=settings.denoise,
-            latent_shape=paired.latent_shape,
-            device=comfy.model_management.get_torch_device_name(device),
-            versions={
-                "torch": torch.__version__,
-                "ComfyUI": comfyui_version.__version__,
-                "MXFP8": version(),
-            },
-        ),
-        latent_snr_db=mean_of([seed.latent_snr_db for seed in paired.seeds]),
-        psnr_db=mean_of([seed.psnr_db for seed in paired.seeds]),
-        ssim=mean_of([seed.ssim for seed in paired.seeds]),
-        floor=paired.floor,
-        steps=paired.steps,
-        seeds=paired.seeds,
-        notes=tuple(notes),
-    )
 
 
 def _decoder(vae):

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
 from ..quant.reports.conversion import KEPT, format_size
 from .host import paths
-from .host.progress import Progress, show
+from .host.progress import Progress, output
 from .runtime.describe import describe
 from .widgets import CATEGORY, NO_FILE, ROWS
 
@@ -77,9 +77,8 @@ class MXFP8Inspect(io.ComfyNode):
             path = paths.source_path(file)
             inspection = inspect_file(path, every_byte=every_byte, progress=Progress(cls))
             summary = "\n".join([inspection.summary(), *_kept(inspection)])
-        show(cls, summary)
         text = inspection.to_json()
-        return io.NodeOutput(summary, text, ui={"text": [summary], "mxfp8_report": [text]})
+        return output(cls, summary, summary, text, document=text)
 
 
 def inspect_model(patcher) -> Inspection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -13,37 +12,12 @@ import torch
 from comfy_api.latest import io
 
 from ..quant import format
-from ..quant.format import Header
 from .host.paths import model_path
 from .host.progress import show
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
 from .runtime.describe import describe
 from .runtime.patch import accelerate, check_scales
 from .widgets import CATEGORY, NO_FILE, ROWS, precision_input
-
-logger = logging.getLogger(__name__)
-
-
-def check(*paths: Path, order: str = format.AUTO) -> tuple[list[Header | None], list[str]]:
-    """Refuse damaged or inconsistent MXFP8 files; warnings are logged.
-
-    Args:
-        order: of the scales, as the user chose it; then nothing is suspicious about it.
-
-    Returns:
-        The headers of the files, for loading them, and all warnings.
-
-    Raises:
-        FormatError: from `check_file`.
-    """
-    headers, warnings = [], []
-    for path in paths:
-        header, of_file = check_file(path, order)
-        headers.append(header)
-        warnings += of_file
-    for warning in warnings:
-        logger.warning("MXFP8: %s", warning)
-    return headers, warnings
 
 
 def check_loaded(patcher) -> list[str]:
@@ -63,7 +37,7 @@ def check_loaded(patcher) -> list[str]:
     names = first if isinstance(first, (list, tuple)) else [first]
     paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
     order = arguments[1] if load is load_diffusion_model else format.AUTO
-    _, warnings = check(*paths, order=order)
+    warnings = [warning for path in paths for warning in check_file(path, order)[1]]
     check_scales(patcher.model)
     return warnings
 
@@ -114,7 +88,7 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
         path = model_path("diffusion_models", model_name)
-        (header,), warnings = check(path, order=scales)
+        header, warnings = check_file(path, scales)
         model = accelerate(load_diffusion_model(str(path), scales, header=header), precision)
         show_loaded(cls, warnings, model)
         return io.NodeOutput(model)
@@ -151,7 +125,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
         path = model_path("checkpoints", checkpoint_name)
-        (header,), warnings = check(path)
+        header, warnings = check_file(path)
         embeddings = folder_paths.get_folder_paths("embeddings")
         model, clip, vae = load_checkpoint(str(path), embeddings, header=header)
         if model is not None:
@@ -216,7 +190,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = [n for n in (name, name2, name3, name4) if n != NO_FILE]
         paths = [model_path("text_encoders", n) for n in chosen]
-        headers, warnings = check(*paths)
+        headers, warnings = zip(*map(check_file, paths), strict=True)
         options = {}
         if device == "cpu":
             options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -228,7 +202,7 @@ class MXFP8LoadTextEncoder(io.ComfyNode):
             headers=headers,
         )
         clip = accelerate_clip(clip)
-        show_loaded(cls, warnings, clip.patcher)
+        show_loaded(cls, [w for of_file in warnings for w in of_file], clip.patcher)
         return io.NodeOutput(clip)
 
 

@@ -15,7 +15,7 @@ from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from ..quant.sources.unsupported import check_unquantized
 from .host import paths
-from .host.progress import Progress, show
+from .host.progress import Progress, output
 from .models.source import ModelSource
 from .models.transfer import check_movable, give_model
 from .runtime.describe import describe
@@ -67,7 +67,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
         selection = Selection(preset, include, exclude)
         quantized, report = quantize_model(cls, model, selection, calibration, held_out)
         quantized = accelerate(quantized, precision)
-        return output(cls, report, describe(quantized, ROWS).line(), quantized)
+        return _report_output(cls, report, quantized, runs=describe(quantized, ROWS).line())
 
 
 class MXFP8ConvertFile(io.ComfyNode):
@@ -128,19 +128,19 @@ class MXFP8ConvertFile(io.ComfyNode):
                 calibration=calibration,
                 held_out=held_out,
             )
-        return output(cls, report, "")
+        return _report_output(cls, report)
 
 
-def output(node: type[io.ComfyNode], report: Report, runs: str, *values) -> io.NodeOutput:
-    """A node's result with its report, as text on the node and as JSON.
+def _report_output(node: type[io.ComfyNode], report: Report, *values, runs: str = ""):
+    """A node's output with the report on a conversion.
 
     Args:
-        runs: how the result runs here, if it is a model; else empty.
+        runs: how the result runs here, if it is a model.
     """
-    summary, text = "\n".join(filter(None, (report.summary(), runs))), report.to_json()
+    summary = "\n".join(filter(None, (report.summary(), runs)))
     logger.info("MXFP8: %s", summary)
-    show(node, summary)
-    return io.NodeOutput(*values, text, ui={"text": [summary], "mxfp8_report": [text]})
+    text = report.to_json()
+    return output(node, summary, *values, text, document=text)
 
 
 def device() -> str:

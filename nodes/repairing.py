@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..quant import format
 from ..quant.checks.repair import repair_file
 from .host import paths
-from .host.progress import Progress, show
+from .host.progress import Progress, output
 from .models import load
 from .widgets import CATEGORY, overwrite_input
 
@@ -72,5 +72,4 @@ class MXFP8RepairFile(io.ComfyNode):
                 progress=Progress(cls),
             )
         text = "\n".join([result.summary(), *load.check_file(new)[1]])
-        show(cls, text)
-        return io.NodeOutput(text, ui={"text": [text]})
+        return output(cls, text, text)

@@ -20,8 +20,8 @@ from ..quant.reports.comparison import Comparison
 from ..quant.reports.conversion import Report, format_size
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from ..quant.sources.file import HEADER_DTYPES, as_bytes
-from .host import filenames, paths
-from .host.progress import Progress, show
+from .host import paths
+from .host.progress import Progress, output
 from .models import fingerprints
 from .models.source import PREFIX, ModelSource
 from .models.transfer import check_movable
@@ -83,14 +83,13 @@ class MXFP8SaveModel(io.ComfyNode):
             **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
             **_provenance(model, comparison, report),
         }
-        with paths.saving(filenames.check_name("filename_prefix", filename_prefix)) as path:
+        with paths.saving(filename_prefix) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {format_size(size)}"
         if note := note_on_seeds(report, comparison):
             logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
             text += f"\nWARNING: the comparison was {note}"
-        show(cls, text)
-        return io.NodeOutput(ui={"text": [text]})
+        return output(cls, text)
 
 
 def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:

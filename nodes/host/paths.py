@@ -134,30 +134,26 @@ def _new_folders(folder: Path) -> Iterator[None]:
         raise
 
 
-def save_path(prefix: str) -> Path:
-    """output/<prefix>_00001_.safetensors, counting up as ComfyUI's own save nodes do.
-
-    Raises:
-        ValueError: that is outside the output folder, links followed: before 0.30 ComfyUI does not
-            follow them.
-    """
-    root = folder_paths.get_output_directory()
-    _check_inside_output(root, prefix, Path(root) / prefix)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    _check_inside_output(root, prefix, path)  # the prefix may hold what ComfyUI fills in
-    return path
-
-
 @contextlib.contextmanager
 def saving(prefix: str) -> Iterator[Path]:
-    """`save_path`; new folders are removed if writing the file fails."""
+    """output/<prefix>_00001_.safetensors, counting up as ComfyUI's own save nodes do.
+
+    New folders are removed if writing the file fails.
+
+    Raises:
+        ValueError: some system cannot store the name, or it is outside the output folder, links
+            followed: before 0.30 ComfyUI does not follow them.
+    """
+    prefix = check_name("filename_prefix", prefix)
     root = folder_paths.get_output_directory()
     _check_inside_output(root, prefix, Path(root) / prefix)
     with tempfile.TemporaryDirectory() as elsewhere:  # ComfyUI makes the folder that it names
         subfolder = folder_paths.get_save_image_path(prefix, elsewhere)[3]
     with _new_folders(Path(root, subfolder)):
-        yield save_path(prefix)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        _check_inside_output(root, prefix, path)  # ComfyUI may have filled in variables
+        yield path
 
 
 def _check_inside_output(root: str, prefix: str, path: Path) -> None:

@@ -31,6 +31,15 @@ def show(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
 
 
+def output(
+    node: type[io.ComfyNode], text: str, *values, document: str | None = None, **shown
+) -> io.NodeOutput:
+    """A node's output, with its text on the node and a JSON document in the report view."""
+    show(node, text)
+    documents = {} if document is None else {"mxfp8_report": [document]}
+    return io.NodeOutput(*values, ui={**shown, "text": [text], **documents})
+
+
 def as_html(text: str) -> str:
     """HTML that shows this text, and in which the page finds no link."""
     return _LINKS.sub(lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))

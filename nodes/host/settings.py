@@ -20,33 +20,28 @@ from comfy.cli_args import args
 
 logger = logging.getLogger(__name__)
 
-KEEP_PREPARED_WEIGHTS = "MXFP8.KeepPreparedWeights"
-_VARIABLES = {KEEP_PREPARED_WEIGHTS: "MXFP8_KEEP_PREPARED_WEIGHTS"}
+_SETTING = "MXFP8.KeepPreparedWeights"
+_VARIABLE = "MXFP8_KEEP_PREPARED_WEIGHTS"
 
 
 def keep_prepared_weights() -> bool:
-    """Whether prepared weights may be kept between runs (`runtime.cache`)."""
-    return _boolean(KEEP_PREPARED_WEIGHTS, default=True)
-
-
-def _boolean(key: str, default: bool) -> bool:
-    variable = os.environ.get(_VARIABLES[key], "").strip().lower()
+    """Whether prepared weights may be kept between runs (`runtime.cache`); by default they are."""
+    variable = os.environ.get(_VARIABLE, "").strip().lower()
     if variable:
         return variable not in ("0", "false", "no", "off")
     if args.multi_user:
-        _notice_ignored(key)
-        return default
-    value = _stored().get(key)
-    return value if isinstance(value, bool) else default
+        _notice_ignored()
+        return True
+    return _stored().get(_SETTING) is not False
 
 
 @cache
-def _notice_ignored(key: str) -> None:
+def _notice_ignored() -> None:
     """Log once that the users' choice is ignored."""
     logger.warning(
         "MXFP8: ComfyUI serves several users, so the setting %s is ignored; set %s=0 or 1 for all.",
-        key,
-        _VARIABLES[key],
+        _SETTING,
+        _VARIABLE,
     )
 
 

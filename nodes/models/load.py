@@ -14,6 +14,7 @@ clone, whose file was checked, reads it again.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import comfy.memory_management
@@ -31,6 +32,8 @@ from ...quant.format import MARKER, Header
 from ...quant.sources.file import FileSource
 from ..host.paths import is_safetensors
 
+logger = logging.getLogger(__name__)
+
 
 def formats() -> tuple[str, ...]:
     """Formats that a marker may name: MXFP8, and those that this ComfyUI knows."""
@@ -38,7 +41,7 @@ def formats() -> tuple[str, ...]:
 
 
 def check_file(path: Path, order: str = format.AUTO) -> tuple[Header | None, list[str]]:
-    """Refuse a damaged or inconsistent MXFP8 file before it is loaded.
+    """Refuse a damaged or inconsistent MXFP8 file before it is loaded; warnings are logged.
 
     Args:
         order: as for `quant.checks.scan.check_source`.
@@ -54,6 +57,8 @@ def check_file(path: Path, order: str = format.AUTO) -> tuple[Header | None, lis
         return None, []
     with FileSource(path) as source:
         warnings = scan.check_source(source, formats(), order)
+    for warning in warnings:
+        logger.warning("MXFP8: %s", warning)
     if format.MXFP8 not in QUANT_ALGOS and source.header.layers:
         raise RuntimeError(
             f"{path.name} is MXFP8, which the comfy-kitchen of this ComfyUI is too old for; "

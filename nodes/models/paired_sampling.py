@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import comfy.model_management
+import comfyui_version
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -28,7 +29,16 @@ from comfy_api.latest import io
 from ...kernels import layout
 from ...quant.container.header import quoted
 from ...quant.reports import metrics
-from ...quant.reports.comparison import Floor, Seed, Side, Step, mean_of
+from ...quant.reports.comparison import (
+    Comparison,
+    Floor,
+    Seed,
+    Setting,
+    Side,
+    Step,
+    mean_of,
+)
+from ...quant.version import version
 from ..host.progress import RunProgress
 from ..runtime.describe import describe, linears, synchronize
 from ..widgets import ROWS, SamplerSettings
@@ -70,62 +80,31 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """The cost of a model's runs between loading and unloading it."""
-
-    seconds: list[float]  # of each run
-    peak_bytes: int | None  # None where the device does not count
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Why two runs of the reference on one seed may differ, as `comparison.Floor` has it."""
-
-    repeats: bool
-    draws: bool
-
-
-@dataclass(frozen=True)
 class Pair:
-    """A seed on both models.
+    """A seed on both models, whose latents are not decoded yet.
 
     Attributes:
+        samples: the reference's latent and the model's.
         sigmas: the noise levels that both were sampled at.
         errors: the relative difference at each step; None where the steps do not match.
-        samples: the reference's latent and the model's, until they are decoded.
-        images: decoded, the first of each latent; of the first seed only.
-        notes: what was not measured, and why.
     """
 
     seed: Seed
+    samples: tuple
     sigmas: list[float]
     errors: list[float] | None
-    samples: tuple = ()
-    images: tuple | None = None
-    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class PairedResult:
-    """What came of all seeds."""
-
-    reference: Side
-    model: Side
-    seeds: tuple[Seed, ...]
-    steps: tuple[Step, ...]
-    floor: Floor | None
-    latent_shape: tuple[int, ...]
-    images: tuple | None  # of the first seed
-    notes: tuple[str, ...]
-
-
-def sample_pairs(
+def compare_models(
     node: type[io.ComfyNode], reference, model, settings: SamplerSettings, decode: Callable | None
-) -> PairedResult:
+) -> tuple[Comparison, tuple | None]:
     """Sample all seeds on both models; `node` shows the progress.
 
     Args:
         decode: samples -> images [B, H, W, C]; None if there is no VAE.
+
+    Returns:
+        The comparison, and the first seed's decoded images.
 
     Raises:
         ValueError: the two do not sample at the same noise levels, or make other latents.
@@ -133,53 +112,84 @@ def sample_pairs(
     progress = RunProgress(node, 2 * settings.seeds + 1, settings.steps)
     run_reference = partial(_run, progress, settings, "reference", reference)
     run_model = partial(_run, progress, settings, "model", model)
-    loadings: tuple[list[Loading], list[Loading]] = [], []
+    seconds: tuple[list[list[float]], ...] = [], []  # of each model, by loading, of each run
     pairs: list[Pair] = []
-    noise, left = None, settings.each_seed
+    seeds: list[Seed] = []
+    images, notes = None, []
+    sides = floor = None
+    left = settings.each_seed
     while left:
+        before = sides or (None, None)
         _load_alone(reference)
-        group, noise, left = _sample_reference(left, noise, run_reference, progress)
+        group, floor, left = _sample_reference(left, floor, run_reference, progress)
         shape = group[0][1].shape
-        loadings[0].append(_loading(reference, [first.seconds for _, first, _ in group]))
-        sides = [_side(reference, loadings[0])]
-
+        seconds[0].append([first.seconds for _, first, _ in group])
+        reference_side = _side(reference, seconds[0], before[0], notes)
         _load_alone(model)
-        fresh, seconds = _sample_model(group, run_model)
-        loadings[1].append(_loading(model, seconds))
-        sides.append(_side(model, loadings[1]))
+        fresh, times = _sample_model(group, run_model)
+        seconds[1].append(times)
+        sides = reference_side, _side(model, seconds[1], before[1], notes)
         for pair in fresh:
-            pairs.append(_decoded(pair, decode, progress, keep=not pairs))
+            decoded = [decode(samples) for samples in pair.samples] if decode else []
+            progress.step(0, f"seed {pair.seed.seed}")
+            seeds.append(_with_images(pair.seed, decoded, notes) if decoded else pair.seed)
+            pairs.append(replace(pair, samples=()))
+            images = images or tuple(image[:1].cpu() for image in decoded)
 
-    (reference_side, reference_notes), (model_side, model_notes) = sides
-    notes = [*reference_notes, *model_notes]
     if any(pair.errors is None for pair in pairs):
         notes.append("differences by step were not measured: this sampler chooses its own steps")
-    notes += [note for pair in pairs for note in pair.notes]
-    return PairedResult(
-        reference=reference_side,
-        model=model_side,
-        seeds=tuple(pair.seed for pair in pairs),
+    device = model.load_device
+    if device.type != "cuda":
+        notes.append(f"peak memory was not measured: {device} does not count it")
+    elif model.is_dynamic():
+        notes.append("peak memory is torch's count; dynamic VRAM may hold weights outside it")
+    if floor is None:
+        notes.append("no noise floor was measured: the reference's output cannot be compared")
+    comparison = Comparison(
+        reference=sides[0],
+        model=sides[1],
+        setting=Setting(
+            sampler=settings.sampler_name,
+            scheduler=settings.scheduler,
+            steps=settings.steps,
+            cfg=settings.cfg,
+            denoise=settings.denoise,
+            latent_shape=shape,
+            device=comfy.model_management.get_torch_device_name(device),
+            versions={
+                "torch": torch.__version__,
+                "ComfyUI": comfyui_version.__version__,
+                "MXFP8": version(),
+            },
+        ),
+        latent_snr_db=mean_of([seed.latent_snr_db for seed in seeds]),
+        psnr_db=mean_of([seed.psnr_db for seed in seeds]),
+        ssim=mean_of([seed.ssim for seed in seeds]),
+        floor=floor and replace(
+            floor,
+            repeat_snr_db=mean_of([seed.repeat_snr_db for seed in seeds]),
+            other_noise_snr_db=mean_of([seed.other_noise_snr_db for seed in seeds]),
+        ),
         steps=tuple(_steps(pairs)),
-        floor=_floor(noise, [pair.seed for pair in pairs]),
-        latent_shape=shape,
-        images=pairs[0].images,
+        seeds=tuple(seeds),
         notes=tuple(dict.fromkeys(notes)),
-    )
+    )  # fmt: skip
+    return comparison, images
 
 
 def _sample_reference(
-    left: list[int], noise: Noise | None, run: Callable[..., Run], progress: RunProgress
-) -> tuple[list[tuple[int, Run, dict]], Noise | None, list[int]]:
-    """The next seeds on the reference: ([seed, run, its noise floor], noise, seeds left)."""
+    left: list[int], floor: Floor | None, run: Callable[..., Run], progress: RunProgress
+) -> tuple[list[tuple[int, Run, dict]], Floor | None, list[int]]:
+    """The next seeds on the reference: ([seed, run, SNRs of repeated runs], floor, seeds left)."""
     group: list[tuple[int, Run, dict]] = []
     while left and sum(first.nbytes for _, first, _ in group) < _KEPT:
         seed, *left = left
-        first, known = run(seed), noise
-        noise, floor = _find_floor(seed, first, noise, run)
-        if known is None and noise not in (None, Noise(repeats=True, draws=False)):
-            progress.runs += 1 + len(left) * (noise.draws + (not noise.repeats))
-        group.append((seed, first, floor))
-    return group, noise, left
+        first, known = run(seed), floor
+        floor, again = _find_floor(seed, first, floor, run)
+        if known is None and floor is not None and (floor.draws or not floor.repeats):
+            progress.runs += 1 + len(left) * (floor.draws + (not floor.repeats))
+        group.append((seed, first, again))
+    return group, floor, left
 
 
 def _sample_model(
@@ -188,11 +198,21 @@ def _sample_model(
     """(pairs, seconds of the runs) of the same seeds on the model; empties the group."""
     pairs, seconds = [], []
     while group:
-        seed, first, floor = group.pop(0)
+        seed, first, again = group.pop(0)
         other = run(seed)
         _check_runs(first, other)
         seconds.append(other.seconds)
-        pairs.append(_compare(seed, first, other, floor))
+        latents = [first.latent, other.latent]
+        problems = _problems(latents, metrics.latent_problem)
+        compared = Seed(
+            seed=seed,
+            identical=not problems and torch.equal(*latents),
+            latent_snr_db=None if problems else metrics.snr_db(*latents),
+            problems=problems,
+            **again,
+        )
+        errors = [] if problems else _step_errors(first, other)
+        pairs.append(Pair(compared, (first.samples, other.samples), first.sigmas, errors))
     return pairs, seconds
 
 
@@ -202,11 +222,6 @@ def _load_alone(patcher) -> None:
     comfy.model_management.soft_empty_cache()
     if patcher.load_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(patcher.load_device)
-
-
-def _loading(patcher, seconds: list[float]) -> Loading:
-    cuda = patcher.load_device.type == "cuda"
-    return Loading(seconds, torch.cuda.max_memory_allocated(patcher.load_device) if cuda else None)
 
 
 def _run(
@@ -252,83 +267,61 @@ def _run(
 
 
 def _find_floor(
-    seed: int, first: Run, noise: Noise | None, run: Callable[..., Run]
-) -> tuple[Noise | None, dict[str, float | None]]:
+    seed: int, first: Run, floor: Floor | None, run: Callable[..., Run]
+) -> tuple[Floor | None, dict[str, float | None]]:
     """Run the reference again as far as that shows a difference.
 
     Args:
-        noise: what is known from earlier seeds; None before the first that can be compared.
+        floor: what is known from earlier seeds; None before the first that can be compared.
 
     Returns:
         What is known now, and SNR in dB by field of `Seed`.
     """
     latent = first.latent
     if metrics.latent_problem(latent):
-        return noise, {}
+        return floor, {}
     other = same = None
-    if noise is None or noise.draws:
+    if floor is None or floor.draws:
         other = run(seed, (seed + 1) % 2**64).latent
-    if noise is None and torch.equal(other, latent):
-        noise = Noise(repeats=True, draws=False)
-    elif noise is None or not noise.repeats:
+    if floor is None and torch.equal(other, latent):
+        floor = Floor(repeats=True, draws=False)
+    elif floor is None or not floor.repeats:
         same = run(seed).latent
-    if noise is None:
+    if floor is None:
         # Where runs do not repeat, noise counts if it makes twice the difference, or 6 dB.
         distances = [float((x.double() - latent).norm()) for x in (other, same)]
-        noise = Noise(repeats=torch.equal(same, latent), draws=distances[0] > 2 * distances[1])
-        other = other if noise.draws else None
+        floor = Floor(repeats=torch.equal(same, latent), draws=distances[0] > 2 * distances[1])
+        other = other if floor.draws else None
     again = {"other_noise_snr_db": other, "repeat_snr_db": same}
-    return noise, {k: metrics.snr_db(latent, x) for k, x in again.items() if x is not None}
+    return floor, {k: metrics.snr_db(latent, x) for k, x in again.items() if x is not None}
 
 
-def _floor(noise: Noise | None, seeds: list[Seed]) -> Floor | None:
-    """What the reference differs from itself by; None where it made nothing to compare."""
-    if noise is None:
-        return None
-    return Floor(
-        repeats=noise.repeats,
-        draws=noise.draws,
-        repeat_snr_db=mean_of([seed.repeat_snr_db for seed in seeds]),
-        other_noise_snr_db=mean_of([seed.other_noise_snr_db for seed in seeds]),
-    )
+def _side(patcher, seconds: list[list[float]], before: Side | None, notes: list[str]) -> Side:
+    """What ran and what it took, while the model is loaded.
 
-
-def _side(patcher, loadings: list[Loading]) -> tuple[Side, list[str]]:
-    """(what ran and what it took, notes on that), while the model is loaded."""
+    Args:
+        seconds: of all its runs, by loading.
+        before: of its last loading.
+    """
     report = describe(patcher, ROWS)
     fingerprint = fingerprints.of_mxfp8 if report.mxfp8 else fingerprints.of_linears
-    notes = []
     if any(layer.precision == "fast" for layer in report.mxfp8):
         notes.append(
             f"fast holds for inputs of many rows; with few rows, layers run {report.small_m}"
         )
-    warm = [seconds for loading in loadings for seconds in loading.seconds[1:]]
-    every = [seconds for loading in loadings for seconds in loading.seconds]
-    peaks = [loading.peak_bytes for loading in loadings if loading.peak_bytes is not None]
-    side = Side(
+    peak = None
+    if patcher.load_device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(patcher.load_device)
+        peak = max(peak, before.peak_bytes if before else 0)
+    warm = [s for loading in seconds for s in loading[1:]]
+    return Side(
         model=report.model,
         paths=dict(report.paths()),
         fingerprint=fingerprint(patcher),
         dtype=report.dtype,
-        seconds=statistics.median(warm or every),
-        peak_bytes=max(peaks, default=None),
+        seconds=statistics.median(warm or [s for loading in seconds for s in loading]),
+        peak_bytes=peak,
     )
-    return side, notes
-
-
-def _compare(seed: int, first: Run, other: Run, floor: dict) -> Pair:
-    """The latents and steps of a seed's runs on the reference and on the model."""
-    latents = [first.latent, other.latent]
-    problems = _problems(latents, metrics.latent_problem)
-    compared = Seed(
-        seed=seed,
-        identical=not problems and torch.equal(*latents),
-        latent_snr_db=None if problems else metrics.snr_db(*latents),
-        problems=problems,
-        **floor,
-    )
-    errors = [] if problems else _step_errors(first, other)
-    return Pair(compared, first.sigmas, errors, (first.samples, other.samples))
 
 
 def _problems(pair: Iterable, find: Callable[[torch.Tensor], str | None]) -> tuple[str, ...]:
@@ -355,30 +348,16 @@ def _steps(pairs: list[Pair]) -> Iterator[Step]:
             yield Step(index + 1, sigma, statistics.fmean(finite), max(finite))
 
 
-def _decoded(pair: Pair, decode: Callable | None, progress: RunProgress, keep: bool) -> Pair:
-    """A pair without its latents, with what their images show if there is a VAE.
-
-    Args:
-        keep: whether to keep the first image of each.
-    """
-    if decode is None:
-        return replace(pair, samples=())
-    images = [decode(samples) for samples in pair.samples]
-    progress.step(0, f"seed {pair.seed.seed}")
-    quality, notes = {}, ()
+def _with_images(seed: Seed, images: list[torch.Tensor], notes: list[str]) -> Seed:
+    """A seed with what its decoded images show."""
+    quality = {}
     if all(image.isfinite().all() for image in images):
         try:
             quality["psnr_db"], quality["ssim"] = metrics.quality(*images)
         except (ImportError, ValueError) as error:
-            notes = (f"PSNR and SSIM were not measured: {error}",)
-    problems = (*pair.seed.problems, *_problems(images, metrics.image_problem))
-    return replace(
-        pair,
-        seed=replace(pair.seed, problems=problems, **quality),
-        samples=(),
-        images=tuple(image[:1].cpu() for image in images) if keep else None,
-        notes=notes,
-    )
+            notes.append(f"PSNR and SSIM were not measured: {error}")
+    problems = (*seed.problems, *_problems(images, metrics.image_problem))
+    return replace(seed, problems=problems, **quality)
 
 
 def check_pair(reference, model) -> None:

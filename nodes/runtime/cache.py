@@ -146,8 +146,12 @@ class ModelState:
         self.prepared.clear()
         return freed
 
-    def prepare(self, module: torch.nn.Module, weight) -> tuple | None:
-        """As `prepared_weight`."""
+    def prepared_weight(self, module: torch.nn.Module, weight) -> tuple[torch.Tensor, ...] | None:
+        """A layer's prepared weight if it is kept or may be, else None.
+
+        Args:
+            weight: the QuantizedTensor as the layer runs it, on the device that it runs on.
+        """
         if not self._keeps:
             return None
         device = weight._qdata.device
@@ -165,12 +169,17 @@ class ModelState:
         self.prepared[module] = PreparedWeight(weakref.ref(module.weight), device, tensors)
         return tensors
 
+    def quantized_input(self, module: torch.nn.Module, x: torch.Tensor, form: str):
+        """What `kernels.quantize_input` made of x for a layer with siblings, else None."""
+        shared = self.shared_inputs.get(module)
+        return None if shared is None else shared.quantize(module, x, form)
 
-def model_state(model: torch.nn.Module) -> ModelState:
-    """The state of a model, made when it is first asked for."""
-    if not hasattr(model, _STATE):
-        setattr(model, _STATE, ModelState())
-    return getattr(model, _STATE)
+
+def model_state(module: torch.nn.Module) -> ModelState:
+    """The state of a model, made when it is first asked for; of a linear, its model's."""
+    if not hasattr(module, _STATE):
+        setattr(module, _STATE, ModelState())
+    return getattr(module, _STATE)
 
 
 def attach(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:
@@ -184,20 +193,3 @@ def attach(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:
             siblings = [children[n] for n in names if children.get(n) in linears]
             if len(siblings) > 1 and not all(m in state.shared_inputs for m in siblings):
                 state.shared_inputs.update(dict.fromkeys(siblings, SharedInput(len(siblings))))
-
-
-def prepared_weight(module: torch.nn.Module, weight) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A layer's prepared weight if it is kept or may be, else None.
-
-    Args:
-        weight: the QuantizedTensor as the layer runs it, on the device that it runs on.
-    """
-    state = getattr(module, _STATE, None)
-    return None if state is None else state.prepare(module, weight)
-
-
-def quantized_input(module: torch.nn.Module, x: torch.Tensor, form: str):
-    """What `kernels.quantize_input` made of x for a layer with siblings; None for one without."""
-    state = getattr(module, _STATE, None)
-    shared = None if state is None else state.shared_inputs.get(module)
-    return None if shared is None else shared.quantize(module, x, form)

@@ -12,7 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ... import kernels
 from ...kernels.ops import FLOATS
-from . import cache
+from .cache import model_state
 
 
 def left_to_stock(module) -> str | None:
@@ -67,9 +67,9 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             form = kernels.input_form(x, precision)
         if form is not None:
-            quantized = cache.quantized_input(module, x, form)
+            quantized = model_state(module).quantized_input(module, x, form)
         if form == "rowwise":
-            prepared = cache.prepared_weight(module, weight)
+            prepared = model_state(module).prepared_weight(module, weight)
         out = kernels.linear(
             x,
             weight._qdata,

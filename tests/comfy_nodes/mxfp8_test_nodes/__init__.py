@@ -462,7 +462,7 @@ class TestKeeping(_Node):
             clone = model.clone()
             clone.__class__ = type(name, (type(clone),), members)
             state.keep(clone, wanted=True)
-            prepared = [cache.prepared_weight(m, m.weight) for m in linears]
+            prepared = [state.prepared_weight(m, m.weight) for m in linears]
             kept[name] = sum(weight is not None for weight in prepared)
             del clone, prepared
             gc.collect()
