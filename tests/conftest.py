@@ -32,14 +32,14 @@ def comfy(tmp_path_factory):
 
 @pytest.fixture
 def forget():
-    """Forgets which backends were chosen, before a test that changes what there is to choose and
-    after it; can be called in between."""
+    """Clears the cached choices of backends, before and after a test that changes what can be
+    chosen; call it to clear them in between."""
 
     def clear() -> None:
         for cache in (
             dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._warn_exact,
         ):  # fmt: skip
-            getattr(cache, "cache_clear", lambda: None)()  # a test may have put another there
+            getattr(cache, "cache_clear", lambda: None)()  # a test may have replaced it
 
     clear()
     yield clear
@@ -48,7 +48,7 @@ def forget():
 
 @pytest.fixture
 def prefer(monkeypatch, forget):
-    """prefer(name, **changes): the backend that takes fast linears of many rows on the CPU."""
+    """prefer(name, **changes): make a backend take fast linears of many rows on the CPU."""
 
     def insert(name: str, **changes) -> None:
         def unsupported_reason(problem):
@@ -67,7 +67,7 @@ def prefer(monkeypatch, forget):
 
 @pytest.fixture
 def card(monkeypatch, forget):
-    """card(capability, triton=reason or None, platform=...): a GPU that is not there."""
+    """card(capability, triton=reason or None, platform=...): simulate an NVIDIA GPU."""
 
     def insert(capability, triton=None, platform="linux", torch_runs=True):
         monkeypatch.setattr(device_facts, "capability", lambda device: capability)

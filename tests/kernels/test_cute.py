@@ -1,7 +1,7 @@
-"""The CuTe kernels without a GPU: compiled, looked at, and their PTX run on the CPU.
+"""The CuTe kernels without a GPU: compiled, inspected, and their PTX executed on the CPU.
 
-`ptx_machine` runs it, instruction by instruction, by the PTX ISA. That a GPU does the same is for
-the backend's self-test to find.
+`ptx_machine` executes it, instruction by instruction, by the PTX ISA. Whether a GPU does the same
+is for the backend's self-test to find.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESERVED = 1_024  # bytes of shared memory that each block takes besides its own
 
 @pytest.fixture
 def dsl():
-    """Skips where CuTe DSL cannot be: CI has it."""
+    """Skips without CuTe DSL; CI has it."""
     if mx.dsl_unsupported_reason() is not None:
         pytest.skip(mx.dsl_unsupported_reason())
 
@@ -59,15 +59,15 @@ def code_of(sass: str) -> Counter:
     return Counter(re.findall(line, sass, re.MULTILINE))
 
 
-# What was compiled.
+# ---- what was compiled ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", MATRIX)
 def test_every_matrix_instruction_applies_block_scales(arch, dsl, tmp_path):
     made = compiled(arch)
-    found = re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\.[\w.:]+", made.ptx)
-    assert len(found) == (4 if MATRIX[arch] == "UTCQMMA" else 64)
-    assert all("kind::mxf8f6f4.block_scale.scale_vec::1X" in name for name in found)
+    names = re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\.[\w.:]+", made.ptx)
+    assert len(names) == (4 if MATRIX[arch] == "UTCQMMA" else 64)
+    assert all("kind::mxf8f6f4.block_scale.scale_vec::1X" in name for name in names)
     if arch in DISASSEMBLED:
         code = code_of(disassembled(made.cubin, tmp_path, "-sass"))
         assert {name.partition(".")[0] for name in code if "MMA" in name} == {MATRIX[arch]}
@@ -107,7 +107,7 @@ def test_datacenter_cards_fetch_by_their_memory_accelerator(dsl, tmp_path):
 
 
 def test_descriptors_are_those_of_the_librarys_own_atom(dsl, tmp_path):
-    """Of matrices, scales and instructions: what stands in its PTX, or the terms of a sum."""
+    """Of matrices, scales and instructions: literals in its PTX, or the terms of a sum."""
     import cute_atom
 
     from mxfp8.kernels.backends.cute import sm100 as ours
@@ -138,7 +138,7 @@ def test_the_layouts_of_shared_memory(dsl):
         assert len({rows(lane) for lane in range(32)}) == 32
 
 
-# What its PTX computes.
+# ---- what its PTX computes ------------------------------------------------------------------
 
 
 def problem(M, N, K, dtype, bias):
@@ -147,32 +147,33 @@ def problem(M, N, K, dtype, bias):
     x, weight = (torch.randn(rows, K, generator=generator) for rows in (M, N))
     x[0, :32] *= 64
     x[M // 2] = 0
-    tokens, stored = reference.quantize(x), reference.quantize(weight)
+    quantized_input, stored = reference.quantize(x), reference.quantize(weight)
     added = torch.randn(N, generator=generator).to(dtype) if bias else None
-    wanted = reference.linear(x, *stored, added if added is None else added.float(), N, K, "fast")
-    return tokens, (stored[0][:N], stored[1]), added, wanted.double()
+    expected = reference.linear(x, *stored, added if added is None else added.float(), N, K, "fast")
+    return quantized_input, (stored[0][:N], stored[1]), added, expected.double()
 
 
-def run(ptx, arch, tokens, weight, bias, dtype, M, N, eager=False):
+def run(ptx, arch, quantized_input, weight, bias, dtype, M, N, eager=False):
     """Every block of the grid, one after the other: [M, N] of `dtype`."""
     from ptx_machine import Block, Memory, TensorMap
 
     memory = Memory()
     out = torch.full((M, N), torch.nan, dtype=dtype)
     bias = torch.empty(0, dtype=dtype) if bias is None else bias
-    (a, a_scale, b, b_scale) = (part.view(torch.uint8).numpy() for part in (*tokens, *weight))
+    operands = (*quantized_input, *weight)
+    a, a_scale, b, b_scale = (part.view(torch.uint8).numpy() for part in operands)
     bias, result = (memory.add(part.view(torch.uint8).numpy()) for part in (bias, out))
     tiles = a_scale.shape[1] // 4
     if MATRIX[arch] == "UTCQMMA":  # a tensor map, and where in it, for each matrix
-        given = [TensorMap(a), 0, memory.add(a_scale), TensorMap(b), 0, memory.add(b_scale)]
-        given += [bias, result, tiles, M, N]
+        arguments = [TensorMap(a), 0, memory.add(a_scale), TensorMap(b), 0, memory.add(b_scale)]
+        arguments += [bias, result, tiles, M, N]
     else:
-        given = [memory.add(part) for part in (a, a_scale, b, b_scale)]
-        given += [bias, result, a.shape[0], b.shape[0], a.shape[1], tiles, M, N]
+        arguments = [memory.add(part) for part in (a, a_scale, b, b_scale)]
+        arguments += [bias, result, a.shape[0], b.shape[0], a.shape[1], tiles, M, N]
     made = compiled(arch)
     for row in range(-(-M // 128)):
         for column in range(-(-N // 128)):
-            block = Block(ptx, memory, given, (row, column), made.threads, made.shared, eager)
+            block = Block(ptx, memory, arguments, (row, column), made.threads, made.shared, eager)
             block.run()
     return out.double()
 
@@ -181,10 +182,10 @@ def run(ptx, arch, tokens, weight, bias, dtype, M, N, eager=False):
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
 
 
-def wrong(found, wanted, dtype) -> float:
+def wrong(actual, expected, dtype) -> float:
     """The largest error, of what it may be."""
-    allowed = wanted.abs() * ROUNDING[dtype] + 1e-6 * wanted.abs().amax(1, keepdim=True) + 1e-6
-    return float(((found - wanted).abs() / allowed).nan_to_num(torch.inf).max())
+    allowed = expected.abs() * ROUNDING[dtype] + 1e-6 * expected.abs().amax(1, keepdim=True) + 1e-6
+    return float(((actual - expected).abs() / allowed).nan_to_num(torch.inf).max())
 
 
 CASES = [
@@ -197,10 +198,10 @@ CASES = [
 @pytest.mark.parametrize(("M", "N", "K", "dtype", "bias", "eager"), CASES)
 @pytest.mark.parametrize("arch", DISASSEMBLED)
 def test_the_compiled_kernel_computes_what_the_oracle_does(arch, M, N, K, dtype, bias, eager, dsl):
-    tokens, weight, added, wanted = problem(M, N, K, dtype, bias)
+    quantized_input, weight, added, expected = problem(M, N, K, dtype, bias)
     ptx = compiled(arch, dtype, bias).ptx
-    found = run(ptx, arch, tokens, weight, added, dtype, M, N, eager)
-    assert wrong(found, wanted, dtype) <= 1
+    actual = run(ptx, arch, quantized_input, weight, added, dtype, M, N, eager)
+    assert wrong(actual, expected, dtype) <= 1
 
 
 @pytest.mark.gpu
@@ -212,11 +213,11 @@ def test_a_card_computes_what_the_oracle_does(M, N, K, dtype, bias):
     reason = mx.unsupported_reason(LINEAR) if torch.cuda.is_available() else "needs a CUDA GPU"
     if reason is not None:
         pytest.skip(reason)
-    tokens, weight, added, wanted = problem(M, N, K, dtype, bias)
-    tokens, weight = ([part.to(DEVICE) for part in parts] for parts in (tokens, weight))
+    *operands, added, expected = problem(M, N, K, dtype, bias)
+    operands = ([part.to(DEVICE) for part in parts] for parts in operands)
     added = added if added is None else added.to(DEVICE)
-    found = mx.matmul(tokens, weight, added, dtype, M, N)
-    assert wrong(found.cpu().double(), wanted, dtype) <= 1
+    actual = mx.matmul(*operands, added, dtype, M, N)
+    assert wrong(actual.cpu().double(), expected, dtype) <= 1
 
 
 # What is broken -> the architecture, what is in the PTX, and what instead.
@@ -236,40 +237,40 @@ FLAWS = {
 
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_a_flaw_in_a_kernel_is_found(flaw, dsl):
-    """So that what runs PTX is strict enough to believe it."""
+    """The machine is strict enough to rely on."""
     arch, before, after = FLAWS[flaw]
     M, N, K, dtype = 40, 33, 160, torch.float32
-    tokens, weight, _, wanted = problem(M, N, K, dtype, False)
+    quantized_input, weight, _, expected = problem(M, N, K, dtype, False)
     ptx = compiled(arch, dtype, False).ptx
     assert before in ptx
     try:
-        found = run(ptx.replace(before, after), arch, tokens, weight, None, dtype, M, N)
+        actual = run(ptx.replace(before, after), arch, quantized_input, weight, None, dtype, M, N)
     except (AssertionError, RuntimeError):
         return
-    assert wrong(found, wanted, dtype) > 100
+    assert wrong(actual, expected, dtype) > 100
 
 
-# When it runs.
+# ---- when it runs ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def card(monkeypatch):
     """card(capability): as if there were such an NVIDIA GPU."""
-    return lambda found: monkeypatch.setattr(device_facts, "capability", lambda device: found)
+    return lambda version: monkeypatch.setattr(device_facts, "capability", lambda device: version)
 
 
-@pytest.mark.parametrize("found", mx.ARCHITECTURES)
-def test_blackwell_is_accepted(found, card, dsl):
-    card(found)
+@pytest.mark.parametrize("capability", mx.ARCHITECTURES)
+def test_blackwell_is_supported(capability, card, dsl):
+    card(capability)
     assert mx.unsupported_reason(LINEAR) is None
 
 
-@pytest.mark.parametrize("found", [(9, 0), (8, 9), (11, 0), (12, 2), (13, 0), (20, 0), None])
-def test_every_other_card_is_refused_by_what_it_is(found, card):
-    card(found)
-    have = f"this one has {found[0]}.{found[1]}" if found else "this is cuda"
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9), (11, 0), (12, 2), (13, 0), (20, 0), None])
+def test_every_other_card_is_unsupported_with_what_it_is(capability, card):
+    card(capability)
+    actual = "this one has {}.{}".format(*capability) if capability else "this is cuda"
     assert mx.unsupported_reason(LINEAR) == (
-        f"needs NVIDIA Blackwell, compute capability 10.0, 10.3, 12.0 or 12.1; {have}"
+        f"needs NVIDIA Blackwell, compute capability 10.0, 10.3, 12.0 or 12.1; {actual}"
     )
 
 
@@ -293,7 +294,7 @@ def test_without_the_package_it_says_what_to_install(package, card):
     assert mx.unsupported_reason(LINEAR) == "needs CuTe DSL: pip install nvidia-cutlass-dsl"
 
 
-def test_an_old_package_is_refused(package, monkeypatch):
+def test_an_old_package_is_unsupported(package, monkeypatch):
     old = types.ModuleType("cutlass")
     old.__version__, old.__path__ = "4.2.0", []
     package(old)
@@ -301,7 +302,7 @@ def test_an_old_package_is_refused(package, monkeypatch):
     assert mx.dsl_unsupported_reason() == "CuTe DSL 4.2.0 is too old; 4.8 or later works"
 
 
-def test_a_broken_package_is_refused_with_what_it_says(package):
+def test_a_broken_package_is_unsupported_with_its_error(package):
     package(types.ModuleType("cutlass"))  # no package: nothing can be in it
     assert "CuTe DSL" in mx.dsl_unsupported_reason()
 
@@ -323,18 +324,17 @@ def test_importing_the_package_does_not_import_cutlass():
         "import sys, mxfp8.kernels.ops, mxfp8.kernels.backends.cute.mx; "
         "print('cutlass' in sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
-# What it is called with.
+# ---- its arguments --------------------------------------------------------------------------
 
 STORED = reference.quantize(torch.randn(40, 96, generator=torch.Generator().manual_seed(0)))
 OTHER = reference.quantize(torch.randn(40, 160, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "weight", "dtype", "M", "N", "message"),
+    ("quantized_input", "weight", "dtype", "M", "N", "message"),
     [
         (
             STORED,
@@ -350,12 +350,12 @@ OTHER = reference.quantize(torch.randn(40, 160, generator=torch.Generator().manu
         ((STORED[0][:, :90], STORED[1]), STORED, torch.bfloat16, 40, 40, "a multiple of 32"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(tokens, weight, dtype, M, N, message):
+def test_operands_that_do_not_match_raise(quantized_input, weight, dtype, M, N, message):
     with pytest.raises(ValueError, match=message):
-        mx.matmul(tokens, weight, None, dtype, M, N)
+        mx.matmul(quantized_input, weight, None, dtype, M, N)
 
 
-def test_an_unknown_architecture_is_refused_by_name():
+def test_an_unknown_architecture_raises_with_its_name():
     with pytest.raises(
         ValueError, match="no CuTe kernel for 'sm_90a'; there are kernels for sm_100a"
     ):

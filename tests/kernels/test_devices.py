@@ -1,6 +1,6 @@
-"""Which backend each device gets, why the others are refused, and what prefers one by itself.
+"""Which backend each device gets, why others do not support it, and when results prefer one.
 
-The devices are not here: facts of theirs that are asked for (`kernels/launch.py`) are made up.
+The devices are not present: `kernels/device_facts.py` is patched with their facts.
 """
 
 import json
@@ -61,8 +61,8 @@ def test_every_device_has_a_backend_for_everything(name, has_triton, standing_on
     for small_m in (False, True):
         for precision in dispatch.PRECISIONS:
             problem = Problem("linear", device, torch.bfloat16, precision, small_m)
-            wanted = exact if small_m or precision == "exact" else fast.get(name, exact)
-            assert dispatch._choose(problem, None)[0].name == wanted, (precision, small_m)
+            expected = exact if small_m or precision == "exact" else fast.get(name, exact)
+            assert dispatch._choose(problem, None)[0].name == expected, (precision, small_m)
     for op in ("quantize", "dequantize"):
         assert dispatch._choose(Problem(op, device, torch.bfloat16), None)[0].name == exact
     for status in kernels.list_backends(device):
@@ -75,40 +75,40 @@ def reasons(device) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_refusals_say_what_a_device_lacks(name, standing_on):
+def test_unsupported_reasons_say_what_a_device_lacks(name, standing_on):
     device = standing_on(name)
     _, capability, architecture = DEVICES[name]
-    said = reasons(device)
+    reason = reasons(device)
     here = (
         f"this one has {name[3:-1]}.{name[-1]}" if capability else f"this is {architecture or name}"
     )
     if name in BLOCK_CARDS:
-        assert said["torch_mx"] is None
+        assert reason["torch_mx"] is None
     else:
-        assert said["torch_mx"].endswith(here) and "NVIDIA Blackwell" in said["torch_mx"]
+        assert reason["torch_mx"].endswith(here) and "NVIDIA Blackwell" in reason["torch_mx"]
     if name not in FP8_CARDS | BLOCK_CARDS:
-        assert said["fp8"].endswith(here) and "8.9 (RTX 40)" in said["fp8"]
+        assert reason["fp8"].endswith(here) and "8.9 (RTX 40)" in reason["fp8"]
     if name in ("sm_130", "sm_142"):
         version = "{}.{}".format(*capability)
-        assert said["triton_mx"] == f"was never compiled for compute capability {version}"
+        assert reason["triton_mx"] == f"was never compiled for compute capability {version}"
     elif name in BLOCK_CARDS or architecture == "gfx950":
-        assert said["triton_mx"] is None
+        assert reason["triton_mx"] is None
     else:
-        assert said["triton_mx"].endswith(here)
+        assert reason["triton_mx"].endswith(here)
 
 
 @pytest.mark.parametrize(
-    ("name", "triton", "refused"),
+    ("name", "triton", "unsupported"),
     [("sm_100", "3.6.0", False), ("sm_120", "3.5.1", True), ("sm_121", "3.6.0", True),
      ("sm_110", "3.8.2", True), ("sm_110", "3.9.0", False), ("gfx950", "3.6.0", False)],
 )  # fmt: skip
-def test_a_triton_that_would_not_scale_blocks_is_refused(name, triton, refused, standing_on):
-    """On sm_121, Triton 3.6 multiplies in bfloat16 without a word."""
-    said = reasons(standing_on(name, triton))["triton_mx"]
-    if refused:
-        assert said.startswith("needs Triton 3.") and said.endswith(f"this is {triton}")
+def test_a_triton_without_block_scales_is_unsupported(name, triton, unsupported, standing_on):
+    """On sm_121, Triton 3.6 silently multiplies in bfloat16."""
+    reason = reasons(standing_on(name, triton))["triton_mx"]
+    if unsupported:
+        assert reason.startswith("needs Triton 3.") and reason.endswith(f"this is {triton}")
     else:
-        assert said is None
+        assert reason is None
 
 
 @pytest.mark.parametrize("name", ["sm_130", "sm_142"])
@@ -119,14 +119,14 @@ def test_a_card_of_the_future_that_fails_its_self_test_runs_exact(name, standing
         Problem("linear", device, torch.bfloat16, "auto"), None
     )  # fmt: skip
     assert (backend.name, precision) == ("triton", "exact")
-    said = {status.name: status.reason for status in kernels.list_backends(device)}
-    assert said["torch_mx"] == said["fp8"] == "no kernel image"
+    listed = {status.name: status.reason for status in kernels.list_backends(device)}
+    assert listed["torch_mx"] == listed["fp8"] == "no kernel image"
 
 
 # ---- what a results file has to show ---------------------------------------------------------
 
 
-def test_what_comes_first_by_itself_is_backed_by_a_results_file():
+def test_what_is_preferred_is_backed_by_a_results_file():
     """That it is right on that card, and faster than torch_mx in the same run."""
     for capability, preferred in dispatch.MEASURED.items():
         for name, file in preferred.items():
@@ -141,12 +141,12 @@ def test_what_comes_first_by_itself_is_backed_by_a_results_file():
 
 def test_only_the_card_that_was_measured_prefers_what_was_measured(standing_on, monkeypatch):
     monkeypatch.setattr(dispatch, "MEASURED", {(12, 0): {"triton_mx": "a card.json"}})
-    for name, wanted in (("sm_120", "triton_mx"), ("sm_100", "torch_mx"), ("sm_90", "fp8")):
+    for name, expected in (("sm_120", "triton_mx"), ("sm_100", "torch_mx"), ("sm_90", "fp8")):
         device = standing_on(name)
         problem = Problem("linear", device, torch.bfloat16, "auto")
-        assert dispatch._choose(problem, None)[0].name == wanted
-        said = {status.name: status for status in kernels.list_backends(device)}
-        assert said["triton_mx"].available == (name == "sm_120")
+        assert dispatch._choose(problem, None)[0].name == expected
+        listed = {status.name: status for status in kernels.list_backends(device)}
+        assert listed["triton_mx"].available == (name == "sm_120")
         exact = dispatch._choose(Problem("linear", device, torch.bfloat16, "exact"), None)
         assert exact[0].name == "triton"
 
@@ -174,5 +174,5 @@ def test_a_results_file_that_shows_too_little_is_not_enough():
     one = measured(rows=right["rows"][:2])
     assert "in 1 problems" in report.prefers(one, "triton_mx", (12, 0))
     slow = [{**r, "us": 110.0} if r["backend"] == "triton_mx" else r for r in right["rows"]]
-    said = report.prefers(measured(rows=slow), "triton_mx", (12, 0))
-    assert said == "takes 1.10 of torch_mx's time over 2 problems"
+    reason = report.prefers(measured(rows=slow), "triton_mx", (12, 0))
+    assert reason == "takes 1.10 of torch_mx's time over 2 problems"

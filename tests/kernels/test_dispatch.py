@@ -1,4 +1,4 @@
-"""Choosing a backend: what is offered, what is refused and why, and that a choice is made once."""
+"""Choosing a backend: which ones support a problem, why others do not, and one choice per kind."""
 
 import logging
 import subprocess
@@ -32,15 +32,15 @@ def oracle(precision):
 
 
 class Recorder:
-    """Backends that note what they are asked, refuse what they are told to, and answer zeros."""
+    """Backends that record each problem, and do not support some precisions."""
 
     def __init__(self):
         self.asked = []
 
-    def backend(self, name, refuses=(), automatic=True):
+    def backend(self, name, unsupported=(), automatic=True):
         def unsupported_reason(problem):
             self.asked.append((name, problem))
-            return f"{name} cannot" if problem.precision in refuses else None
+            return f"{name} cannot" if problem.precision in unsupported else None
 
         def linear(x, qdata, scale, bias, rows, cols, precision):
             return torch.full((x.shape[0], rows), {"exact": 1.0, "fast": 2.0}[precision])
@@ -50,11 +50,11 @@ class Recorder:
 
 @pytest.fixture
 def offer(monkeypatch):
-    """offer(name=refused precisions, ...) replaces the list of backends, and returns a Recorder."""
+    """offer(name=unsupported precisions, ...) replaces the backends and returns a Recorder."""
 
     def replace(**backends):
         recorder = Recorder()
-        made = tuple(recorder.backend(name, refuses) for name, refuses in backends.items())
+        made = tuple(recorder.backend(*item) for item in backends.items())
         monkeypatch.setattr(dispatch, "BACKENDS", made)
         return recorder
 
@@ -91,7 +91,7 @@ def test_the_list_is_for_the_gpu_where_there_is_one(cuda, expected, offer, monke
     assert [problem.device.type for _, problem in recorder.asked] == [expected]
 
 
-def test_the_list_gives_the_reason_of_a_refusal(offer):
+def test_the_list_says_why_a_backend_is_not_used(offer):
     offer(a=("exact",), b=())
     assert [str(status) for status in kernels.list_backends("cpu")] == [
         "a: made up (not used: a cannot)",
@@ -133,8 +133,7 @@ def test_a_backend_that_only_multiplies_leaves_the_rest_to_others(name, monkeypa
 
 def test_choosing_imports_no_compiler():
     code = "import sys, mxfp8.kernels.ops; print('torch._dynamo' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_the_reference_never_runs_unnamed():
@@ -142,7 +141,7 @@ def test_the_reference_never_runs_unnamed():
         assert dispatch.choose("linear", X, precision)[0].name != "reference"
 
 
-def test_the_first_that_does_not_refuse_is_chosen(offer):
+def test_the_first_backend_that_supports_a_problem_is_chosen(offer):
     recorder = offer(a=("exact", "fast"), b=(), c=())
     assert ran("exact") == "exact"
     problem = Problem("linear", X.device, X.dtype, "exact", small_m=True)
@@ -181,7 +180,7 @@ def test_fast_without_a_fast_backend_runs_exact_and_says_so_once(offer, caplog):
 
 
 @pytest.mark.parametrize("precision", ["auto", "exact"])
-def test_exact_is_no_news_unless_fast_was_asked_for(precision, offer, caplog):
+def test_exact_gives_no_warning_unless_fast_was_requested(precision, offer, caplog):
     offer(a=("fast",))
     assert ran(precision) == "exact"
     assert caplog.records == []
@@ -196,7 +195,7 @@ def test_eager_runs_exact_when_fast_is_asked_of_it(caplog):
     assert len(caplog.records) == 1
 
 
-def test_a_problem_that_all_refuse_is_an_error_every_time(offer):
+def test_a_problem_that_no_backend_supports_is_an_error_every_time(offer):
     offer(a=("exact", "fast"), b=("exact", "fast"))
     message = r"takes linear of torch.float32 on cpu at precision 'auto': .*; b \(exact\): b cannot"
     for _ in range(2):
@@ -204,7 +203,7 @@ def test_a_problem_that_all_refuse_is_an_error_every_time(offer):
             kernels.linear(X, *STORED)
 
 
-def test_a_forced_backend_that_refuses_is_an_error_though_others_would_do(offer):
+def test_a_forced_backend_without_support_is_an_error_though_others_have_it(offer):
     offer(a=("exact", "fast"), b=())
     with (
         kernels.use_backend("a"),
@@ -214,7 +213,7 @@ def test_a_forced_backend_that_refuses_is_an_error_though_others_would_do(offer)
     assert ran("exact") == "exact"
 
 
-def test_an_unknown_backend_is_refused_with_the_names_there_are(offer):
+def test_an_unknown_backend_raises_with_the_known_names(offer):
     offer(a=(), b=())
     message = "no MXFP8 backend is called 'quick'; there are: a, b"
     with pytest.raises(ValueError, match=message), kernels.use_backend("quick"):

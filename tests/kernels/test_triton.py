@@ -71,20 +71,20 @@ MATRIX = {
     "rowwise_matmul_kernel": {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"},
     "mx_kernel": {100: "UTCQMMA", 120: "QMMA"},
 }
-# Of the kernel for few rows, from 64 rows on: instructions of a group of warps.
-FEW = {90: "HGMMA", 100: "UTCHMMA"}
+# Of the small M kernel at M = 64: instructions of a warp group.
+SMALL_M_64 = {90: "HGMMA", 100: "UTCHMMA"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_use_the_matrix_instructions_that_are_meant(arch):
     meant = {kernel: by_arch.get(arch) for kernel, by_arch in MATRIX.items()}
-    found = {name for name, _ in binaries(arch)}
-    assert {kernel for kernel, mnemonic in meant.items() if mnemonic} == found & meant.keys()
+    actual = {name for name, _ in binaries(arch)}
+    assert {kernel for kernel, mnemonic in meant.items() if mnemonic} == actual & meant.keys()
     for (name, config), binary in binaries(arch).items():
-        wanted = meant.get(name)
+        expected = meant.get(name)
         if name == "small_m_kernel" and "<= 64" in config:
-            wanted = FEW.get(arch, wanted)
-        assert binary.matrix.keys() == ({wanted} if wanted else set()), (name, config)
+            expected = SMALL_M_64.get(arch, expected)
+        assert binary.matrix.keys() == ({expected} if expected else set()), (name, config)
 
 
 @pytest.mark.parametrize("arch", [100, 120])
@@ -113,17 +113,17 @@ ONE_ROW = {("one_row_kernel", "x_ptr"), ("one_row_kernel", "out_ptr")}
 
 def offsets(ttir: str) -> dict[str, list[str]]:
     """Pointer argument -> the types of the offsets that are added to it, in order."""
-    made, found = {}, {}
+    operand_of, types_of = {}, {}
     for line in ttir.splitlines():
         if match := re.match(r"\s*(%\w+) = (\S+) (%\w+)", line):
             result, operation, operand = match.groups()
-            made[result] = operand
+            operand_of[result] = operand
             if operation == "tt.addptr":
-                while operand in made:
-                    operand = made[operand]
+                while operand in operand_of:
+                    operand = operand_of[operand]
                 types = line.partition(" : ")[2]
-                found.setdefault(operand.lstrip("%"), []).append(types.rpartition(" loc(")[0])
-    return {name: [t.rpartition(", ")[2] for t in types] for name, types in found.items()}
+                types_of.setdefault(operand.lstrip("%"), []).append(types.rpartition(" loc(")[0])
+    return {name: [t.rpartition(", ")[2] for t in types] for name, types in types_of.items()}
 
 
 @pytest.mark.parametrize("arch", [90, 120])
@@ -150,8 +150,8 @@ def test_e4m3_is_converted_by_instructions_where_there_are_some(arch):
 
 def test_hopper_fetches_tiles_by_its_memory_accelerator():
     for (name, config), binary in binaries(90).items():
-        found = any(i.startswith("UTMALDG") for i in binary.instructions)
-        assert found == (name == "rowwise_matmul_kernel"), (name, config)
+        actual = any(i.startswith("UTMALDG") for i in binary.instructions)
+        assert actual == (name == "rowwise_matmul_kernel"), (name, config)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -174,13 +174,13 @@ def compile_with_newest(arch: str, *arguments: str) -> list[dict]:
 
 def test_the_newest_triton_compiles_every_kernel_too():
     """In one architecture; others below."""
-    found = compile_with_newest("90")
-    assert {(b["kernel"], b["config"]) for b in found} == set(binaries(90))
-    assert set(found[0]) == {
+    actual = compile_with_newest("90")
+    assert {(b["kernel"], b["config"]) for b in actual} == set(binaries(90))
+    assert set(actual[0]) == {
         "kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies",
         "instructions",
     }  # fmt: skip
-    for binary in found:
+    for binary in actual:
         assert binary["shared"] <= aot.SHARED[90]
         if binary["kernel"] == "rowwise_matmul_kernel":
             assert any(i.startswith("QGMMA") for i in binary["instructions"])
@@ -196,13 +196,13 @@ def test_the_newest_triton_has_block_scales_on_every_card_that_has_them():
     recorded = {r["arch"]: r for r in committed() if r["triton"] == INTERPRETER}
     with ThreadPoolExecutor(2) as pool:
         every = pool.map(lambda arch: compile_with_newest(arch, "--one"), SCALED)
-    for (arch, instruction), found in zip(SCALED.items(), list(every), strict=True):
+    for (arch, instruction), actual in zip(SCALED.items(), list(every), strict=True):
         run = recorded[arch if arch.startswith("gfx") else f"sm_{arch}"]
-        assert all(kept(aot.Binary(**b)) in run["kernels"] for b in found), arch
-        for binary in found:
+        assert all(kept(aot.Binary(**b)) in run["kernels"] for b in actual), arch
+        for binary in actual:
             assert binary["spills"] == 0 and binary["shared"] <= aot.SHARED[aot._arch(arch)]
             assert binary["block_scaled"] == (binary["kernel"] == "mx_kernel")
-        (scaled,) = (b for b in found if b["kernel"] == "mx_kernel")
+        (scaled,) = (b for b in actual if b["kernel"] == "mx_kernel")
         assert aot.Binary(**scaled).matrix.keys() == {instruction}
         assert (scaled["scale_copies"] > 0) == (instruction == "UTCQMMA")
 
@@ -213,8 +213,8 @@ def committed() -> list[dict]:
 
 def kept(binary: aot.Binary) -> dict:
     """What compiled.json has of a kernel."""
-    found = {n: v for n, v in vars(binary).items() if n != "instructions"}
-    return found | {"matrix": binary.matrix}
+    actual = {n: v for n, v in vars(binary).items() if n != "instructions"}
+    return actual | {"matrix": binary.matrix}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -225,8 +225,8 @@ def test_what_is_committed_is_what_is_compiled(arch):
     assert runs[0]["kernels"] == [kept(binary) for binary in binaries(arch).values()]
 
 
-def test_the_committed_results_back_what_is_refused_by_architecture():
-    """`launch.BLOCK_SCALED` has the cards, each with the first Triton that was seen to scale."""
+def test_the_committed_results_back_the_versions_of_triton_that_are_required():
+    """`device_facts.BLOCK_SCALED`: each card with the first Triton that compiled block scales."""
     natives = {}
     for run in committed():
         scaled = [k for k in run["kernels"] if k["kernel"] == "mx_kernel"]
@@ -248,7 +248,7 @@ def test_the_table_names_every_kernel(capsys):
         assert name in printed and config in printed
 
 
-def test_an_argument_that_a_kernel_lacks_is_refused():
+def test_an_argument_that_a_kernel_does_not_have_raises():
     build = next(aot.builds(90))
     wrong = aot.Build(build.kernel, "", build.types | {"extra": "i32"}, {})
     with pytest.raises(ValueError, match=r"unknown \['extra'\], missing \['C', 'HARDWARE', 'R'\]"):
@@ -264,7 +264,7 @@ def test_every_size_of_matmul_has_tiles(arch):
             assert fp8_gemm.config_for(arch, M, dtype)["BM"] >= 64
 
 
-def test_why_there_is_no_triton_is_told(monkeypatch):
+def test_the_reason_why_triton_cannot_be_used(monkeypatch):
     device_facts.triton_unsupported_reason.cache_clear()
     assert device_facts.triton_unsupported_reason() is None
     device_facts.triton_unsupported_reason.cache_clear()

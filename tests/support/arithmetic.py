@@ -1,6 +1,6 @@
-"""The specification of MXFP8 on Python's exact numbers, for tests.
+"""The MXFP8 specification in exact rational arithmetic, for tests.
 
-It shares nothing with the package, and does not rely on how torch rounds.
+It shares no code with the package, and does not depend on how torch rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def power(exponent: int) -> Fraction:
 
 
 def magnitude(code: int) -> Fraction:
-    """The value of an E4M3 code 0x00..0x7E: 4 bits of exponent, bias 7, and 3 of mantissa."""
+    """The value of an E4M3 code 0x00..0x7E: 4 exponent bits with bias 7, 3 mantissa bits."""
     exponent, mantissa = divmod(code, 8)
     return Fraction(mantissa, 512) if exponent == 0 else (8 + mantissa) * power(exponent - 10)
 
@@ -30,7 +30,7 @@ MAGNITUDES = [magnitude(code) for code in range(127)]
 
 @cache
 def nearest(size: Fraction) -> int:
-    """The code of the E4M3 value nearest to a size of at most 448; of two, the even code."""
+    """The code of the E4M3 value nearest to a magnitude of at most 448; ties to the even code."""
     low = bisect_right(MAGNITUDES, size) - 1
     high = min(low + 1, 126)
     return min(low, high, key=lambda code: (abs(MAGNITUDES[code] - size), code % 2))
@@ -46,7 +46,7 @@ def scale_exponent(amax: Fraction) -> int:
 
 
 def block_by_hand(values: list[float]) -> tuple[int, list[int]]:
-    """Scale byte and codes of a block, as the oracle's docstring states the rules."""
+    """Scale byte and codes of a block, by the rules in the oracle's docstring."""
     x = torch.tensor(values, dtype=torch.float64)
     if not x.isfinite().all():
         return 0xFF, [0] * len(values)
@@ -59,14 +59,14 @@ def block_by_hand(values: list[float]) -> tuple[int, list[int]]:
 
 
 def scale_offset(row: int, col: int, blocks: int) -> int:
-    """The published place of a scale in the tiled order."""
+    """The offset of a scale in the tiled order, as cuBLAS documents it."""
     tiles = -(-blocks // 4)
     tile = (row // 128) * tiles + col // 4
     return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + col % 4
 
 
 def all_magnitudes(rows, cols, dtype, seed=0):
-    """All magnitudes that a dtype has, with blocks of zeros, NaN, Inf, tiny and huge values."""
+    """Values of all magnitudes of a dtype, with blocks of zeros, NaN, Inf, tiny and huge values."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, cols, generator=generator)
     x *= torch.exp2(torch.randint(-40, 12, (rows, cols), generator=generator).float())

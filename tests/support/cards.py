@@ -1,4 +1,4 @@
-"""Compute capabilities of cards that are not there."""
+"""Compute capabilities of cards, for tests without one."""
 
 CARDS = {
     "Turing": (7, 5), "Ampere": (8, 0), "GeForce 30": (8, 6), "Ada": (8, 9), "Hopper": (9, 0),

@@ -1,4 +1,4 @@
-"""A block-scaled multiplication by CuTe's own atom and layouts, compiled to compare with ours."""
+"""A block-scaled matmul with CuTe's own atom and layouts, compiled for comparison with ours."""
 
 import cutlass
 from cutlass import Float8E4M3FN, Float8E8M0FNU, Float32, Int32, cute

@@ -14,17 +14,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1), (3, 31), (33, 100), (129, 128), (128, 257), (257, 384))
 
 
-def same(found, wanted) -> bool:
+def same(actual, expected) -> bool:
     """Equal values; a NaN is a NaN."""
-    found, wanted = found.cpu().float(), wanted.float()
-    return bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
+    actual, expected = actual.cpu().float(), expected.float()
+    return bool(((actual == expected) | (actual.isnan() & expected.isnan())).all())
 
 
 def check_quantize(x, device):
-    found = cast.quantize(x.to(device))
-    for got, wanted in zip(found, reference.quantize(x), strict=True):
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8))
+    actual = cast.quantize(x.to(device))
+    for got, expected in zip(actual, reference.quantize(x), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,8 +61,8 @@ def test_dequantize_has_the_bits_of_the_oracle_for_every_code_and_scale(dtype, d
     code = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     byte = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 8)
     stored = code.view(torch.float8_e4m3fn), layout.tile(byte.contiguous())
-    found = cast.dequantize(*(part.to(device) for part in stored), dtype, 256, 256)
-    assert same(found, reference.dequantize(*stored, dtype, 256, 256))
+    actual = cast.dequantize(*(part.to(device) for part in stored), dtype, 256, 256)
+    assert same(actual, reference.dequantize(*stored, dtype, 256, 256))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,16 +71,16 @@ def test_dequantize_leaves_padding_out(shape, dtype, decoding, device):
     stored = reference.quantize(all_magnitudes(*shape, torch.float32))
     on_device = [part.to(device) for part in stored]
     out = torch.full(shape, 77.0, dtype=dtype, device=device)
-    found = cast.dequantize(*on_device, dtype, *shape, out=out)
-    assert found is out
-    assert same(found, reference.dequantize(*stored, dtype, *shape))
+    actual = cast.dequantize(*on_device, dtype, *shape, out=out)
+    assert actual is out
+    assert same(actual, reference.dequantize(*stored, dtype, *shape))
 
 
 def test_rows_may_be_stored_without_padding(device):
     qdata, scale = reference.quantize(all_magnitudes(33, 64, torch.float32))
     stored = qdata[:33].contiguous().to(device), scale.to(device)
-    found = cast.dequantize(*stored, torch.float32, 33, 64)
-    assert same(found, reference.dequantize(qdata, scale, torch.float32, 33, 64))
+    actual = cast.dequantize(*stored, torch.float32, 33, 64)
+    assert same(actual, reference.dequantize(qdata, scale, torch.float32, 33, 64))
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0), (0, 0)])

@@ -36,28 +36,28 @@ def spread(device):
 
 def test_quantize_reads_rows_beyond_two_billion_values(spread):
     x = normal(4, 96)
-    found = cast.quantize(spread(x))
-    for got, wanted in zip(found, reference.quantize(x), strict=True):
-        assert torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8))
+    actual = cast.quantize(spread(x))
+    for got, expected in zip(actual, reference.quantize(x), strict=True):
+        assert torch.equal(got.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_quantize_reads_columns_beyond_two_billion_values(spread):
     x = normal(3, 40)
-    found = cast.quantize(spread(x).t())
-    for got, wanted in zip(found, reference.quantize(x.t()), strict=True):
-        assert torch.equal(got.cpu().view(torch.uint8), wanted.view(torch.uint8))
+    actual = cast.quantize(spread(x).t())
+    for got, expected in zip(actual, reference.quantize(x.t()), strict=True):
+        assert torch.equal(got.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_tokens_are_read_beyond_two_billion_values(spread):
+def test_quantize_rowwise_reads_beyond_two_billion_values(spread):
     x = normal(4, 96)
     codes, scale = rowwise.quantize_rowwise(spread(x))
-    wanted = reference.quantize_rowwise(x)
-    assert torch.equal(codes.cpu().view(torch.uint8), wanted[0].view(torch.uint8))
-    assert torch.equal(scale.cpu(), wanted[1])
+    expected = reference.quantize_rowwise(x)
+    assert torch.equal(codes.cpu().view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(scale.cpu(), expected[1])
 
 
 def test_few_rows_are_read_beyond_two_billion_values(spread, device):
     x, stored = normal(4, 96), reference.quantize(normal(40, 96, seed=1))
-    found = w8a16.linear(spread(x), *(part.to(device) for part in stored), None, 40, 96)
+    actual = w8a16.linear(spread(x), *(part.to(device) for part in stored), None, 40, 96)
     near = w8a16.linear(x.to(device), *(part.to(device) for part in stored), None, 40, 96)
-    assert torch.equal(found, near) and found.abs().sum() > 0
+    assert torch.equal(actual, near) and actual.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Linears in Triton: exact for few rows, and the FP8 matmul with its folds and quantizers."""
+"""Linears in Triton: exact ones for few rows, and row-wise scaling with its FP8 matmul."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def stored_weight(rows, cols, seed=0):
     return reference.quantize(normal(rows, cols, seed=seed) * spread * cols**-0.5)
 
 
-def close(found, x, weight, bias, dtype, summing=SUMMING) -> bool:
+def close(actual, x, weight, bias, dtype, summing=SUMMING) -> bool:
     """Whether this is x [M, K] @ weight [N, K].T + bias, rounded once, sums as exact as stated."""
     x, weight = x.cpu().double(), weight.cpu().double()
     bias = 0.0 if bias is None else bias.cpu().double()
-    wanted, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
+    expected, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
     smallest = torch.finfo(dtype).smallest_normal  # below, a rounding is a share of this
-    allowed = wanted.abs().clamp_min(smallest) * ROUNDING[dtype] + size * summing
-    return found.dtype == dtype and bool(((found.cpu().double() - wanted).abs() <= allowed).all())
+    allowed = expected.abs().clamp_min(smallest) * ROUNDING[dtype] + size * summing
+    return actual.dtype == dtype and bool(
+        ((actual.cpu().double() - expected).abs() <= allowed).all()
+    )
 
 
 def plain(stored, rows, cols):
@@ -52,11 +54,11 @@ def test_few_rows_are_exact(M, N, K, dtype, bias, decoding, device):
     stored = [part.to(device) for part in stored_weight(N, K)]
     x, b = normal(M, K, seed=7, dtype=dtype), normal(N, seed=8, dtype=dtype) if bias else None
     on_device = None if b is None else b.to(device)
-    found = w8a16.linear(x.to(device), *stored, on_device, N, K)
+    actual = w8a16.linear(x.to(device), *stored, on_device, N, K)
     weight = plain(stored, N, K)
     if M > 1:  # on tensor cores, float16 rounds what lies below 2**-14
         weight = weight.to(dtype)
-    assert close(found, x, weight, b, dtype)
+    assert close(actual, x, weight, b, dtype)
 
 
 def test_few_rows_take_rows_of_a_larger_tensor_and_rows_stored_without_padding(device):
@@ -64,28 +66,28 @@ def test_few_rows_take_rows_of_a_larger_tensor_and_rows_stored_without_padding(d
     stored = qdata[:33].contiguous().to(device), scale.to(device)
     for x in (normal(5, 200)[:, 7:103], normal(96, 5).t(), normal(10, 96)[::2]):
         x = x.half().to(device)
-        found = w8a16.linear(x, *stored, None, 33, 96)
-        assert close(found, x, plain((qdata, scale), 33, 96), None, torch.float16)
+        actual = w8a16.linear(x, *stored, None, 33, 96)
+        assert close(actual, x, plain((qdata, scale), 33, 96), None, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 def test_many_rows_are_exact(dtype, device):
     stored = [part.to(device) for part in stored_weight(70, 96)]
     x = normal(100, 96, dtype=dtype)
-    found = exact.linear(x.to(device), *stored, None, 70, 96)
-    assert close(found, x, plain(stored, 70, 96), None, dtype)
+    actual = exact.linear(x.to(device), *stored, None, 70, 96)
+    assert close(actual, x, plain(stored, 70, 96), None, dtype)
 
 
-def equal(found, wanted) -> bool:
+def equal(actual, expected) -> bool:
     """Equal codes and equal scales, NaN included."""
-    codes, scales = zip(found, wanted, strict=True)
+    codes, scales = zip(actual, expected, strict=True)
     return torch.equal(*(c.cpu().view(torch.uint8) for c in codes)) and torch.equal(
         *(s.cpu().nan_to_num(-1.0) for s in scales)
     )
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (70, 130), (257, 2080), (96, 1)])
-def test_a_fold_has_the_bits_of_the_oracle(shape, decoding, device):
+def test_a_rowwise_weight_has_the_bits_of_the_oracle(shape, decoding, device):
     rows, cols = shape
     spread = torch.exp2(normal(rows, -(-cols // 32), seed=3) * 8).repeat_interleave(32, 1)
     qdata, scale = reference.quantize(normal(rows, cols) * spread[:, :cols])
@@ -97,17 +99,17 @@ def test_a_fold_has_the_bits_of_the_oracle(shape, decoding, device):
     padding = layout.untile(stored[1], *stored[1].shape).clone()
     padding[:, byte.shape[1] :] = 200  # which no one reads
     stored = stored[0], layout.tile(padding)
-    found = rowwise.to_rowwise(*(part.to(device) for part in stored))
-    assert equal(found, reference.to_rowwise(*stored))
+    actual = rowwise.to_rowwise(*(part.to(device) for part in stored))
+    assert equal(actual, reference.to_rowwise(*stored))
     assert equal(fp8_rowwise.to_rowwise_eager(*stored), reference.to_rowwise(*stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 100), (9, 4095), (5, 15360)])
-def test_tokens_have_the_bits_of_the_oracle(shape, dtype, decoding, device):
+def test_a_rowwise_input_has_the_bits_of_the_oracle(shape, dtype, decoding, device):
     x = all_magnitudes(*shape, dtype)
-    found = rowwise.quantize_rowwise(x.to(device))
-    assert equal(found, reference.quantize_rowwise(x))
+    actual = rowwise.quantize_rowwise(x.to(device))
+    assert equal(actual, reference.quantize_rowwise(x))
     assert equal(fp8_rowwise.quantize_rowwise_eager(x), reference.quantize_rowwise(x))
 
 
@@ -119,11 +121,11 @@ def check_matmul(M, N, K, dtype, bias, columns, device):
     added = normal(columns, seed=4, dtype=dtype) if bias else None
     parts = [t.to(device) for t in (a, a_scale, b.contiguous(), b_scale)]
     on_device = None if added is None else added.to(device)
-    found = fp8_gemm.matmul(*parts, on_device, dtype, columns)
+    actual = fp8_gemm.matmul(*parts, on_device, dtype, columns)
     x = a.double() * a_scale.double()[:, None]
     weight = (b.double() * b_scale.double()[:, None])[:columns]
     summing = SUMMING if device_facts.interpreted() else SUMMING_FP8
-    assert close(found, x, weight, added, dtype, summing)
+    assert close(actual, x, weight, added, dtype, summing)
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -160,5 +162,5 @@ def test_self_tests_name_what_is_wrong(device, monkeypatch):
     assert self_test.fast(device).startswith("its self-test failed (TypeError: ")
     right = w8a16.linear
     monkeypatch.setattr(w8a16, "linear", lambda *a: right(*a) * 1.1)
-    said = self_test.exact(device)
-    assert re.fullmatch(r"its linear of 1 rows in bfloat16 is (9\.\de-02|1\.0e-01) off", said)
+    reason = self_test.exact(device)
+    assert re.fullmatch(r"its linear of 1 rows in bfloat16 is (9\.\de-02|1\.0e-01) off", reason)

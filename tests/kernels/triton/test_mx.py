@@ -20,30 +20,29 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def operands(M, N, K, dtype):
-    """x, the stored weight, a bias, and the float64 values that both stand for."""
+    """x, the stored weight, a bias, and the float64 values of both stored forms."""
     x, stored = normal(M, K, seed=1, dtype=dtype), reference.quantize(normal(N, K, seed=2) / K**0.5)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(3)).to(dtype)
-    tokens = reference.dequantize_exact(*reference.quantize(x), M, K)
-    return x, stored, bias, tokens, reference.dequantize_exact(*stored, N, K)
+    x_values = reference.dequantize_exact(*reference.quantize(x), M, K)
+    return x, stored, bias, x_values, reference.dequantize_exact(*stored, N, K)
 
 
 def linear(x, stored, bias, N):
-    """What the backend's linear is, with activations by Triton wherever this runs."""
-    tokens = cast.quantize(x)
-    return dispatch.named("triton_mx").matmul(tokens, stored, bias, x.dtype, len(x), N)
+    """The backend's linear, with activations quantized by Triton wherever this runs."""
+    return dispatch.named("triton_mx").matmul(cast.quantize(x), stored, bias, x.dtype, len(x), N)
 
 
-def within_bound(found, x, stored, bias) -> bool:
+def within_bound(actual, x, stored, bias) -> bool:
     """Within what any implementation may be off, by `reference.block_bound`."""
-    bound = reference.block_bound(reference.quantize(x), stored, bias, found.dtype, *found.shape)
-    return bool(((found.cpu().double() - bound[0]).abs() <= bound[1]).all())
+    bound = reference.block_bound(reference.quantize(x), stored, bias, actual.dtype, *actual.shape)
+    return bool(((actual.cpu().double() - bound[0]).abs() <= bound[1]).all())
 
 
-def close(found, tokens, weight, bias) -> bool:
-    wanted = tokens @ weight.t() + (0 if bias is None else bias.double())
-    size = tokens.abs() @ weight.abs().t()
-    allowed = wanted.abs() * ROUNDING[found.dtype] + size * SUMMING + 1e-7
-    return bool(((found.cpu().double() - wanted).abs() <= allowed).all())
+def close(actual, x_values, weight, bias) -> bool:
+    expected = x_values @ weight.t() + (0 if bias is None else bias.double())
+    size = x_values.abs() @ weight.abs().t()
+    allowed = expected.abs() * ROUNDING[actual.dtype] + size * SUMMING + 1e-7
+    return bool(((actual.cpu().double() - expected).abs() <= allowed).all())
 
 
 @pytest.fixture(params=["sm_100", "sm_120"])
@@ -64,22 +63,22 @@ def card(request, device, monkeypatch):
     [(1, 33, 100), (17, 256, 256), (64, 130, 160), (65, 70, 31), (200, 300, 416), (257, 129, 128)],
 )
 def test_the_product_is_that_of_the_oracle(M, N, K, dtype, card, device):
-    x, stored, bias, tokens, weight = operands(M, N, K, dtype)
+    x, stored, bias, x_values, weight = operands(M, N, K, dtype)
     on_device = [part.to(device) for part in stored]
     for added in (None, bias):
         given = None if added is None else added.to(device)
-        found = linear(x.to(device), on_device, given, N)
-        assert found.dtype == dtype and found.shape == (M, N)
-        assert close(found, tokens, weight, added)
-        assert within_bound(found, x, stored, added)
+        actual = linear(x.to(device), on_device, given, N)
+        assert actual.dtype == dtype and actual.shape == (M, N)
+        assert close(actual, x_values, weight, added)
+        assert within_bound(actual, x, stored, added)
 
 
 @pytest.mark.parametrize("M", [3, 100])
 def test_rows_may_be_stored_without_padding(M, card, device):
-    x, (qdata, scale), _, tokens, weight = operands(M, 33, 96, torch.float32)
+    x, (qdata, scale), _, x_values, weight = operands(M, 33, 96, torch.float32)
     stored = qdata[:33].contiguous().to(device), scale.to(device)
-    found = linear(x.to(device), stored, None, 33)
-    assert close(found, tokens, weight, None)
+    actual = linear(x.to(device), stored, None, 33)
+    assert close(actual, x_values, weight, None)
 
 
 def test_no_rows_are_no_trouble(card, device):
