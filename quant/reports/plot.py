@@ -85,9 +85,6 @@ class _Page:
         box = [_scaled((x - radius, y - radius)), _scaled((x + radius, y + radius))]
         self._draw.ellipse(box, color)
 
-    def finished(self) -> Image.Image:
-        return self.image.reduce(_SCALE)
-
 
 def _scaled(point) -> tuple[float, float]:
     return point[0] * _SCALE, point[1] * _SCALE
@@ -95,14 +92,14 @@ def _scaled(point) -> tuple[float, float]:
 
 def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
     """Draw the picture, WIDTH pixels wide."""
-    below = _strip_height(strip) if strip else 0
+    below = _panel(strip)[1] + 28 + _MARGIN if strip else 0
     page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN + below)
     _draw_titles(page, comparison)
     top, bottom = _TITLES + 60, _TITLES + _CHART
     middle = WIDTH * 0.56
     _draw_steps(page, comparison, (_MARGIN + 72, top, middle, bottom))
     _draw_seeds(page, comparison, (middle + 120, top, WIDTH - _MARGIN, bottom))
-    image = page.finished()
+    image = page.image.reduce(_SCALE)
     if strip:
         _paste_strip(image, strip, _TITLES + _CHART + 2 * _MARGIN)
     return image
@@ -130,57 +127,51 @@ def _draw_titles(page: _Page, comparison: Comparison) -> None:
 
 def _draw_steps(page: _Page, comparison: Comparison, box) -> None:
     """Divergence by step, from 0: the mean over seeds, and the worst seed in a lighter color."""
-    left, top, *_ = box
-    page.text((left - 72, top - 44), "Relative difference of the predictions", 18)
-    if not comparison.steps:
-        _placeholder(page, box, "not measured")
+    title = "Relative difference of the predictions"
+    steps, count = comparison.steps, len(comparison.steps)
+    if not steps:
+        _placeholder(page, box, title, "not measured")
         return
-    high = max(step.worst for step in comparison.steps)
-    ticks = _ticks(0, high or 1.0)
-    count = len(comparison.steps)
+    ticks = _ticks(0, max(step.worst for step in steps) or 1.0)
     axes = _Axes(*box, (1, count) if count > 1 else (0, 2), (0, ticks[-1]))
-    _draw_frame(page, axes, ticks, "sampler step")
-    stride = math.ceil(count / _MOST_LABELS)
-    for number in range(1, count + 1, stride):
-        page.text((axes.at(number, 0)[0], axes.bottom + 8), str(number), 14, _PALE, "ma")
+    numbers = range(1, count + 1, math.ceil(count / _MOST_LABELS))
+    legend = "mean over seeds, and the worst seed (lighter)"
+    _draw_frame(page, axes, (title, legend), ticks, "sampler step", {n: str(n) for n in numbers})
     for name, color in (("worst", "#9fc3f2"), ("divergence", _LINE)):
-        points = [axes.at(i + 1, getattr(step, name)) for i, step in enumerate(comparison.steps)]
+        points = [axes.at(i, getattr(step, name)) for i, step in enumerate(steps, 1)]
         page.line(points if count > 1 else points * 2, color, 2.5)
         for point in points if count <= 32 else ():
             page.dot(point, color, 4)
-    legend = "mean over seeds, and the worst seed (lighter)"
-    page.text((axes.right, top - 40), legend, 14, _PALE, "ra")
 
 
 def _draw_seeds(page: _Page, comparison: Comparison, box) -> None:
     """Latent SNR: a dot for each seed, the mean as a line, its interval as a band."""
-    left, top, *_ = box
-    page.text((left - 72, top - 44), "Latent SNR by seed", 18)
-    mean = comparison.latent_snr_db
+    title, mean = "Latent SNR by seed", comparison.latent_snr_db
     if mean is None:
-        _placeholder(
-            page, box, "identical on every seed" if comparison.identical else "not measured"
-        )
+        reason = "identical on every seed" if comparison.identical else "not measured"
+        _placeholder(page, box, title, reason)
         return
     seeds = [seed for seed in comparison.seeds if seed.latent_snr_db is not None]
     values = [seed.latent_snr_db for seed in seeds]
     ticks = _ticks(min(*values, mean.low), max(*values, mean.high))
     axes = _Axes(*box, (0.5, len(seeds) + 0.5), (ticks[0], ticks[-1]))
-    _draw_frame(page, axes, ticks, "seed")
+    stride = math.ceil(len(seeds) / (_MOST_LABELS if seeds[-1].seed < 10**5 else 3))
+    labels = {i + 1: str(seeds[i].seed) for i in range(0, len(seeds), stride)}
+    _draw_frame(page, axes, (title, interval(mean, "dB")), ticks, "seed", labels)
     (_, high), (_, low) = axes.at(1, mean.high), axes.at(1, mean.low)
     page.rectangle((axes.left, high), (axes.right, low), _BAND)
     middle = axes.at(1, mean.mean)[1]
     page.line([(axes.left, middle), (axes.right, middle)], _LINE, 2)
-    stride = math.ceil(len(seeds) / (_MOST_LABELS if seeds[-1].seed < 10**5 else 3))
-    for i, seed in enumerate(seeds):
-        point = axes.at(i + 1, seed.latent_snr_db)
-        page.dot(point, _INK)
-        if i % stride == 0:
-            page.text((point[0], axes.bottom + 8), str(seed.seed), 14, _PALE, "ma")
-    page.text((axes.right, top - 40), interval(mean, "dB"), 14, _PALE, "ra")
+    for i, value in enumerate(values, 1):
+        page.dot(axes.at(i, value), _INK)
 
 
-def _draw_frame(page: _Page, axes: _Axes, ticks: list[float], label: str) -> None:
+def _draw_frame(
+    page: _Page, axes: _Axes, titles, ticks: list[float], label: str, labels: dict[int, str]
+) -> None:
+    """What a chart has beside its data: titles at the left and right, a grid, labels of x."""
+    page.text((axes.left - 72, axes.top - 44), titles[0], 18)
+    page.text((axes.right, axes.top - 40), titles[1], 14, _PALE, "ra")
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
         y = axes.at(axes.x[0], tick)[1]
@@ -188,10 +179,13 @@ def _draw_frame(page: _Page, axes: _Axes, ticks: list[float], label: str) -> Non
         page.text((axes.left - 10, y), f"{tick:.{digits}f}", 14, _PALE, "rm")
     page.line([(axes.left, axes.bottom), (axes.right, axes.bottom)], _PALE)
     page.text(((axes.left + axes.right) / 2, axes.bottom + 30), label, 14, _PALE, "ma")
+    for x, text in labels.items():
+        page.text((axes.at(x, ticks[0])[0], axes.bottom + 8), text, 14, _PALE, "ma")
 
 
-def _placeholder(page: _Page, box, text: str) -> None:
+def _placeholder(page: _Page, box, title: str, text: str) -> None:
     left, top, right, bottom = box
+    page.text((left - 72, top - 44), title, 18)
     page.rectangle((left - 72, top), (right, bottom), "#f6f8fa")
     page.text(((left - 72 + right) / 2, (top + bottom) / 2), text, 18, _PALE, "mm")
 
@@ -211,10 +205,6 @@ def _panel(strip: Strip) -> tuple[int, int]:
     room = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3
     scale = min(room / width, _STRIP / height)
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _strip_height(strip: Strip) -> int:
-    return _panel(strip)[1] + 28 + _MARGIN
 
 
 def _paste_strip(image: Image.Image, strip: Strip, top: int) -> None:
