@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from .. import kernels
 from ..kernels import layout
 from ..quant import format
-from ..quant.container.header import quoted
+from ..quant.container.header import nbytes, quoted
 from ..quant.container.writer import Writer
 from ..quant.format import MARKER, SCALE, WEIGHT
 from ..quant.progress import VERIFY, Meter
@@ -195,7 +195,7 @@ def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> i
     metadata = {**metadata, **source.detection_metadata({key: shape for key, _, shape in tensors})}
     if markers:
         metadata = format.with_markers(metadata, markers)
-    advance = Meter(sum(_nbytes(dtype, shape) for _, dtype, shape in tensors), progress)
+    advance = Meter(sum(nbytes(dtype, shape) for _, dtype, shape in tensors), progress)
     with Writer(path, tensors, metadata, tick=lambda: advance(0, VERIFY)) as writer:
         for key in source.tensors:
             for piece in source.pieces(key):
@@ -204,10 +204,6 @@ def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> i
             for key, tensor in _stored(source, name, module, markers[name]).items():
                 _write(writer, key, as_bytes(tensor.to("cpu").contiguous()), advance)
     return writer.nbytes
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return format.numel(shape) * format.DTYPES[dtype] // 8
 
 
 def _write(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:

@@ -27,7 +27,7 @@ import torch
 from ... import kernels
 from ...kernels import layout
 from .. import format
-from ..container.header import FormatError, quoted
+from ..container.header import FormatError, nbytes, quoted
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
@@ -209,7 +209,7 @@ def _about(calibration: Calibration, held_out: Calibration | None = None) -> dic
 
 
 def _nbytes(decision: Decision) -> int:
-    return format.numel(decision.shape) * format.DTYPES[decision.dtype] // 8
+    return nbytes(decision.dtype, decision.shape)
 
 
 def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:
