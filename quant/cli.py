@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         "outputs on its data, which takes longer",
     )
     convert.add_argument(
+        "--held-out",
+        metavar="FILE",
+        type=Path,
+        help="second calibration, on other data; report the errors of layer outputs on that",
+    )
+    convert.add_argument(
         "--report", metavar="FILE.json", type=Path, help="write the report of every layer as JSON"
     )
     convert.add_argument(
@@ -234,12 +240,13 @@ def _convert(arguments) -> int:
 
     if arguments.report:
         _check_output(arguments, "report")
-    calibration = _calibration(arguments)
+    calibration, held_out = _calibration(arguments.calibration), _calibration(arguments.held_out)
     keep_freed_memory()
     with _progress("convert") as progress:
         report = convert_file(
             arguments.source, arguments.target, selection, overwrite=arguments.overwrite,
             progress=progress, device=arguments.device, calibration=calibration,
+            held_out=held_out,
         )  # fmt: skip
     print(report.summary())
     if arguments.report:
@@ -252,14 +259,14 @@ def _write(label: str, path: Path, text: str) -> None:
     print(f"{label}: {path}")
 
 
-def _calibration(arguments):
-    """The calibration that --calibration names, or None."""
-    if not arguments.calibration:
+def _calibration(path: Path | None):
+    """The calibration in a file, or None without one."""
+    if path is None:
         return None
     from .conversion.calibration import load
 
     with _progress("calibration") as progress:
-        return load(arguments.calibration, progress)
+        return load(path, progress)
 
 
 def _any_of(expressions: list[str] | None) -> str | None:
@@ -280,7 +287,7 @@ def _check_output(arguments, option: str, kind: str = "json") -> None:
         raise ValueError(f"--{option}: there is no folder {str(path.parent)!r}")
     with open_source(arguments.source) as source:
         taken = {file.resolve() for file in source.files}
-    others = (getattr(arguments, "target", None), arguments.calibration)
+    others = (getattr(arguments, name, None) for name in ("target", "calibration", "held_out"))
     taken |= {other.resolve() for other in others if other}
     if path.resolve() in taken:
         raise ValueError(f"--{option} {path} would replace the model; give a .{kind} name")
@@ -291,7 +298,7 @@ def _dry_run(arguments, selection: policy.Selection) -> int:
     from .conversion.convert import plan_source
     from .sources.open import open_source
 
-    calibration = _calibration(arguments)
+    calibration = _calibration(arguments.calibration)
     with open_source(arguments.source) as opened:
         plan = plan_source(opened, selection)
         if calibration is not None:
@@ -348,7 +355,7 @@ def _probe(arguments) -> int:
     outputs = [kind for kind in ("json", "csv") if getattr(arguments, kind)]
     for kind in outputs:
         _check_output(arguments, kind, kind)
-    calibration = _calibration(arguments)
+    calibration = _calibration(arguments.calibration)
     with _progress("probe") as progress:
         result = probe_file(arguments.source, calibration=calibration, progress=progress)
     print("score   advice  SQNR      " + "error     " * (calibration is not None) + "layer")

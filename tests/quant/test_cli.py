@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.cli import main
+from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.format import AGAIN, read_header
 from mxfp8.quant.reports.conversion import Report
 
@@ -83,6 +84,21 @@ def test_the_report_file_is_the_report(source, run):
     assert status == 0
     assert report.summary() in out
     assert [layer.name for layer in report.quantized] == ["b", "zero", "a"]
+
+
+def test_errors_of_outputs_are_of_held_out_data_if_there_is_any(source, run):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 40, bias=False)).eval()
+    save_file(net.state_dict(), source)
+    paths = [source.with_name(name) for name in ("calibration", "held-out")]
+    for path in paths:
+        calibrate(net, [torch.randn(70, 64)], lambda module, x: module(x)).save(path)
+    words = ("convert", source, source.with_name("target"), "--overwrite")
+    words += ("--calibration", paths[0])
+    assert "of nearest rounding on average, on the calibration data itself" in run(*words)[1]
+    words += ("--held-out", paths[1])
+    assert "of nearest rounding on average, on held-out data" in run(*words)[1]
+    status, _, err = run(*words, "--report", paths[1])
+    assert (status, "would replace the model" in err) == (1, True)
 
 
 def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
