@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 # Two workers, and torch's threads one in each; tests/conftest.py says who gets which tests.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 check test test-long: export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo check test test-long lint format bench gallery clean

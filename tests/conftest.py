@@ -80,13 +80,31 @@ def card(monkeypatch, forget):
     return insert
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Groups for `--dist loadgroup`: the tests of the one server are for one worker, so that it
-    starts once and they keep their order; other files are for whoever is free."""
-    for item in items:
-        group = "server" if "comfy" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+# Rooms whose tests talk to the one server, and files that take minutes.
+SERVER = ("tests/in_comfyui/", "tests/web/")
+SLOW = ("tests/release/test_versions.py", "tests/kernels/test_triton.py")
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Who gets which tests where pytest-xdist has workers: all that talk to the one server are for
+    one of them, so that it starts once and they keep their order; other files, slow ones first, for
+    whoever is free."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "server" if file.startswith(SERVER) else file
+
+        def _assign_work_unit(self, node) -> None:
+            for scope in ("server", *SLOW):
+                if scope in self.workqueue:
+                    self.workqueue.move_to_end(scope, last=False)
+                    break
+            super()._assign_work_unit(node)
+
+    return Scheduling(config, log)
 
 
 def pytest_ignore_collect(collection_path) -> bool | None:
