@@ -5,46 +5,22 @@
     print(*kernels.list_backends(), sep="\n")          # what runs here, and why the rest does not
 
 This room stands alone: it imports torch and nothing else of this package. Names resolve on first
-use, so that reading a file's header costs no torch import.
+use, so that reading a file's header does not import torch.
 """
 
 from importlib import import_module
 
-_HOME = {
-    "ExecutionPath": "dispatch",
-    "quantize": "ops",
-    "dequantize": "ops",
-    "linear": "ops",
-    "to_rowwise": "ops",
-    "input_form": "ops",
-    "quantize_input": "ops",
-    "signal_and_noise": "sqnr",
-    "rowwise_error_bound": "sqnr",
-    "quantize_and_measure": "sqnr",
-    "list_backends": "dispatch",
-    "describe_paths": "dispatch",
-    "execution_path": "dispatch",
-    "machine": "device_facts",
-    "use_backend": "dispatch",
-}
+_MODULES = {
+    "device_facts": ("machine",),
+    "dispatch": (
+        "ExecutionPath", "describe_paths", "execution_path", "list_backends", "use_backend",
+    ),
+    "ops": ("dequantize", "input_form", "linear", "quantize", "quantize_input", "to_rowwise"),
+    "sqnr": ("quantize_and_measure", "rowwise_error_bound", "signal_and_noise"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "ExecutionPath",
-    "dequantize",
-    "describe_paths",
-    "execution_path",
-    "input_form",
-    "linear",
-    "list_backends",
-    "machine",
-    "quantize",
-    "quantize_and_measure",
-    "quantize_input",
-    "rowwise_error_bound",
-    "signal_and_noise",
-    "to_rowwise",
-    "use_backend",
-]
+__all__ = sorted(_HOME)
 
 
 def __dir__() -> list[str]:
