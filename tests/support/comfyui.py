@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -146,6 +147,15 @@ def make_models(base: Path, *names: str) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
+def _free_port() -> int:
+    """A port below those that systems give to clients: none takes it before the server does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class PromptError(RuntimeError):
     """A workflow failed; `details` is ComfyUI's own account of it."""
 
@@ -172,9 +182,7 @@ class Server:
             link = nodes / name
             if not link.exists():
                 link.symlink_to(folder, target_is_directory=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = uuid.uuid4().hex
         self._arguments = [
