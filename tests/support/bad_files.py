@@ -1,4 +1,4 @@
-"""Files with one defect each, made from a good MXFP8 file, and the rule that its refusal must name.
+"""Files with one defect each, made from a good MXFP8 file, and the rule that the error must name.
 
 `BAD_FILES` is the table: name -> what is done to the good file, and an expression that the error
 must match. `write` makes one. Add a row for a defect; every loader is run on it.
@@ -89,7 +89,7 @@ class BadFile:
     Attributes:
         edit: changes a draft; may return the bytes of the file instead.
         rule: an expression for the error, after the file's name.
-        quantized: whether it still looks quantized, and is refused as a source for that.
+        quantized: whether it still looks quantized, which is the error when it is a source.
     """
 
     edit: Callable[[Draft], bytes | None]
