@@ -1,13 +1,12 @@
-"""Models under the names that the diffusers library gives their tensors.
+"""Models whose tensors have the diffusers library's names.
 
 ComfyUI reads some of them: it renames the tensors while it loads, joins q, k and v into one, and
-knows nothing of scales and markers, so an MXFP8 file with such names would silently run raw codes.
-Hence tensors get ComfyUI's own names here, before they are quantized. Blocks of MXFP8 run along K,
-so rows of q, k and v below each other become the same bytes as a tensor that was joined before.
+leaves scales and markers where they are, so an MXFP8 file with such names would silently run raw
+codes. So tensors get ComfyUI's own names here, before they are quantized. MXFP8 blocks run along K,
+so the stacked rows of q, k and v become the same bytes as a tensor that was joined before.
 
-A table per model says what each of ComfyUI's layers is made of. A model that no table knows, and
-whose tensors ComfyUI would rename, is refused. Where both use the same names (Qwen-Image) nothing
-needs to be done.
+A table for each model says what ComfyUI's layers are made of. A model without a table whose tensors
+ComfyUI would rename is refused. Models with the same names in both (Qwen-Image) need nothing.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ _OUTSIDE = ("", "")  # of any block
 
 @dataclass(frozen=True)
 class _Names:
-    """How one model's layers are called in both worlds.
+    """The names of one model's layers in ComfyUI and in diffusers.
 
     Attributes:
         signature: keys that only this model has under diffusers' names.
         layers: (ComfyUI's block list, diffusers') -> ComfyUI's layer -> diffusers' layers, whose
-            rows are put one below the other.
-        halved: ComfyUI's layers whose two halves, shift and scale, diffusers has the other way
-            round.
+            rows are stacked.
+        halved: ComfyUI's layers whose two halves, shift and scale, are swapped in diffusers.
         scales: ComfyUI's layers whose weight is called "scale".
-        parameters: tensors outside of layers, which are called the same.
+        parameters: tensors outside of layers, with the same name in both.
     """
 
     model: str
@@ -171,7 +169,7 @@ _TABLES = (
 _RENAMED = "ComfyUI renames its tensors while loading and would run MXFP8 codes raw"
 _UNKNOWN = "ComfyUI cannot read these names"
 _INSTEAD = "convert the model's file for ComfyUI, or the one by its authors"
-# What is refused: name, expressions that must each find a key, and the reason.
+# Models that are refused: name, expressions that must each match a key, and the reason.
 _REFUSED = (
     ("AuraFlow", (r"^joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",), _RENAMED),
     (
@@ -209,17 +207,17 @@ _REFUSED = (
 
 
 def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part, ...]]] | None:
-    """(model, ComfyUI's key -> parts) of a model with diffusers' names; None where they may stay.
+    """(model, ComfyUI's key -> parts) of a model with diffusers' names; None if names may stay.
 
     Args:
-        name: of the source, for messages.
+        name: the source's, for errors.
 
     Raises:
         FormatError: ComfyUI could not use the result, or part of the model is missing.
     """
     for prefix, model, known in _recognized(tensors):
         if isinstance(known, _Names):
-            return model, _Renaming(name, tensors, prefix, known).parts()
+            return model, _parts(name, tensors, prefix, known)
         raise FormatError(f"{name}: {model} under the names of diffusers: {known}; {_INSTEAD}")
     return None
 
@@ -228,10 +226,10 @@ def check_names(name: str, keys: Iterable[str]) -> None:
     """Raise FormatError if ComfyUI would rename a quantized model's tensors while loading.
 
     Args:
-        name: of the file, for the message; keys: of its tensors.
+        name: the file's, for the error; keys: of its tensors.
     """
     for _, model, known in _recognized(keys):
-        if known != _UNKNOWN:  # else ComfyUI itself says that it does not know the model
+        if known != _UNKNOWN:  # else ComfyUI itself reports that it does not know the model
             raise FormatError(
                 f"{name}: MXFP8 layers of {model} under the names of diffusers: {_RENAMED}; "
                 "convert the original again with this pack, which gives it ComfyUI's names"
@@ -239,7 +237,7 @@ def check_names(name: str, keys: Iterable[str]) -> None:
 
 
 def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
-    """(prefix, model, its table or the reason why it is refused), for names of diffusers' only."""
+    """(prefix, model, its table or why it is refused) of models with diffusers' names."""
     keys = list(keys)
     for prefix in PREFIXES:
         bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
@@ -251,61 +249,56 @@ def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
                 yield prefix, model, reason
 
 
-class _Renaming:
-    """One model's tensors on their way from diffusers' names to ComfyUI's."""
-
-    def __init__(self, name: str, tensors: Tensors, prefix: str, table: _Names):
-        self._name, self._tensors, self._prefix, self._table = name, tensors, prefix, table
-        self._layers = {  # (diffusers' block list, layer) -> (ComfyUI's, layer, place, of how many)
-            (theirs, part): (ours, layer, place, len(parts.split()))
-            for (ours, theirs), layers in table.layers.items()
-            for layer, parts in layers.items()
-            for place, part in enumerate(parts.split())
-        }
-
-    def parts(self) -> dict[str, tuple[Part, ...]]:
-        found: dict[str, list[Part | None]] = {}
-        for key in self._tensors:
-            target, place, count, halved = self._place(key)
-            if halved:
-                found[target] = list(self._halves(key))
-                continue
-            parts = found.setdefault(target, [None] * count)
-            if len(parts) != count or parts[place] is not None:
-                raise FormatError(f"{self._name}: {quoted(target)} is there under two names")
-            parts[place] = Part(key)
-        for target, parts in found.items():
-            if None in parts:
-                raise FormatError(
-                    f"{self._name}: {quoted(target)} of {self._table.model} is joined from "
-                    f"{len(parts)} tensors, of which {parts.count(None)} are missing"
-                )
-        return {target: tuple(parts) for target, parts in found.items()}
-
-    def _place(self, key: str) -> tuple[str, int, int, bool]:
-        """(ComfyUI's key, which part of it, of how many, whether halves are swapped)."""
-        table = self._table
-        bare = key.removeprefix(self._prefix)
-        if not key.startswith(self._prefix) or bare in table.parameters:
-            return key, 0, 1, False
-        numbered = _NUMBERED.match(bare)
-        blocks, number, rest = numbered.groups() if numbered else ("", "", bare)
-        layer, _, leaf = rest.rpartition(".")
-        if (blocks, layer) not in self._layers:
-            layer, blocks = bare.rpartition(".")[0], ""
-        if (blocks, layer) not in self._layers:
+def _parts(name: str, tensors: Tensors, prefix: str, table: _Names) -> dict[str, tuple[Part, ...]]:
+    """ComfyUI's key -> its parts, of a model that a table knows."""
+    places = {  # (diffusers' block list, layer) -> (ComfyUI's, layer, place, of how many)
+        (theirs, part): (ours, layer, place, len(parts.split()))
+        for (ours, theirs), layers in table.layers.items()
+        for layer, parts in layers.items()
+        for place, part in enumerate(parts.split())
+    }
+    joined: dict[str, list[Part | None]] = {}
+    for key, (_, shape) in tensors.items():
+        target, place, count, halved = _place(key, prefix, table, places)
+        if target is None:
             raise FormatError(
-                f"{self._name}: {table.model} under the names of diffusers has no {quoted(key)}: "
+                f"{name}: {table.model} under the names of diffusers has no {quoted(key)}: "
                 f"{_RENAMED}; {_INSTEAD}"
             )
-        ours, target, place, count = self._layers[blocks, layer]
-        if target in table.scales and leaf == "weight":
-            leaf = "scale"
-        where = f"{ours}.{number}." if ours else ""
-        return f"{self._prefix}{where}{target}.{leaf}", place, count, target in table.halved
+        parts = joined.setdefault(target, [None] * count)
+        if len(parts) != count or parts[place] is not None:
+            raise FormatError(f"{name}: {quoted(target)} is there under two names")
+        parts[place] = Part(key)
+        if halved:
+            if not shape or shape[0] % 2:
+                raise FormatError(f"{name}: {quoted(key)} {list(shape)} has no two halves")
+            half = shape[0] // 2
+            parts[:] = Part(key, half, shape[0]), Part(key, 0, half)
+    for target, parts in joined.items():
+        if None in parts:
+            raise FormatError(
+                f"{name}: {quoted(target)} of {table.model} is joined from {len(parts)} tensors, "
+                f"of which {parts.count(None)} are missing"
+            )
+    return {target: tuple(parts) for target, parts in joined.items()}
 
-    def _halves(self, key: str) -> tuple[Part, Part]:
-        _, shape = self._tensors[key]
-        if not shape or shape[0] % 2:
-            raise FormatError(f"{self._name}: {quoted(key)} {list(shape)} has no two halves")
-        return Part(key, shape[0] // 2, shape[0]), Part(key, 0, shape[0] // 2)
+
+def _place(
+    key: str, prefix: str, table: _Names, places: Mapping
+) -> tuple[str | None, int, int, bool]:
+    """(ComfyUI's key or None, which part of it, of how many, whether its halves are swapped)."""
+    bare = key.removeprefix(prefix)
+    if not key.startswith(prefix) or bare in table.parameters:
+        return key, 0, 1, False
+    numbered = _NUMBERED.match(bare)
+    blocks, number, rest = numbered.groups() if numbered else ("", "", bare)
+    layer, _, leaf = rest.rpartition(".")
+    if (blocks, layer) not in places:
+        layer, blocks = bare.rpartition(".")[0], ""
+    if (blocks, layer) not in places:
+        return None, 0, 0, False
+    ours, target, place, count = places[blocks, layer]
+    if target in table.scales and leaf == "weight":
+        leaf = "scale"
+    block = f"{ours}.{number}." if ours else ""
+    return f"{prefix}{block}{target}.{leaf}", place, count, target in table.halved

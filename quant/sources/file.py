@@ -1,9 +1,9 @@
 """Where a conversion reads from: tensors by name, a few rows at a time.
 
-`FileSource` is a safetensors file; `shards.ShardedSource` is a model in several; `PartSource` is a
-source under other names. A model in memory offers the same four members (see
-`nodes/model_source.py`), so file and in-graph conversion are one code path. `opening.open_source`
-finds out which of them a path is.
+`FileSource` is a safetensors file, `shards.ShardedSource` a model in several of them, and
+`PartSource` another source under other names; `open.open_source` finds out which of these a path
+is. A model in memory has the same four members (`nodes/models/source.py`), so converting a file and
+quantizing in the graph are one code path.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 class StoredSource(Source, Protocol):
-    """A source on disk, a context manager.
+    """A source on disk, a context manager that closes its files; reading opens them again.
 
     Attributes:
         files: every file it reads.
@@ -56,17 +56,17 @@ class StoredSource(Source, Protocol):
     files: tuple[Path, ...]
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
-
-    def __enter__(self) -> StoredSource:
-        """Nothing is opened but what reading needs."""
-
-    def __exit__(self, *_) -> None:
         """Close the files."""
 
+    def __enter__(self):
+        return self
 
-class FileSource:
-    """A safetensors file, read with plain reads into memory of ours: nothing is mapped."""
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class FileSource(StoredSource):
+    """A safetensors file, read into memory of our own: nothing is mapped."""
 
     def __init__(self, path):
         path = Path(path)
@@ -79,12 +79,6 @@ class FileSource:
         self._file = None
         self._identity: tuple | None = None
         self._open()
-
-    def __enter__(self) -> FileSource:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._file is not None:
@@ -136,23 +130,23 @@ class FileSource:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows first..last of a tensor of another source; all of it where `last` is None."""
+    """Rows first..last of a tensor of another source; all of them if `last` is None."""
 
     key: str
     first: int = 0
     last: int | None = None
 
 
-class PartSource:
-    """A source under other names, with tensors that are rows of several put one below the other.
+class PartSource(StoredSource):
+    """A source under other names, some of whose tensors are joined from rows of several.
 
     Args:
         source: where the bytes are.
-        parts: key -> what it is made of. Where dtypes differ the result is F32, which holds them
-            all exactly.
+        parts: key -> parts, whose rows are stacked. If their dtypes differ, the result is F32,
+            which holds them all exactly.
 
     Raises:
-        FormatError: the parts of a tensor do not go together.
+        FormatError: the parts of a tensor do not fit together.
     """
 
     def __init__(self, source: StoredSource, parts: Mapping[str, tuple[Part, ...]]):
@@ -160,36 +154,30 @@ class PartSource:
         self._source = source
         self._parts: dict[str, tuple[Part, ...]] = {}
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for key, wanted in parts.items():
-            self._parts[key], self.tensors[key] = self._joined(key, wanted)
-
-    def __enter__(self) -> PartSource:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        for key, joined in parts.items():
+            self._parts[key], self.tensors[key] = self._resolved(key, joined)
 
     def close(self) -> None:
         self._source.close()
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
         dtype = TORCH_DTYPES[self.tensors[key][0]]
-        found, begin = [], 0
+        pieces, begin = [], 0
         for part in self._parts[key]:
             end = begin + part.last - part.first
             low, high = max(first, begin), min(last, end)
             if low < high:
                 shift = part.first - begin
-                found.append(self._source.rows(part.key, low + shift, high + shift).to(dtype))
+                pieces.append(self._source.rows(part.key, low + shift, high + shift).to(dtype))
             begin = end
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         parts, (dtype, shape) = self._parts[key], self.tensors[key]
         if self._source.tensors[parts[0].key] == (dtype, shape) and len(parts) == 1:
             yield from self._source.pieces(parts[0].key)
             return
-        # Pieces of the same size as a file's, so that the two can be compared.
+        # Pieces of the same size as a file's, so that `verify` can compare the two.
         per_row = numel(shape[1:]) * TORCH_DTYPES[dtype].itemsize
         step = max(1, _PIECE // max(1, per_row))
         buffer = bytearray()
@@ -202,27 +190,26 @@ class PartSource:
         if buffer:
             yield memoryview(buffer)
 
-    def _joined(self, key: str, wanted: tuple[Part, ...]):
-        """A tensor's parts with their last rows, and its dtype and shape."""
-        found = [self._source.tensors[part.key] for part in wanted]
-        dtype, shape = found[0]
-        if len(wanted) == 1 and wanted[0].last is None:
-            rows = shape[0] if shape else 1
-            return (Part(wanted[0].key, 0, rows),), (dtype, shape)
-        parts = tuple(
-            Part(p.key, p.first, s[0] if p.last is None and s else p.last)
-            for p, (_, s) in zip(wanted, found, strict=True)
-        )
-        dtypes = sorted({d for d, _ in found})
-        shapes = {part.key: shape for part, (_, shape) in zip(parts, found, strict=True)}
-        if len({s[1:] for _, s in found}) > 1 or not all(s for _, s in found):
-            said = " and ".join(f"{quoted(k)} {list(s)}" for k, s in shapes.items())
-            raise FormatError(f"{self.name}: {said} cannot be joined to {quoted(key)}")
+    def _resolved(self, key: str, parts: tuple[Part, ...]):
+        """A tensor's parts with their last rows, and its (dtype, shape)."""
+        infos = [self._source.tensors[part.key] for part in parts]
+        dtype, shape = infos[0]
+        if len(parts) == 1 and parts[0].last is None:
+            return (Part(parts[0].key, 0, shape[0] if shape else 1),), (dtype, shape)
+        if len({s[1:] for _, s in infos}) > 1 or not all(s for _, s in infos):
+            shapes = {part.key: list(s) for part, (_, s) in zip(parts, infos, strict=True)}
+            listed = " and ".join(f"{quoted(k)} {s}" for k, s in shapes.items())
+            raise FormatError(f"{self.name}: {listed} cannot be joined to {quoted(key)}")
+        dtypes = sorted({d for d, _ in infos})
         if len(dtypes) > 1 and not FLOATS.keys() >= set(dtypes):
             raise FormatError(
                 f"{self.name}: the parts of {quoted(key)} are {' and '.join(dtypes)}; "
                 "they must be of one dtype, or F32, F16 and BF16"
             )
+        parts = tuple(
+            Part(p.key, p.first, s[0] if p.last is None else p.last)
+            for p, (_, s) in zip(parts, infos, strict=True)
+        )
         rows = sum(part.last - part.first for part in parts)
         return parts, (dtype if len(dtypes) == 1 else "F32", (rows, *shape[1:]))
 

@@ -1,7 +1,7 @@
-"""From a path to a source: a file, an index of several, or a folder as model hubs have them.
+"""Open a path as a source: a file, an index of several, or a folder as model hubs have them.
 
-What comes out has the tensors that ComfyUI reads: diffusers' names become ComfyUI's, and a tensor
-that the file keeps once for two names is there under both.
+The source has the tensors that ComfyUI reads: diffusers' names become ComfyUI's, and a tensor that
+the file stores once for two names is there under both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".sft")
 # Folders of a diffusers pipeline that hold the model to convert; some have two of them.
 _MODELS = re.compile(r"^(transformer|unet)(_\d+)?$")
-_SHARED = 10_000  # names in metadata for tensors that have another name; a header holds millions
+_SHARED = 10_000  # further names of tensors in metadata; a header has room for millions
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -31,8 +31,7 @@ def open_source(path) -> StoredSource:
             of these; or a diffusers pipeline, whose transformer or UNet is taken.
 
     Raises:
-        FormatError: it is none of these, damaged, or quantized already; the message says what it
-            is and what to do.
+        FormatError: it is none of these, damaged, or quantized already.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -55,27 +54,28 @@ def find_model(path: Path) -> Path:
     """The file or index that a path stands for; a file stands for itself."""
     if not path.is_dir():
         return path
-    found = shards.indexes(path)
-    found += sorted(
+    models = shards.indexes(path)
+    models += sorted(
         p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not shards.is_shard(p.name)
     )
     inner = sorted(p for p in path.iterdir() if _MODELS.match(p.name) and p.is_dir())
-    if (path / "model_index.json").is_file() or not found:
+    if (path / "model_index.json").is_file() or not models:
         if len(inner) > 1:
             raise FormatError(f"{path.name}: there are several models in it; {_choice(inner)}")
         if inner:
             return find_model(inner[0])
-    if len(found) > 1:
+    if len(models) > 1:
         raise FormatError(
-            f"{path.resolve().name}: there are several models in this folder; {_choice(found)}"
+            f"{path.resolve().name}: there are several models in this folder; {_choice(models)}"
         )
-    if found:
-        return found[0]
+    if models:
+        return models[0]
     pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())
     raise FormatError(
-        f"{path.name}: there is no safetensors model in this folder, with its index if it has "
-        "several parts"
-        + (", but torch files, which can run code when read: take the .safetensors" * pickled)
+        f"{path.name}: there is no safetensors model in this folder (one in several parts needs "
+        "its index)"
+        + ", but torch files, which can run code when read: get the .safetensors"
+        * pickled
     )
 
 
@@ -86,8 +86,8 @@ def _choice(paths: list[Path]) -> str:
 def _unshared(source: StoredSource) -> StoredSource:
     """Give every name its tensor.
 
-    Where two names shared one tensor, `safetensors.torch.save_model` stores it once and notes in
-    the metadata {name left out: name stored}. Stock ComfyUI does not read such notes.
+    If two names share one tensor, `safetensors.torch.save_model` stores it once and puts into the
+    metadata {name left out: name stored}, which stock ComfyUI does not read.
     """
     tensors, metadata = source.tensors, source.metadata
     aliases = {
@@ -99,20 +99,20 @@ def _unshared(source: StoredSource) -> StoredSource:
         return source
     if len(aliases) > _SHARED:
         raise FormatError(
-            f"{source.name}: its metadata gives tensors {len(aliases)} further names; up to "
+            f"{source.name}: its metadata has {len(aliases)} further names for tensors; at most "
             f"{_SHARED} are converted"
         )
     parts = {key: (Part(key),) for key in tensors}
-    whole = PartSource(source, parts | {key: (Part(value),) for key, value in aliases.items()})
-    whole.metadata = {k: v for k, v in metadata.items() if k not in aliases}
-    return whole
+    shared = PartSource(source, parts | {key: (Part(value),) for key, value in aliases.items()})
+    shared.metadata = {k: v for k, v in metadata.items() if k not in aliases}
+    return shared
 
 
 def _renamed(source: StoredSource) -> StoredSource:
-    """Give every tensor the name that ComfyUI has for it."""
-    found = diffusers.comfy_names(source.name, source.tensors)
-    if found is None:
+    """Give every tensor ComfyUI's name for it."""
+    renamed = diffusers.comfy_names(source.name, source.tensors)
+    if renamed is None:
         return source
-    model, parts = found
+    model, parts = renamed
     logger.info("MXFP8: %s is %s under the names of diffusers: renamed", source.name, model)
     return PartSource(source, parts)

@@ -1,9 +1,9 @@
 """A model in several safetensors files with an index that says which tensor is in which.
 
-The index is JSON: {"metadata": {"total_size": bytes}, "weight_map": {key: file}}. A stranger wrote
-it, so nothing in it is believed: files are taken from the index's own folder only, every header is
-checked, and index and headers must agree on every tensor. To read the shards without the index
-would be simpler, and would turn a download with one file missing into a model with layers missing.
+The index is JSON: {"metadata": {"total_size": bytes}, "weight_map": {key: file}}. It is not
+trusted: files are taken from the index's own folder only, every header is checked, and index and
+headers must agree on every tensor. Rejected: reading the shards without the index, which would turn
+a download that lacks one file into a model that lacks layers.
 https://huggingface.co/docs/safetensors/metadata_parsing
 """
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..container.header import FormatError, parse_object, quoted
-from .file import FileSource
+from .file import FileSource, StoredSource
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ _NAMED = 5  # tensors in an error
 
 def is_shard(name: str) -> bool:
     """Whether a file's name says that it is one of several."""
-    found = _SHARD.search(name)
-    return found is not None and int(found[2]) > 1
+    match = _SHARD.search(name)
+    return match is not None and int(match[2]) > 1
 
 
 def model_name(name: str) -> str:
@@ -51,7 +51,7 @@ def check_not_shard(path: Path) -> None:
     if not is_shard(path.name):
         return
     for index in indexes(path.parent):
-        if path.name in read_index(index).values():
+        if path.name in read_index(index)[0].values():
             raise FormatError(
                 f"{path.name} is one part of a model; give its index {index.name!r}, or the folder"
             )
@@ -61,17 +61,12 @@ def check_not_shard(path: Path) -> None:
     )
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Key -> file name of every tensor, as an index says.
+def read_index(path: Path) -> tuple[dict[str, str], object]:
+    """(key -> file name of every tensor, the total size as stated, which may be anything).
 
     Raises:
-        FormatError: it is no index, or names a file outside its folder.
+        FormatError: it is not an index, or names a file outside its folder.
     """
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[dict[str, str], object]:
-    """The weight map, and the total size that the index states, whatever that is."""
     if not path.is_file():
         raise FormatError(f"{path.name}: there is no such index file")
     with path.open("rb") as file:
@@ -82,7 +77,7 @@ def _read(path: Path) -> tuple[dict[str, str], object]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
-            f"{path.name}: no index of a model's parts: it has no object 'weight_map'; give the "
+            f"{path.name}: not the index of a model: it has no object 'weight_map'; give the "
             "model's folder, its .safetensors.index.json or its .safetensors"
         )
     for key, file in weight_map.items():
@@ -95,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, str], object]:
 
 
 def _check_name(index: Path, file: str) -> None:
-    """Only a plain name can be a shard: no folder, drive or stream, on any system."""
+    """Raise FormatError unless a name is plain: no folder, drive or stream, on any system."""
     if not file.strip(". ") or re.search(r"[/\\:\0-\x1f]", file):
         raise FormatError(
             f"{index.name}: it places tensors in {quoted(file)}; a part must be a file in the "
@@ -103,12 +98,12 @@ def _check_name(index: Path, file: str) -> None:
         )
     if not file.lower().endswith((".safetensors", ".sft")):
         raise FormatError(
-            f"{index.name}: its part {quoted(file)} is no .safetensors; take the model's "
+            f"{index.name}: its part {quoted(file)} is not a .safetensors file; get the model's "
             "safetensors files"
         )
 
 
-class ShardedSource:
+class ShardedSource(StoredSource):
     """A model in several files, of which at most a few are open at a time.
 
     Args:
@@ -123,12 +118,12 @@ class ShardedSource:
     def __init__(self, index, name: str = ""):
         index = Path(index)
         self.name = name or index.name
-        weight_map, total_size = _read(index)
+        weight_map, total_size = read_index(index)
         self._shards: dict[str, FileSource] = {}
         self._opened: list[str] = []
         self._home: dict[str, str] = {}
         for file in sorted(set(weight_map.values())):
-            path = index.parent / file  # by the index's place: a link may lead to a store of blobs
+            path = index.parent / file  # not resolved: a link may lead to a store of blobs
             if not path.is_file():
                 raise FormatError(f"{index.name}: its part {quoted(file)} is missing; download it")
             with FileSource(path) as shard:
@@ -145,19 +140,13 @@ class ShardedSource:
         self.tensors = {key: self._shards[f].tensors[key] for key, f in self._home.items()}
         self.metadata: dict[str, str] = {}
         for shard in self._shards.values():
-            self.metadata = {**shard.metadata, **self.metadata}  # the first file's word counts
-        found = sum(t.nbytes for s in self._shards.values() for t in s.header.tensors.values())
-        if total_size is not None and total_size != found:
+            self.metadata = {**shard.metadata, **self.metadata}  # the first file's entry counts
+        size = sum(t.nbytes for s in self._shards.values() for t in s.header.tensors.values())
+        if total_size is not None and total_size != size:
             logger.warning(
                 "MXFP8: %s states a total_size of %s bytes; its tensors have %d",
-                index.name, quoted(total_size), found,
+                index.name, quoted(total_size), size,
             )  # fmt: skip
-
-    def __enter__(self) -> ShardedSource:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> None:
         for file in self._opened:
@@ -171,7 +160,7 @@ class ShardedSource:
         yield from self._shard(key).pieces(key)
 
     def _shard(self, key: str) -> FileSource:
-        """The file with a tensor; reading opens it, so the one used longest ago may be closed."""
+        """The file with a tensor; reading opens it, so the least recently used may be closed."""
         file = self._home[key]
         if file in self._opened:
             self._opened.remove(file)
@@ -181,21 +170,19 @@ class ShardedSource:
         return self._shards[file]
 
     def _check(self, index: str, weight_map: dict[str, str]) -> None:
+        """Raise FormatError unless the index names exactly the tensors in its files."""
         missing = [key for key, file in weight_map.items() if self._home.get(key) != file]
-        if missing:
-            raise FormatError(
-                f"{index}: tensors are not in the parts that it names: {_list(missing)}; download "
-                "the index and all its parts again"
-            )
         extra = [key for key in self._home if key not in weight_map]
-        if extra:
-            raise FormatError(
-                f"{index}: its parts hold tensors that it does not name: {_list(extra)}; download "
-                "the index and all its parts again"
-            )
+        for problem, keys in (
+            ("tensors are not in the parts that it names", missing),
+            ("its parts hold tensors that it does not name", extra),
+        ):
+            if keys:
+                raise FormatError(
+                    f"{index}: {problem}: {_list(keys)}; download the index and all its parts again"
+                )
 
 
-def _list(keys: Iterable[str]) -> str:
-    keys = list(keys)
+def _list(keys: list[str]) -> str:
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
     return ", ".join(map(quoted, keys[:_NAMED])) + more

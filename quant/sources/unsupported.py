@@ -1,9 +1,9 @@
-"""What cannot become MXFP8, by name: files of other kinds, and models that are quantized already.
+"""What cannot become MXFP8: files of other kinds, and models that are quantized already.
 
-Both are told by content, since names lie: a file by its first bytes, a model by its markers, dtypes
-and the tensors that other quantizers leave beside a weight. To quantize codes as if they were
-weights gives a file that loads and is silently wrong; the alternative, to decode every known format
-first, would pass on the loss of the first format as if it were a new original.
+Both are recognized by content, since names can be wrong: a file by its first bytes, a model by its
+markers, dtypes and the tensors that other quantizers put beside a weight. Quantizing codes as if
+they were weights makes a file that loads and is silently wrong. Rejected: decoding the known
+formats first, which would pass off their loss as that of a new original.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _ORIGINAL = "convert the BF16, F16 or F32 original"
 _TAKE = f"{_ORIGINAL}, as .safetensors"
-_START = 512  # bytes of a file that tell its kind
+_START = 512  # bytes that show the kind of a file
 
-# First bytes -> what they begin, and what to do.
+# First bytes -> the kind of file, and what to do.
 _TORCH = "which can run code when read: take the model as .safetensors"
 _KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), text)
@@ -86,46 +86,42 @@ _CODES = {
 
 
 def check_file(path: Path) -> None:
-    """Raise FormatError if a file is of a known kind that is not safetensors.
+    """Raise FormatError if a file is of another known kind than safetensors.
 
-    What is no file at all, or of no known kind, is left to whoever reads the header.
+    What is not a file at all, or of no known kind, is left to the reader of the header.
     """
     if not path.is_file():
         return
     with path.open("rb") as file:
         start = file.read(_START)
-    # A safetensors file has its header's length in 8 bytes, which may look like anything, and "{".
+    # A safetensors file begins with its header's length, 8 bytes of any content, and "{".
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
         return
     for pattern, text in _KINDS:
         if pattern.match(start):
-            raise FormatError(f"{path.name}: no safetensors file but {text}")
+            raise FormatError(f"{path.name}: not a safetensors file but {text}")
 
 
 _LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|down)\.weight$")
 
 
 def check_unquantized(source: Source) -> None:
-    """Raise FormatError, naming the format and its sign, if a source is quantized already, or no
-    model but a LoRA for one."""
+    """Raise FormatError if a source is a LoRA, or quantized already, naming format and evidence."""
     lora = next(filter(_LORA.search, source.tensors), None)
     if lora is not None:
         raise FormatError(
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); load it as it is, on a model in "
             "MXFP8 or not"
         )
-    found = next(_signs(source), None)
-    if found is None:
-        return
-    what, sign = found
-    advice = _ORIGINAL
-    if what == "MXFP8" and not sign.endswith("says so"):
-        advice = "its markers are missing, and `mxfp8 repair` puts them back"
-    raise FormatError(f"{source.name}: already quantized as {what} ({sign}); {advice}")
+    for what, evidence in _quantized(source):
+        advice = _ORIGINAL
+        if what == "MXFP8" and not evidence.endswith("says so"):
+            advice = "its markers are missing, and `mxfp8 repair` puts them back"
+        raise FormatError(f"{source.name}: already quantized as {what} ({evidence}); {advice}")
 
 
-def _signs(source: Source) -> Iterator[tuple[str, str]]:
-    """(format, the sign of it), what tells most first."""
+def _quantized(source: Source) -> Iterator[tuple[str, str]]:
+    """(format, evidence for it), most telling first."""
     tensors = source.tensors
     for layer, conf in header_markers(source.name, source.metadata).items():
         yield _marked(conf), f"the header's marker of {quoted(layer)} says so"
@@ -154,7 +150,7 @@ def _scale(tensors: Mapping[str, tuple[str, tuple[int, ...]]], key: str) -> str 
 
 
 def _codes(dtype: str, scale: str | None) -> str:
-    """What a weight of codes is, by its dtype and that of the scales beside it."""
+    """The format of codes, by their dtype and that of the scales beside them."""
     if dtype == "U8" and scale == "F8_E4M3":
         return "NVFP4"
     scaled = dtype.startswith("F8_") and scale is not None

@@ -111,7 +111,7 @@ BAD_INDEXES = {
     "dots": (named(".."), "in the index's own folder"),
     "no letters": (named(""), "in the index's own folder"),
     "NUL": (named("a\0.safetensors"), "in the index's own folder"),
-    "pickles": (named("pytorch_model.bin"), "no .safetensors; take"),
+    "pickles": (named("pytorch_model.bin"), "not a .safetensors file; get"),
     "missing": (named("a-00001-of-00002.safetensors"), "'a-00001-of-00002.safetensors' is missing"),
     "folder": (named("folder.safetensors"), "'folder.safetensors' is missing"),
 }
@@ -221,7 +221,7 @@ def make(folder, *names):
         (("transformer/a.safetensors", "transformer_2/a.safetensors"), "'transformer', 'transf"),
         (("vae/a.safetensors",), "no safetensors model in this folder"),
         (("model.bin",), "but torch files"),
-        (("a-00001-of-00002.safetensors",), "no safetensors model in this folder, with its index"),
+        (("a-00001-of-00002.safetensors",), "no safetensors model .* needs its index"),
     ],
 )
 def test_a_folder_that_is_no_one_model_is_refused(tmp_path, names, words):

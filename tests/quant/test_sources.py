@@ -73,9 +73,9 @@ FOREIGN = {
 def test_a_file_of_another_kind_is_told_by_its_content(tmp_path, content, words, suffix):
     source = tmp_path / f"model{suffix}"
     source.write_bytes(content)
-    with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
+    with pytest.raises(FormatError, match=rf"model{suffix}: not a safetensors file but .*{words}"):
         convert_file(source, tmp_path / "target")
-    with pytest.raises(FormatError, match=rf"model{suffix}: no safetensors file but .*{words}"):
+    with pytest.raises(FormatError, match=rf"model{suffix}: not a safetensors file but .*{words}"):
         inspect_file(source)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -286,7 +286,7 @@ def test_what_metadata_says_cannot_harm(tmp_path, name):
 def test_endless_names_for_one_tensor_are_refused(tmp_path):
     notes = {f"name{i}": "a.weight" for i in range(10_001)}
     save_file({"a.weight": matrix(32, 32)}, tmp_path / "source", notes)
-    with pytest.raises(FormatError, match="10001 further names; up to 10000"):
+    with pytest.raises(FormatError, match="10001 further names for tensors; at most 10000"):
         convert_file(tmp_path / "source", tmp_path / "target")
 
 
