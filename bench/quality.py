@@ -10,11 +10,11 @@ of a text calibrates, the other half tests. For each method, on the test half:
     end_to_end            1 - cosine of the sentence embeddings, mean
     seconds               of the conversion, calibration included
 
-Every method makes a file of the stock format, which is what is measured; --keep leaves them there.
---layer times the calibrated rounding of one layer of Z-Image's largest size, 3840 x 10240.
---check exits with 1 when calibrated rounding has more than 0.60 of the layers' error or 0.50 of the
-end-to-end error of rounding to nearest, or when that layer takes more than 60 s. Results go to
-bench/results/quality.json, where what is not measured anew stays.
+Each method makes a file of the stock format, which is measured; --keep keeps the files. --layer
+times the calibrated rounding of one layer of Z-Image's largest size, 3840 x 10240. --check exits
+with 1 when calibrated rounding has more than 0.60 of the layers' error or 0.50 of the end-to-end
+error of rounding to nearest, or when that layer takes more than 60 s. Results go to
+bench/results/quality.json; those of methods that are not measured again stay.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def nearest(target: Path, texts: list[str]) -> None:
 
 def calibrated(target: Path, texts: list[str]) -> None:
     model = minilm.trained().eval()
-    batches = minilm.batches(texts, size=1)  # several at once would be padded, with what is no text
-    found = calibrate(model, batches, select=lambda name, _: name.startswith("encoder"))
-    convert_file(minilm.WEIGHTS, target, calibration=found)
+    batches = minilm.batches(texts, size=1)  # several at once would be padded
+    calibration = calibrate(model, batches, select=lambda name, _: name.startswith("encoder"))
+    convert_file(minilm.WEIGHTS, target, calibration=calibration)
 
 
 def learned(target: Path, texts: list[str]) -> None:
     words = [rival(), "-i", minilm.WEIGHTS, "--mxfp8", "--comfy_quant", "--save-quant-metadata"]
-    # It would quantize tables too, which nothing could load.
+    # It would quantize lookup tables too, which nothing can load.
     words += ["--exclude-layers", "embeddings", "-o", target]
     command = list(map(str, words))
     subprocess.run(command, check=True, capture_output=True)
@@ -82,19 +82,19 @@ METHODS: dict[str, Callable] = {NEAREST: nearest, CALIBRATED: calibrated, LEARNE
 
 
 def layer_errors(original: nn.Module, quantized: nn.Module, batches) -> list[float]:
-    """Of every layer of the encoder, on what the original gives it."""
+    """The output error of every layer of the encoder, on its inputs in the original."""
     sums = {name: [0.0, 0.0] for name in encoder(original)}
     ours = encoder(quantized)
 
     def compare(name):
-        def hook(layer, given, output):
+        def hook(layer, inputs, output):
             used = mask[0].flatten().bool()
-            x, wanted = (t.reshape(-1, t.shape[-1])[used] for t in (given[0], output))
-            weight = ours[name]
-            plain = wanted if layer.bias is None else wanted - layer.bias
-            found = weight(x) - (0 if weight.bias is None else weight.bias)
-            sums[name][0] += float((found - plain).square().sum())
-            sums[name][1] += float(plain.square().sum())
+            x, exact = (t.reshape(-1, t.shape[-1])[used] for t in (inputs[0], output))
+            linear = ours[name]
+            exact = exact if layer.bias is None else exact - layer.bias
+            rounded = linear(x) - (0 if linear.bias is None else linear.bias)
+            sums[name][0] += float((rounded - exact).square().sum())
+            sums[name][1] += float(exact.square().sum())
 
         return hook
 
@@ -124,7 +124,7 @@ def measure(target: Path, batches) -> dict[str, float]:
 
 @torch.inference_mode()
 def layer_seconds() -> float:
-    """How long one layer of that size takes to round, with moments of 4096 correlated inputs."""
+    """How long one layer of that size takes to round, for 4096 correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     N, K = WEIGHT
     weight = torch.randn(N, K, generator=generator) * 0.02
@@ -137,8 +137,8 @@ def layer_seconds() -> float:
 
 
 def earlier(machine: dict, methods: list[str]) -> dict:
-    """What earlier runs found; without the methods of another machine where one is measured anew,
-    because they are ratios to each other."""
+    """Earlier results; without those of another machine if a method is measured again, because
+    figures are compared with each other."""
     if not RESULTS.exists():
         return {}
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -147,18 +147,18 @@ def earlier(machine: dict, methods: list[str]) -> dict:
     return result
 
 
-def needed(methods: list[str], found: dict) -> list[str]:
-    """The methods to measure: rounding to nearest too where it is missing, as ratios are to it."""
-    missing = [NEAREST] if methods and NEAREST not in found else []
+def needed(methods: list[str], results: dict) -> list[str]:
+    """The methods to measure: rounding to nearest too if it is missing, since ratios are to it."""
+    missing = [NEAREST] if methods and NEAREST not in results else []
     return list(dict.fromkeys([*missing, *methods]))
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = ["| rounding | layer output error | end to end, 1 - cosine | seconds |",
              "|---|---|---|---|"]  # fmt: skip
-    for method, row in found.items():
-        ratios = [row[k] / found[NEAREST][k] for k in ("layer_output_error", "end_to_end")]
+    for method, row in results.items():
+        ratios = [row[k] / results[NEAREST][k] for k in ("layer_output_error", "end_to_end")]
         lines.append(
             f"| {method} | {row['layer_output_error']:.2e} ({ratios[0]:.2f}) | "
             f"{row['end_to_end']:.2e} ({ratios[1]:.2f}) | {row['seconds']:.1f} |"
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--layer", action="store_true", help="also time a layer of 3840 x 10240")
     parser.add_argument(
         "--method", nargs="*", choices=METHODS, default=list(METHODS),
-        help="measure these anew; the others stay as they were found on this machine",
+        help="measure these; results of the others stay, if they are of this machine",
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound fails")
     arguments = parser.parse_args()
@@ -182,39 +182,39 @@ def main() -> int:
     seen, unseen = texts[:TEXTS], minilm.batches(texts[TEXTS : 2 * TEXTS])
     about = machine(torch.get_num_threads()) | {RIVAL: VERSION}
     before = earlier(about, arguments.method)
-    found, layer = before.get("methods", {}), before.get("layer")
+    results, layer = before.get("methods", {}), before.get("layer")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for method in needed(arguments.method, found):
+        for method in needed(arguments.method, results):
             target = folder / f"minilm-{method}.safetensors"
             target.unlink(missing_ok=True)
             start = time.perf_counter()
             METHODS[method](target, seen)
             seconds = time.perf_counter() - start
-            found[method] = measure(target, unseen) | {"seconds": seconds}
+            results[method] = measure(target, unseen) | {"seconds": seconds}
     if arguments.layer:
         layer = {"shape": list(WEIGHT), "seconds": layer_seconds(), "machine": about}
-    print(table(found))
+    print(table(results))
     if layer:
         print(f"\n{' x '.join(map(str, layer['shape']))} rounded in {layer['seconds']:.1f} s")
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     result = {
         "machine": before.get("machine", about),
         "paragraphs": TEXTS,
-        "methods": found,
+        "methods": results,
         "layer": layer,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(arguments.check and not holds(found, layer))
+    return int(arguments.check and not holds(results, layer))
 
 
-def holds(found: dict[str, dict[str, float]], layer: dict | None) -> bool:
-    """Whether the bounds of --check are kept, of what was measured."""
+def holds(results: dict[str, dict[str, float]], layer: dict | None) -> bool:
+    """Whether what was measured keeps the bounds of --check."""
     kept = layer is None or layer["seconds"] <= SECONDS
-    if CALIBRATED in found:
-        ours, plain = found[CALIBRATED], found[NEAREST]
+    if CALIBRATED in results:
+        ours, plain = results[CALIBRATED], results[NEAREST]
         for name, most in (("layer_output_error", LAYERS), ("end_to_end", END_TO_END)):
             kept = kept and ours[name] <= most * plain[name]
     return kept

@@ -1,1 +1,1 @@
-"""MXFP8 files and models: read, plan, convert, verify, report. Knows nothing of ComfyUI."""
+"""MXFP8 files and models: read, plan, convert, check, report. Independent of ComfyUI."""

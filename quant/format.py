@@ -1,4 +1,4 @@
-"""The format: where MXFP8 layers are in a safetensors file (`container` reads the header itself).
+"""The file format: MXFP8 layers in a safetensors file, whose header `container` reads.
 
 Reading a header needs no torch, and checks everything that can be known without the data. The
 layout, for a linear layer X of shape [N, K]:
@@ -10,9 +10,9 @@ layout, for a linear layer X of shape [N, K]:
 
 Files in the wild carry either marker or both. We write both, and scales always as U8: ComfyUI's
 own save nodes write F8_E8M0, which its dynamic-VRAM loader cannot read. Rows may be stored without
-padding, since every reader takes that; columns may not, since a block has 32.
+padding, which every reader accepts; columns may not, since a block has 32.
 
-Where the two markers of a layer disagree the file is refused, because readers differ on which one
+If the two markers of a layer disagree, the file is refused, because readers differ on which one
 counts.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -48,14 +48,14 @@ WEIGHT = ".weight"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
 MAX_MARKER = 65_536  # bytes of JSON in one layer's marker
 
-# What a marker may name, in ComfyUI 0.30; all but the first are left to stock.
+# Formats that a marker may name in ComfyUI 0.30; all but the first are left to stock.
 MXFP8 = "mxfp8"
 FORMATS = (MXFP8, "float8_e4m3fn", "float8_e5m2", "nvfp4", "int8_tensorwise", "convrot_w4a4")
 SCALES = ("U8", "F8_E8M0")  # dtypes of scales
 AUTO = "auto"
-ORDERS = (AUTO, "tiled", "row-major")  # of scales, as a user may give it
+ORDERS = (AUTO, "tiled", "row-major")  # of scales, as a user may choose
 AGAIN = "get the file again, or convert its original"  # what to do about a damaged layer
-# The command and the node that mend lost markers and the order of scales.
+# The command and the node that restore lost markers and the order of scales.
 REPAIR = "`mxfp8 repair FILE NEW` or the node Repair File (MXFP8)"
 FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
@@ -71,7 +71,7 @@ class Layer:
 
     Attributes:
         name: the key without ".weight".
-        shape: unpadded (N, K); of a bank of experts, as stored, [E, N', K'].
+        shape: unpadded (N, K); for a bank of experts, as stored, (E, N', K').
         conf: the marker's JSON, unknown fields included.
     """
 
@@ -82,7 +82,7 @@ class Layer:
     conf: Mapping = field(repr=False)
 
     def holds(self, shape: Iterable[int]) -> bool:
-        """Whether this can be a matrix [N, K]; a marker without its shape leaves that open."""
+        """Whether this can be a matrix [N, K]; without a shape in its marker, up to padding."""
         shape = tuple(shape)
         if self.conf.get("orig_shape") is not None:
             return shape == self.shape
@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def full_precision(self) -> bool:
-        """Whether the file asks never to quantize this layer's activations."""
+        """Whether the file forbids quantizing this layer's activations."""
         return bool(self.conf.get("full_precision_matrix_mult", False))
 
 
@@ -125,19 +125,21 @@ class Header(Container):
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """The file's MXFP8 linears by name, in the order of their weights."""
-        return self._found(_layer, lambda conf: "num_experts" not in conf)
+        return self._layers_of(_layer, banks=False)
 
     @cached_property
     def experts(self) -> dict[str, Layer]:
         """Banks of MXFP8 experts, 3-D, which are left to stock."""
-        return self._found(_bank, lambda conf: "num_experts" in conf)
+        return self._layers_of(_bank, banks=True)
 
-    def _found(self, read, wanted) -> dict[str, Layer]:
-        markers = self.markers.items()
-        ours = [(n, conf) for n, conf in markers if conf["format"] == MXFP8 and wanted(conf)]
+    def _layers_of(self, read: Callable[..., Layer], banks: bool) -> dict[str, Layer]:
         with advising(AGAIN):
-            found = [read(self, name, conf) for name, conf in ours]
-        return {layer.name: layer for layer in sorted(found, key=lambda x: x.weight.begin)}
+            layers = [
+                read(self, name, conf)
+                for name, conf in self.markers.items()
+                if conf["format"] == MXFP8 and ("num_experts" in conf) == banks
+            ]
+        return {layer.name: layer for layer in sorted(layers, key=lambda x: x.weight.begin)}
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -146,7 +148,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def header_markers(file: str, metadata: Mapping[str, str]) -> dict[str, dict]:
-    """Layer name -> marker JSON from a file's metadata alone.
+    """Layer name -> marker JSON, from a file's metadata alone.
 
     Raises:
         FormatError: the entry is malformed.
@@ -186,7 +188,7 @@ def _read_markers(header: Header) -> dict[str, dict]:
 
 
 def _add_marker(markers: dict[str, dict], name: str, conf: dict, where: str) -> None:
-    """Add a layer's marker, or merge it with the one there, which must say the same."""
+    """Add a layer's marker, or merge it with the one there, which must not differ."""
     before = markers.setdefault(name, conf)
     for key in sorted(conf.keys() & before.keys()):
         if conf[key] != before[key]:
@@ -198,7 +200,7 @@ def _add_marker(markers: dict[str, dict], name: str, conf: dict, where: str) -> 
 
 
 def full_name(header: Header, name: str) -> str:
-    """A layer's name with the prefix that its tensors have; headers often leave it out."""
+    """A layer's name with its tensors' prefix, which headers often omit."""
     names = (prefix + name for prefix in ("", *PREFIXES))
     return next((n for n in names if n + WEIGHT in header.tensors), name)
 
@@ -222,7 +224,7 @@ def _layer(header: Header, name: str, conf: Mapping) -> Layer:
         layout.check_scale(weight.shape, scale.shape)
     except ValueError as error:
         plain = scale.shape == (weight.shape[0], weight.shape[1] // layout.BLOCK)
-        hint = f"; they look row-major, which {REPAIR} mends" if plain else ""
+        hint = f"; they look row-major, which {REPAIR} corrects" if plain else ""
         raise FormatError(f"{where}: {error}{hint}") from error
     return Layer(name, shape, weight, scale, conf)
 
@@ -243,7 +245,7 @@ def _bank(header: Header, name: str, conf: Mapping) -> Layer:
 
 
 def _parts(header: Header, where: str, name: str, dimensions: int):
-    """The weight and the scales of a marked layer, of the right dtypes."""
+    """The weight and the scales of a marked layer, with their dtypes checked."""
     weight = header.tensors.get(name + WEIGHT)
     scale = header.tensors.get(name + SCALE)
     if weight is None:
@@ -261,7 +263,7 @@ def _parts(header: Header, where: str, name: str, dimensions: int):
 
 
 def layer_shape(where: str, weight: TensorInfo, conf: Mapping) -> tuple[int, int]:
-    """The unpadded (N, K) of a 2-D weight, from its marker or as it is stored.
+    """The unpadded (N, K) of a 2-D weight, from its marker, else as it is stored.
 
     Raises:
         FormatError: the marker does not fit the weight.

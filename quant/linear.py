@@ -1,4 +1,4 @@
-"""An MXFP8 linear for any torch module, and the way to put a converted file into one.
+"""An MXFP8 linear layer for any torch module, and loading a converted file into a module.
 
     model = BertModel(config)
     load_quantized(model, "model-mxfp8.safetensors")     # or: quantize_linears(model)
@@ -7,9 +7,9 @@ The state dict of such a module is the stock file format, key for key: `weight` 
 `weight_scale`, `comfy_quant`, `bias`. So what `safetensors.torch.save_file(model.state_dict())`
 writes loads in ComfyUI, and what the converter writes loads here.
 
-Inside, codes are held as uint8: `module.half()` converts every floating-point buffer, and would
-turn float8 codes into plain half precision. Rejected: a tensor subclass as the weight, which has to
-answer every operator that torch has or will have; a module answers one.
+Codes are held as uint8, because `module.half()` converts every floating-point buffer and would turn
+float8 codes into half precision. Rejected: a tensor subclass as the weight, which has to implement
+every operator that torch has or will have; a module implements one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class MXFP8Linear(nn.Module):
     """y = x @ W.T + bias with W [N, K] stored as MXFP8, N = out_features, K = in_features.
 
     Args:
-        precision: "auto", "exact" or "fast", as for `kernels.linear`. A marker that asks for full
-            precision makes it exact.
+        precision: "auto", "exact" or "fast", as for `kernels.linear`; "exact" if the marker asks
+            for full precision.
         dtype: of the weight before it was quantized, for the marker, and of the bias.
     """
 
@@ -60,8 +60,8 @@ class MXFP8Linear(nn.Module):
         scales = layout.scale_shape(out_features, in_features)
         self.register_buffer("weight", torch.zeros(stored, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(scales, dtype=torch.uint8, device=device))
-        value = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        self.register_parameter("bias", value if bias else None)
+        zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        self.register_parameter("bias", zeros if bias else None)
 
     @classmethod
     @torch.no_grad()
@@ -127,7 +127,7 @@ def quantize_linears(
     select: Callable[[str, nn.Linear], bool] = lambda name, linear: True,
     precision: str = "auto",
 ) -> list[str]:
-    """Replace the nn.Linear layers inside a module by their MXFP8 twins, in place.
+    """Replace the nn.Linear layers inside a module by MXFP8 ones, in place.
 
     Args:
         select: (name, layer) -> whether to quantize it.
@@ -138,32 +138,32 @@ def quantize_linears(
     Raises:
         ValueError: a weight holds NaN or Inf; nothing was replaced.
     """
-    found = [
+    linears = [
         (name, layer)
         for name, layer in module.named_modules()
         if type(layer) is nn.Linear and name and select(name, layer)
     ]
-    for name, layer in found:
+    for name, layer in linears:
         if not layer.weight.isfinite().all():
             shape = list(layer.weight.shape)
             raise ValueError(f"{name!r} {shape} holds NaN or Inf; MXFP8 cannot store it")
-    for name, layer in found:  # one at a time: memory holds one layer twice
-        _replace(module, name, MXFP8Linear.from_linear(layer, precision))
-    return [name for name, _ in found]
+    for name, layer in linears:  # one at a time: memory holds one layer twice
+        module.set_submodule(name, MXFP8Linear.from_linear(layer, precision))
+    return [name for name, _ in linears]
 
 
 def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str = "auto"):
     """Load an MXFP8 file into a module: layers that the file marks become MXFP8Linear.
 
     Args:
-        prefix: what the file's keys have before the module's ("model.diffusion_model.", say).
+        prefix: of the file's keys, before the module's ("model.diffusion_model.", say).
 
     Returns:
-        The keys that are missing and those that were not expected, as `load_state_dict` does.
+        The missing and the unexpected keys, as `load_state_dict` does.
 
     Raises:
         FormatError: the file is damaged or lost its markers (`scan.check_file`), has no MXFP8
-            layer, or marks a layer that is no nn.Linear of its shape.
+            layer, or marks a layer that is not an nn.Linear of its shape.
     """
     with FileSource(path) as source:
         for warning in scan.check_source(source):
@@ -171,7 +171,7 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
     header = source.header
     if not header.layers:
         raise format.FormatError(
-            f"{header.path.name}: no layer in it is MXFP8; use load_state_dict, or convert it"
+            f"{header.path.name}: none of its layers is MXFP8; use load_state_dict, or convert it"
         )
     device = next((p.device for p in module.parameters()), None)
     modules = dict(module.named_modules())
@@ -182,10 +182,10 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
         name = layer.name.removeprefix(prefix)
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or not layer.holds(linear.weight.shape):
-            found = "nothing" if linear is None else repr(linear)
+            there = "nothing" if linear is None else repr(linear)
             raise format.FormatError(
                 f"{header.path.name}: {layer.name!r} is an MXFP8 linear of shape "
-                f"{list(layer.shape)}; the module has {found} there"
+                f"{list(layer.shape)}; the module has {there} there"
             )
         layers[name] = MXFP8Linear(
             linear.in_features,
@@ -198,11 +198,6 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
         layers[name].marker = dict(layer.conf)
     state = load_file(path)
     for name, layer in layers.items():
-        _replace(module, name, layer)
+        module.set_submodule(name, layer)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return module.load_state_dict(state, strict=False)
-
-
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, layer)

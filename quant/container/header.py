@@ -1,12 +1,12 @@
-"""The container: what a safetensors header says, checked against the file, without torch.
+"""The header of a safetensors file, checked against the file, without torch.
 
 Everything that can be known without the data is checked before anything is allocated for it: the
 header's length and JSON, every dtype, shape and offset, and that the tensors fill the file exactly.
-No size that the header states is believed before it is compared with the size of the file.
+No size that the header states is trusted before it is compared with the size of the file.
 
-The safetensors library is not used for reading because bounded memory needs rows of a tensor
-without mapping the file: its `get_slice` maps, and mapped pages count as resident. It also lets
-duplicate keys pass. Format: https://github.com/huggingface/safetensors#format
+Rejected: reading with the safetensors library. Bounded memory needs rows of a tensor without
+mapping the file, but its `get_slice` maps, and mapped pages count as resident. It also accepts
+duplicate keys. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_DEPTH = 32  # of JSON; ComfyUI reads markers again, deep in a stack
+MAX_DEPTH = 32  # of JSON; ComfyUI parses markers again, deep in a stack
 
 # dtype name in the header -> bits per element
 DTYPES = {
@@ -37,16 +37,16 @@ DTYPES = {
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 200
 _QUOTE.maxlist = _QUOTE.maxdict = 8
-quoted = _QUOTE.repr  # of what a file says: a hostile name may be 100 MB long
+quoted = _QUOTE.repr  # for values from a file: a hostile name may be 100 MB long
 
 
 class FormatError(ValueError):
-    """A file that is not what it says it is; the message names the file, tensor and rule."""
+    """A file that breaks a rule of its format; the message names file, tensor and rule."""
 
 
 @contextlib.contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Add to a FormatError raised within what its reader can do about it."""
+    """Add advice to a FormatError raised within."""
     try:
         yield
     except FormatError as error:
@@ -90,13 +90,13 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
         kind: the class to make, `Container` or one derived from it.
 
     Raises:
-        FormatError: the file is no safetensors file, is truncated, or has overlapping tensors.
+        FormatError: the file is not a safetensors file, is truncated, or has overlapping tensors.
         OSError: it cannot be read.
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for ever
         raise FormatError(
-            f"{path.name}: no safetensors file: it is a folder, pipe or device; give the name of a "
+            f"{path.name}: not a safetensors file but a folder, pipe or device; give the name of a "
             ".safetensors file (convert and --source take a model's folder, too)"
         )
     with advising("the file is damaged or incomplete: get it again"):
@@ -128,8 +128,8 @@ def _read_text(path: Path) -> tuple[bytes, int]:
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise FormatError(
-                f"{path.name}: no safetensors file (.ckpt, .pt and .gguf cannot be read), or a "
-                f"damaged one: its header would have {length} bytes; at most {MAX_HEADER} may be"
+                f"{path.name}: not a safetensors file (.ckpt, .pt and .gguf cannot be read), or a "
+                f"damaged one: its header would have {length} bytes; the limit is {MAX_HEADER}"
             )
         if 8 + length > size:
             raise FormatError(
@@ -139,10 +139,10 @@ def _read_text(path: Path) -> tuple[bytes, int]:
 
 
 def parse_object(where: str, text: str | bytes) -> dict:
-    """A JSON object, as the standard has it and other readers take it.
+    """A JSON object that all readers read alike.
 
-    Python would also take NaN and Infinity, and the last of two equal keys, where others take the
-    first.
+    Python alone would accept NaN and Infinity, and take the last of two equal keys, where others
+    take the first.
 
     Raises:
         FormatError: it is anything else.
@@ -185,7 +185,7 @@ def _without_duplicates(pairs):
 
 
 def _refuse_number(text):
-    raise ValueError(f"{text[:40]} is no JSON number")
+    raise ValueError(f"{text[:40]} is not a JSON number")
 
 
 def _float(text: str) -> float:
@@ -194,13 +194,13 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if text == "-0" or len(text) > 300:  # other readers overflow
-        _refuse_number(f"a number of {len(text)} digits" if text != "-0" else text)
-    return int(text)
+    if len(text) > 300:  # other readers overflow
+        _refuse_number(f"a number of {len(text)} digits")
+    return int(text) if text != "-0" else _refuse_number(text)
 
 
 def is_text(value) -> bool:
-    """Whether a JSON value is a string that can be encoded: no half of a surrogate pair."""
+    """Whether a JSON value is a string that can be encoded: without unpaired surrogates."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -230,7 +230,7 @@ def is_size(value) -> bool:
 
 
 def is_shape(value) -> bool:
-    """Whether a JSON value can be a shape, one whose strides fit 63 bits."""
+    """Whether a JSON value can be a shape with strides of at most 63 bits."""
     return (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
@@ -242,12 +242,12 @@ def is_shape(value) -> bool:
 def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
     where = f"{path.name}: tensor {quoted(name)}"
     if not is_text(name):
-        raise FormatError(f"{where}: its name is no valid text")
+        raise FormatError(f"{where}: its name is not valid text")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise FormatError(f"{where} needs dtype, shape and data_offsets")
     dtype, shape, offsets = (entry.pop(key) for key in ("dtype", "shape", "data_offsets"))
     if not all(is_text(key) and _is_plain(value) for key, value in entry.items()):
-        raise FormatError(f"{where} has a further field that is no plain value")
+        raise FormatError(f"{where} has a further field that is not a plain value")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"{where} has the unknown dtype {quoted(dtype)}")
     if not is_shape(shape):
@@ -267,7 +267,7 @@ def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
 
 
 def _check_offsets(path: Path, tensors: list[TensorInfo], data: int, size: int) -> None:
-    """Tensors in order of offset must fill the file exactly: no gap, no overlap, no remainder."""
+    """Raise FormatError unless tensors, in order, fill the file without gap, overlap or rest."""
     position = data
     for tensor in tensors:
         if tensor.begin != position:

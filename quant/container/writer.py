@@ -5,9 +5,9 @@ each to its place, by any number of threads. The file grows as a part file besid
 (`part_file`), is synced, read back and compared with checksums taken while writing, and only then
 gets its name. Whatever goes wrong before that leaves the target as it was.
 
-Tensors are laid out so that each is aligned to its element size, and those whose size is a
-multiple of 64 bytes (all MXFP8 data and scales) to 64 bytes: readers map files straight into
-tensors. The same tensors in the same order, with the same metadata, give the same bytes.
+Each tensor is aligned to its element size, and one whose size is a multiple of 64 bytes (all MXFP8
+data and scales) to 64 bytes, because readers map files straight into tensors. The same tensors in
+the same order, with the same metadata, give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .header import DTYPES, FormatError, TensorInfo, numel, quoted, read_container
+from .header import DTYPES, FormatError, TensorInfo, nbytes, quoted, read_container
 from .part_file import create_part_file
 from .pipeline import Pipeline, cores
 
@@ -36,7 +37,7 @@ _READERS = 4  # threads that read back
 
 
 class _Piece(NamedTuple):
-    """A stretch of a tensor's bytes as it was written; `begin` counts from the tensor's start."""
+    """A written stretch of a tensor's bytes; `begin` counts from the tensor's start."""
 
     begin: int
     end: int
@@ -49,7 +50,7 @@ class _Piece(NamedTuple):
 
 
 class Writer:
-    """A context manager; leaving it without an error is what makes the file appear.
+    """A context manager; the file appears when it is left without an error.
 
     Args:
         target: the file to make.
@@ -61,8 +62,8 @@ class Writer:
 
     Raises:
         FileExistsError: the target exists and overwrite is off.
-        OSError: another writer is at work on the target, no space, no permission, no such folder;
-            nothing is left behind.
+        OSError: another writer is at work on the target; no space, no permission, no such folder.
+            Nothing is left behind.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Writer:
     ):
         self.target = Path(target)
         self.overwrite = overwrite
-        self.temporary: Path | None = None  # while the context is open
+        self.part_file: Path | None = None  # while the context is open
         self._tick = tick
         self._header, self.tensors = _lay_out(tensors, metadata)
         self._pieces: dict[str, list[_Piece]] = {name: [] for name in self.tensors}
@@ -90,7 +91,7 @@ class Writer:
         return max((t.end for t in self.tensors.values()), default=len(self._header))
 
     def __enter__(self) -> Writer:
-        self.temporary, self._file = create_part_file(self.target)
+        self.part_file, self._file = create_part_file(self.target)
         try:
             _check_target(self.target, self.overwrite)
             self._check_space()
@@ -126,7 +127,7 @@ class Writer:
             self._remember(_Piece(start, start + len(piece), zlib.crc32(piece), info))
 
     def _remember(self, piece: _Piece) -> None:
-        """Note a written piece, and sync now and then: meanwhile other threads go on."""
+        """Record a written piece, and sync now and then while other threads go on."""
         with self._lock:
             self._pieces[piece.tensor.name].append(piece)
             self._unsynced += piece.size
@@ -156,7 +157,7 @@ class Writer:
             raise
 
     def _check_complete(self, name: str, size: int) -> None:
-        """Every byte of a tensor was written, and once."""
+        """Raise FormatError unless every byte of a tensor was written, and once."""
         position = 0
         self._pieces[name].sort()
         for piece in self._pieces[name]:
@@ -168,7 +169,7 @@ class Writer:
 
     def _verify(self) -> None:
         """Read the file back: its header as any reader would, its data against the checksums."""
-        header = read_container(self.temporary)
+        header = read_container(self.part_file)
         if dict(header.tensors) != self.tensors:
             raise FormatError(f"{self.target.name}: the header read back differs from the plan")
         workers = min(_READERS, cores())
@@ -181,7 +182,7 @@ class Writer:
         """Read a piece back and compare it with its checksum."""
         buffer = memoryview(bytearray(_READ_BACK))
         left, checksum = piece.size, 0
-        with self.temporary.open("rb", buffering=0) as file:
+        with self.part_file.open("rb", buffering=0) as file:
             file.seek(piece.tensor.begin + piece.begin)
             while left and (count := file.readinto(buffer[:left])):
                 checksum = zlib.crc32(buffer[:count], checksum)
@@ -193,26 +194,26 @@ class Writer:
             )
 
     def _publish(self) -> None:
-        """Give the file its name; its lock is held until it has it."""
+        """Give the file its name, until when its lock is held."""
         if os.name == "nt":  # an open file cannot be renamed there
             self._file.close()
         try:
             if self.overwrite:
-                os.replace(self.temporary, self.target)
+                os.replace(self.part_file, self.target)
             else:
-                _rename_new(self.temporary, self.target)
+                _rename_new(self.part_file, self.target)
         except PermissionError as error:
             raise PermissionError(
                 error.errno,
-                "the file cannot be replaced; close the program that has it open (ComfyUI, for "
-                "one), or give another name",
+                "the file cannot be replaced; close the program that has it open (ComfyUI, say), "
+                "or give another name",
                 str(self.target),
             ) from error
         self._file.close()
         _sync_folder(self.target.parent)
 
     def _check_space(self) -> None:
-        """Refuse now what would fill the disk after minutes of work."""
+        """Raise OSError now for what would fill the disk after minutes of work."""
         free = shutil.disk_usage(self.target.parent).free
         if self.nbytes > free:
             raise OSError(
@@ -224,12 +225,12 @@ class Writer:
 
     def _discard(self) -> None:
         if self._file is not None:
-            # What cannot be deleted now, on a disk that failed, is deleted by the next writer; the
-            # error that led here matters more.
+            # What cannot be deleted, on a disk that failed, the next writer deletes; the error that
+            # led here matters more.
             if os.name == "nt":  # an open file cannot be deleted there
                 self._file.close()
             with contextlib.suppress(OSError):
-                self.temporary.unlink()
+                self.part_file.unlink()
             self._file.close()
 
     @contextlib.contextmanager
@@ -255,11 +256,11 @@ if hasattr(errno, "EDQUOT"):  # not on Windows
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to replace what is no file, and a file unless that was asked for."""
+    """Raise OSError if the target is not a file, or a file that may not be replaced."""
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder; give a file name", str(target))
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "this is no ordinary file; give another name", str(target))
+        raise OSError(errno.EINVAL, "this is not an ordinary file; give another name", str(target))
     if target.exists() and not overwrite:
         raise _exists(target)
 
@@ -267,32 +268,28 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
     """Order the tensors, place them, and encode the header."""
 
-    def key(tensor):
+    def order(tensor):
         _, dtype, shape = tensor
-        bits = DTYPES[dtype]
-        whole = numel(shape) * bits // 8 % ALIGNMENT == 0
-        return not whole, 0 if whole else -bits
+        whole = nbytes(dtype, shape) % ALIGNMENT == 0
+        return not whole, 0 if whole else -DTYPES[dtype]
 
-    entries, offset = {}, 0
-    for name, dtype, shape in sorted(tensors, key=key):
-        if name in entries:
+    placed: dict[str, TensorInfo] = {}
+    end = 0
+    for name, dtype, shape in sorted(tensors, key=order):
+        if name in placed:
             raise FormatError(f"two tensors are called {quoted(name)}")
-        size = numel(shape) * DTYPES[dtype] // 8
-        entries[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    header = {"__metadata__": dict(metadata), **entries} if metadata else entries
+        begin, end = end, end + nbytes(dtype, shape)
+        placed[name] = TensorInfo(name, dtype, tuple(shape), begin, end)
+    header = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, info in placed.items():
+        offsets = [info.begin, info.end]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     data = 8 + len(text)
     placed = {
-        name: TensorInfo(
-            name, e["dtype"], tuple(e["shape"]), *(data + o for o in e["data_offsets"])
-        )
-        for name, e in entries.items()
+        name: replace(info, begin=data + info.begin, end=data + info.end)
+        for name, info in placed.items()
     }
     return struct.pack("<Q", len(text)) + text, placed
 
@@ -317,8 +314,8 @@ _pwrite = getattr(os, "pwrite", _seek_and_write)
 
 
 def _rename_new(source: Path, target: Path) -> None:
-    """Rename unless the target exists, without a moment in which two writers could both pass."""
-    if os.name == "nt":  # there, a rename never replaces
+    """Rename unless the target exists, in one step, so that of two writers only one succeeds."""
+    if os.name == "nt":  # where a rename never replaces
         os.rename(source, target)
         return
     try:
@@ -342,7 +339,7 @@ def _exists(target: Path) -> FileExistsError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can; the file is there already."""
+    """Have the new name survive a power cut, where the system can; the file is synced already."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

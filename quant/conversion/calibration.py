@@ -12,11 +12,10 @@ too; version 1 has no means and magnitudes, and rounding needs the Hessian alone
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -333,35 +332,6 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-@contextlib.contextmanager
-def watch(
-    module: nn.Module, select: Callable[[str, nn.Module], bool]
-) -> Iterator[dict[str, HessianAccumulator]]:
-    """Within the context, gather statistics of the inputs of a module's linear layers.
-
-    Args:
-        select: (name, layer) -> whether to gather for it.
-    """
-    accumulators: dict[str, HessianAccumulator] = {}
-    hooks = []
-
-    def watch_layer(name: str, layer: nn.Linear) -> None:
-        def add(layer: nn.Module, args: tuple, options: dict) -> None:
-            accumulator.add(args[0] if args else options["input"])
-
-        accumulator = accumulators[name] = HessianAccumulator()
-        hooks.append(layer.register_forward_pre_hook(add, with_kwargs=True))
-
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and select(name, layer):
-            watch_layer(name, layer)
-    try:
-        yield accumulators
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def calibrate(
     module: nn.Module,
@@ -388,9 +358,19 @@ def calibrate(
             f"this {type(module).__name__} is in training mode, where layers get other inputs than "
             "in use (dropout); call its eval() first"
         )
-    with watch(module, select) as accumulators:
+    accumulators: dict[str, HessianAccumulator] = {}
+    hooks = []
+    try:
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear) and select(name, layer):
+                accumulators[name] = HessianAccumulator()
+                hook = _adding_inputs(accumulators[name])
+                hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for batch in batches:
             run(module, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     layers = {name: one.take() for name, one in accumulators.items()}
     layers = {name: moments for name, moments in layers.items() if moments}
     if not layers:
@@ -399,3 +379,10 @@ def calibrate(
         )
     weights = ((name, module.get_submodule(name).weight) for name in layers)
     return Calibration(layers, fingerprint((name, w.shape, w[0]) for name, w in weights))
+
+
+def _adding_inputs(accumulator: HessianAccumulator) -> Callable:
+    def hook(layer: nn.Module, args: tuple, options: dict) -> None:
+        accumulator.add(args[0] if args else options["input"])
+
+    return hook

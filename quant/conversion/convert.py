@@ -27,7 +27,7 @@ import torch
 from ... import kernels
 from ...kernels import layout
 from .. import format
-from ..container.header import FormatError, nbytes, quoted
+from ..container.header import FormatError, quoted
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
@@ -146,7 +146,7 @@ def convert(
     for given in filter(None, (calibration, held_out)):
         check_model(given, source)
     start = time.perf_counter()
-    total = sum(_nbytes(d) for d in plan.decisions)
+    total = sum(d.nbytes for d in plan.decisions)
     advance = Meter(total, progress)
 
     markers = {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
@@ -206,10 +206,6 @@ def _about(calibration: Calibration, held_out: Calibration | None = None) -> dic
         "least_rows": min(rows, default=0),
         **({} if held_out is None else {"held_out": _about(held_out)}),
     }
-
-
-def _nbytes(decision: Decision) -> int:
-    return nbytes(decision.dtype, decision.shape)
 
 
 def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -296,7 +292,7 @@ class _Conversion:
         for decision in plan.quantized:
             if moments[decision.key]:
                 results[decision.key] = self._round(decision, moments[decision.key])
-                self.advance(_nbytes(decision), decision.key)
+                self.advance(decision.nbytes, decision.key)
         return results
 
     def _jobs(self, decisions: Iterable[Decision]) -> Iterator[Job]:
@@ -304,7 +300,7 @@ class _Conversion:
         for decision in decisions:
             if decision.quantize:
                 for begin, end in layout.slabs(*decision.shape, _SLAB):
-                    size = _nbytes(decision) * (end - begin) // decision.shape[0]
+                    size = decision.nbytes * (end - begin) // decision.shape[0]
                     data = None if stored else self._rows(decision.key, begin, end)
                     yield Job(decision, begin, end, size, data)
             else:
@@ -482,7 +478,7 @@ def _layer_reports(
                 reason=decision.reason,
                 dtype=decision.dtype,
                 shape=decision.shape,
-                bytes_before=_nbytes(decision),
+                bytes_before=decision.nbytes,
                 bytes_after=sum(writer.tensors[decision.layer + p].nbytes for p in parts),
                 sqnr_db=result.sqnr.sqnr_db,
                 worst_block=result.sqnr.worst,

@@ -1,9 +1,9 @@
-"""Which layers become MXFP8, and why not the others.
+"""Which layers become MXFP8, and why the others do not.
 
-A plan goes through every tensor of a model and gives it a decision with a reason. First come the
-rules that no option overrides, because stock ComfyUI would run raw codes; then the user's exclude
-and include; then the preset. Presets are named after convert_to_quant's, and mean the same
-selection (`presets.json`). "auto" takes the preset of the architecture that the keys show.
+A plan gives every tensor of a model a decision with a reason. First come rules that no option
+overrides, because stock ComfyUI would run raw codes; then the user's exclude and include; then the
+preset. Presets have the names of convert_to_quant's and select the same layers (`presets.json`).
+"auto" takes the preset of the architecture that the keys show.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..container.header import quoted
-from ..format import FLOATS, PREFIXES, WEIGHT, bare, numel
+from ..container.header import nbytes, numel, quoted
+from ..format import FLOATS, PREFIXES, WEIGHT, bare
 
 try:
     import regex
-except ModuleNotFoundError:  # outside ComfyUI; there the user waits for his own expression
+except ModuleNotFoundError:  # outside ComfyUI, where an expression is the user's own
     regex = None
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ NONE = "none"
 
 _TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
 _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
-_MOST_REPEATS = 10_000  # `regex` writes out nested repetitions of a letter, to fill any memory
+_MOST_REPEATS = 10_000  # `regex` expands nested repetitions of a letter until memory is full
 
 # Lookup tables, by the last part of the layer's name. Stock ComfyUI loads a quantized one without
 # an error and then looks up raw codes. These are tables in every model:
@@ -44,7 +44,7 @@ TABLES = frozenset({
 })  # fmt: skip
 # These are linear layers in some models, where they are small:
 VOCABULARIES = frozenset({"embed_tokens", "embed"})
-# Whatever may be one is not quantized by name alone.
+# Names that may mean one; by name alone, these are not quantized.
 EMBEDDINGS = TABLES | VOCABULARIES | {
     "emb", "label_emb", "label_embed", "query_embed", "cls_embed", "no_mask_embed",
     "not_a_point_embed", "lyric_embs", "embedding_table", "codebook", "style_embedder",
@@ -54,14 +54,14 @@ EMBEDDINGS = TABLES | VOCABULARIES | {
 }  # fmt: skip
 
 # What stock never builds as quantized layers: it would run raw codes, or take the padded shape for
-# the true one. The pattern is searched in the layer's name.
+# the true one. Patterns are searched for in the layer's name.
 _NEVER = (
     (re.compile(r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\."), "part of the VAE"),
     (
         re.compile(r"(^|\.)((text_model|vision_model)\.encoder|transformer\.resblocks)\."),
         "part of a CLIP encoder",
     ),
-    (re.compile(r"(^|\.)text_projection$"), "a projection that is no linear layer"),
+    (re.compile(r"(^|\.)text_projection$"), "a projection that is not a linear layer"),
     (
         re.compile(
             r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features|point_embeddings\.\d+)$"
@@ -69,12 +69,12 @@ _NEVER = (
         "a bare parameter",
     ),
     (re.compile(r"(^|\.)motion_encoder\.(enc\.fc|dec)\."), "a bare parameter"),
-    (re.compile(r"(^|\.)x_embedder\.proj\.1$"), "the layer whose width tells what model it is"),
+    (re.compile(r"(^|\.)x_embedder\.proj\.1$"), "the layer whose width identifies the model"),
 )
 _T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
 _T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantized
 
-# Architecture -> (preset, keys that must all be there). The first match counts.
+# (architecture, preset, keys that must all be there). The first match counts.
 ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Z-Image", "zimage", ("cap_pad_token", "noise_refiner.0.attention.qkv.weight")),
     ("Flux.2", "flux2", ("double_stream_modulation_img.lin.weight",)),
@@ -143,7 +143,7 @@ DEFAULT = Selection()
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor, and the reason in words for the user."""
+    """Whether one tensor is quantized, and why, in words for the user."""
 
     key: str
     dtype: str
@@ -155,13 +155,18 @@ class Decision:
     def layer(self) -> str:
         return self.key.removesuffix(WEIGHT)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the source."""
+        return nbytes(self.dtype, self.shape)
+
 
 @dataclass(frozen=True)
 class Plan:
     """Decisions for every tensor, in the order given.
 
     Attributes:
-        preset: the preset used, after "auto" was resolved; "default" where nothing was recognized.
+        preset: the one used, with "auto" resolved; "default" if no architecture was recognized.
         architecture: what the keys showed, or None.
         selection: what was asked for.
     """
@@ -182,7 +187,7 @@ def _table() -> dict:
 
 
 def presets() -> dict[str, str]:
-    """Name -> one line about it, for every preset that can be asked for by name."""
+    """Name -> one line about it, for every preset that can be chosen."""
     table = _table()["presets"]
     names = {name: table[entry.get("alias_for", name)]["about"] for name, entry in table.items()}
     return {
@@ -212,15 +217,15 @@ def plan(
 
     Args:
         tensors: key -> (header dtype such as "BF16", shape).
-        is_linear: tells linear layers apart by name where the modules are at hand; without it,
-            every 2-D float "*.weight" that is no known embedding counts as one.
+        is_linear: whether the layer of a name is linear, where the modules are at hand; without
+            it, every 2-D float "*.weight" that is not a known embedding counts as linear.
 
     Raises:
         ValueError: unknown preset, or an expression that does not compile or takes too long.
     """
     architecture, detected = detect_architecture(tensors) or (None, "default")
     preset = detected if selection.preset == AUTO else selection.preset
-    keeps = _keep_rules(preset, tensors)
+    kept = _kept_by(preset, tensors)
     include, exclude = selection.include, selection.exclude
     included, excluded = _searcher("include", include), _searcher("exclude", exclude)
 
@@ -228,22 +233,15 @@ def plan(
         reason = _impossible(key, dtype, shape, is_linear)
         if reason is None and excluded(key):
             reason = f"excluded by {exclude!r}"
-        if reason is not None:
-            return False, reason
-        if included(key):
+        if reason is None and included(key):
             return True, f"included by {include!r}"
-        for keep in keeps:
-            reason = keep(key)
-            if reason:
-                return False, reason
-        return True, "linear layer"
+        reason = reason or kept(key)
+        return (False, reason) if reason else (True, "linear layer")
 
-    for option, expression, finds in (
-        ("include", include, included),
-        ("exclude", exclude, excluded),
-    ):
-        if expression and not any(map(finds, tensors)):
-            logger.warning("MXFP8: %s %s finds no key.", option, quoted(expression))
+    for option, matches in (("include", included), ("exclude", excluded)):
+        expression = getattr(selection, option)
+        if expression and not any(map(matches, tensors)):
+            logger.warning("MXFP8: %s %s matches no key.", option, quoted(expression))
     decisions = tuple(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
@@ -252,7 +250,7 @@ def plan(
 
 
 def _impossible(key, dtype, shape, is_linear) -> str | None:
-    """Why stock ComfyUI could not run this tensor as MXFP8, or None if it can."""
+    """Why stock ComfyUI cannot run this tensor as MXFP8, or None if it can."""
     if not key.endswith(WEIGHT):
         return "not a layer's weight"
     if len(shape) != 2:
@@ -275,25 +273,25 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
 
 
 def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
-    """A function that tells whether a user's expression finds something in a key.
+    """A function that tells whether a user's expression matches anywhere in a key.
 
-    Expressions come with workflows of strangers, and some take longer than the universe has, while
-    Python's own matcher holds the interpreter's lock. So the matching is done by the `regex`
-    package, which comes with ComfyUI's transformers: it lets other threads run, and stops in time.
+    Workflows from anywhere bring expressions, and some never end, while Python's own matcher holds
+    the interpreter's lock. So matching is done by the `regex` package, which comes with ComfyUI's
+    transformers: it lets other threads run, and has a timeout.
     """
     if not expression:
         return lambda key: False
     if _repeats(expression) > _MOST_REPEATS:
         raise ValueError(
-            f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; names "
-            "of tensors are shorter"
+            f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; "
+            "tensor names are shorter"
         )
     try:
         find = re.compile(expression).search
         pattern = regex.compile(expression) if regex is not None else None
     except (re.error, getattr(regex, "error", re.error), OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{option} {quoted(expression)} is no regular expression: {error}"
+            f"{option} {quoted(expression)} is not a regular expression: {error}"
         ) from error
     if pattern is not None:
         deadline = time.monotonic() + _TIMEOUT
@@ -302,7 +300,7 @@ def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
             left = max(0.01, deadline - time.monotonic())
             return pattern.search(key, timeout=left, concurrent=True)
 
-    def found(key: str) -> bool:
+    def matches(key: str) -> bool:
         try:
             return find(key) is not None
         except TimeoutError:
@@ -311,60 +309,52 @@ def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
                 "a repetition inside a repetition"
             ) from None
 
-    return found
+    return matches
 
 
 def _repeats(expression: str) -> float:
-    """How often nested repetitions may repeat in all, whatever the matcher makes of blanks."""
+    """An upper bound of how often nested repetitions repeat; blanks in counts are ignored."""
     counts = [n for inner in _BRACES.findall(expression)
               for n in re.findall("[0-9]+", re.sub(r"\s", "", inner))]  # fmt: skip
     counts = [n.lstrip("0") or "1" for n in counts]
     return math.prod(int(n) if len(n) < 6 else math.inf for n in counts)
 
 
-def _keep_rules(name: str, keys: Iterable[str]) -> list[Callable[[str], str | None]]:
-    """Functions key -> reason to keep it, or None, for a preset and what it builds on."""
+def _kept_by(preset: str, keys: Iterable[str]) -> Callable[[str], str | None]:
+    """A function: why a preset, and what it builds on, keep a key; None if they do not."""
+    rules = list(_keep_rules(preset, keys))
+
+    def kept(key: str) -> str | None:
+        # Under whatever prefix there is, and under what presets have in mind (Anima's is "net.").
+        names = (key, f".{bare(key)}", f"net.{bare(key)}")
+        for label, parts, patterns in rules:
+            part = next((p for p in parts if any(p in name for name in names)), None)
+            if part is not None:
+                return f"{label} keeps {part!r}"
+            if any(re.search(pattern, key) for pattern in patterns):
+                return f"{label} keeps {key.removesuffix(WEIGHT)!r}"
+        return None
+
+    return kept
+
+
+def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(label, parts of keys, patterns) that are kept, for a preset and what it builds on."""
     if name == NONE:
-        return []
+        return
     table = _table()
-    rules = [_keep_substrings("the default selection", table["default_keep"])]
+    yield "the default selection", table["default_keep"], []
     while name not in ("default", None):
-        entry = table["presets"].get(name)
-        if entry is None:
+        preset = table["presets"].get(name)
+        if preset is None:
             known = ", ".join(presets())
             raise ValueError(f"no preset is called {name!r}; there are: {known}")
-        if "alias_for" in entry:
-            name = entry["alias_for"]
+        if "alias_for" in preset:
+            name = preset["alias_for"]
             continue
-        label = f"preset {name}"
-        rules.append(_keep_substrings(label, entry["keep"]))
-        rules.append(_keep_matching(label, entry.get("keep_matching", [])))
-        if entry.get("keep_final_language_layer"):
-            rules.append(_keep_substrings(label, _final_language_layers(keys)))
-        name = entry.get("extends")
-    return rules
-
-
-def _keep_substrings(label: str, parts: Iterable[str]):
-    parts = tuple(parts)
-
-    def rule(key: str) -> str | None:
-        # Whatever prefix there is, and under the one that presets have in mind (Anima's is "net.").
-        names = (key, f".{bare(key)}", f"net.{bare(key)}")
-        part = next((p for p in parts if any(p in name for name in names)), None)
-        return None if part is None else f"{label} keeps {part!r}"
-
-    return rule
-
-
-def _keep_matching(label: str, expressions: Iterable[str]):
-    patterns = [re.compile(e) for e in expressions]
-
-    def rule(key: str) -> str | None:
-        found = any(p.search(key) for p in patterns)
-        return f"{label} keeps {key.removesuffix(WEIGHT)!r}" if found else None
-
-    return rule
+        last = _final_language_layers(keys) if preset.get("keep_final_language_layer") else []
+        yield f"preset {name}", preset["keep"] + last, preset.get("keep_matching", [])
+        name = preset.get("extends")
 
 
 def _final_language_layers(keys: Iterable[str]) -> list[str]:

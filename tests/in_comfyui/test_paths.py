@@ -248,7 +248,7 @@ def test_expressions_that_are_none_are_refused(comfy, names, widget):
     before = around(comfy)
     for value in ("(", "[", "*", "a{2,1}", "(?P<a", "\\", "(?i)(", "x" * 100_000 + "("):
         said = message(comfy, converting(**{widget: value}))
-        assert f"{widget} " in said and "is no regular expression" in said
+        assert f"{widget} " in said and "is not a regular expression" in said
     assert around(comfy) == before
 
 

@@ -231,7 +231,7 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
     [
         ("flux-mxfp8", {}, r"this Flux is already quantized \('[\w.]+' is mxfp8\)"),
         ("flux", {"exclude": "."}, "no layer to quantize"),
-        ("flux", {"include": "("}, "is no regular expression"),
+        ("flux", {"include": "("}, "is not a regular expression"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(comfy, name, options, message):

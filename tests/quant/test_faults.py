@@ -80,14 +80,14 @@ def assert_absent_or_whole(target, whole, before: bytes | None) -> None:
 
 
 def unfinished(folder) -> bool:
-    """Whether a temporary file is there."""
+    """Whether a part file is there."""
     return any(name.endswith(".part") for name in names(folder))
 
 
 def kill_at_random_moments(warm, source, whole, target, rounds: int) -> None:
     """Kill, look, run again, look; every other round over a file that exists.
 
-    Half of the moments are from anywhere in a run, half from when the temporary file is there.
+    Half of the moments are from anywhere in a run, half from when the part file is there.
     """
     moment = random.Random(rounds)
     seconds, interrupted = 0.3, 0
@@ -421,7 +421,7 @@ def test_a_name_that_is_too_long(warm, source, tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(Path.mkdir, "this is a folder"), (os.mkfifo, "this is no ordinary file")],
+    [(Path.mkdir, "this is a folder"), (os.mkfifo, "this is not an ordinary file")],
 )
 def test_what_is_no_file_is_never_replaced(warm, source, target, make, words):
     make(target)

@@ -37,10 +37,10 @@ def error_of(path, part="tensors") -> str:
     [
         (b"", "too few"),
         (b"1234567", "too few"),
-        (struct.pack("<Q", MAX_HEADER + 1), "at most"),
-        (struct.pack("<Q", 2**63) + b"{}", "at most"),
+        (struct.pack("<Q", MAX_HEADER + 1), "the limit is"),
+        (struct.pack("<Q", 2**63) + b"{}", "the limit is"),
         (struct.pack("<Q", 100) + b"{}", "truncated: the header needs 108 bytes"),
-        (b"<html>not a model</html>", "no safetensors file"),
+        (b"<html>not a model</html>", "not a safetensors file"),
     ],
 )
 def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
@@ -60,10 +60,10 @@ def test_a_file_without_a_whole_header_is_refused(tmp_path, content, rule):
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
         (b"[]", "not a JSON object"),
         (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper than 32 levels"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
-        (b'{"a": 1e400}', "1e400 is no JSON number"),
-        (b'{"a": -0}', "-0 is no JSON number"),
-        (b'{"a": ' + b"9" * 301 + b"}", "a number of 301 digits is no JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": 1e400}', "1e400 is not a JSON number"),
+        (b'{"a": -0}', "-0 is not a JSON number"),
+        (b'{"a": ' + b"9" * 301 + b"}", "a number of 301 digits is not a JSON number"),
         (b'{"a": {}, "a": {}}', "'a' twice"),
     ],
 )
@@ -90,9 +90,9 @@ def test_metadata_must_map_strings_to_strings(tmp_path, metadata):
         (entry(0, 4, shape=[4.0]), "list of sizes"),
         (entry(0, 4, shape=[4] + [1] * 64), "at most 64"),
         (entry(0, 0, shape=[0, 2**62, 2]), "fewer than 2**63 elements"),
-        ({**entry(0, 4), "x": []}, "a further field that is no plain value"),
-        ({**entry(0, 4), "x": "\ud800"}, "a further field that is no plain value"),
-        ({**entry(0, 4), "\ud800": 1}, "a further field that is no plain value"),
+        ({**entry(0, 4), "x": []}, "a further field that is not a plain value"),
+        ({**entry(0, 4), "x": "\ud800"}, "a further field that is not a plain value"),
+        ({**entry(0, 4), "\ud800": 1}, "a further field that is not a plain value"),
         ({**entry(0, 4), "data_offsets": 4}, "two sizes"),
         ({**entry(0, 4), "data_offsets": [0, 2, 4]}, "two sizes"),
         ({**entry(0, 4), "data_offsets": ["0", "4"]}, "two sizes"),
@@ -244,7 +244,7 @@ def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path):
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     path = write_raw(tmp_path / "bad.safetensors", b'{"\\ud800": {}}')
-    assert "its name is no valid text" in error_of(path)
+    assert "its name is not valid text" in error_of(path)
 
 
 def test_messages_stay_short_whatever_the_names(tmp_path):
@@ -256,7 +256,7 @@ def test_messages_stay_short_whatever_the_names(tmp_path):
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "thing")
-    assert "it is a folder, pipe or device" in error_of(tmp_path / "thing")
+    assert "a folder, pipe or device" in error_of(tmp_path / "thing")
 
 
 def test_layers_come_in_the_order_of_their_weights(tmp_path):

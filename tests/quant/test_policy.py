@@ -73,7 +73,7 @@ IMPOSSIBLE = [
     ("timestep_features.weight", *MATRIX, "bare parameter"),
     ("point_embeddings.2.weight", *MATRIX, "bare parameter"),
     ("motion_encoder.enc.fc.0.weight", *MATRIX, "bare parameter"),
-    ("x_embedder.proj.1.weight", *MATRIX, "tells what model"),
+    ("x_embedder.proj.1.weight", *MATRIX, "identifies the model"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "BF16", (768, 768), "small T5"),
 ]
 
@@ -125,7 +125,7 @@ def test_exclude_searches_the_whole_key():
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_bad_expression_is_refused_by_option(option):
-    with pytest.raises(ValueError, match=rf"{option} '\(' is no regular expression"):
+    with pytest.raises(ValueError, match=rf"{option} '\(' is not a regular expression"):
         decide("a.weight", **{option: "("})
 
 
@@ -183,8 +183,8 @@ def test_an_expression_that_finds_nothing_is_told(caplog):
     assert caplog.records == []
     plan(tensors, Selection(exclude="nosuchlayer", include="neither"))
     assert [r.getMessage() for r in caplog.records] == [
-        "MXFP8: include 'neither' finds no key.",
-        "MXFP8: exclude 'nosuchlayer' finds no key.",
+        "MXFP8: include 'neither' matches no key.",
+        "MXFP8: exclude 'nosuchlayer' matches no key.",
     ]
 
 

@@ -85,7 +85,7 @@ STRICTER = (
     "holds the key .* twice",  # readers differ on which of two counts
     "at most 64, for fewer than",  # dimensions: torch has no more
     "nested deeper than 32 levels",
-    "further field that is no plain value",  # the library takes it to a depth of 127
+    "further field that is not a plain value",  # the library takes it to a depth of 127
 )
 numbers = st.one_of(
     st.integers(0, 9), st.sampled_from([-1, 2**31, 2**63 - 1, 2**63, 2**64, 1.0, 0.5, 1e400, True])

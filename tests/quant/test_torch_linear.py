@@ -62,7 +62,7 @@ def test_a_file_without_markers_or_layers_is_refused(tmp_path):
     with pytest.raises(FormatError, match="holds MXFP8 codes, but no marker says so"):
         load_quantized(fresh, tmp_path / "lost.safetensors")
     save_file(fresh.state_dict(), tmp_path / "plain.safetensors")
-    with pytest.raises(FormatError, match="no layer in it is MXFP8; use load_state_dict"):
+    with pytest.raises(FormatError, match="none of its layers is MXFP8; use load_state_dict"):
         load_quantized(fresh, tmp_path / "plain.safetensors")
 
 

@@ -68,7 +68,7 @@ def test_metadata_is_kept(tmp_path, metadata):
 def test_the_target_appears_at_the_end_with_the_size_that_was_announced(tmp_path):
     with Writer(tmp_path / "out", [("a", "U8", (3,))], {}) as writer:
         writer.write("a", b"abc")
-        assert files(tmp_path) == [writer.temporary.name]
+        assert files(tmp_path) == [writer.part_file.name]
     assert files(tmp_path) == ["out"]
     assert (tmp_path / "out").stat().st_size == writer.nbytes
 
@@ -195,19 +195,19 @@ def test_a_tensor_that_was_not_fully_written_is_refused(tmp_path, written):
 
 
 def damage_first(writer):
-    flip(writer.temporary, writer.tensors["a"].begin)
+    flip(writer.part_file, writer.tensors["a"].begin)
 
 
 def damage_last(writer):
-    flip(writer.temporary, writer.nbytes - 1, 0x01)
+    flip(writer.part_file, writer.nbytes - 1, 0x01)
 
 
 def damage_header(writer):
-    flip(writer.temporary, writer.temporary.read_bytes().index(b'"a"') + 1, 0x02)
+    flip(writer.part_file, writer.part_file.read_bytes().index(b'"a"') + 1, 0x02)
 
 
 def cut_short(writer):
-    os.truncate(writer.temporary, writer.nbytes - 1)
+    os.truncate(writer.part_file, writer.nbytes - 1)
 
 
 @pytest.mark.parametrize(
