@@ -6,18 +6,13 @@ It comes from PyPI, in the versions that made the files one finds, so this runs 
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from convert import rival
 from graphs import SAME, Graph, difference, load_ours, run
 
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.checks.verify import verify_file
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from convert import rival
 
 pytestmark = [pytest.mark.comfy, pytest.mark.long]
 

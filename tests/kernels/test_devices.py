@@ -4,22 +4,18 @@ The devices are not present: `kernels/device_facts.py` is patched with their fac
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gpu import report
 
 from mxfp8 import kernels
 from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import fp8_rowwise
 from mxfp8.kernels.dispatch import Problem
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-RESULTS = BENCH / "results"
-sys.path.append(str(BENCH))
-
-from gpu import report  # noqa: E402
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 # Device -> (its type, compute capability, AMD architecture).
 DEVICES = {f"sm_{a * 10 + b}": ("cuda", (a, b), None) for a, b in (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from pathlib import Path
 
 import pytest
+import quality
 import torch
 from checkpoints import load, same
 from safetensors.torch import save_file
@@ -24,10 +24,6 @@ from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.gptq import round_weight
 from mxfp8.quant.format import FormatError
 from mxfp8.quant.reports.conversion import Report
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-
-import quality
 
 
 def normal(*shape, seed=0):

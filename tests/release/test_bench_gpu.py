@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu import report
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "bench"))
-
-from gpu import report  # noqa: E402
 
 COLUMNS = [
     "op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",

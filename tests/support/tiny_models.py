@@ -2,7 +2,7 @@
 
 Run with ComfyUI on the path, as a process of its own (ComfyUI parses the command line):
 
-    python tests/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
+    python tests/support/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
 NAME: flux, flux2, wan, wan260 (its feed-forward is no multiple of 32), ltxv, zimage, qwen3,
 checkpoint, vae, lora. Files go into the model folders of a ComfyUI base folder. zimage and qwen3

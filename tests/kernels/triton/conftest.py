@@ -1,9 +1,10 @@
 """Triton kernels on whatever runs them: a GPU, or the CPU by Triton's interpreter.
 
-The interpreter runs where TRITON_INTERPRET=1 (`tests/test_triton.py` starts it with a Triton that
-has a whole one). Three of its operations are not those of a GPU: conversions to and from bfloat16
-and E4M3 do not round to even and lose subnormals and NaN, and a dot of bfloat16 multiplies their
-bits as integers. Torch's conversions replace them here, which are those of the hardware.
+The interpreter runs where TRITON_INTERPRET=1 (`tests/kernels/test_triton.py` starts it with a
+Triton that has a whole one). Three of its operations are not those of a GPU: conversions to and
+from bfloat16 and E4M3 do not round to even and lose subnormals and NaN, and a dot of bfloat16
+multiplies their bits as integers. Torch's conversions replace them here, which are those of the
+hardware.
 """
 
 from __future__ import annotations
