@@ -193,7 +193,7 @@ def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
     ran = json.loads(comfy.run(graph)[recorded[0]]["result"][0])
     node = backend_report(graph, model)  # now that it is loaded
     found = document(comfy.run(graph), node)
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     told = by_name(found)
     left = [n for n, layer in told.items() if "applies a LoRA on the fly" in layer["reason"]]
     assert left
@@ -219,7 +219,7 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
         outputs = comfy.run(graph, only=[node[0] for node in asked])
         if asked is nodes:
             told.append([left_to_stock(document(outputs, node)) for node in nodes])
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     assert told == [[False, False], [True, True]]
 
 
@@ -227,7 +227,7 @@ def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
     graph = Graph()
     node = backend_report(graph, lora_on_offloaded(graph), measure=True, rows=1)
     found = document(comfy.run(graph), node)
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     assert left_to_stock(found)
     assert all((x["microseconds"] is None) == (x["backend"] == "stock") for x in found["layers"])
 

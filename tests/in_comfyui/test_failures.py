@@ -25,7 +25,7 @@ def reference(comfy):
         for steps in (1, 2, 3):
             saved[name, steps] = graph.save_latent(graph.sample(model, "flux", steps))
     found = run(comfy, graph, saved)
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     return found
 
 
@@ -70,7 +70,7 @@ def check_failure(comfy, reference, fail, message: str, condition=contextlib.nul
     found = run(comfy, graph, saved)
     for name in loaded:
         assert difference(found[name], reference[name, 2]) < SAME, name
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     graph = Graph()  # and newly loaded
     model = load_ours(graph, "flux")
     found = run(comfy, graph, {"ours": graph.save_latent(graph.sample(model, "flux", 3))})

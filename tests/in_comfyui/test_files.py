@@ -127,7 +127,7 @@ def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
     path = zimage.base / "output" / "diffusion_models" / name
     assert set(read_header(path).metadata) == {"_quantization_metadata"}  # --disable-metadata
 
-    zimage.post("/free", {"unload_models": True, "free_memory": True})
+    zimage.free()
     graph = Graph()
     ours = graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="auto")
     models = {"bf16": graph.loader("zimage.safetensors"), "mxfp8": ours}

@@ -251,7 +251,7 @@ def test_the_temporary_file_lives_as_long_as_a_model_uses_it(comfy):
     temporary = comfy.base / "temp"
     assert list(temporary.glob("mxfp8-*.safetensors"))
 
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     deadline = time.monotonic() + 30
     while list(temporary.glob("mxfp8-*")) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -34,7 +34,7 @@ def state(process: int) -> dict[str, int]:
 def unload(comfy) -> None:
     """Ask the server to drop every model, and wait until its temporary files are gone."""
     comfy.post("/history", {"clear": True})  # it keeps every workflow and report
-    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    comfy.free()
     deadline = time.monotonic() + 30
     while list((comfy.base / "temp").glob("mxfp8-*")):
         assert time.monotonic() < deadline, "a temporary file stays"

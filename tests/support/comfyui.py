@@ -286,6 +286,15 @@ class Server:
         """Run a workflow; returns {node id: its ui output}."""
         return self.wait(self.submit(graph, only), seconds)["outputs"]
 
+    def free(self) -> None:
+        """Unload all models and clear the cache, before any workflow that is queued later.
+
+        ComfyUI only notes the request, and heeds it after the workflow that it runs next or has
+        just run: so one runs here that does nothing.
+        """
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}})
+
 
 def _failure(entry: dict) -> str:
     for kind, message in entry["status"]["messages"]:
