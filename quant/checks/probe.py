@@ -11,11 +11,10 @@ The tool knows Z-Image and Wan; other models are scored with its settings for Z-
 optional step, which evens out recommendations for a type of layer over the depth of a model, is
 left out.
 
-A weight is read twice, some rows at a time: for its moments, then to count outliers and quantize.
-The tool makes float32 copies of whole weights. A weight of one slab is computed exactly as there,
-because the last bit decides about the layer that is itself the quantile of the scores. Larger ones
-get power sums in float64, as precise and in little memory; there the tool's own last bits depend on
-the number of threads.
+Weights are read whole, one after the other, and their statistics taken in float32 as the tool takes
+them, because the last bit decides about the layer that is itself the quantile of the scores.
+Rejected: power sums in float64 over slabs of rows, which take less memory and are as precise, but
+do not have the tool's last bits.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from ... import kernels
 from ..container.header import FormatError, nbytes, quoted
-from ..conversion import policy
+from ..conversion import gptq, policy
 from ..conversion.calibration import Calibration, check_model
 from ..format import FLOATS, WEIGHT, bare, numel
 from ..progress import Meter, Progress
@@ -50,7 +49,6 @@ _FP8 = {"Wan": (0.75, 0.5)}  # quantile from which a layer is FP8, and the least
 _FP8_ELSE = 0.5, 0.0
 _OUTLIER = 3.0  # standard deviations from the mean
 _MAIN = ("blocks", "layers")  # left out of layer types
-_SLAB = 1 << 21  # values read at a time
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def probe_file(
     Args:
         path: a model that is not quantized, as for `convert_file`.
         calibration: of the model, to measure the error of layer outputs.
-        progress: called after every slab; the bytes of the model count twice.
+        progress: called after every weight.
 
     Raises:
         FormatError: the file is damaged, quantized, or has no numbered blocks.
@@ -173,11 +171,13 @@ def probe_file(
                 f"{source.name}: no F32, F16 or BF16 matrix in numbered blocks "
                 "('layers.0.....weight'); only those are scored"
             )
-        advance = Meter(2 * sum(nbytes(*source.tensors[key]) for key in places), progress)
+        sizes = {key: nbytes(*source.tensors[key]) for key in places}
+        advance = Meter(sum(sizes.values()), progress)
         architecture, _ = policy.detect_architecture(source.tensors) or (None, None)
-        measured = [
-            _measure(source, key, place, calibration, advance) for key, place in places.items()
-        ]
+        measured = []
+        for key, place in places.items():
+            measured.append(_measure(source, key, place, calibration))
+            advance(sizes[key], key)
         layers = _recommended(_scored(measured), architecture)
     scores = [layer.score for layer in layers]
     noise = [-math.inf if layer.sqnr_db is None else -layer.sqnr_db for layer in layers]
@@ -207,97 +207,45 @@ def _place(key: str, source: Source) -> tuple[str, int, str] | None:
 # ---- measuring -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """The distribution of a weight's values.
-
-    Attributes:
-        std: with n - 1; kurtosis: excess kurtosis, the fourth central moment over std**4, minus 3;
-            both 0 if all values are equal. range: largest minus smallest magnitude, in float32.
-    """
-
-    mean: float
-    std: float
-    kurtosis: float
-    range: float
-
-
-def _spread_of(weight: torch.Tensor) -> _Spread:
-    """The distribution of one slab, with quant_probe's float32 arithmetic."""
-    x = weight.float().flatten()
-    mean, std, size = x.mean(), x.std() if x.numel() > 1 else x.new_zeros(()), x.abs()
-    kurtosis = ((x - mean) ** 4).mean() / std**4 - 3.0 if std > 0 else 0.0
-    return _Spread(float(mean), float(std), float(kurtosis), float(size.max() - size.min()))
-
-
-def _spread_over(slabs: Iterable[torch.Tensor]) -> _Spread:
-    """The distribution over slabs, from power sums about the mean of the first: no cancellation."""
-    count, center, sums = 0, 0.0, [0.0] * 4
-    least, most = torch.tensor(torch.inf), torch.tensor(0.0)
-    for weight in slabs:
-        low, high = weight.abs().aminmax()
-        least, most = torch.minimum(least, low), torch.maximum(most, high)
-        x = weight.double()
-        center = center if count else float(x.mean())
-        count += x.numel()
-        x -= center
-        square = x * x
-        powers = x.sum(), square.sum(), (x * square).sum(), square.square_().sum()
-        sums = [a + float(b) for a, b in zip(sums, powers, strict=True)]
-    d, second, third, fourth = (value / count for value in sums)
-    std = math.sqrt(max(0.0, second - d * d) * count / (count - 1))
-    central = fourth - 4 * d * third + 6 * d * d * second - 3 * d**4
-    kurtosis = central / std**4 - 3 if std else 0.0
-    return _Spread(center + d, std, kurtosis, float(most.float() - least.float()))
-
-
 @torch.inference_mode()
-def _measure(source: Source, key: str, place, calibration, advance: Callable) -> ProbedLayer:
+def _measure(
+    source: Source, key: str, place: tuple[str, int, str], calibration: Calibration | None
+) -> ProbedLayer:
     rows, cols = source.tensors[key][1]
-    slabs = (weight for _, weight in _slabs(source, key, advance))
-    spread = _spread_of(*slabs) if rows * cols <= _SLAB else _spread_over(slabs)
-    sqnr, outliers = SqnrAccumulator(), 0
+    stored = source.rows(key, 0, rows)
+    bad = ~stored.isfinite().all(-1)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{source.name}: {quoted(key)} holds NaN or Inf in row {row}")
+    qdata, scale, signal, noise = kernels.quantize_and_measure(stored)
+    sqnr = SqnrAccumulator()
+    sqnr.add(0, signal, noise)
     moments = calibration and calibration.of(key.removesuffix(WEIGHT))
-    hessian = moments.hessian if moments else None
-    lost = size = 0.0
-    for first, weight in _slabs(source, key, advance):
-        outliers += int(((weight.float() - spread.mean).abs_() > _OUTLIER * spread.std).sum())
-        qdata, scale, signal, noise = kernels.quantize_and_measure(weight)
-        sqnr.add(first, signal, noise)
-        if hessian is not None:
-            weight = weight.float()
-            error = weight - kernels.dequantize(qdata, scale, torch.float32, tuple(weight.shape))
-            lost += float((error @ hessian).mul_(error).sum(dtype=torch.float64))
-            size += float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
-    kind, block, blocks = place
+    weight = stored.float()
+    error = gptq.output_error(weight, qdata, scale, moments.hessian) if moments else None
+
+    least, most = stored.abs().aminmax()
+    std = weight.std() if weight.numel() > 1 else torch.zeros(())
+    deviation = weight.sub_(weight.mean())  # in place: nothing reads the weight again
+    kurtosis = outliers = 0.0
+    if std > 0:
+        kurtosis = float((deviation**4).mean() / std**4 - 3.0)
+        outliers = int((deviation.abs() > _OUTLIER * std).sum())
+    layer_type, block, blocks = place
     return ProbedLayer(
         key=key,
-        layer_type=kind,
+        layer_type=layer_type,
         block_idx=block,
         subgraph=blocks,
         shape=(rows, cols),
-        excess_kurtosis=spread.kurtosis,
-        dynamic_range=spread.range,
-        std=spread.std,
-        outlier_pct=100 * outliers / (rows * cols) if spread.std else 0.0,
+        excess_kurtosis=kurtosis,
+        dynamic_range=float(most.float() - least.float()),
+        std=float(std),
+        outlier_pct=100 * outliers / (rows * cols),
         aspect_ratio=max(rows, cols) / min(rows, cols),
         sqnr_db=sqnr.sqnr_db,
-        output_error=math.sqrt(max(0.0, lost) / size) if size > 0 else None,
+        output_error=error,
     )
-
-
-def _slabs(source: Source, key: str, advance: Callable):
-    """(first row, rows) of a weight, checked to be finite."""
-    rows, cols = source.tensors[key][1]
-    step = max(1, _SLAB // cols)
-    for first in range(0, rows, step):
-        weight = source.rows(key, first, min(rows, first + step))
-        bad = ~weight.isfinite().all(-1)
-        if bad.any():
-            row = first + int(bad.nonzero()[0, 0])
-            raise ValueError(f"{source.name}: {quoted(key)} holds NaN or Inf in row {row}")
-        yield first, weight
-        advance(weight.nbytes, key)
 
 
 # ---- scoring, as quant_probe does ------------------------------------------------------------
@@ -356,13 +304,11 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None if one of the two is constant."""
     if len(a) < 2 or min(a) == max(a) or min(b) == max(b):
         return None
-    pair = torch.tensor([_ranks(a), _ranks(b)], dtype=torch.float64)
-    return float(torch.corrcoef(pair)[0, 1])
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]).double())[0, 1])
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    places: dict[float, list[int]] = {}
-    for place, value in enumerate(sorted(values)):
-        places.setdefault(value, []).append(place)
-    mean = {value: sum(ranks) / len(ranks) for value, ranks in places.items()}
-    return [mean[value] for value in values]
+def _ranks(values: Sequence[float]) -> torch.Tensor:
+    _, place, counts = torch.tensor(values, dtype=torch.float64).unique(
+        return_inverse=True, return_counts=True
+    )
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]
