@@ -32,13 +32,12 @@ from .container.header import (
     TensorInfo,
     advising,
     is_shape,
-    numel,
     parse_object,
     quoted,
     read_container,
 )
 
-__all__ = ["DTYPES", "FormatError", "Header", "Layer", "TensorInfo", "numel", "read_header"]
+__all__ = ["DTYPES", "FormatError", "Header", "Layer", "TensorInfo", "read_header"]
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 MARKER = ".comfy_quant"

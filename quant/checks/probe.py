@@ -32,7 +32,7 @@ from ... import kernels
 from ..container.header import FormatError, nbytes, quoted
 from ..conversion import gptq, policy
 from ..conversion.calibration import Calibration, check_model
-from ..format import FLOATS, WEIGHT, bare, numel
+from ..format import FLOATS, WEIGHT, bare
 from ..progress import Meter, Progress
 from ..reports import document
 from ..reports.conversion import SqnrAccumulator
@@ -194,7 +194,7 @@ def probe_file(
 def _place(key: str, source: Source) -> tuple[str, int, str] | None:
     """(layer type, number of the block, name of the list of blocks), or None if not scored."""
     dtype, shape = source.tensors[key]
-    if not key.endswith(WEIGHT) or dtype not in FLOATS or len(shape) != 2 or not numel(shape):
+    if not key.endswith(WEIGHT) or dtype not in FLOATS or len(shape) != 2 or 0 in shape:
         return None
     parts = bare(key).removesuffix(WEIGHT).split(".")
     at = next((i for i, part in enumerate(parts) if i and part.isdecimal()), len(parts))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import reprlib
 import stat
@@ -211,17 +212,9 @@ def _is_plain(value) -> bool:
     return is_text(value) or value is None or isinstance(value, (bool, int, float))
 
 
-def numel(shape: Iterable[int]) -> int:
-    """The number of elements of a shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
     """The bytes of a tensor of a header dtype."""
-    return numel(shape) * DTYPES[dtype] // 8
+    return math.prod(shape) * DTYPES[dtype] // 8
 
 
 def is_size(value) -> bool:
@@ -235,7 +228,7 @@ def is_shape(value) -> bool:
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
         and all(map(is_size, value))
-        and numel(size for size in value if size) < 2**63
+        and math.prod(size for size in value if size) < 2**63
     )
 
 
@@ -258,7 +251,7 @@ def _tensor_info(path: Path, name: str, entry, data: int) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise FormatError(f"{where} has the data_offsets {quoted(offsets)}; they must be two sizes")
     begin, end = offsets
-    expected, odd = divmod(numel(shape) * DTYPES[dtype], 8)
+    expected, odd = divmod(math.prod(shape) * DTYPES[dtype], 8)
     if odd or end - begin != expected:
         raise FormatError(
             f"{where} is {dtype} {shape}, {expected} bytes, but its data_offsets span {end - begin}"

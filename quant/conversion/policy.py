@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..container.header import nbytes, numel, quoted
+from ..container.header import nbytes, quoted
 from ..format import FLOATS, PREFIXES, WEIGHT, bare
 
 try:
@@ -257,7 +257,7 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
         return f"{len(shape)}-D; MXFP8 is for matrices"
     if dtype not in FLOATS:
         return f"{dtype}; only F32, F16 and BF16 weights are quantized"
-    if numel(shape) == 0:
+    if 0 in shape:
         return "empty"
     layer = key.removesuffix(WEIGHT)
     for pattern, what in _NEVER:

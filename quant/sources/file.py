@@ -8,6 +8,7 @@ quantizing in the graph are one code path.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from ..container.header import FormatError, TensorInfo, numel, quoted
+from ..container.header import FormatError, TensorInfo, quoted
 from ..format import FLOATS, Header, read_header
 from . import unsupported
 
@@ -178,7 +179,7 @@ class PartSource(StoredSource):
             yield from self._source.pieces(parts[0].key)
             return
         # Pieces of the same size as a file's, so that `verify` can compare the two.
-        per_row = numel(shape[1:]) * TORCH_DTYPES[dtype].itemsize
+        per_row = math.prod(shape[1:]) * TORCH_DTYPES[dtype].itemsize
         step = max(1, _PIECE // max(1, per_row))
         buffer = bytearray()
         for first in range(0, shape[0], step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 
@@ -12,7 +13,7 @@ from checkpoints import write_raw
 from safetensors.torch import save_file
 
 from mxfp8.quant.container.header import MAX_HEADER
-from mxfp8.quant.format import FormatError, numel, read_header
+from mxfp8.quant.format import FormatError, read_header
 
 
 def entry(begin, end, dtype="U8", shape=None):
@@ -139,7 +140,7 @@ def test_offsets_count_from_the_start_of_the_file_and_order_is_theirs(tmp_path):
     content = path.read_bytes()
     assert list(found.tensors) == ["early", "empty", "late", "scalar", "packed"]
     assert content[found.tensors["late"].begin : found.tensors["late"].end] == data[4:8]
-    assert [numel(t.shape) for t in found.tensors.values()] == [4, 0, 4, 1, 4]
+    assert [math.prod(t.shape) for t in found.tensors.values()] == [4, 0, 4, 1, 4]
     assert found.file_size == len(content)
 
 

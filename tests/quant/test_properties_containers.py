@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from strategies import DTYPES as ALL_DTYPES
 from strategies import metadata, tensor_of, text
 
-from mxfp8.quant.container.header import DTYPES, FormatError, numel, read_container
+from mxfp8.quant.container.header import DTYPES, FormatError, read_container
 from mxfp8.quant.container.writer import Writer
 
 QUICK = settings(max_examples=100)
@@ -100,7 +101,7 @@ def headers(draw):
     """A header with the bytes it needs, mostly sound, and its JSON as it may be written."""
     header, position = {}, 0
     for name, (dtype, shape, _) in draw(entries).items():
-        size = numel(shape) * DTYPES[dtype] // 8
+        size = math.prod(shape) * DTYPES[dtype] // 8
         span = [position, position + size]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
         position += size

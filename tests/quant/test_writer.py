@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mxfp8.quant.container.writer import Writer, _pwrite, _seek_and_write
-from mxfp8.quant.format import DTYPES, FormatError, numel
+from mxfp8.quant.format import DTYPES, FormatError
 from mxfp8.quant.sources.file import HEADER_DTYPES
 
 # Sizes that are and are not multiples of 64 bytes, so that a careless layout would misalign some.
@@ -102,7 +103,7 @@ def test_pieces_that_overlap_or_leave_a_gap_are_refused(tmp_path, pieces):
 shapes = st.lists(st.integers(0, 65), max_size=3).map(tuple)
 tensor_plans = st.lists(
     st.tuples(st.sampled_from(sorted(DTYPES)), shapes).filter(
-        lambda t: numel(t[1]) * DTYPES[t[0]] % 8 == 0
+        lambda t: math.prod(t[1]) * DTYPES[t[0]] % 8 == 0
     ),
     max_size=8,
 )
