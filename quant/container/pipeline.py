@@ -75,7 +75,7 @@ class Pipeline:
         function: job -> result, called by any of the threads.
         workers: threads.
         budget: bytes of jobs that may be running or waiting, except that one job always may.
-        initializer: called by every thread first.
+        initializer: called by every thread before its first job.
     """
 
     def __init__(
@@ -145,15 +145,12 @@ class Pipeline:
                 self._working -= 1
 
     def _run_tasks(self) -> None:
-        failed = None
-        try:
-            self._initializer()
-        except BaseException as error:
-            failed = error
+        ready = False
         while (task := self._tasks.get()) is not None and not self._stopped:
             try:
-                if failed is not None:
-                    raise failed
+                if not ready:
+                    self._initializer()
+                    ready = True
                 task.result = self._function(task.job)
             except BaseException as error:
                 task.error = error
