@@ -146,8 +146,8 @@ class Writer:
             self._discard()
             return
         try:
-            for name, info in self.tensors.items():
-                self._check_complete(name, info.nbytes)
+            for info in self.tensors.values():
+                self._check_complete(info)
             self._tick()
             self._sync()
             self._verify()
@@ -156,16 +156,15 @@ class Writer:
             self._discard()
             raise
 
-    def _check_complete(self, name: str, size: int) -> None:
+    def _check_complete(self, info: TensorInfo) -> None:
         """Raise FormatError unless every byte of a tensor was written, and once."""
-        position = 0
-        self._pieces[name].sort()
-        for piece in self._pieces[name]:
-            if piece.begin != position:
-                break
-            position = piece.end
-        if position != size:
-            raise FormatError(f"{self.target.name}: tensor {quoted(name)} was not fully written")
+        pieces = self._pieces[info.name]
+        pieces.sort()
+        begins, ends = [piece.begin for piece in pieces], [piece.end for piece in pieces]
+        if [*begins, info.nbytes] != [0, *ends]:
+            raise FormatError(
+                f"{self.target.name}: tensor {quoted(info.name)} was not fully written"
+            )
 
     def _verify(self) -> None:
         """Read the file back: its header as any reader would, its data against the checksums."""
@@ -273,6 +272,7 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
         whole = nbytes(dtype, shape) % ALIGNMENT == 0
         return not whole, 0 if whole else -DTYPES[dtype]
 
+    header = {"__metadata__": dict(metadata)} if metadata else {}
     placed: dict[str, TensorInfo] = {}
     end = 0
     for name, dtype, shape in sorted(tensors, key=order):
@@ -280,10 +280,7 @@ def _lay_out(tensors, metadata) -> tuple[bytes, dict[str, TensorInfo]]:
             raise FormatError(f"two tensors are called {quoted(name)}")
         begin, end = end, end + nbytes(dtype, shape)
         placed[name] = TensorInfo(name, dtype, tuple(shape), begin, end)
-    header = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, info in placed.items():
-        offsets = [info.begin, info.end]
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     data = 8 + len(text)
