@@ -345,9 +345,7 @@ class _Conversion:
         )
         stored, error = (rounded.qdata, rounded.scale), rounded.error
         sqnr = _sqnr_of(weight, *stored)
-        if (
-            sqnr.sqnr_db is not None and sqnr.sqnr_db < MIN_SQNR
-        ):  # `verify` would take it for damage
+        if _is_low(sqnr):  # `verify` would take it for damage
             stored, error = kernels.quantize(weight), rounded.nearest
             sqnr = _sqnr_of(weight, *stored)
         self._write(decision, 0, *stored)

@@ -37,8 +37,7 @@ def open_source(path) -> StoredSource:
     path = Path(path)
     place = find_model(path)
     if place.suffix.lower() == ".json":
-        name = path.name if path != place else ""
-        source = shards.ShardedSource(place, name or place.name)
+        source = shards.ShardedSource(place, path.name)
     else:
         shards.check_not_shard(place)
         source = FileSource(place)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..container.header import FormatError, parse_object, quoted
-from ..format import MARKER, MAX_MARKER, SCALE, WEIGHT, header_markers
+from ..format import MARKER, SCALE, WEIGHT, header_markers
 
 if TYPE_CHECKING:
     from .file import Source
@@ -165,12 +165,7 @@ def _marked(conf: Mapping) -> str:
 
 
 def _read_marker(source: Source, key: str) -> dict:
-    data = b""
-    for piece in source.pieces(key):
-        data += piece
-        if len(data) > MAX_MARKER:
-            break
     try:
-        return parse_object(key, data)
+        return parse_object(key, bytes(next(source.pieces(key), b"")))  # no marker has two pieces
     except FormatError:
         return {}
