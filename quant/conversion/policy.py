@@ -226,22 +226,18 @@ def plan(
     architecture, detected = detect_architecture(tensors) or (None, "default")
     preset = detected if selection.preset == AUTO else selection.preset
     kept = _kept_by(preset, tensors)
-    include, exclude = selection.include, selection.exclude
-    included, excluded = _searcher("include", include), _searcher("exclude", exclude)
+    included = _matching("include", selection.include, tensors)
+    excluded = _matching("exclude", selection.exclude, tensors)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         reason = _impossible(key, dtype, shape, is_linear)
-        if reason is None and excluded(key):
-            reason = f"excluded by {exclude!r}"
-        if reason is None and included(key):
-            return True, f"included by {include!r}"
+        if reason is None and key in excluded:
+            reason = f"excluded by {selection.exclude!r}"
+        if reason is None and key in included:
+            return True, f"included by {selection.include!r}"
         reason = reason or kept(key)
         return (False, reason) if reason else (True, "linear layer")
 
-    for option, matches in (("include", included), ("exclude", excluded)):
-        expression = getattr(selection, option)
-        if expression and not any(map(matches, tensors)):
-            logger.warning("MXFP8: %s %s matches no key.", option, quoted(expression))
     decisions = tuple(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
@@ -272,44 +268,44 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     return None
 
 
-def _searcher(option: str, expression: str | None) -> Callable[[str], bool]:
-    """A function that tells whether a user's expression matches anywhere in a key.
+def _matching(option: str, expression: str | None, keys: Iterable[str]) -> set[str]:
+    """The keys in which a user's expression matches anywhere.
 
     Workflows from anywhere bring expressions, and some never end, while Python's own matcher holds
     the interpreter's lock. So matching is done by the `regex` package, which comes with ComfyUI's
     transformers: it lets other threads run, and has a timeout.
     """
     if not expression:
-        return lambda key: False
+        return set()
     if _repeats(expression) > _MOST_REPEATS:
         raise ValueError(
             f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; "
             "tensor names are shorter"
         )
     try:
-        find = re.compile(expression).search
-        pattern = regex.compile(expression) if regex is not None else None
+        pattern = re.compile(expression)
+        if regex is not None:
+            pattern = regex.compile(expression)
     except (re.error, getattr(regex, "error", re.error), OverflowError, RecursionError) as error:
         raise ValueError(
             f"{option} {quoted(expression)} is not a regular expression: {error}"
         ) from error
-    if pattern is not None:
-        deadline = time.monotonic() + _TIMEOUT
-
-        def find(key: str):
-            left = max(0.01, deadline - time.monotonic())
-            return pattern.search(key, timeout=left, concurrent=True)
-
-    def matches(key: str) -> bool:
+    deadline = time.monotonic() + _TIMEOUT
+    matched, options = set(), {}
+    for key in keys:
+        if regex is not None:
+            options = {"timeout": max(0.01, deadline - time.monotonic()), "concurrent": True}
         try:
-            return find(key) is not None
+            if pattern.search(key, **options):
+                matched.add(key)
         except TimeoutError:
             raise ValueError(
                 f"{option} {quoted(expression)} takes too long on {quoted(key)}; write it without "
                 "a repetition inside a repetition"
             ) from None
-
-    return matches
+    if not matched:
+        logger.warning("MXFP8: %s %s matches no key.", option, quoted(expression))
+    return matched
 
 
 def _repeats(expression: str) -> float:
