@@ -70,8 +70,7 @@ def round_weight(
     rows: int | None = None,
     *,
     name: str = "this layer",
-    sweeps: int = SWEEPS,
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Rounded:
     """Round a weight to MXFP8 for given inputs.
 
@@ -80,7 +79,6 @@ def round_weight(
         hessian: [K, K], X.T X / n of the inputs, any float dtype.
         rows: n; default: enough for K.
         name: the layer's, for errors.
-        sweeps: of coordinate descent.
         tick: called before every span of columns, in the feedback, in each sweep and where errors
             are measured: at least once a second on a layer of 3840 x 10240. But the Cholesky
             factorization is a single call, of seconds for 10240 columns. What `tick` raises passes
@@ -108,11 +106,10 @@ def round_weight(
     order = _order(H)
     damped = H[order][:, order]
     damped.diagonal().add_(ridge)
-    tick = tick or (lambda: None)
     state = _State(wide, order)
     if not _feed_back(state, damped, tick):
         raise ValueError(f"the Hessian of {name} is not positive definite; calibrate again")
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         _descend(state, damped, tick)
 
     size = _energy(wide, H, tick)
