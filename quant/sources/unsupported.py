@@ -25,27 +25,21 @@ _START = 512  # bytes that show the kind of a file
 
 # First bytes -> the kind of file, and what to do.
 _TORCH = "which can run code when read: take the model as .safetensors"
-_KINDS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
-    (re.compile(pattern, re.DOTALL), text)
-    for pattern, text in (
-        (rb"GGUF", f"a GGUF file, quantized already; {_TAKE}"),
-        (rb"GGML|ggml|lmgg|tjgg|fmgg", f"a GGML file, quantized already; {_TAKE}"),
-        (rb"PK\x03\x04", f"a zip archive, such as a .ckpt, .pt, .pth or .bin of torch, {_TORCH}"),
-        (rb"\x80[\x02-\x05][^\0]", f"a pickle, such as an old .ckpt, .pt or .bin, {_TORCH}"),
-        (rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]", f"an ONNX file; {_TAKE}"),
-        (rb"\x89HDF\r\n", f"an HDF5 file (.h5); {_TAKE}"),
-        (rb"\x93NUMPY", f"a NumPy array (.npy); {_TAKE}"),
-        (rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "an archive; unpack it first"),
-        (rb".{257}ustar", "an archive; unpack it first"),
-        (
-            rb"version https://git-lfs",
-            "a Git LFS pointer, not the model; fetch it with git lfs pull",
-        ),
-        (rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)", "a web page, not a model; download it again"),
-        (rb"\s*\{\s*[\"}]", "a JSON file; give the model, or the index of its parts"),
-        (rb"\0{512}", "zeros where the header should be; the download is not complete"),
-    )
-)
+_KINDS = {
+    rb"GGUF": f"a GGUF file, quantized already; {_TAKE}",
+    rb"GGML|ggml|lmgg|tjgg|fmgg": f"a GGML file, quantized already; {_TAKE}",
+    rb"PK\x03\x04": f"a zip archive, such as a .ckpt, .pt, .pth or .bin of torch, {_TORCH}",
+    rb"\x80[\x02-\x05][^\0]": f"a pickle, such as an old .ckpt, .pt or .bin, {_TORCH}",
+    rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]": f"an ONNX file; {_TAKE}",
+    rb"\x89HDF\r\n": f"an HDF5 file (.h5); {_TAKE}",
+    rb"\x93NUMPY": f"a NumPy array (.npy); {_TAKE}",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "an archive; unpack it first",
+    rb".{257}ustar": "an archive; unpack it first",
+    rb"version https://git-lfs": "a Git LFS pointer, not the model; fetch it with git lfs pull",
+    rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)": "a web page, not a model; download it again",
+    rb"\s*\{\s*[\"}]": "a JSON file; give the model, or the index of its parts",
+    rb"\0{512}": "zeros where the header should be; the download is not complete",
+}
 
 _FORMATS = {
     "mxfp8": "MXFP8",
@@ -56,23 +50,20 @@ _FORMATS = {
     "convrot_w4a4": "INT4 with ConvRot",
 }
 # Tensors that only a quantized model has, by their names.
-_TRACES = tuple(
-    (re.compile(pattern), text)
-    for pattern, text in (
-        (r"\.quant_state\.bitsandbytes__nf4$", "NF4 (bitsandbytes)"),
-        (r"\.quant_state\.bitsandbytes__fp4$", "FP4 (bitsandbytes)"),
-        (r"\.weight\.(absmax|quant_map)$", "4 bits (bitsandbytes)"),
-        (r"\.(SCB|weight_format)$", "INT8 (bitsandbytes)"),
-        (r"\.wscales$", "SVDQuant (Nunchaku)"),
-        (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
-        (r"\.W_q$", "HQQ"),
-        (r"\.weight\._data$", "Quanto"),
-        (r"\.weight_packed$", "compressed-tensors"),
-        (r"\.weight_scale_2$", "NVFP4"),
-        (r"\.weight_scale_inv$", "block-scaled FP8"),
-        (r"(^|\.)scaled_fp8$", "scaled FP8"),
-    )
-)
+_TRACES = {
+    r"\.quant_state\.bitsandbytes__nf4$": "NF4 (bitsandbytes)",
+    r"\.quant_state\.bitsandbytes__fp4$": "FP4 (bitsandbytes)",
+    r"\.weight\.(absmax|quant_map)$": "4 bits (bitsandbytes)",
+    r"\.(SCB|weight_format)$": "INT8 (bitsandbytes)",
+    r"\.wscales$": "SVDQuant (Nunchaku)",
+    r"\.(qweight|qzeros)$": "GPTQ or AWQ",
+    r"\.W_q$": "HQQ",
+    r"\.weight\._data$": "Quanto",
+    r"\.weight_packed$": "compressed-tensors",
+    r"\.weight_scale_2$": "NVFP4",
+    r"\.weight_scale_inv$": "block-scaled FP8",
+    r"(^|\.)scaled_fp8$": "scaled FP8",
+}
 _CODES = {
     "F8_E4M3": "FP8 (E4M3)",
     "F8_E5M2": "FP8 (E5M2)",
@@ -97,8 +88,8 @@ def check_file(path: Path) -> None:
     # A safetensors file begins with its header's length, 8 bytes of any content, and "{".
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
         return
-    for pattern, text in _KINDS:
-        if pattern.match(start):
+    for pattern, text in _KINDS.items():
+        if re.match(pattern, start, re.DOTALL):
             raise FormatError(f"{path.name}: not a safetensors file but {text}")
 
 
@@ -131,8 +122,8 @@ def _quantized(source: Source) -> Iterator[tuple[str, str]]:
     for key, (dtype, shape) in tensors.items():
         if dtype == "F8_E4M3" and _scale(tensors, key) in ("U8", "F8_E8M0"):
             yield "MXFP8", f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"
-    for pattern, what in _TRACES:
-        for key in filter(pattern.search, tensors):
+    for pattern, what in _TRACES.items():
+        for key in filter(re.compile(pattern).search, tensors):
             yield what, f"{quoted(key)} is there"
     for key, (dtype, shape) in tensors.items():
         if key.endswith(WEIGHT) and len(shape) > 1 and dtype in _CODES:
