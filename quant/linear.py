@@ -72,14 +72,7 @@ class MXFP8Linear(nn.Module):
             ValueError: its weight holds NaN or Inf.
         """
         weight, bias = linear.weight, linear.bias
-        result = cls(
-            linear.in_features,
-            linear.out_features,
-            bias is not None,
-            precision=precision,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        result = cls._like(linear, precision)
         qdata, scale = kernels.quantize(weight)
         if (scale == layout.E8M0_NAN).any():
             raise ValueError(f"weight {list(weight.shape)} holds NaN or Inf; MXFP8 cannot store it")
@@ -87,6 +80,18 @@ class MXFP8Linear(nn.Module):
         if bias is not None:
             result.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
         return result
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, precision: str) -> MXFP8Linear:
+        """A layer of zeros that can take the place of an nn.Linear."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            precision=precision,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         exact = self.marker.get("full_precision_matrix_mult", False)
@@ -173,7 +178,6 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
         raise format.FormatError(
             f"{header.path.name}: none of its layers is MXFP8; use load_state_dict, or convert it"
         )
-    device = next((p.device for p in module.parameters()), None)
     modules = dict(module.named_modules())
     layers = {}
     for layer in header.layers.values():
@@ -187,14 +191,7 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
                 f"{header.path.name}: {layer.name!r} is an MXFP8 linear of shape "
                 f"{list(layer.shape)}; the module has {there} there"
             )
-        layers[name] = MXFP8Linear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            precision=precision,
-            device=device,
-            dtype=linear.weight.dtype,
-        )
+        layers[name] = MXFP8Linear._like(linear, precision)
         layers[name].marker = dict(layer.conf)
     state = load_file(path)
     for name, layer in layers.items():
