@@ -39,7 +39,7 @@ def selection_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "preset",
-            options=list(policy.presets()),
+            options=policy.presets(),
             default=policy.AUTO,
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "target", metavar="DST", type=Path, help="file to write; it appears whole or not at all"
     )
-    names = list(policy.presets())
+    names = policy.presets()
     convert.add_argument(
         "--preset",
         default=policy.AUTO,

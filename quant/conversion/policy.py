@@ -55,22 +55,16 @@ EMBEDDINGS = TABLES | VOCABULARIES | {
 
 # What stock never builds as quantized layers: it would run raw codes, or take the padded shape for
 # the true one. Patterns are searched for in the layer's name.
-_NEVER = (
-    (re.compile(r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\."), "part of the VAE"),
-    (
-        re.compile(r"(^|\.)((text_model|vision_model)\.encoder|transformer\.resblocks)\."),
-        "part of a CLIP encoder",
-    ),
-    (re.compile(r"(^|\.)text_projection$"), "a projection that is not a linear layer"),
-    (
-        re.compile(
-            r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features|point_embeddings\.\d+)$"
-        ),
-        "a bare parameter",
-    ),
-    (re.compile(r"(^|\.)motion_encoder\.(enc\.fc|dec)\."), "a bare parameter"),
-    (re.compile(r"(^|\.)x_embedder\.proj\.1$"), "the layer whose width identifies the model"),
-)
+_NEVER = {
+    r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\.": "part of the VAE",
+    r"(^|\.)(text_model|vision_model)\.encoder\.": "part of a CLIP encoder",
+    r"(^|\.)transformer\.resblocks\.": "part of a CLIP encoder",
+    r"(^|\.)text_projection$": "a projection that is not a linear layer",
+    r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features)$": "a bare parameter",
+    r"(^|\.)point_embeddings\.\d+$": "a bare parameter",
+    r"(^|\.)motion_encoder\.(enc\.fc|dec)\.": "a bare parameter",
+    r"(^|\.)x_embedder\.proj\.1$": "the layer whose width identifies the model",
+}
 _T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
 _T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantized
 
@@ -186,15 +180,9 @@ def _table() -> dict:
     return json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 
 
-def presets() -> dict[str, str]:
-    """Name -> one line about it, for every preset that can be chosen."""
-    table = _table()["presets"]
-    names = {name: table[entry.get("alias_for", name)]["about"] for name, entry in table.items()}
-    return {
-        AUTO: "the preset of the architecture that the keys show",
-        NONE: "every linear that stock can run",
-        **dict(sorted(names.items())),
-    }
+def presets() -> list[str]:
+    """The presets that can be chosen; "none" quantizes every linear that stock can run."""
+    return [AUTO, NONE, *sorted(_table()["presets"])]
 
 
 def detect_architecture(keys: Iterable[str]) -> tuple[str, str] | None:
@@ -256,8 +244,8 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     if 0 in shape:
         return "empty"
     layer = key.removesuffix(WEIGHT)
-    for pattern, what in _NEVER:
-        if pattern.search(layer):
+    for pattern, what in _NEVER.items():
+        if re.search(pattern, layer):
             return f"{what}: stock ComfyUI cannot run it quantized"
     if _T5.search(layer) and _T5_WIDTH not in shape:
         return "part of a small T5: stock ComfyUI runs only T5-XXL quantized"
@@ -345,9 +333,6 @@ def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[str, list[str]
         if preset is None:
             known = ", ".join(presets())
             raise ValueError(f"no preset is called {name!r}; there are: {known}")
-        if "alias_for" in preset:
-            name = preset["alias_for"]
-            continue
         last = _final_language_layers(keys) if preset.get("keep_final_language_layer") else []
         yield f"preset {name}", preset["keep"] + last, preset.get("keep_matching", [])
         name = preset.get("extends")

@@ -141,9 +141,8 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are():
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_preset_offered_can_be_asked_for_and_says_what_it_is(name):
+def test_every_preset_offered_can_be_asked_for(name):
     assert plan({"a.weight": MATRIX}, Selection(name)).quantized
-    assert presets()[name]
 
 
 def test_no_preset_keeps_nothing_and_the_default_keeps_norms():
