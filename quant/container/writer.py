@@ -223,14 +223,13 @@ class Writer:
             )
 
     def _discard(self) -> None:
-        if self._file is not None:
-            # What cannot be deleted, on a disk that failed, the next writer deletes; the error that
-            # led here matters more.
-            if os.name == "nt":  # an open file cannot be deleted there
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self.part_file.unlink()
+        # What cannot be deleted, on a disk that failed, the next writer deletes; the error that led
+        # here matters more.
+        if os.name == "nt":  # an open file cannot be deleted there
             self._file.close()
+        with contextlib.suppress(OSError):
+            self.part_file.unlink()
+        self._file.close()
 
     @contextlib.contextmanager
     def _explained(self):

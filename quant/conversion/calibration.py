@@ -200,17 +200,14 @@ def _check_layer(source: FileSource, name: str, count) -> int:
                 f"{source.name}: {quoted(channels)} is {dtype} {list(size)}; it must be "
                 f"F32 {[shape[0]]}, one value for each column of the Hessian"
             )
-    hessian, *others = (source.rows(part, 0, shape[0]) for part in keys)
-    if (
-        not isinstance(count, int)
-        or count < 1
-        or not all(bool(values.isfinite().all()) for values in (hessian, *others))
-    ):
+    statistics = [source.rows(part, 0, shape[0]) for part in keys]
+    finite = all(values.isfinite().all() for values in statistics)
+    if not finite or not isinstance(count, int) or count < 1:
         raise FormatError(
             f"{where} {list(shape)} holds NaN or Inf, or is of {quoted(count)} rows; calibrate "
             "again"
         )
-    if (hessian.diagonal() < 0).any():
+    if (statistics[0].diagonal() < 0).any():
         raise FormatError(
             f"{where} {list(shape)} has negative values on its diagonal, where squares are; "
             "calibrate again"

@@ -169,41 +169,33 @@ _TABLES = (
 _RENAMED = "ComfyUI renames its tensors while loading and would run MXFP8 codes raw"
 _UNKNOWN = "ComfyUI cannot read these names"
 _INSTEAD = "convert the model's file for ComfyUI, or the one by its authors"
-# Models that are refused: name, expressions that must each match a key, and the reason.
-_REFUSED = (
-    ("AuraFlow", (r"^joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",), _RENAMED),
-    (
-        "PixArt",
-        (r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"^pos_embed\.proj\.bias$"),
+# Models that are refused: name -> the reason, and expressions that must each match a key.
+_REFUSED = {
+    "AuraFlow": (_RENAMED, r"^joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$"),
+    "PixArt": (
         _RENAMED,
+        r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
+        r"^pos_embed\.proj\.bias$",
     ),
-    (
-        "Stable Diffusion 3",
-        (r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$", r"^pos_embed\.proj\.weight$"),
+    "Stable Diffusion 3": (
         _RENAMED,
+        r"^transformer_blocks\.0\.attn\.add_q_proj\.weight$",
+        r"^pos_embed\.proj\.weight$",
     ),
-    ("a UNet", (r"^conv_in\.weight$", r"^down_blocks\.0\."), _RENAMED),
-    (
-        "a transformer",
-        (r"^x_embedder\.weight$", r"^(single_)?transformer_blocks\.0\."),
-        _RENAMED,
-    ),
-    ("Z-Image", (r"^noise_refiner\.0\.attention\.norm_k\.weight$",), _RENAMED),
-    (
-        "Hunyuan Video",
-        (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.weight$",),
+    "a UNet": (_RENAMED, r"^conv_in\.weight$", r"^down_blocks\.0\."),
+    "a transformer": (_RENAMED, r"^x_embedder\.weight$", r"^(single_)?transformer_blocks\.0\."),
+    "Z-Image": (_RENAMED, r"^noise_refiner\.0\.attention\.norm_k\.weight$"),
+    "Hunyuan Video": (
         _UNKNOWN,
+        r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.weight$",
     ),
-    (
-        "Wan",
-        (
-            r"^condition_embedder\.time_embedder\.linear_1\.weight$",
-            r"^blocks\.0\.attn1\.to_q\.weight$",
-        ),
+    "Wan": (
         _UNKNOWN,
+        r"^condition_embedder\.time_embedder\.linear_1\.weight$",
+        r"^blocks\.0\.attn1\.to_q\.weight$",
     ),
-    ("Krea 2", (r"^text_fusion\.projector\.weight$",), _UNKNOWN),
-)
+    "Krea 2": (_UNKNOWN, r"^text_fusion\.projector\.weight$"),
+}
 
 
 def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part, ...]]] | None:
@@ -244,7 +236,7 @@ def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
         for table in _TABLES:
             if bare.issuperset(table.signature):
                 yield prefix, table.model, table
-        for model, signature, reason in _REFUSED:
+        for model, (reason, *signature) in _REFUSED.items():
             if all(any(map(re.compile(sign).search, bare)) for sign in signature):
                 yield prefix, model, reason
 
