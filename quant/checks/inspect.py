@@ -194,7 +194,7 @@ def _scan(path, result: Inspection, progress: Progress | None) -> None:
             stored = source.header.layers[layer.name]
             scanned = scan.scan_layer(source, stored, functools.partial(advance, key=layer.name))
             layer.nan_codes, layer.nan_scales = scanned.nan_codes, scanned.nan_scales
-            layer.padding, layer.scale_order = scanned.padding, scanned.order.order
+            layer.padding, layer.scale_order = scanned.padding, scanned.order
             result.problems += [f"{quoted(layer.name)}: {p}" for p in scanned.problems]
             result.warnings += [f"{quoted(layer.name)}: {w}" for w in scanned.warnings]
         if result.comparison is not None:

@@ -178,7 +178,7 @@ def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> 
         if layer.scale.shape != layout.scale_shape(*layer.weight.shape):
             orders[name] = "row-major"  # its shape fits nothing else
         elif scales == format.AUTO:
-            orders[name] = scan.order_evidence(source, layer).order
+            orders[name] = scan.scale_order(source, layer)
         else:
             orders[name] = scales
     rest = "row-major" if set(orders.values()) - {None} == {"row-major"} else "tiled"

@@ -49,12 +49,12 @@ from ..sources.file import FileSource
 _SLAB = 1 << 22  # codes read at a time
 _SAMPLE = 1 << 16  # codes sampled per tensor before loading
 _RUNS = 64  # places they come from
+_ORDER_SAMPLE = 1 << 20  # codes that show the order of a layer's scales
 _SAMPLED_LAYERS = 16  # layers whose order of scales is tested before loading
 _FEWEST = 64  # non-zero blocks; by chance, all of a scaled cast's have the mark once in 2**64
 MARKED = 0.99  # least share of the non-zero blocks with the mark in MXFP8 codes
 _FULL = 0x76  # the code of 224
 _SIGMAS = 6.0  # standard deviations of the correlation that count as evidence
-_ENERGIES = 1 << 15  # blocks whose energy is computed at a time
 _SMALLEST_VOCABULARY = 16_384  # rows
 
 
@@ -65,10 +65,10 @@ class LayerScan:
     Attributes:
         nan_codes: NaN codes within the layer's shape; nan_scales: scale bytes 255.
         padding: non-zero bytes in the padding of codes and scales.
-        order: evidence on the order of the scales.
+        order: as of `scale_order`.
     """
 
-    order: OrderEvidence
+    order: str | None
     nan_codes: int = 0
     nan_scales: int = 0
     padding: int = 0
@@ -91,7 +91,7 @@ class LayerScan:
         warnings = []
         if self.padding:
             warnings.append(f"{self.padding} bytes of padding are not zero")
-        if self.order.order == "row-major":
+        if self.order == "row-major":
             warnings.append(ROW_MAJOR)
         return warnings
 
@@ -273,72 +273,44 @@ def _marks(code: torch.Tensor) -> tuple[int, int]:
 # ---- order of the scales ---------------------------------------------------------------------
 
 
-class _Correlation:
-    """The correlation of two variables, from sums over slabs."""
-
-    def __init__(self) -> None:
-        self._sums = [0.0] * 6
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        terms = x.numel(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()
-        self._sums = [a + float(b) for a, b in zip(self._sums, terms, strict=True)]
-
-    @property
-    def sigmas(self) -> float:
-        """In standard deviations of independent variables; 0 if one of the two is constant."""
-        n, x, y, xx, yy, xy = self._sums
-        if n < _FEWEST:
-            return 0.0
-        spread = (xx - x**2 / n) * (yy - y**2 / n)
-        # A variance below the rounding errors of its sums counts as zero.
-        if spread <= 1e-20 * xx * yy:
-            return 0.0
-        return (xy - x * y / n) / math.sqrt(spread / n)
+def scale_order(source: FileSource, layer: Layer) -> str | None:
+    """ "tiled" or "row-major", by all padding or else the first codes; None without evidence."""
+    rows, cols = layer.weight.shape
+    blocks = cols // BLOCK
+    tiled = row_major = 0  # non-zero bytes where the padding would be
+    for first, scale in _scale_slabs(source, layer):
+        used = min(len(scale), rows - first)
+        nonzero = scale.count_nonzero()
+        row_major += int(nonzero - scale[:used, :blocks].count_nonzero())
+        tiled += int(nonzero - layout.untile(scale, used, blocks).count_nonzero())
+    if (tiled == 0) == (row_major == 0):
+        tiled, row_major = _correlations(source, layer)
+        if abs(tiled - row_major) < _SIGMAS or min(tiled, row_major) > -_SIGMAS:
+            return None
+    return "tiled" if tiled < row_major else "row-major"
 
 
-class OrderEvidence:
-    """Evidence on whether the scales of a layer are tiled or row-major."""
+def _correlations(source: FileSource, layer: Layer) -> list[float]:
+    """Of the first blocks' magnitudes with their scales, in tiled and in row-major order.
 
-    def __init__(self, layer: Layer):
-        self._rows, self._blocks = layer.weight.shape[0], layer.weight.shape[1] // BLOCK
-        self._correlation = {"tiled": _Correlation(), "row-major": _Correlation()}
-        self.padding = dict.fromkeys(self._correlation, 0)  # non-zero bytes
-
-    @property
-    def order(self) -> str | None:
-        """ "tiled", "row-major", or None without evidence."""
-        tiled, row_major = self.padding.values()
-        if (tiled == 0) == (row_major == 0):
-            tiled, row_major = (c.sigmas for c in self._correlation.values())
-            if abs(tiled - row_major) < _SIGMAS or min(tiled, row_major) > -_SIGMAS:
-                return None
-        return "tiled" if tiled < row_major else "row-major"
-
-    def add_scale(self, first: int, scale: torch.Tensor) -> None:
-        """Add tiled bytes [m, C] of the rows from `first`, a multiple of 128."""
-        rows, cols = scale.shape
-        used = min(rows, self._rows - first)
-        for order, matrix in (("tiled", layout.untile(scale, rows, cols)), ("row-major", scale)):
-            outside = int(matrix.count_nonzero() - matrix[:used, : self._blocks].count_nonzero())
-            self.padding[order] += outside
-
-    def add(self, code: torch.Tensor, scale: torch.Tensor) -> None:
-        """Add uint8 codes [m, K'] and the scales of their tiles [roundup(m, 128), C]."""
-        rows, blocks = code.shape[0], self._blocks
-        code = code.reshape(-1, BLOCK)
-        parts = code.split(_ENERGIES)  # as float32, they take four times their size
-        energy = torch.cat([_energy(part) for part in parts]).view(rows, blocks)
-        level = energy.double().log2_()
-        for order, matrix in (("tiled", layout.untile(scale, rows, blocks)), ("row-major", scale)):
-            byte = matrix[:rows, :blocks]
-            use = (energy > 0) & (byte != E8M0_NAN)
-            self._correlation[order].add(level[use], byte[use].double().sub_(layout.E8M0_BIAS))
-
-
-def _energy(code: torch.Tensor) -> torch.Tensor:
-    """Sums of squares of uint8 codes [blocks, 32], NaN as zero. float32 [blocks]."""
-    value = code.view(torch.float8_e4m3fn).float().nan_to_num_(0.0)
-    return value.square_().sum(-1)
+    In standard deviations of independent variables; 0 if one of the two is constant.
+    """
+    rows, cols = layer.weight.shape
+    rows = min(rows, max(1, _ORDER_SAMPLE // max(1, cols)))
+    code = source.rows(layer.weight.name, 0, rows).view(torch.float8_e4m3fn)
+    value = code.float().nan_to_num_(0.0).view(rows, cols // BLOCK, BLOCK)
+    energy = value.square_().sum(-1)
+    tiles = layout.round_up(rows, TILE_ROWS)
+    scale = source.rows(layer.scale.name, 0, tiles).view(torch.uint8)
+    result = []
+    for byte in (layout.untile(scale, *energy.shape), scale[:rows, : cols // BLOCK]):
+        use = (energy > 0) & (byte != E8M0_NAN)
+        pairs = torch.stack([energy[use].double().log2_(), byte[use].double()])
+        count = pairs.shape[1]
+        known = count >= _FEWEST
+        correlation = float(torch.corrcoef(pairs)[0, 1].nan_to_num_(0.0)) if known else 0.0
+        result.append(correlation * math.sqrt(count))
+    return result
 
 
 def _order_warnings(source: FileSource) -> list[str]:
@@ -346,22 +318,11 @@ def _order_warnings(source: FileSource) -> list[str]:
     layers = list(source.header.layers.values())
     step = max(1, len(layers) // _SAMPLED_LAYERS)
     sample = layers[::step][:_SAMPLED_LAYERS]
-    names = [x.name for x in sample if order_evidence(source, x).order == "row-major"]
+    names = [layer.name for layer in sample if scale_order(source, layer) == "row-major"]
     if not names:
         return []
     share = f" ({len(names)} of {len(sample)} sampled layers)" if len(sample) > 1 else ""
     return [f"{source.name}: {quoted(names[0])}{share}: {ROW_MAJOR}"]
-
-
-def order_evidence(source: FileSource, layer: Layer) -> OrderEvidence:
-    """Evidence from all scales of a layer and its first tile of rows."""
-    evidence = OrderEvidence(layer)
-    for first, scale in _scale_slabs(source, layer):
-        evidence.add_scale(first, scale)
-    rows = min(TILE_ROWS, layer.weight.shape[0])
-    code = source.rows(layer.weight.name, 0, rows).view(torch.uint8)
-    evidence.add(code, source.rows(layer.scale.name, 0, TILE_ROWS).view(torch.uint8))
-    return evidence
 
 
 # ---- every byte ------------------------------------------------------------------------------
@@ -377,7 +338,7 @@ def scan_layer(
     """
     rows, cols = layer.shape
     blocks = -(-cols // BLOCK)
-    result = LayerScan(OrderEvidence(layer))
+    result = LayerScan(scale_order(source, layer))
     for first, last in layout.slabs(*layer.weight.shape, _SLAB):
         code = source.rows(layer.weight.name, first, last).view(torch.uint8)
         tiles = layout.round_up(last, TILE_ROWS)
@@ -388,8 +349,6 @@ def scan_layer(
         result.nan_scales += int((plain[:used, :blocks] == E8M0_NAN).sum())
         for matrix, inner in ((code, code[:used, :cols]), (plain, plain[:used, :blocks])):
             result.padding += int(matrix.count_nonzero() - inner.count_nonzero())
-        result.order.add_scale(first, scale)
-        result.order.add(code, scale)
         if advance is not None:
             advance(code.numel() + scale.numel())
     return result

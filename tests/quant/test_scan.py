@@ -236,7 +236,7 @@ def test_wrong_order_of_a_real_trained_model_is_seen(tmp_path):
         path = save(tmp_path, *model(weights, order=order))
         with FileSource(path) as source:
             layers = source.header.layers.values()
-            assert [scan.order_evidence(source, la).order for la in layers] == [expected] * 18
+            assert [scan.scale_order(source, la) for la in layers] == [expected] * 18
 
 
 # ---- every byte ------------------------------------------------------------------------------
