@@ -110,13 +110,13 @@ def _provenance(patcher, comparison: Comparison | None, report: Report | None) -
     metadata = {}
     if comparison is not None:
         _check_comparison(patcher, comparison)
-        metadata[COMPARISON] = comparison.to_json(indent=None)
+        metadata[COMPARISON] = comparison.to_json()
     if report is not None:
         _check_report(patcher, report)
-        data = json.loads(report.to_json())
-        metadata[REPORT] = json.dumps(data, separators=(",", ":"))
+        metadata[REPORT] = report.to_json()
     for key, text in metadata.items():
-        check_size(key, text)
+        metadata[key] = json.dumps(json.loads(text), separators=(",", ":"))
+        check_size(key, metadata[key])
     return metadata
 
 

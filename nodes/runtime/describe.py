@@ -18,7 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 from ... import kernels
 from ...kernels.backends import fp8_rowwise
 from ...quant.reports import execution
-from ...quant.reports.conversion import MXFP8
+from ...quant.reports.conversion import KEPT, MXFP8
 from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
 from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
@@ -98,7 +98,7 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
     weight = module.weight
     dtype = dtype_name(weight.dtype)
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
-    decision, reason = (kind, f"not MXFP8: {kind}") if kind else execution.kept(dtype)
+    reason = f"not MXFP8: {kind or dtype}"
     backend, precision = STOCK, None
     if kind == MXFP8:
         backend, precision, reason = _path(patcher, name, module, rows, change)
@@ -107,7 +107,7 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
     return LayerExecution(
         name=name.removeprefix(PREFIX),
         shape=tuple(weight.shape),
-        decision=decision,
+        decision=kind or KEPT,
         reason=reason,
         dtype=dtype,
         bytes=sum(part.nbytes for _, part in _parts(weight)),

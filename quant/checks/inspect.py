@@ -16,8 +16,8 @@ from ..container.header import quoted
 from ..conversion import policy
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
-from ..reports import comparison, document, metadata
-from ..reports.comparison import Comparison
+from ..reports import document, metadata
+from ..reports.comparison import Comparison, fingerprint
 from ..reports.conversion import KEPT, MXFP8, Report, format_size, listed
 from ..sources import unsupported
 
@@ -130,7 +130,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
 
 def _from_header(header: Header, every_byte: bool) -> Inspection:
     architecture, _ = policy.detect_architecture(header.tensors) or (None, None)
-    provenance = metadata.read(header.metadata)
+    report, comparison, warnings = metadata.read(header.metadata)
     parts = {n + p for n in (*header.layers, *header.experts) for p in (WEIGHT, SCALE, MARKER)}
     sizes = Counter()
     for tensor in header.tensors.values():
@@ -146,9 +146,9 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
         metadata=sorted(header.metadata),
         every_byte=every_byte,
         layers=[*_layers(header)],
-        warnings=list(provenance.warnings),
-        report=provenance.report,
-        comparison=provenance.comparison,
+        warnings=warnings,
+        report=report,
+        comparison=comparison,
     )
 
 
@@ -170,13 +170,14 @@ def _layers(header: Header) -> Iterator[LayerInspection]:
             )
         elif len(tensor.shape) == 2:
             other = header.markers.get(name, {}).get("format")
-            decision, reason = KEPT, f"{tensor.dtype} in the file"
-            if other is not None:
-                decision, reason = other, f"marked as {other}"
             yield LayerInspection(
-                name, tensor.shape, tensor.nbytes, decision=decision, reason=reason,
+                name=name,
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                decision=other or KEPT,
+                reason=f"marked as {other}" if other else f"{tensor.dtype} in the file",
                 dtype=tensor.dtype,
-            )  # fmt: skip
+            )
 
 
 def _scan(path, result: Inspection, progress: Progress | None) -> None:
@@ -206,8 +207,8 @@ def _check_comparison(source, result: Inspection) -> None:
     from ..sources.file import as_bytes
 
     rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
-    fingerprint = comparison.fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
-    if result.comparison.model.fingerprint != fingerprint:
+    actual = fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
+    if result.comparison.model.fingerprint != actual:
         result.warnings.append(
             "the comparison in the header was measured on weights other than this file's"
         )

@@ -22,7 +22,7 @@ from ...kernels.layout import BLOCK
 from .. import format
 from ..container.header import quoted
 from ..container.writer import Writer
-from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, TensorInfo
+from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
 from ..progress import VERIFY, Meter, Progress
 from ..sources import diffusers
 from ..sources.file import FileSource, as_bytes
@@ -91,8 +91,9 @@ def repair_file(
         layers = _layers(opened, formats)
         result = Repair(opened.name, os.path.basename(target), layers=len(layers))
         row_major = _row_major(opened, layers, scales)
-        fully_marked = _fully_marked(opened.header)
-        result.marked = [name for name in layers if name not in fully_marked]
+        inside = format.header_markers(opened.name, opened.metadata)
+        marked = {format.full_name(opened.header, name) for name in inside}
+        result.marked = [n for n in layers if n not in marked or n + MARKER not in opened.tensors]
         result.tiled = [name for name in layers if name in row_major]
         result.retyped = [name for name, layer in layers.items() if layer.scale.dtype != "U8"]
         if not (result.marked or result.tiled or result.retyped):
@@ -111,21 +112,13 @@ def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
     _ = header.experts  # checks them
     for name, conf in header.markers.items():
         if conf["format"] == format.MXFP8 and "num_experts" not in conf:
-            weight = header.tensors.get(name + WEIGHT)
-            if weight is None:
-                raise FormatError(
-                    f"{header.path.name}: {quoted(name)} is marked as MXFP8, but there is no "
-                    f"tensor {quoted(name + WEIGHT)}: the file is incomplete, get it again"
-                )
-            layers[name] = _candidate(header, weight, conf)
+            layers[name] = _candidate(header, name, conf)
     for weight in scan.unmarked_matrices(header):
         name = weight.name.removesuffix(WEIGHT)
-        scale = header.tensors.get(name + SCALE)
-        if scale is None:
-            continue
         blocks, marked = scan.sample_marks(source, weight)
-        if marked >= scan.MARKED * blocks:
-            layers[name] = _candidate(header, weight, None)
+        if name + SCALE in header.tensors and marked >= scan.MARKED * blocks:
+            conf = {"format": format.MXFP8, "group_size": BLOCK}
+            layers[name] = _candidate(header, name, conf)
     scan.check_unmarked(source, known=layers)
     scan.check_experts(source)
     scan.check_embeddings(source, layers.values())
@@ -137,14 +130,19 @@ def _layers(source: FileSource, formats: Iterable[str]) -> dict[str, Layer]:
     return dict(sorted(layers.items(), key=lambda item: item[1].weight.begin))
 
 
-def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Layer:
+def _candidate(header: Header, name: str, conf: Mapping) -> Layer:
     """A layer to be written, with its own marker or a new one.
 
     Raises:
         FormatError: its weight or scales cannot be MXFP8.
     """
-    name = weight.name.removesuffix(WEIGHT)
     where = f"{header.path.name}: {quoted(name)}"
+    weight = header.tensors.get(name + WEIGHT)
+    if weight is None:
+        raise FormatError(
+            f"{where} is marked as MXFP8, but there is no tensor {quoted(name + WEIGHT)}: the file "
+            "is incomplete, get it again"
+        )
     if weight.dtype != "F8_E4M3" or len(weight.shape) != 2 or weight.shape[1] % BLOCK:
         raise FormatError(
             f"{where}: its weight is {weight.dtype} {list(weight.shape)}; MXFP8 codes are 2-D "
@@ -159,16 +157,7 @@ def _candidate(header: Header, weight: TensorInfo, conf: Mapping | None) -> Laye
             f"{where}: its scales are {scale.dtype} {list(scale.shape)}; weight "
             f"{list(weight.shape)} needs U8 or F8_E8M0 {list(tiled)}, or {list(plain)} row-major"
         )
-    if conf is None:
-        conf = {"format": format.MXFP8, "group_size": BLOCK}
     return Layer(name, format.layer_shape(where, weight, conf), weight, scale, conf)
-
-
-def _fully_marked(header: Header) -> set[str]:
-    """Names of the layers with both markers."""
-    inside = format.header_markers(header.path.name, header.metadata)
-    names = {format.full_name(header, name) for name in inside}
-    return {name for name in names if name + MARKER in header.tensors}
 
 
 def _row_major(source: FileSource, layers: Mapping[str, Layer], scales: str) -> set[str]:

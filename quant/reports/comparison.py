@@ -194,9 +194,9 @@ class Comparison:
         measured = [seed for seed in self.seeds if seed.latent_snr_db is not None]
         return min(measured, key=lambda seed: seed.latent_snr_db, default=None)
 
-    def to_json(self, indent: int | None = 1) -> str:
+    def to_json(self) -> str:
         """Versioned JSON; `from_json` is its inverse."""
-        return document.write(KEY, asdict(self), indent)
+        return document.write(KEY, asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:

@@ -16,12 +16,11 @@ from dataclasses import MISSING, fields, is_dataclass
 from ..container.header import FormatError, parse_object, quoted
 
 VERSION = 1  # of every kind; web/document.mjs expects the same
-_NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 
 
-def write(key: str, values: dict, indent: int | None = 1) -> str:
+def write(key: str, values: dict) -> str:
     """A report's fields as JSON, versioned."""
-    return json.dumps({key: VERSION, **values}, indent=indent, allow_nan=False)
+    return json.dumps({key: VERSION, **values}, indent=1, allow_nan=False)
 
 
 def read(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
 from . import document
-from .conversion import KEPT, MXFP8, format_size
+from .conversion import MXFP8, format_size
 
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
@@ -156,11 +156,6 @@ class BackendReport:
             entry["faster_than_dense"] = timing.faster_than_dense
             entry["faster_than_stock"] = timing.faster_than_stock
         return document.write(KEY, data)
-
-
-def kept(dtype: str) -> tuple[str, str]:
-    """(decision, reason) of a linear that is not quantized."""
-    return KEPT, f"not MXFP8: {dtype}"
 
 
 def limiting_reason(

@@ -8,7 +8,6 @@ read here is checked and bounded, and a damaged entry is only a warning: no weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ..container.header import FormatError, quoted
 from .comparison import KEY as COMPARISON
@@ -20,15 +19,6 @@ from .conversion import Report
 MOST_BYTES = 1 << 22  # of each; a report takes about 350 bytes per layer
 _MOST_LINES = 40
 _LONGEST_LINE = 300
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The entries of a header; warnings are sentences."""
-
-    report: Report | None
-    comparison: Comparison | None
-    warnings: tuple[str, ...]
 
 
 def lines(report: Report | None, comparison: Comparison | None) -> list[str]:
@@ -75,8 +65,10 @@ def check_size(key: str, text: str) -> None:
         raise FormatError(f"{key} has {size} bytes; at most {MOST_BYTES} fit in a file's header")
 
 
-def read(metadata: Mapping[str, str]) -> Provenance:
-    """Both entries of a file's metadata, None where one is missing or damaged."""
+def read(
+    metadata: Mapping[str, str],
+) -> tuple[Report | None, Comparison | None, list[str]]:
+    """Both entries of a file's metadata, None where one is missing or damaged, and warnings."""
     entries: dict[type, object] = {}
     warnings = []
     for kind, key in (
@@ -89,4 +81,4 @@ def read(metadata: Mapping[str, str]) -> Provenance:
                 entries[kind] = kind.from_json(metadata[key])
             except FormatError as error:
                 warnings.append(f"{key} in the header cannot be read: {quoted(str(error))}")
-    return Provenance(entries.get(Report), entries.get(Comparison), tuple(warnings))
+    return entries.get(Report), entries.get(Comparison), warnings
