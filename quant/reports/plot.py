@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from .comparison import Comparison, interval
 
@@ -92,23 +92,18 @@ def _scaled(point) -> tuple[float, float]:
 
 def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
     """Draw the picture, WIDTH pixels wide."""
-    below = _panel(strip)[1] + 28 + _MARGIN if strip else 0
-    page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN + below)
+    page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN)
     _draw_titles(page, comparison)
     top, bottom = _TITLES + 60, _TITLES + _CHART
     middle = WIDTH * 0.56
     _draw_steps(page, comparison, (_MARGIN + 72, top, middle, bottom))
     _draw_seeds(page, comparison, (middle + 120, top, WIDTH - _MARGIN, bottom))
-    image = page.image.reduce(_SCALE)
-    if strip:
-        _paste_strip(image, strip, _TITLES + _CHART + 2 * _MARGIN)
-    return image
+    charts = page.image.reduce(_SCALE)
+    return _with_strip(charts, strip) if strip else charts
 
 
 def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
     """The two images and their difference, amplified as far as 8 bits allow."""
-    from PIL import ImageChops
-
     difference = ImageChops.difference(reference, model)
     largest = max(high for _, high in difference.getextrema())
     factor = next((f for f in _AMPLIFY if f * largest <= 255), 1)
@@ -199,23 +194,21 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 
-def _panel(strip: Strip) -> tuple[int, int]:
-    """The size of an image in the strip."""
-    width, height = strip.reference.size
-    room = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3
-    scale = min(room / width, _STRIP / height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _paste_strip(image: Image.Image, strip: Strip, top: int) -> None:
-    size = _panel(strip)
-    small = size[0] > strip.reference.width  # then visible pixels are better than blur
-    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    labels = ("reference", "model", f"difference, amplified {strip.factor}x")
+def _with_strip(charts: Image.Image, strip: Strip) -> Image.Image:
+    """The charts with the strip below them."""
+    room = (WIDTH - 2 * _MARGIN - 2 * _GAP) // 3, _STRIP
     pictures = (strip.reference, strip.model, strip.difference)
-    column = (WIDTH - 2 * _MARGIN - 2 * _GAP) / 3 + _GAP
+    small = strip.reference.width < room[0] and strip.reference.height < room[1]
+    # Of a small image, visible pixels are better than blur.
+    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    pictures = [ImageOps.contain(picture, room, resampling) for picture in pictures]
+    top = charts.height
+    image = Image.new("RGB", (WIDTH, top + 28 + pictures[0].height + _MARGIN), _PAPER)
+    image.paste(charts)
     draw = ImageDraw.Draw(image)
+    labels = ("reference", "model", f"difference, amplified {strip.factor}x")
     for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-        left = round(_MARGIN + index * column)
+        left = _MARGIN + index * (room[0] + _GAP)
         draw.text((left, top), label, _INK, ImageFont.load_default(16))
-        image.paste(picture.resize(size, resampling), (left, top + 28))
+        image.paste(picture, (left, top + 28))
+    return image
