@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 from ..format import bare
 from . import document
@@ -297,6 +297,6 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
         return None
     generator = random.Random(0)
     n = len(sample)
-    means = sorted(math.fsum(generator.choices(sample, k=n)) / n for _ in range(_RESAMPLES))
+    means = sorted(fmean(generator.choices(sample, k=n)) for _ in range(_RESAMPLES))
     tail = round((1 - _CONFIDENCE) / 2 * _RESAMPLES)
-    return Mean(math.fsum(sample) / n, means[tail], means[-1 - tail], n)
+    return Mean(fmean(sample), means[tail], means[-1 - tail], n)

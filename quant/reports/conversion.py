@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 
 from . import document
 
@@ -132,7 +133,7 @@ class Report:
             held_out = "held_out" in (self.calibration or {})
             lines.append(
                 f"{len(ratios)} layers calibrated: layer output error "
-                f"{sum(ratios) / len(ratios):.2f}x of nearest rounding on average, on "
+                f"{fmean(ratios):.2f}x of nearest rounding on average, on "
                 f"{'held-out data' if held_out else 'the calibration data itself'} (weight SQNR is "
                 "lower in exchange)"
             )
@@ -186,8 +187,8 @@ class SqnrAccumulator:
         self.signal += float(signal.sum())
         self.noise += float(noise.sum())
         ratio = (noise / signal.clamp_min(1e-300)).flatten()
-        index = int(ratio.argmax()) if ratio.numel() else 0
-        if ratio.numel() and ratio[index] > 0:
+        if ratio.any():
+            index = int(ratio.argmax())
             row, block = divmod(index, signal.shape[1])
             value = -10 * math.log10(float(ratio[index]))
             self._keep(Block(first_row + row, block, value))
