@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..quant.reports.execution import BackendReport
 from .host.progress import Progress, output
-from .runtime.describe import describe, load, measure
+from .runtime.describe import describe, load_for_report, measure
 from .widgets import CATEGORY, ROWS
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,16 @@ class MXFP8BackendReport(io.ComfyNode):
     def execute(cls, measure, rows, model=None, clip=None) -> io.NodeOutput:
         if (model is None) == (clip is None):
             raise ValueError("connect either a model or a text encoder to this node")
-        report = _make_report(cls, clip.patcher if model is None else model, rows, measure)
+        report = _make_backend_report(cls, clip.patcher if model is None else model, rows, measure)
         summary, text = report.summary(), report.to_json()
         logger.info("MXFP8: %s", summary)
         return output(cls, summary, summary, text, document=text)
 
 
-def _make_report(node: type[io.ComfyNode], patcher, rows: int, timed: bool) -> BackendReport:
+def _make_backend_report(
+    node: type[io.ComfyNode], patcher, rows: int, timed: bool
+) -> BackendReport:
     if timed:
-        load(patcher)
+        load_for_report(patcher)
     report = describe(patcher, rows, changes=True)
     return measure(patcher, report, Progress(node, steps=True)) if timed else report

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerating import MXFP8Accelerate, MXFP8AccelerateTextEncoder
 from .backend_report import MXFP8BackendReport
 from .calibrating import MXFP8Calibrate, MXFP8LoadCalibration, MXFP8SaveCalibration
 from .comparing import MXFP8Compare
 from .inspecting import MXFP8Inspect
 from .loading import (
-    MXFP8Accelerate,
-    MXFP8AccelerateTextEncoder,
     MXFP8LoadCheckpoint,
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,

@@ -1,9 +1,6 @@
-"""Nodes that load MXFP8 models through stock ComfyUI, and nodes that accelerate loaded ones."""
+"""Nodes that load MXFP8 models through stock ComfyUI."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import comfy.sd
 import folder_paths
@@ -12,41 +9,11 @@ import torch
 from comfy_api.latest import io
 
 from ..quant import format
+from .accelerating import show_loaded
 from .host.paths import model_path
-from .host.progress import show
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
-from .runtime.describe import describe
-from .runtime.patch import accelerate, check_scales
-from .widgets import CATEGORY, NO_FILE, ROWS, precision_input
-
-
-def check_loaded(patcher) -> list[str]:
-    """Check a model from another loader: the files it came from, and the scales of its layers.
-
-    ComfyUI's loaders accept most damaged MXFP8 files silently. They leave the paths on the model,
-    for its deep clones.
-
-    Returns:
-        Warnings.
-
-    Raises:
-        ValueError: a file is damaged or inconsistent, or the scales of a layer are.
-    """
-    load, arguments, *_ = patcher.cached_patcher_init or (None, ())
-    first = arguments[0] if arguments else None
-    names = first if isinstance(first, (list, tuple)) else [first]
-    paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
-    order = arguments[1] if load is load_diffusion_model else format.AUTO
-    warnings = [warning for path in paths for warning in check_file(path, order)[1]]
-    check_scales(patcher.model)
-    return warnings
-
-
-def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
-    """Show on the node what runs the MXFP8 layers of these models, and the warnings."""
-    reports = [describe(patcher, ROWS) for patcher in patchers]
-    lines = [r.line() if len(reports) == 1 else f"{r.model}: {r.line()}" for r in reports]
-    show(node, "\n".join([*lines, *warnings]))
+from .runtime.patch import accelerate, accelerate_clip
+from .widgets import CATEGORY, NO_FILE, precision_input
 
 
 class MXFP8LoadDiffusionModel(io.ComfyNode):
@@ -217,67 +184,3 @@ def text_encoder_types() -> list[str]:
     for loader in (comfy_nodes.CLIPLoader, comfy_nodes.DualCLIPLoader):
         types += loader.INPUT_TYPES()["required"]["type"][0]
     return list(dict.fromkeys(types))
-
-
-def accelerate_clip(clip):
-    """A clone of a CLIP whose MXFP8 linears run our kernels, at precision exact as in stock."""
-    clone = clip.clone()
-    clone.patcher = accelerate(clip.patcher, "exact")
-    return clone
-
-
-class MXFP8Accelerate(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MXFP8Accelerate",
-            display_name="Accelerate Model (MXFP8)",
-            category=CATEGORY,
-            description=(
-                "Takes a model from any loader and runs its MXFP8 layers on the fastest correct "
-                "path that this machine has. Place it right after the loader."
-            ),
-            search_aliases=["mxfp8", "accelerate", "speed up", "quantized"],
-            inputs=[
-                io.Model.Input("model", tooltip="A model with MXFP8 layers."),
-                precision_input(),
-            ],
-            outputs=[
-                io.Model.Output(
-                    display_name="model", tooltip="The same model, its MXFP8 layers on our kernels."
-                )
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, model, precision) -> io.NodeOutput:
-        warnings = check_loaded(model)
-        model = accelerate(model, precision)
-        show_loaded(cls, warnings, model)
-        return io.NodeOutput(model)
-
-
-class MXFP8AccelerateTextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MXFP8AccelerateTextEncoder",
-            display_name="Accelerate Text Encoder (MXFP8)",
-            category=CATEGORY,
-            description=(
-                "Takes a text encoder from any loader and runs its MXFP8 layers on our kernels. "
-                "Activations are never quantized."
-            ),
-            search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
-            inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],
-            outputs=[io.Clip.Output(display_name="clip", tooltip="The same text encoder.")],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, clip) -> io.NodeOutput:
-        warnings = check_loaded(clip.patcher)
-        clip = accelerate_clip(clip)
-        show_loaded(cls, warnings, clip.patcher)
-        return io.NodeOutput(clip)

@@ -187,7 +187,7 @@ def _tensors(patches) -> Iterator[torch.Tensor]:
         yield from _tensors(patches.weights)
 
 
-def load(patcher) -> None:
+def load_for_report(patcher) -> None:
     """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
     comfy.model_management.load_models_gpu([patcher])
     keep_prepared_weights(patcher)

@@ -1,0 +1,101 @@
+"""Nodes that run the MXFP8 layers of models from other loaders on our kernels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..quant import format
+from .host.progress import show
+from .models.load import check_file, load_diffusion_model
+from .runtime.describe import describe
+from .runtime.patch import accelerate, accelerate_clip, check_scales
+from .widgets import CATEGORY, ROWS, precision_input
+
+
+def check_loaded(patcher) -> list[str]:
+    """Check a model from another loader: the files it came from, and the scales of its layers.
+
+    ComfyUI's loaders accept most damaged MXFP8 files silently. They leave the paths on the model,
+    for its deep clones.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: a file is damaged or inconsistent, or the scales of a layer are.
+    """
+    load, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    first = arguments[0] if arguments else None
+    names = first if isinstance(first, (list, tuple)) else [first]
+    paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
+    order = arguments[1] if load is load_diffusion_model else format.AUTO
+    warnings = [warning for path in paths for warning in check_file(path, order)[1]]
+    check_scales(patcher.model)
+    return warnings
+
+
+def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
+    """Show on the node what runs the MXFP8 layers of these models, and the warnings."""
+    reports = [describe(patcher, ROWS) for patcher in patchers]
+    lines = [r.line() if len(reports) == 1 else f"{r.model}: {r.line()}" for r in reports]
+    show(node, "\n".join([*lines, *warnings]))
+
+
+class MXFP8Accelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8Accelerate",
+            display_name="Accelerate Model (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Takes a model from any loader and runs its MXFP8 layers on the fastest correct "
+                "path that this machine has. Place it right after the loader."
+            ),
+            search_aliases=["mxfp8", "accelerate", "speed up", "quantized"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with MXFP8 layers."),
+                precision_input(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The same model, its MXFP8 layers on our kernels."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, precision) -> io.NodeOutput:
+        warnings = check_loaded(model)
+        model = accelerate(model, precision)
+        show_loaded(cls, warnings, model)
+        return io.NodeOutput(model)
+
+
+class MXFP8AccelerateTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8AccelerateTextEncoder",
+            display_name="Accelerate Text Encoder (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Takes a text encoder from any loader and runs its MXFP8 layers on our kernels. "
+                "Activations are never quantized."
+            ),
+            search_aliases=["mxfp8", "accelerate", "clip", "text encoder"],
+            inputs=[io.Clip.Input("clip", tooltip="A text encoder with MXFP8 layers.")],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="The same text encoder.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip) -> io.NodeOutput:
+        warnings = check_loaded(clip.patcher)
+        clip = accelerate_clip(clip)
+        show_loaded(cls, warnings, clip.patcher)
+        return io.NodeOutput(clip)
