@@ -58,17 +58,15 @@ def find_model(path: Path) -> Path:
         p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not shards.is_shard(p.name)
     )
     inner = sorted(p for p in path.iterdir() if _MODELS.match(p.name) and p.is_dir())
-    if (path / "model_index.json").is_file() or not models:
-        if len(inner) > 1:
-            raise FormatError(f"{path.name}: there are several models in it; {_choice(inner)}")
-        if inner:
-            return find_model(inner[0])
+    if inner and ((path / "model_index.json").is_file() or not models):
+        models = inner
     if len(models) > 1:
         raise FormatError(
-            f"{path.resolve().name}: there are several models in this folder; {_choice(models)}"
+            f"{path.resolve().name}: there are several models in this folder; give one of "
+            f"{', '.join(quoted(p.name) for p in models)}"
         )
     if models:
-        return models[0]
+        return find_model(models[0])
     pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())
     raise FormatError(
         f"{path.name}: there is no safetensors model in this folder (one in several parts needs "
@@ -76,10 +74,6 @@ def find_model(path: Path) -> Path:
         + ", but torch files, which can run code when read: get the .safetensors"
         * pickled
     )
-
-
-def _choice(paths: list[Path]) -> str:
-    return f"give one of {', '.join(quoted(p.name) for p in paths)}"
 
 
 def _unshared(source: StoredSource) -> StoredSource:
