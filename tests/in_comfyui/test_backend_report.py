@@ -1,4 +1,4 @@
-"""Backend Report and Inspect in the real ComfyUI: what is said of a layer is what really ran."""
+"""Backend Report and Inspect in the real ComfyUI: what is reported of a layer is what ran."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 from bad_files import LAYER, draft
 from comfyui import PromptError, comfyui_path
-from graphs import Graph
+from graphs import Graph, fp8_card, unload, with_lora
 
 pytestmark = pytest.mark.comfy
 
@@ -23,12 +23,9 @@ def ours(graph: Graph, name: str = "flux-mxfp8", precision: str = "auto") -> lis
     )
 
 
-def fast(graph: Graph, most_change: float = 1.0, keep: bool = False) -> list:
-    """The model on a CPU that passes for a card with FP8 tensor cores, one row being few."""
-    model = graph.add(
-        "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=keep,
-        most_change=most_change,
-    )  # fmt: skip
+def fast(graph: Graph, **options) -> list:
+    """The model on a CPU that passes for a card with FP8 tensor cores, where one row is few."""
+    model = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"), **options)
     return graph.add("MXFP8Accelerate", model=model, precision="auto")
 
 
@@ -37,9 +34,7 @@ def card(comfy):
     """Afterwards the CPU is a CPU again."""
     yield
     graph = Graph()
-    graph.add(
-        "TestFast", model=graph.loader("flux.safetensors"), on=False, keep=False, most_change=0.01
-    )
+    fp8_card(graph, graph.loader("flux.safetensors"), on=False, most_change=0.01)
     comfy.run(graph)
 
 
@@ -51,12 +46,12 @@ def document(outputs: dict, node: list) -> dict:
     return json.loads(outputs[node[0]]["mxfp8_report"][0])
 
 
-def by_name(found: dict) -> dict:
-    return {layer["name"]: layer for layer in found["layers"]}
+def by_name(report: dict) -> dict:
+    return {layer["name"]: layer for layer in report["layers"]}
 
 
-def told_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict]:
-    """({layer: what the report says} for many rows, the same for one, {layer: what ran})."""
+def reported_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict]:
+    """({layer: what is reported} for many rows, the same for one row, {layer: what ran})."""
     graph = Graph()
     model = make(graph)
     small_m = backend_report(graph, model, rows=1)
@@ -66,13 +61,13 @@ def told_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict
     recorded = graph.add("TestRecorded", samples=samples, name="recorded")
     outputs = comfy.run(graph)
     ran = json.loads(outputs[recorded[0]]["result"][0])
-    told = [by_name(document(outputs, node)) for node in (many, small_m)]
+    reports = [by_name(document(outputs, node)) for node in (many, small_m)]
     assert len(ran) > 15
-    assert ran.keys() <= told[0].keys()
-    return *told, ran
+    assert ran.keys() <= reports[0].keys()
+    return *reports, ran
 
 
-def really(entry: dict) -> str:
+def recorded_path(entry: dict) -> str:
     """The backend and precision of a layer by what was recorded."""
     ours = [op for op in entry["ops"] if op.startswith("mxfp8.")]
     if not ours:
@@ -85,41 +80,45 @@ def really(entry: dict) -> str:
     return ran
 
 
-def said(layer: dict) -> str:
+def reported(layer: dict) -> str:
     return ", ".join(filter(None, (layer["backend"], layer["precision"])))
 
 
 def check_all(many: dict, small_m: dict, ran: dict) -> None:
     for name, entry in ran.items():
-        told = small_m if entry["rows"] == [1] else many
-        assert said(told[name]) == really(entry), name
+        layers = small_m if entry["rows"] == [1] else many
+        assert reported(layers[name]) == recorded_path(entry), name
 
 
 @pytest.mark.parametrize("precision", ["auto", "exact", "fast"])
 def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
-    many, small_m, ran = told_and_recorded(comfy, lambda graph: ours(graph, precision=precision))
+    many, small_m, ran = reported_and_recorded(
+        comfy, lambda graph: ours(graph, precision=precision)
+    )
     check_all(many, small_m, ran)
     layer = many[LAYER]
-    assert said(layer) == really(ran[LAYER]) == "eager, exact"
+    assert reported(layer) == recorded_path(ran[LAYER]) == "eager, exact"
     assert layer["reason"] == "eager: needs an NVIDIA or AMD GPU; this is cpu"
     assert (layer["shape"], layer["decision"]) == ([128, 128], "mxfp8")
     assert layer["bytes"] == 128 * 128 + 128 * 4
 
 
 def test_what_is_kept_runs_as_stock_runs_it(comfy):
-    many, small_m, ran = told_and_recorded(comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2")
+    many, small_m, ran = reported_and_recorded(
+        comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2"
+    )
     check_all(many, small_m, ran)
     kept = many["img_in"]
     assert (kept["decision"], kept["backend"]) == ("kept", "stock")
     assert kept["reason"] == "not MXFP8: F32"
-    assert really(ran["img_in"]) == "stock"
+    assert recorded_path(ran["img_in"]) == "stock"
 
 
 def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
-    found = told_and_recorded(comfy, lambda graph: graph.loader("flux-mxfp8.safetensors"))
-    check_all(*found)
-    many, _, ran = found
-    assert really(ran[LAYER]) == "stock"
+    reports = reported_and_recorded(comfy, lambda graph: graph.loader("flux-mxfp8.safetensors"))
+    check_all(*reports)
+    many, _, ran = reports
+    assert recorded_path(ran[LAYER]) == "stock"
     assert "Accelerate Model (MXFP8) is not on it" in many[LAYER]["reason"]
     graph = Graph()
     node = backend_report(graph, graph.loader("flux-mxfp8.safetensors"))
@@ -128,21 +127,21 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
 
 
 def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
-    many, small_m, ran = told_and_recorded(comfy, fast)
+    many, small_m, ran = reported_and_recorded(comfy, fast)
     check_all(many, small_m, ran)
-    assert really(ran[LAYER]) == "fp8, fast"
+    assert recorded_path(ran[LAYER]) == "fp8, fast"
     assert many[LAYER]["reason"].startswith("weight prepared with one scale per row, ")
     assert float(many[LAYER]["reason"].rpartition(" ")[2]) < 1e-4
     assert small_m[LAYER]["reason"] == "exact: 1 rows or fewer"
     single = [n for n, e in ran.items() if e["rows"] == [1] and many[n]["decision"] == "mxfp8"]
     assert single  # the modulations
-    assert {really(ran[n]) for n in single} == {"eager, exact"}
+    assert {recorded_path(ran[n]) for n in single} == {"eager, exact"}
 
 
 def test_layers_that_row_wise_scaling_would_change_too_much_are_exact(comfy, card):
-    many, small_m, ran = told_and_recorded(comfy, lambda graph: fast(graph, most_change=-1.0))
+    many, small_m, ran = reported_and_recorded(comfy, lambda graph: fast(graph, most_change=-1.0))
     check_all(many, small_m, ran)
-    assert said(many[LAYER]) == really(ran[LAYER]) == "eager, exact"
+    assert reported(many[LAYER]) == recorded_path(ran[LAYER]) == "eager, exact"
     assert many[LAYER]["reason"].startswith("exact: row-wise scaling could change it by ")
 
 
@@ -157,11 +156,11 @@ def test_a_layer_marked_full_precision_is_exact(comfy, card):
         fast(graph)
         return graph.add("MXFP8Accelerate", model=graph.loader(path.name), precision="auto")
 
-    many, small_m, ran = told_and_recorded(comfy, marked)
+    many, small_m, ran = reported_and_recorded(comfy, marked)
     path.unlink()
     check_all(many, small_m, ran)
     assert many[LAYER]["reason"] == "exact: marked full precision in the file"
-    assert really(ran[LAYER]) == "eager, exact"
+    assert recorded_path(ran[LAYER]) == "eager, exact"
 
 
 def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
@@ -171,17 +170,14 @@ def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
         )
         return graph.add("MXFP8Accelerate", model=model, precision="auto")
 
-    many, small_m, ran = told_and_recorded(comfy, patched)
+    many, small_m, ran = reported_and_recorded(comfy, patched)
     check_all(many, small_m, ran)
     assert many[LAYER]["reason"] == "patched by another node"
-    assert really(ran[LAYER]) == "stock"
+    assert recorded_path(ran[LAYER]) == "stock"
 
 
 def lora_on_offloaded(graph: Graph) -> list:
-    model = graph.add(
-        "LoraLoaderModelOnly", model=ours(graph), lora_name="lora.safetensors", strength_model=1.0
-    )
-    return graph.add("TestLowVRAM", model=model)
+    return graph.add("TestLowVRAM", model=with_lora(graph, ours(graph)))
 
 
 def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
@@ -192,18 +188,18 @@ def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
     recorded = graph.add("TestRecorded", samples=samples, name="offloaded")
     ran = json.loads(comfy.run(graph)[recorded[0]]["result"][0])
     node = backend_report(graph, model)  # now that it is loaded
-    found = document(comfy.run(graph), node)
-    comfy.free()
-    told = by_name(found)
-    left = [n for n, layer in told.items() if "applies a LoRA on the fly" in layer["reason"]]
+    report = document(comfy.run(graph), node)
+    unload(comfy)
+    layers = by_name(report)
+    left = [n for n, layer in layers.items() if "applies a LoRA on the fly" in layer["reason"]]
     assert left
     for name, entry in ran.items():
-        assert said(told[name]) == really(entry), name
-    assert found["memory"]["LoRA patches"]["device"] > 0
+        assert reported(layers[name]) == recorded_path(entry), name
+    assert report["memory"]["LoRA patches"]["device"] > 0
 
 
-def left_to_stock(found: dict) -> bool:
-    return any("applies a LoRA on the fly" in layer["reason"] for layer in found["layers"])
+def left_to_stock(report: dict) -> bool:
+    return any("applies a LoRA on the fly" in layer["reason"] for layer in report["layers"])
 
 
 def test_what_is_said_is_asked_anew_in_every_run(comfy):
@@ -214,55 +210,55 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
         graph.add("MXFP8Inspect", file="none", every_byte=True, model=model),
     ]
     saved = graph.save_latent(graph.sample(model, "flux", steps=1))
-    told = []
+    left = []
     for asked in (nodes, [saved], nodes):
         outputs = comfy.run(graph, only=[node[0] for node in asked])
         if asked is nodes:
-            told.append([left_to_stock(document(outputs, node)) for node in nodes])
-    comfy.free()
-    assert told == [[False, False], [True, True]]
+            left.append([left_to_stock(document(outputs, node)) for node in nodes])
+    unload(comfy)
+    assert left == [[False, False], [True, True]]
 
 
 def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
     graph = Graph()
     node = backend_report(graph, lora_on_offloaded(graph), measure=True, rows=1)
-    found = document(comfy.run(graph), node)
-    comfy.free()
-    assert left_to_stock(found)
-    assert all((x["microseconds"] is None) == (x["backend"] == "stock") for x in found["layers"])
+    report = document(comfy.run(graph), node)
+    unload(comfy)
+    assert left_to_stock(report)
+    assert all((x["microseconds"] is None) == (x["backend"] == "stock") for x in report["layers"])
 
 
 def test_on_a_cpu_few_rows_are_timed_and_it_is_said_how_many(comfy):
     graph = Graph()
     node = backend_report(graph, ours(graph), measure=True)
     outputs = comfy.run(graph)
-    found = document(outputs, node)
-    assert found["rows"] == MANY
-    assert {timing["rows"] for timing in found["timings"]} == {256}
-    assert outputs[node[0]]["text"][0].count(" on eager, 256 rows: ") == len(found["timings"])
+    report = document(outputs, node)
+    assert report["rows"] == MANY
+    assert {timing["rows"] for timing in report["timings"]} == {256}
+    assert outputs[node[0]]["text"][0].count(" on eager, 256 rows: ") == len(report["timings"])
 
 
 def test_measured_times_memory_and_what_is_not_used(comfy):
     graph = Graph()
     node = backend_report(graph, ours(graph), rows=32, measure=True)
     outputs = comfy.run(graph)
-    found = document(outputs, node)
-    layers = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
+    report = document(outputs, node)
+    layers = [layer for layer in report["layers"] if layer["decision"] == "mxfp8"]
     sizes = {tuple(layer["shape"]) for layer in layers}
-    assert {tuple(timing["shape"]) for timing in found["timings"]} == sizes
-    assert sum(timing["layers"] for timing in found["timings"]) == len(layers) == 19
+    assert {tuple(timing["shape"]) for timing in report["timings"]} == sizes
+    assert sum(timing["layers"] for timing in report["timings"]) == len(layers) == 19
     assert all(layer["microseconds"] > 0 for layer in layers)
-    for timing in found["timings"]:
+    for timing in report["timings"]:
         ratio = timing["stock_microseconds"] / timing["microseconds"]
         assert timing["faster_than_stock"] == pytest.approx(ratio)
         assert timing["dense_microseconds"] > 0
     assert sum(map(sum_bytes, layers)) == sum(
-        found["memory"][kind]["device"] for kind in ("codes", "scales")
+        report["memory"][kind]["device"] for kind in ("codes", "scales")
     )
-    assert found["rows"] == 32
-    assert {timing["rows"] for timing in found["timings"]} == {32}
-    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in found["unsupported"])
-    assert any(line.startswith("triton: needs an NVIDIA") for line in found["unsupported"])
+    assert report["rows"] == 32
+    assert {timing["rows"] for timing in report["timings"]} == {32}
+    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in report["unsupported"])
+    assert any(line.startswith("triton: needs an NVIDIA") for line in report["unsupported"])
     text = outputs[node[0]]["text"][0]
     assert text.splitlines()[0].startswith("Flux on cpu: 19 MXFP8 layers, ")
     assert text.count("x as fast as stock") == len(sizes)
@@ -292,12 +288,12 @@ def inspected(comfy, file: str, model=None, every_byte: bool = True) -> tuple[di
 
 @pytest.mark.parametrize("every_byte", [True, False])
 def test_a_file_is_inspected(comfy, every_byte):
-    found, text = inspected(
+    report, text = inspected(
         comfy, "diffusion_models/flux2-mxfp8.safetensors", every_byte=every_byte
     )
-    layers = by_name(found)
+    layers = by_name(report)
     count = sum(layer["decision"] == "mxfp8" for layer in layers.values())
-    assert found["formats"] == {"mxfp8": count}
+    assert report["formats"] == {"mxfp8": count}
     assert layers[LAYER]["scale_order"] == ("tiled" if every_byte else None)
     kept = [layer for layer in layers.values() if layer["decision"] == "kept"]
     assert {layer["reason"] for layer in kept} == {"BF16 in the file"}
@@ -312,20 +308,20 @@ def test_what_is_wrong_in_a_file_is_shown_and_is_no_error(comfy):
     codes[2] = b"\x7f" + codes[2][1:]
     path = folder / "inspect-nan.safetensors"
     path.write_bytes(whole.encode())
-    found, text = inspected(comfy, f"diffusion_models/{path.name}")
+    report, text = inspected(comfy, f"diffusion_models/{path.name}")
     path.unlink()
-    assert len(found["problems"]) == 1
+    assert len(report["problems"]) == 1
     assert f"PROBLEM: '{LAYER}': 1 codes are NaN" in text
 
 
 def test_a_model_is_inspected(comfy):
-    found, text = inspected(comfy, "none", lambda graph: ours(graph, "flux2-mxfp8"))
-    layers = by_name(found)
+    report, text = inspected(comfy, "none", lambda graph: ours(graph, "flux2-mxfp8"))
+    layers = by_name(report)
     count = sum(layer["decision"] == "mxfp8" for layer in layers.values())
-    assert found["formats"] == {"mxfp8": count}
+    assert report["formats"] == {"mxfp8": count}
     assert layers[LAYER]["decision"] == "mxfp8"
     assert layers["img_in"]["reason"] == "F32 in the model"
-    assert found["mxfp8_bytes"] == sum(
+    assert report["mxfp8_bytes"] == sum(
         layer["bytes"] for layer in layers.values() if layer["decision"] == "mxfp8"
     )
     assert f"mxfp8: {count} layers" in text
@@ -370,7 +366,7 @@ for _ in range(3):
 
 @pytest.mark.parametrize(("variable", "kept"), [("", "True"), ("0", "False")])
 def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, kept):
-    said = subprocess.check_output(
+    lines = subprocess.check_output(
         [sys.executable, "-c", SEVERAL_USERS, comfyui_path(), "--multi-user"],
         text=True,
         env={**os.environ, "MXFP8_KEEP_PREPARED_WEIGHTS": variable},
@@ -379,4 +375,4 @@ def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, 
         "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepPreparedWeights is ignored; "
         "set MXFP8_KEEP_PREPARED_WEIGHTS=0 or 1 for all."
     )
-    assert said == [notice] * (not variable) + [kept] * 3
+    assert lines == [notice] * (not variable) + [kept] * 3

@@ -86,10 +86,10 @@ def test_no_conversion_takes_it_for_an_original(comfy, bad, defect):
     message = dialog(comfy, graph)["exception_message"]
     assert name in message
     bad_file = BAD_FILES[defect]
-    said = bad_file.rule
+    rule = bad_file.rule
     if bad_file.quantized:
-        said += "|already quantized|quantized already"
-    assert re.search(said, message), message
+        rule += "|already quantized|quantized already"
+    assert re.search(rule, message), message
     assert ADVICE.search(message), message
     assert not list((comfy.base / "models").rglob("from bad*"))
 
@@ -114,6 +114,6 @@ def test_accelerating_what_stock_loaded_checks_its_file(comfy, bad, defect):
     graph.save_latent(graph.sample(accelerated, "flux"))
     error = dialog(comfy, graph)
     assert error["node_type"] == "MXFP8Accelerate"
-    found = error["exception_message"]
-    assert re.search(BAD_FILES[defect].rule, found), found
-    assert ADVICE.search(found), found
+    message = error["exception_message"]
+    assert re.search(BAD_FILES[defect].rule, message), message
+    assert ADVICE.search(message), message

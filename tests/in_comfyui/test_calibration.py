@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import struct
 import time
 
-import aiohttp
 import pytest
 from comfyui import PromptError
-from graphs import LATENTS, SAME, Graph, calibrated, difference, latents, quantized, run
+from graphs import (
+    LATENTS,
+    SAME,
+    Graph,
+    calibrated,
+    difference,
+    latents,
+    quantized,
+    run,
+    watch,
+    with_lora,
+)
 
 from mxfp8.quant.conversion import calibration
 from mxfp8.quant.reports.conversion import Report
@@ -28,8 +36,8 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_seeds_it_has_not_seen(
 ):
     graph = Graph()
     original = graph.loader(f"{kind}.safetensors")
-    found = calibrated(graph, original, kind, exclude=exclude)
-    ours = quantized(graph, original, exclude=exclude, calibration=found)
+    node = calibrated(graph, original, kind, exclude=exclude)
+    ours = quantized(graph, original, exclude=exclude, calibration=node)
     plain = quantized(graph, original, exclude=exclude)
     saved = {
         name: graph.save_latent(graph.sample(model, kind))
@@ -50,10 +58,10 @@ def test_a_calibrated_model_is_nearer_to_the_original_on_seeds_it_has_not_seen(
 def test_a_saved_calibration_makes_the_same_model_in_the_graph_and_from_a_file(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    found = calibrated(graph, original, "flux")
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/flux")
+    node = calibrated(graph, original, "flux")
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/flux")
     saved = {"now": graph.save_latent(graph.sample(
-        quantized(graph, original, calibration=found), "flux"
+        quantized(graph, original, calibration=node), "flux"
     ))}  # fmt: skip
     latent = run(comfy, graph, saved)
     name = "flux_00001_.safetensors"
@@ -85,10 +93,10 @@ def test_groups_that_fit_the_memory_see_what_all_see_together(comfy):
     original = graph.loader("flux.safetensors")
     files, notes = {}, {}
     for name, memory in (("together", 4.0), ("groups", 0.002)):
-        found = calibrated(graph, original, "flux", seeds=1, steps=2, memory_gb=memory)
-        graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix=f"calibrations/{name}")
+        node = calibrated(graph, original, "flux", seeds=1, steps=2, memory_gb=memory)
+        graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix=f"calibrations/{name}")
         files[name] = comfy.base / "output" / "calibrations" / f"{name}_00001_.safetensors"
-        notes[name] = found[0]
+        notes[name] = node[0]
     outputs = comfy.run(graph)
     assert "in 1 group: 1 run of 2 steps" in outputs[notes["together"]]["text"][0]
     assert "in 1 group:" not in outputs[notes["groups"]]["text"][0]
@@ -107,30 +115,23 @@ def test_groups_that_fit_the_memory_see_what_all_see_together(comfy):
 def test_the_model_is_left_as_it_was_and_a_lora_is_part_of_it(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    with_lora = graph.add(
-        "LoraLoaderModelOnly", model=original, lora_name="lora.safetensors", strength_model=1.0
-    )
-    before = graph.save_latent(graph.sample(with_lora, "flux"))
-    found = calibrated(graph, with_lora, "flux", seeds=1, steps=2)
-    made = quantized(graph, with_lora, calibration=found)
+    patched = with_lora(graph, original)
+    before = graph.save_latent(graph.sample(patched, "flux"))
+    node = calibrated(graph, patched, "flux", seeds=1, steps=2)
+    made = quantized(graph, patched, calibration=node)
     saved = {"before": before, "made": graph.save_latent(graph.sample(made, "flux"))}
     latent = run(comfy, graph, saved)
     assert difference(latent["made"], latent["before"]) < 0.1
     graph = Graph()
-    again = graph.add(
-        "LoraLoaderModelOnly", model=graph.loader("flux.safetensors"),
-        lora_name="lora.safetensors", strength_model=1.0,
-    )  # fmt: skip
+    again = with_lora(graph, graph.loader("flux.safetensors"))
     latent |= run(comfy, graph, {"after": graph.save_latent(graph.sample(again, "flux"))})
     assert difference(latent["after"], latent["before"]) == 0
 
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    with_lora = graph.add(
-        "LoraLoaderModelOnly", model=original, lora_name="lora.safetensors", strength_model=1.0
-    )
-    found = calibrated(graph, with_lora, "flux", seeds=1, steps=2)
-    graph.save_latent(graph.sample(quantized(graph, original, calibration=found), "flux"))
+    patched = with_lora(graph, original)
+    node = calibrated(graph, patched, "flux", seeds=1, steps=2)
+    graph.save_latent(graph.sample(quantized(graph, original, calibration=node), "flux"))
     with pytest.raises(PromptError, match="made with other weights; calibrate this model"):
         comfy.run(graph)
 
@@ -152,48 +153,26 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
         with pytest.raises(PromptError, match=message):
             comfy.run(graph)
     graph = Graph()
-    found = calibrated(graph, graph.loader("flux-mxfp8.safetensors"), "flux")
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
+    node = calibrated(graph, graph.loader("flux-mxfp8.safetensors"), "flux")
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
     with pytest.raises(PromptError, match="already quantized; calibrate the BF16"):
         comfy.run(graph)
     graph = Graph()
-    found = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
+    node = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
     with pytest.raises(PromptError, match="calibration is empty: no layer of this Flux was run"):
         comfy.run(graph)
     assert not list((comfy.base / "output").rglob("never*"))
-
-
-async def listen(comfy, graph: Graph) -> tuple[dict[str, list], dict[str, list]]:
-    """Run a workflow as the browser does, on its websocket: (bars, texts), each by node."""
-    bars, texts = {node: [] for node in graph}, {node: [] for node in graph}
-    url = f"{comfy.url}/ws?clientId={comfy.client}"
-    async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
-        await asyncio.to_thread(comfy.submit, graph)
-        async for message in socket:
-            if message.type is aiohttp.WSMsgType.BINARY:
-                event, length = struct.unpack(">II", message.data[:8])
-                if event == 3:  # a text
-                    node = message.data[8 : 8 + length].decode()
-                    texts[node].append(message.data[8 + length :].decode())
-                continue
-            event = message.json()
-            if event.get("type") == "progress":
-                data = event["data"]
-                bars[data["node"]].append((data["value"], data["max"]))
-            if event.get("type") in ("execution_success", "execution_error"):
-                break
-    return bars, texts
 
 
 @pytest.mark.parametrize(("kind", "memory", "fewest"), [("flux", 0.002, 2), ("wan", 4.0, 1)])
 def test_the_plan_the_time_and_one_bar_for_all_runs_are_on_the_node(comfy, kind, memory, fewest):
     graph = Graph()
     original = graph.loader(f"{kind}.safetensors")
-    found = calibrated(graph, original, kind, steps=3, memory_gb=memory)
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/told")
-    bars, said = asyncio.run(asyncio.wait_for(listen(comfy, graph), 120))
-    bar, texts = bars[found[0]], said[found[0]]
+    node = calibrated(graph, original, kind, steps=3, memory_gb=memory)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/shown-plan")
+    bars, shown = watch(comfy, graph)
+    bar, texts = bars[node[0]], shown[node[0]]
     plan = re.fullmatch(
         r"(\d+ layers, [\d.]+ [kM]B in (\d+) groups?: (\d+) runs of 3 steps)\. The first step "
         r"shows how long that takes\.",
@@ -213,13 +192,13 @@ def test_the_plan_the_time_and_one_bar_for_all_runs_are_on_the_node(comfy, kind,
 def test_saving_and_loading_show_layer_by_layer_how_far_they_are(comfy):
     """And stop at an interrupt: what shows it asks."""
     graph = Graph()
-    found = calibrated(graph, graph.loader("flux.safetensors"), "flux", seeds=1, steps=1)
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/shown")
+    node = calibrated(graph, graph.loader("flux.safetensors"), "flux", seeds=1, steps=1)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/shown")
     comfy.run(graph)
     graph = Graph()
     loaded = graph.add("MXFP8LoadCalibration", calibration_name="shown_00001_.safetensors")
     saved = graph.add("MXFP8SaveCalibration", calibration=loaded, filename_prefix="calibrations/b")
-    bars, texts = asyncio.run(asyncio.wait_for(listen(comfy, graph), 120))
+    bars, texts = watch(comfy, graph)
     for node in (loaded[0], saved[0]):
         done, total = bars[node][-1]
         assert done == total > 10**6 and bars[node][0][0] < total, node
@@ -230,39 +209,41 @@ def test_layers_that_never_run_are_named_and_rounded_to_nearest(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
     skipped = graph.add("TestForward", model=original, how="skip", call=0)
-    found = calibrated(graph, skipped, "flux", seeds=1, steps=2)
-    made = quantized(graph, original, calibration=found)
+    node = calibrated(graph, skipped, "flux", seeds=1, steps=2)
+    made = quantized(graph, original, calibration=node)
     graph.save_latent(graph.sample(made, "flux"))
     outputs = comfy.run(graph)
-    said = outputs[found[0]]["text"][0].splitlines()[-1]
-    assert "layers given nothing, to be rounded to nearest: 'single_blocks" in said
+    fault = outputs[node[0]]["text"][0].splitlines()[-1]
+    assert "layers given nothing, to be rounded to nearest: 'single_blocks" in fault
     report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
     silent = [layer.name for layer in report.quantized if layer.output_error is None]
     assert silent and all(name.startswith("single_blocks.") for name in silent)
-    assert said.startswith(f"{len(silent)} layers") and all(f"'{name}'" in said for name in silent)
+    assert fault.startswith(f"{len(silent)} layers") and all(
+        f"'{name}'" in fault for name in silent
+    )
 
 
 def test_layers_whose_inputs_are_not_finite_are_named_with_how_many_do_not_count(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    found = {
+    nodes = {
         how: calibrated(graph, graph.add("TestForward", model=original, how=how, call=call),
                         "flux", seeds=1, exclude="mod|^[^.]*$|^final|_in")
         for how, call in (("late", 20), ("huge", 0))
     }  # fmt: skip
-    for how, node in found.items():
+    for how, node in nodes.items():
         graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix=f"calibrations/{how}")
     outputs = comfy.run(graph)
-    said = {how: outputs[node[0]]["text"][0].splitlines() for how, node in found.items()}
+    texts = {how: outputs[node[0]]["text"][0].splitlines() for how, node in nodes.items()}
     assert re.fullmatch(
         r"\d+ layers given rows with NaN or Inf, which were left out: ('[\w.]+' \(\d+\)(, )?)+"
-        r"( and \d+ more)?", said["late"][-1]
-    ), said  # fmt: skip
+        r"( and \d+ more)?", texts["late"][-1]
+    ), texts  # fmt: skip
     assert any(
         re.match(r"\d+ layers? given values whose squares float32 cannot hold, to be rounded to "
                  r"nearest: 'double_blocks\.0\.\w+_mlp\.2'", line)
-        for line in said["huge"]
-    ), said  # fmt: skip
+        for line in texts["huge"]
+    ), texts  # fmt: skip
 
 
 def test_all_moments_have_their_memory_before_the_model_runs(comfy):
@@ -270,8 +251,8 @@ def test_all_moments_have_their_memory_before_the_model_runs(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
     model = graph.add("TestForward", model=original, how="moments", call=1)
-    found = calibrated(graph, model, "flux", seeds=1, steps=1, preset="none")
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
+    node = calibrated(graph, model, "flux", seeds=1, steps=1, preset="none")
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
     with pytest.raises(PromptError) as raised:
         comfy.run(graph)
     plan = re.findall(r"calibration of (\d+ layers),", comfy.log.read_text(errors="replace"))[-1]
@@ -294,10 +275,10 @@ def test_the_model_stays_usable_when_memory_ends_or_values_are_no_numbers(comfy)
     ):
         failing = Graph(graph)
         model = failing.add("TestForward", model=original, how=how, call=60)
-        found = calibrated(failing, model, "flux", preset="none", exclude="^(?!.*blocks)")
+        node = calibrated(failing, model, "flux", preset="none", exclude="^(?!.*blocks)")
         if how == "nan":  # the first layer is given numbers; what follows is not
-            failing[found[0]]["inputs"]["exclude"] += r"|img_mod|txt_mod|modulation"
-        failing.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/never")
+            failing[node[0]]["inputs"]["exclude"] += r"|img_mod|txt_mod|modulation"
+        failing.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
         with pytest.raises(PromptError, match=message):
             comfy.run(failing)
 
@@ -315,8 +296,8 @@ def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
     graph = Graph()
     original = graph.loader("flux.safetensors")
     slow = graph.add("TestForward", model=original, how="slow", call=0)  # 5 s and more a step
-    found = calibrated(graph, slow, "flux")
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/stopped")
+    node = calibrated(graph, slow, "flux")
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/stopped")
     seen = comfy.log.read_text(errors="replace").count("calibration of")
     prompt = comfy.submit(graph)
     deadline = time.monotonic() + 60
@@ -337,7 +318,7 @@ def test_an_interrupt_stops_within_a_step_and_a_second_run_works(comfy):
 
     graph = Graph()
     original = graph.loader("flux.safetensors")
-    found = calibrated(graph, original, "flux", seeds=1, steps=2)
-    graph.add("MXFP8SaveCalibration", calibration=found, filename_prefix="calibrations/second")
+    node = calibrated(graph, original, "flux", seeds=1, steps=2)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/second")
     outputs = comfy.run(graph)
-    assert " rows each, in " in outputs[found[0]]["text"][0]
+    assert " rows each, in " in outputs[node[0]]["text"][0]

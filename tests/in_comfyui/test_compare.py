@@ -13,10 +13,12 @@ from graphs import (
     Graph,
     calibrated,
     difference,
+    fp8_card,
     latents,
     load_ours,
     quantized,
     saved_tensor,
+    with_lora,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -79,73 +81,73 @@ def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(co
         comparison=[node[0], 3], report=[made[0], 1],
     )  # fmt: skip
     runs = {name: sampled(graph, m, kind) for name, m in (("r", original), ("m", made))}
-    saved = {name: [graph.save_latent(latent) for latent in found] for name, found in runs.items()}
-    for name, found in runs.items() if vae else ():
-        image = graph.add("VAEDecode", samples=found[0], **vae)
+    saved = {name: [graph.save_latent(latent) for latent in made] for name, made in runs.items()}
+    for name, made in runs.items() if vae else ():
+        image = graph.add("VAEDecode", samples=made[0], **vae)
         graph.add("TestSaveTensor", tensor=image, name=f"compare-{name}")
     outputs = comfy.run(graph)
 
-    found = comparison(outputs, node)
+    result = comparison(outputs, node)
     latent = {k: [latents(outputs, n, comfy.base).double() for n in v] for k, v in saved.items()}
     expected = [snr(r, m) for r, m in zip(latent["r"], latent["m"], strict=True)]
-    assert [seed.seed for seed in found.seeds] == list(SEEDS)
+    assert [seed.seed for seed in result.seeds] == list(SEEDS)
     # Both runs of a pair round alike, and differ by 30 dB: roundings of SAME move that by little.
-    assert [s.latent_snr_db for s in found.seeds] == pytest.approx(expected, abs=0.02)
-    assert found.latent_snr_db.mean == pytest.approx(sum(expected) / 4, abs=0.02)
-    assert min(expected) - 0.1 < found.latent_snr_db.low < found.latent_snr_db.high
-    assert found.problems == [] and found.floor.repeats and not found.floor.draws
-    check_steps(found, latent)
-    check_words(found, outputs[node[0]]["text"][0], kind)
-    check_picture(found, outputs, node, comfy.base)
-    check_file(comfy, found, outputs[made[0]], kind)
+    assert [s.latent_snr_db for s in result.seeds] == pytest.approx(expected, abs=0.02)
+    assert result.latent_snr_db.mean == pytest.approx(sum(expected) / 4, abs=0.02)
+    assert min(expected) - 0.1 < result.latent_snr_db.low < result.latent_snr_db.high
+    assert result.problems == [] and result.floor.repeats and not result.floor.draws
+    check_steps(result, latent)
+    check_words(result, outputs[node[0]]["text"][0], kind)
+    check_picture(result, outputs, node, comfy.base)
+    check_file(comfy, result, outputs[made[0]], kind)
     warned = "the comparison was measured on seeds that the calibration sampled (1 of 4"
     assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
 
 
-def check_steps(found: Comparison, latent: dict) -> None:
+def check_steps(result: Comparison, latent: dict) -> None:
     """Euler's last prediction is its latent, but for the scale and shift of the latent's format."""
-    assert [step.step for step in found.steps] == [1, 2]
-    sigmas = [step.sigma for step in found.steps]
+    assert [step.step for step in result.steps] == [1, 2]
+    sigmas = [step.sigma for step in result.steps]
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] > 0
-    assert all(0 < step.divergence <= step.worst for step in found.steps)
+    assert all(0 < step.divergence <= step.worst for step in result.steps)
     errors = [difference(m, r) for r, m in zip(latent["r"], latent["m"], strict=True)]
-    assert found.steps[-1].divergence == pytest.approx(sum(errors) / 4, rel=0.3)
+    assert result.steps[-1].divergence == pytest.approx(sum(errors) / 4, rel=0.3)
 
 
-def check_words(found: Comparison, text: str, kind: str) -> None:
-    assert text == found.summary() and "lossless" not in text.lower()
-    assert f"latent SNR {found.latent_snr_db.mean:.2f} dB (95% bootstrap CI " in text
+def check_words(result: Comparison, text: str, kind: str) -> None:
+    assert text == result.summary() and "lossless" not in text.lower()
+    assert f"latent SNR {result.latent_snr_db.mean:.2f} dB (95% bootstrap CI " in text
     assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
-    assert sum(found.model.paths.values()) >= 10
-    assert found.reference.paths == {} and found.reference.fingerprint != found.model.fingerprint
-    assert f"reference: fingerprint {found.reference.fingerprint[:12]}, " in text
-    assert found.setting.versions.keys() == {"torch", "ComfyUI", "MXFP8"}
-    assert "unknown" not in found.setting.versions.values()
-    assert found.model.seconds > 0 and found.model.peak_bytes is None
+    assert sum(result.model.paths.values()) >= 10
+    assert result.reference.paths == {} and result.reference.fingerprint != result.model.fingerprint
+    assert f"reference: fingerprint {result.reference.fingerprint[:12]}, " in text
+    assert result.setting.versions.keys() == {"torch", "ComfyUI", "MXFP8"}
+    assert "unknown" not in result.setting.versions.values()
+    assert result.model.seconds > 0 and result.model.peak_bytes is None
     assert "peak memory was not measured: cpu does not count it" in text
-    assert (found.psnr_db is None) == (kind != "flux")
+    assert (result.psnr_db is None) == (kind != "flux")
 
 
-def check_picture(found: Comparison, outputs: dict, node: list, base) -> None:
+def check_picture(result: Comparison, outputs: dict, node: list, base) -> None:
     (entry,) = outputs[node[0]]["images"]
     picture = Image.open(base / entry["type"] / entry["subfolder"] / entry["filename"])
     assert picture.width == 1536
-    if found.psnr_db is None:
+    if result.psnr_db is None:
         assert picture.height < 600
         return
     assert picture.height > 900
     reference, model = (saved_tensor(base, f"compare-{name}").double() for name in "rm")
     error = (reference - model).square().mean()
-    assert found.seeds[0].psnr_db == pytest.approx(-10 * math.log10(float(error)), abs=0.02)
-    assert 0.5 < found.seeds[0].ssim < 1
+    assert result.seeds[0].psnr_db == pytest.approx(-10 * math.log10(float(error)), abs=0.02)
+    assert 0.5 < result.seeds[0].ssim < 1
 
 
-def check_file(comfy, found: Comparison, conversion: dict, kind: str) -> None:
+def check_file(comfy, result: Comparison, conversion: dict, kind: str) -> None:
     path = comfy.base / "output" / "diffusion_models" / f"compared-{kind}_00001_.safetensors"
     inspected = inspect_file(path)
-    assert inspected.comparison == found and inspected.warnings == inspected.problems == []
+    assert inspected.comparison == result and inspected.warnings == inspected.problems == []
     assert inspected.report == Report.from_json(conversion["mxfp8_report"][0])
-    assert f"  latent SNR {found.latent_snr_db.mean:.2f} dB" in inspected.summary()
+    assert f"  latent SNR {result.latent_snr_db.mean:.2f} dB" in inspected.summary()
     assert "layers calibrated" in inspected.summary()
     assert "calibrated on seed " in inspected.summary()
     assert ("NOTE: measured on seeds" in inspected.summary()) == (kind == "wan")
@@ -156,7 +158,7 @@ def check_file(comfy, found: Comparison, conversion: dict, kind: str) -> None:
     ours = graph.add("MXFP8Accelerate", model=model, precision="exact")
     node = compare(graph, model, ours, kind, steps=1)
     again = comparison(comfy.run(graph), node)
-    assert again.model.fingerprint == again.reference.fingerprint == found.model.fingerprint
+    assert again.model.fingerprint == again.reference.fingerprint == result.model.fingerprint
     assert again.identical or again.lowest.latent_snr_db > -20 * math.log10(SAME)
     path.unlink()
 
@@ -168,10 +170,10 @@ def test_a_model_is_identical_to_itself_and_offloaded(comfy):
     nodes = [compare(graph, model, m, steps=1) for m in (model, offloaded)]
     outputs = comfy.run(graph)
     for node in nodes:
-        found = comparison(outputs, node)
-        assert found.identical and found.latent_snr_db is None
-        assert all(seed.latent_snr_db is None and seed.identical for seed in found.seeds)
-        assert all(step.divergence == 0 for step in found.steps)
+        result = comparison(outputs, node)
+        assert result.identical and result.latent_snr_db is None
+        assert all(seed.latent_snr_db is None and seed.identical for seed in result.seeds)
+        assert all(step.divergence == 0 for step in result.steps)
         assert "latents: identical on every seed, bit for bit" in outputs[node[0]]["text"][0]
         assert '"latent_snr_db": null' in outputs[node[0]]["mxfp8_report"][0]
 
@@ -184,12 +186,12 @@ def test_a_sampler_that_draws_noise_has_a_floor_beside_its_number(comfy, sampler
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, original, model, sampler_name=sampler)
     outputs = comfy.run(graph)
-    found = comparison(outputs, node)
-    assert found.floor.draws and found.floor.repeats
-    assert all(seed.other_noise_snr_db is not None for seed in found.seeds)
-    assert found.floor.other_noise_snr_db.count == len(SEEDS)
+    result = comparison(outputs, node)
+    assert result.floor.draws and result.floor.repeats
+    assert all(seed.other_noise_snr_db is not None for seed in result.seeds)
+    assert result.floor.other_noise_snr_db.count == len(SEEDS)
     # Other noise makes another image; eight bits do not.
-    assert found.floor.other_noise_snr_db.high < found.latent_snr_db.low
+    assert result.floor.other_noise_snr_db.high < result.latent_snr_db.low
     assert "this sampler draws noise of its own" in outputs[node[0]]["text"][0]
 
 
@@ -198,9 +200,9 @@ def test_a_sampler_that_chooses_its_steps_is_compared_without_them(comfy):
     graph = Graph()
     original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
     node = compare(graph, original, model, sampler_name="dpm_adaptive")
-    found = comparison(comfy.run(graph), node)
-    assert found.steps == () and found.latent_snr_db.count == len(SEEDS)
-    assert any("chooses its own steps" in note for note in found.notes)
+    result = comparison(comfy.run(graph), node)
+    assert result.steps == () and result.latent_snr_db.count == len(SEEDS)
+    assert any("chooses its own steps" in note for note in result.notes)
 
 
 def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
@@ -215,28 +217,23 @@ def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
         text = outputs[node[0]]["text"][0]
         for seed in SEEDS:
             assert f"PROBLEM: seed {seed}: the {side}: its latent holds NaN (1024 of 1024" in text
-        found = comparison(outputs, node)
-        assert found.latent_snr_db is None and not found.identical and found.steps == ()
+        result = comparison(outputs, node)
+        assert result.latent_snr_db is None and not result.identical and result.steps == ()
     assert "identical" not in text
     assert "no noise floor was measured" in text
 
 
 def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
-    def took_for_a_card(graph: Graph, on: bool) -> list:
-        return graph.add(
-            "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=on, keep=False,
-            most_change=1.0,
-        )  # fmt: skip
-
     graph = Graph()
-    model = graph.add("MXFP8Accelerate", model=took_for_a_card(graph, True), precision="auto")
+    loaded = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"))
+    model = graph.add("MXFP8Accelerate", model=loaded, precision="auto")
     exact = graph.add("MXFP8Accelerate", model=model, precision="exact")
     nodes = [compare(graph, exact, m, steps=1) for m in (model, exact)]
     try:
         outputs = comfy.run(graph)
     finally:
         graph = Graph()
-        took_for_a_card(graph, False)
+        fp8_card(graph, graph.loader("flux.safetensors"), on=False)
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
     note = "fast holds for inputs of many rows; with few rows, layers run eager, exact (up to 1)"
@@ -249,10 +246,6 @@ def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:
     folder = comfy.base / "models" / "loras"
     save_file({f"diffusion_model.{key}": torch.full(shape, 0.05)}, folder / name)
     return name
-
-
-def with_lora(graph: Graph, model: list, name: str = "lora.safetensors") -> list:
-    return graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
 
 
 def test_a_reference_is_known_again_by_its_weights(comfy):

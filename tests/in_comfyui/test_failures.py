@@ -11,7 +11,7 @@ import time
 import pytest
 from checkpoints import load
 from comfyui import TESTS, PromptError, Server
-from graphs import SAME, Graph, difference, load_ours, run
+from graphs import SAME, Graph, difference, load_ours, run, unload, with_lora
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
@@ -24,19 +24,18 @@ def reference(comfy):
     for name, model in models(graph).items():
         for steps in (1, 2, 3):
             saved[name, steps] = graph.save_latent(graph.sample(model, "flux", steps))
-    found = run(comfy, graph, saved)
-    comfy.free()
-    return found
+    latent = run(comfy, graph, saved)
+    unload(comfy)
+    return latent
 
 
 def models(graph: Graph) -> dict[str, list]:
     """The models that are loaded before a failure, and looked at after it."""
-    lora = {"lora_name": "lora.safetensors", "strength_model": 1.0}
     ours, bf16 = load_ours(graph, "flux"), graph.loader("flux.safetensors")
     return {
         "ours": ours,
         "bf16": bf16,
-        "lora": graph.add("LoraLoaderModelOnly", model=ours, **lora),
+        "lora": with_lora(graph, ours),
         "quantized": graph.add(
             "MXFP8QuantizeModel", model=bf16, preset="auto", precision="exact"
         ),
@@ -67,14 +66,14 @@ def check_failure(comfy, reference, fail, message: str, condition=contextlib.nul
     graph = Graph()  # the same loaders: what they loaded is kept
     loaded = models(graph)
     saved = {name: graph.save_latent(graph.sample(m, "flux", 2)) for name, m in loaded.items()}
-    found = run(comfy, graph, saved)
+    latent = run(comfy, graph, saved)
     for name in loaded:
-        assert difference(found[name], reference[name, 2]) < SAME, name
-    comfy.free()
+        assert difference(latent[name], reference[name, 2]) < SAME, name
+    unload(comfy)
     graph = Graph()  # and newly loaded
     model = load_ours(graph, "flux")
-    found = run(comfy, graph, {"ours": graph.save_latent(graph.sample(model, "flux", 3))})
-    assert difference(found["ours"], reference["ours", 3]) < SAME
+    latent = run(comfy, graph, {"ours": graph.save_latent(graph.sample(model, "flux", 3))})
+    assert difference(latent["ours"], reference["ours", 3]) < SAME
     return str(caught.value)
 
 
@@ -216,8 +215,8 @@ def test_a_disk_that_takes_no_more(quiet, reference, node):
         finally:
             resource.prlimit(process, resource.RLIMIT_FSIZE, before)
 
-    said = check_failure(quiet, reference, write(node), "over a limit of the file system", full)
-    assert said.startswith(node)
+    error = check_failure(quiet, reference, write(node), "over a limit of the file system", full)
+    assert error.startswith(node)
 
 
 @pytest.mark.parametrize("node", WRITERS)
@@ -240,8 +239,8 @@ def test_a_folder_that_may_not_be_written(comfy, reference, node):
             folder.chmod(stat.S_IMODE(mode))
             rights(comfy, drop=False)
 
-    said = check_failure(comfy, reference, write(node), "no permission to write", read_only)
-    assert str(folder) in said
+    error = check_failure(comfy, reference, write(node), "no permission to write", read_only)
+    assert str(folder) in error
 
 
 def rights(comfy, drop: bool) -> None:

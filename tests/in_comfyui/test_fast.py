@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from graphs import SAME, Graph, difference, latents
+from graphs import SAME, Graph, difference, fp8_card, latents, with_lora
 
 pytestmark = pytest.mark.comfy
 
-LORA = {"lora_name": "lora.safetensors", "strength_model": 1.0}
 PREPARED = {"flux": 13, "wan": 10}  # layers that are given more than one row
 
 
@@ -22,17 +21,15 @@ def off_again(comfy):
     yield
     graph = Graph()
     model = graph.loader("flux.safetensors")
-    graph.add("TestFast", model=model, on=False, keep=False, most_change=1.0)
+    fp8_card(graph, model, on=False)
     comfy.run(graph)
 
 
-def fast(graph: Graph, kind: str, keep: bool = True, most_change: float = 1.0, lora=False) -> list:
-    model = graph.add(
-        "TestFast", model=graph.loader(f"{kind}-mxfp8.safetensors"), on=True, keep=keep,
-        most_change=most_change,
-    )  # fmt: skip
+def fast(graph: Graph, kind: str, lora: bool = False, **options) -> list:
+    options = {"keep": True, **options}
+    model = fp8_card(graph, graph.loader(f"{kind}-mxfp8.safetensors"), **options)
     model = graph.add("MXFP8Accelerate", model=model, precision="auto")
-    return graph.add("LoraLoaderModelOnly", model=model, **LORA) if lora else model
+    return with_lora(graph, model) if lora else model
 
 
 def sampled(comfy, kind: str, after=lambda graph, model: model, **options):
@@ -48,12 +45,12 @@ def sampled(comfy, kind: str, after=lambda graph, model: model, **options):
 
 @pytest.fixture(scope="module")
 def exact(comfy):
-    found = {}
+    latent = {}
     for kind in PREPARED:
         graph = Graph()
         saved = graph.save_latent(graph.sample(graph.loader(f"{kind}-mxfp8.safetensors"), kind))
-        found[kind] = latents(comfy.run(graph), saved, comfy.base)
-    return found
+        latent[kind] = latents(comfy.run(graph), saved, comfy.base)
+    return latent
 
 
 @pytest.mark.parametrize("kind", PREPARED)
@@ -101,17 +98,14 @@ def test_prepared_weights_go_with_their_patcher_and_are_not_kept_where_a_lora_is
 ):
     """Under dynamic VRAM stock merges a LoRA into what a layer is given, not into its weight."""
     graph = Graph()
-    model = graph.add(
-        "TestFast", model=graph.loader("flux-mxfp8.safetensors"), on=True, keep=True,
-        most_change=1.0,
-    )  # fmt: skip
+    model = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"), keep=True)
     if lora:
-        model = graph.add("LoraLoaderModelOnly", model=model, **LORA)
+        model = with_lora(graph, model)
     node = graph.add("TestKeeping", model=model)
-    found = json.loads(comfy.run(graph)[node[0]]["result"][0])
-    assert found["static"] == 19
-    assert found["dynamic"] == (0 if lora else 19)
-    assert found["static, gone"] == found["dynamic, gone"] == 0
+    kept = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    assert kept["static"] == 19
+    assert kept["dynamic"] == (0 if lora else 19)
+    assert kept["static, gone"] == kept["dynamic, gone"] == 0
 
 
 @pytest.mark.parametrize("how", ["force_deepcopy", "compiled", "low VRAM"])
@@ -124,14 +118,14 @@ def test_other_states_of_a_model_compute_the_same(comfy, how):
         return graph.add("TestLowVRAM", model=model)
 
     wanted, _ = sampled(comfy, "flux", keep=False)
-    found, _ = sampled(comfy, "flux", change)
-    assert difference(found, wanted) < SAME
+    latent, _ = sampled(comfy, "flux", change)
+    assert difference(latent, wanted) < SAME
 
 
 def test_layers_that_row_wise_scaling_would_change_too_much_run_exact(comfy, exact):
-    found, kept = sampled(comfy, "flux", most_change=-1.0)
+    latent, kept = sampled(comfy, "flux", most_change=-1.0)
     assert kept == 0
-    assert difference(found, exact["flux"]) < SAME
+    assert difference(latent, exact["flux"]) < SAME
     log = comfy.log.read_text(errors="replace")
     assert "layers run exact: one scale per row, which FP8 tensor cores need" in log
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 
-import aiohttp
 import numpy
 import pytest
 from comfyui import TESTS, PromptError, Server, make_models
-from graphs import Graph, convert, difference, latents, output_files
+from graphs import Graph, convert, difference, latents, output_files, unload, watch
 from PIL import Image
 
 from mxfp8.quant.format import read_header
@@ -36,25 +34,11 @@ def test_a_file_becomes_what_the_command_makes_of_it(comfy):
 
 
 def test_progress_reaches_the_browser(comfy):
-    """As the browser does: listen on the websocket while the workflow runs."""
-
-    async def listen(graph, node):
-        seen = []
-        url = f"{comfy.url}/ws?clientId={comfy.client}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
-            comfy.submit(graph)
-            async for message in socket:
-                event = message.json() if message.type is aiohttp.WSMsgType.TEXT else {}
-                if event.get("type") == "progress" and event["data"]["node"] == node:
-                    seen.append((event["data"]["value"], event["data"]["max"]))
-                if event.get("type") in ("execution_success", "execution_error"):
-                    return seen
-
     graph, node = convert(target="progress")
-    seen = asyncio.run(asyncio.wait_for(listen(graph, node[0]), 60))
+    bar = watch(comfy, graph)[0][node[0]]
     total = (comfy.base / "models" / "diffusion_models/flux.safetensors").stat().st_size
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] > 0.99 * total
+    assert bar == sorted(bar)
+    assert bar[-1][0] == bar[-1][1] > 0.99 * total
 
 
 def test_an_existing_file_is_replaced_only_when_asked(comfy):
@@ -127,7 +111,7 @@ def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
     path = zimage.base / "output" / "diffusion_models" / name
     assert set(read_header(path).metadata) == {"_quantization_metadata"}  # --disable-metadata
 
-    zimage.free()
+    unload(zimage)
     graph = Graph()
     ours = graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="auto")
     models = {"bf16": graph.loader("zimage.safetensors"), "mxfp8": ours}
@@ -135,8 +119,8 @@ def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
     saved = {name: graph.save_latent(latent) for name, latent in samples.items()}
     image = graph.save_image(samples["mxfp8"], "vae.safetensors")
     outputs = zimage.run(graph)
-    found = {name: latents(outputs, node, zimage.base) for name, node in saved.items()}
-    assert 1e-4 < difference(found["mxfp8"], found["bf16"]) < 0.1
+    latent = {name: latents(outputs, node, zimage.base) for name, node in saved.items()}
+    assert 1e-4 < difference(latent["mxfp8"], latent["bf16"]) < 0.1
     (picture,) = output_files(outputs, image, zimage.base, "images")
     assert numpy.asarray(Image.open(picture)).std() > 1
 

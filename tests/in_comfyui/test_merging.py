@@ -73,9 +73,9 @@ def test_merges_take_the_weights_that_mxfp8_stands_for(comfy, other, node):
         "ours": graph.add(node, model1=first, model2=ours(graph, "other-mxfp8"), **MERGES[node]),
     }
     saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
-    found = run(comfy, graph, saved)
-    assert difference(found["ours"], found["stock"]) < SAME
-    assert difference(found["ours"], found["unmerged"]) > 1e-3
+    latent = run(comfy, graph, saved)
+    assert difference(latent["ours"], latent["stock"]) < SAME
+    assert difference(latent["ours"], latent["unmerged"]) > 1e-3
 
 
 def test_a_merge_on_an_offloaded_layer_is_not_requantized(comfy, other):
@@ -92,8 +92,8 @@ def test_a_merge_on_an_offloaded_layer_is_not_requantized(comfy, other):
         )  # fmt: skip
         offloaded = graph.add("TestLowVRAM", model=merged)
         saved[name] = graph.save_latent(graph.sample(offloaded, "flux"))
-    found = run(comfy, graph, saved)
-    assert difference(found["ours"], found["stock"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["ours"], latent["stock"]) < SAME
 
 
 def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
@@ -120,8 +120,8 @@ def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
         ),
     }
     outputs = comfy.run(graph)
-    found = {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
-    assert 1e-4 < difference(found["ours"], found["stock"]) < 0.1
+    latent = {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
+    assert 1e-4 < difference(latent["ours"], latent["stock"]) < 0.1
 
     a, b = (plain(other / f"{name}-mxfp8.safetensors") for name in ("flux", "other"))
     path = comfy.base / "output" / "diffusion_models" / "merged_00001_.safetensors"
@@ -141,9 +141,9 @@ def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
     again = {name: ours(graph, name) for name in ("merged_00001_", "merged-by-stock_00001_")}
     saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in again.items()}
     reloaded = run(comfy, graph, saved)
-    assert difference(reloaded["merged_00001_"], found["stock"]) < 0.1
+    assert difference(reloaded["merged_00001_"], latent["stock"]) < 0.1
     # Stock's file holds the weights that ran, rounded at random with the same seeds.
-    assert difference(reloaded["merged-by-stock_00001_"], found["ours"]) < SAME
+    assert difference(reloaded["merged-by-stock_00001_"], latent["ours"]) < SAME
 
 
 def hooked(graph: Graph, hooks: list) -> list:
@@ -187,10 +187,10 @@ def test_a_hook_lora_is_the_lora_that_stock_merges(comfy, how):
         "TestEmptyAfter", samples=first, like=graph[first[0]]["inputs"]["latent_image"]
     )
     saved["after"] = graph.save_latent(after)
-    found = run(comfy, graph, saved)
-    assert difference(found["hook"], found["merged"]) < SAME
-    assert difference(found["hook"], found["plain"]) > 1e-3
-    assert difference(found["after"], found["plain"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["hook"], latent["merged"]) < SAME
+    assert difference(latent["hook"], latent["plain"]) > 1e-3
+    assert difference(latent["after"], latent["plain"]) < SAME
 
 
 def test_hooks_of_one_prompt_only_switch_within_every_step(comfy):
@@ -217,8 +217,8 @@ def test_hooks_of_one_prompt_only_switch_within_every_step(comfy):
         latent_image=graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1),
     )
     saved["two models"] = graph.save_latent(two)
-    found = run(comfy, graph, saved)
-    assert difference(found["hook"], found["two models"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["hook"], latent["two models"]) < SAME
 
 
 def test_scheduled_hooks_change_between_steps(comfy):
@@ -238,9 +238,9 @@ def test_scheduled_hooks_change_between_steps(comfy):
             ("plain", graph.add("LotusConditioning")),
         )
     }
-    found = run(comfy, graph, saved)
-    assert difference(found["scheduled"], found["hook"]) > 1e-3
-    assert difference(found["scheduled"], found["plain"]) > 1e-3
+    latent = run(comfy, graph, saved)
+    assert difference(latent["scheduled"], latent["hook"]) > 1e-3
+    assert difference(latent["scheduled"], latent["plain"]) > 1e-3
 
 
 def test_a_model_as_lora_is_added_or_refused(comfy):
@@ -252,8 +252,8 @@ def test_a_model_as_lora_is_added_or_refused(comfy):
         "CreateHookModelAsLoraModelOnly", ckpt_name="checkpoint.safetensors", strength_model=1.0
     )
     saved["hook"] = graph.save_latent(sample(graph, model, hooked(graph, hooks)))
-    found = run(comfy, graph, saved)
-    assert 0 < difference(found["hook"], found["plain"]) < 0.1
+    latent = run(comfy, graph, saved)
+    assert 0 < difference(latent["hook"], latent["plain"]) < 0.1
 
     graph = Graph()
     hooks = graph.add(

@@ -24,13 +24,13 @@ def test_every_way_of_loading_samples_what_stock_samples(comfy, kind):
         "accelerated": graph.add("MXFP8Accelerate", model=stock, precision="exact"),
     }
     saved = {name: graph.save_latent(graph.sample(m, kind)) for name, m in models.items()}
-    found = run(comfy, graph, saved)
+    latent = run(comfy, graph, saved)
 
     for name in models:
         if name.startswith(("loaded", "accelerated")):
-            assert difference(found[name], found["stock"]) < SAME, name
+            assert difference(latent[name], latent["stock"]) < SAME, name
     # E4M3 keeps 4 significant bits: a rounding of at most 2**-4 per weight, 3% on average.
-    assert 1e-4 < difference(found["stock"], found["bf16"]) < 0.1
+    assert 1e-4 < difference(latent["stock"], latent["bf16"]) < 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,8 +65,8 @@ def test_a_checkpoint_gives_model_and_vae(comfy):
         saved[which] = graph.save_latent(samples)
         pixels = graph.add("VAEDecode", samples=samples, vae=[loaded[0], 2])
         graph.add("TestSaveTensor", tensor=pixels, name=which)
-    found = run(comfy, graph, saved)
-    assert difference(found["ours"], found["stock"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["ours"], latent["stock"]) < SAME
     images = [saved_tensor(comfy.base, which) for which in ("ours", "stock")]
     assert difference(*images) < SAME
 
@@ -77,8 +77,8 @@ def test_a_bf16_model_loads_as_stock_loads_it_with_a_notice(comfy):
     stock = graph.loader("flux.safetensors")
     saved = {n: graph.save_latent(graph.sample(m, "flux")) for n, m in
              (("ours", ours), ("stock", stock))}  # fmt: skip
-    found = run(comfy, graph, saved)
-    assert difference(found["ours"], found["stock"]) == 0
+    latent = run(comfy, graph, saved)
+    assert difference(latent["ours"], latent["stock"]) == 0
     assert "no layer of this Flux is MXFP8" in comfy.log.read_text(errors="replace")
 
 
@@ -103,10 +103,10 @@ def test_loras_do_what_they_do_in_stock(comfy, loader, then):
         "ours": with_lora(graph, load_ours(graph, "flux"), loader, then),
     }
     saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
-    found = run(comfy, graph, saved)
+    latent = run(comfy, graph, saved)
 
-    assert difference(found["ours"], found["stock"]) < SAME
-    effect = difference(found["ours"], found["plain"])
+    assert difference(latent["ours"], latent["stock"]) < SAME
+    effect = difference(latent["ours"], latent["plain"])
     if "Bypass" in loader and then in ("force_deepcopy", "deepclone_multigpu"):
         assert effect < SAME  # ComfyUI 0.30 leaves bypass LoRAs on the model that was cloned
     else:
@@ -125,9 +125,9 @@ def test_a_deep_clone_runs_its_own_weights(comfy):
         "clone": graph.save_latent(graph.sample(clone, "flux")),
         "plain": graph.save_latent(graph.sample(graph.loader("flux-mxfp8.safetensors"), "flux")),
     }
-    found = run(comfy, graph, saved)
-    assert difference(found["merged"], found["plain"]) > 1e-3
-    assert difference(found["clone"], found["plain"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["merged"], latent["plain"]) > 1e-3
+    assert difference(latent["clone"], latent["plain"]) < SAME
 
 
 def test_unloading_and_reloading_changes_nothing(comfy):
@@ -140,8 +140,8 @@ def test_unloading_and_reloading_changes_nothing(comfy):
         "TestEmptyAfter", samples=unloaded, like=graph[first[0]]["inputs"]["latent_image"]
     )
     saved = {"first": graph.save_latent(first), "again": graph.save_latent(again)}
-    found = run(comfy, graph, saved)
-    assert difference(found["again"], found["first"]) == 0
+    latent = run(comfy, graph, saved)
+    assert difference(latent["again"], latent["first"]) == 0
 
 
 def test_torch_compile_breaks_the_graph_no_more_than_stock(comfy):
@@ -156,8 +156,8 @@ def test_torch_compile_breaks_the_graph_no_more_than_stock(comfy):
         saved = {"plain": plain, "compiled": graph.save_latent(compiled)}
         breaks = graph.add("TestGraphBreaks", samples=compiled)
         outputs = comfy.run(graph)
-        found = {n: latents(outputs, node, comfy.base) for n, node in saved.items()}
-        assert difference(found["compiled"], found["plain"]) < SAME
+        latent = {n: latents(outputs, node, comfy.base) for n, node in saved.items()}
+        assert difference(latent["compiled"], latent["plain"]) < SAME
         counts[name] = json.loads(outputs[breaks[0]]["result"][0])
     assert counts["ours"]["frames"] > 0
     assert counts["ours"]["breaks"] <= counts["stock"]["breaks"]

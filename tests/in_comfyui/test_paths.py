@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfyui import PromptError, comfyui_path
-from graphs import Graph
+from graphs import Graph, unload
 
 pytestmark = pytest.mark.comfy
 
@@ -68,6 +68,7 @@ CHOICES = [
 @pytest.fixture(scope="module")
 def names(comfy):
     """A text encoder to choose, and folders that lead out of the model and output folders."""
+    unload(comfy)  # else temporary files of earlier tests may go while folders are compared
     models = comfy.base / "models"
     folder = models / "text_encoders"
     folder.mkdir(exist_ok=True)
@@ -99,10 +100,10 @@ def tree(*roots: Path) -> dict:
 
 def around(comfy) -> dict:
     """All that the server could reach near its folders, and the names at likely targets."""
-    found = tree(comfy.base, *(p for p in comfy.base.parent.glob("outside*")))
+    entries = tree(comfy.base, *(p for p in comfy.base.parent.glob("outside*")))
     for folder in (Path("/"), Path("/tmp"), Path.home(), comfy.base.parent, comfyui_path()):
-        found |= {str(folder / n): None for n in os.listdir(folder) if TOKEN in n or "C:" in n}
-    return found
+        entries |= {str(folder / n): None for n in os.listdir(folder) if TOKEN in n or "C:" in n}
+    return entries
 
 
 def message(comfy, graph: Graph) -> str:
@@ -157,12 +158,12 @@ def saving(comfy, prefix) -> Graph:
 def test_no_target_leaves_its_folder_or_fits_only_some_systems(comfy, names, node):
     before = around(comfy)
     for target in OUTSIDE:
-        said = message(comfy, converting(node, target=target))
-        assert "leaves the folder" in said or "Windows does not allow" in said, target
+        error = message(comfy, converting(node, target=target))
+        assert "leaves the folder" in error or "Windows does not allow" in error, target
     for target in UNFIT:
-        said = message(comfy, converting(node, target=target))
-        assert "target " in said, said
-        assert len(said) < 4000
+        error = message(comfy, converting(node, target=target))
+        assert "target " in error, error
+        assert len(error) < 4000
     for target in ("linked/x", "linked/mine", "linked/../../x", "linked"):
         if target != "linked":  # that is linked.safetensors, a name of its own
             for overwrite in (False, True):
@@ -176,8 +177,8 @@ def test_no_prefix_of_a_saved_model_leaves_the_output_folder_or_fits_only_some_s
 ):
     before = around(comfy)
     for prefix in OUTSIDE:
-        said = message(comfy, saving(comfy, prefix))
-        assert "outside the output folder" in said or "Windows does not allow" in said, prefix
+        error = message(comfy, saving(comfy, prefix))
+        assert "outside the output folder" in error or "Windows does not allow" in error, prefix
     for prefix in (*UNFIT, "", " "):
         assert "filename_prefix " in message(comfy, saving(comfy, prefix)), prefix[:80]
     for prefix in ("linked/x", "linked/sub/x"):
@@ -224,8 +225,8 @@ def test_a_linked_folder_is_read_but_not_written(comfy, names):
     (names / "there.safetensors").write_bytes((models / "flux.safetensors").read_bytes())
     before = tree(names)
     source = "diffusion_models/linked/there.safetensors"
-    said = message(comfy, converting(source=source, target=""))
-    assert "outside the model folder 'diffusion_models'" in said
+    error = message(comfy, converting(source=source, target=""))
+    assert "outside the model folder 'diffusion_models'" in error
     assert tree(names) == before
     comfy.run(converting(source=source, target=f"{TOKEN}-2"))
     assert (models / f"{TOKEN}-2.safetensors").is_file()
@@ -236,8 +237,8 @@ def test_a_link_is_no_target_even_to_overwrite(comfy, names):
     link = comfy.base / "models" / "diffusion_models" / "link.safetensors"
     link.symlink_to(names / "mine.safetensors")
     for overwrite in (False, True):
-        said = message(comfy, converting(target="link", overwrite=overwrite))
-        assert "leaves the folder" in said
+        error = message(comfy, converting(target="link", overwrite=overwrite))
+        assert "leaves the folder" in error
     assert (names / "mine.safetensors").read_bytes() == b"mine"
     assert link.is_symlink()
     link.unlink()
@@ -247,8 +248,8 @@ def test_a_link_is_no_target_even_to_overwrite(comfy, names):
 def test_expressions_that_are_none_are_refused(comfy, names, widget):
     before = around(comfy)
     for value in ("(", "[", "*", "a{2,1}", "(?P<a", "\\", "(?i)(", "x" * 100_000 + "("):
-        said = message(comfy, converting(**{widget: value}))
-        assert f"{widget} " in said and "is not a regular expression" in said
+        error = message(comfy, converting(**{widget: value}))
+        assert f"{widget} " in error and "is not a regular expression" in error
     assert around(comfy) == before
 
 

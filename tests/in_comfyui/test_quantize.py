@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
 from comfyui import PromptError
-from graphs import SAME, Graph, difference, latents, run
+from graphs import SAME, Graph, difference, latents, run, unload
 from safetensors.torch import load_file
 
 from mxfp8 import kernels
@@ -47,9 +46,9 @@ def test_quantized_saved_and_reloaded_models_sample_alike(comfy, kind):
         "ours": graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="exact"),
     }
     saved = {n: graph.save_latent(graph.sample(m, kind)) for n, m in models.items()}
-    found = run(comfy, graph, saved)
-    assert difference(found["stock"], first) < SAME
-    assert difference(found["ours"], first) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["stock"], first) < SAME
+    assert difference(latent["ours"], first) < SAME
 
 
 def test_the_saved_file_is_the_stock_format_with_everything_else_untouched(comfy):
@@ -158,11 +157,11 @@ def test_model_sampling_and_deep_clones_carry_over(comfy):
         "multigpu": graph.add("TestClone", model=before, how="deepclone_multigpu"),
     }
     saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
-    found = run(comfy, graph, saved)
-    assert difference(found["before"], found["after"]) < SAME
-    assert difference(found["clone"], found["after"]) < SAME
-    assert difference(found["multigpu"], found["after"]) < SAME
-    assert difference(found["plain"], found["after"]) > 1e-3
+    latent = run(comfy, graph, saved)
+    assert difference(latent["before"], latent["after"]) < SAME
+    assert difference(latent["clone"], latent["after"]) < SAME
+    assert difference(latent["multigpu"], latent["after"]) < SAME
+    assert difference(latent["plain"], latent["after"]) > 1e-3
 
 
 def test_settings_that_only_metadata_tells_reach_the_quantized_model_and_its_file(comfy):
@@ -172,11 +171,11 @@ def test_settings_that_only_metadata_tells_reach_the_quantized_model_and_its_fil
     saving = save(graph, quantized, "ltxv")
     nodes = [graph.add("TestConfig", model=m) for m in (model, quantized)]
     outputs = comfy.run(graph)
-    wanted, found = (json.loads(outputs[n[0]]["result"][0]) for n in nodes)
+    wanted, config = (json.loads(outputs[n[0]]["result"][0]) for n in nodes)
     assert wanted["causal_temporal_positioning"] is True
     assert wanted["positional_embedding_max_pos"] == [20, 64, 64]
-    wanted.pop("dtype", None), found.pop("dtype", None)
-    assert found == wanted
+    wanted.pop("dtype", None), config.pop("dtype", None)
+    assert config == wanted
 
     graph = Graph()
     node = graph.add("TestConfig", model=graph.loader(outputs[saving[0]]["text"][0].split(":")[0]))
@@ -221,8 +220,8 @@ def test_what_cannot_carry_over_is_refused_or_said(comfy):
         graph.sample(quantize(graph, graph.loader("flux.safetensors")), "flux")
     )
     saved = {"compiled": graph.save_latent(graph.sample(quantize(graph, model), "flux"))}
-    found = run(comfy, graph, {**saved, "plain": plain})
-    assert difference(found["compiled"], found["plain"]) < SAME
+    latent = run(comfy, graph, {**saved, "plain": plain})
+    assert difference(latent["compiled"], latent["plain"]) < SAME
     assert "torch.compile on the input does not carry over" in comfy.log.read_text(errors="replace")
 
 
@@ -251,11 +250,7 @@ def test_the_temporary_file_lives_as_long_as_a_model_uses_it(comfy):
     temporary = comfy.base / "temp"
     assert list(temporary.glob("mxfp8-*.safetensors"))
 
-    comfy.free()
-    deadline = time.monotonic() + 30
-    while list(temporary.glob("mxfp8-*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not list(temporary.glob("mxfp8-*"))
+    unload(comfy)  # which waits until they are gone
 
 
 @pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "a/../../outside"])

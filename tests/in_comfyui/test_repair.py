@@ -36,8 +36,8 @@ def test_a_file_without_markers_is_refused_repaired_and_loaded(comfy):
     repaired = file.replace(".safetensors", "-repaired.safetensors")
     models = {"repaired": ours(graph, repaired), "good": load_ours(graph, "flux")}
     saved = {name: graph.save_latent(graph.sample(m, "flux")) for name, m in models.items()}
-    found = run(comfy, graph, saved)
-    assert difference(found["repaired"], found["good"]) < SAME
+    latent = run(comfy, graph, saved)
+    assert difference(latent["repaired"], latent["good"]) < SAME
 
 
 @pytest.mark.parametrize("scales", ["auto", "row-major"])

@@ -27,10 +27,10 @@ def test_a_file_of_convert_to_quant_samples_what_stock_samples(comfy, kind, vers
     command = [rival(version), "-i", source, *options, "-o", target]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
 
-    found = inspect_file(target)
-    assert found.formats == {"mxfp8": found.formats["mxfp8"]}
-    assert found.formats["mxfp8"] >= 15
-    assert not found.problems and not found.warnings
+    inspection = inspect_file(target)
+    assert inspection.formats == {"mxfp8": inspection.formats["mxfp8"]}
+    assert inspection.formats["mxfp8"] >= 15
+    assert not inspection.problems and not inspection.warnings
     # It changes biases by what it takes for the mean error of the weights.
     for problem in verify_file(target, source).problems:
         assert ".bias' differs from the source" in problem

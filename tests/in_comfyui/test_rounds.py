@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import numpy
 import pytest
-from graphs import SAME, Graph, difference, latents, load_ours
+from graphs import SAME, Graph, difference, latents, load_ours, unload
 
 pytestmark = pytest.mark.comfy
 
@@ -31,18 +30,8 @@ def state(process: int) -> dict[str, int]:
     }
 
 
-def unload(comfy) -> None:
-    """Ask the server to drop every model, and wait until its temporary files are gone."""
-    comfy.post("/history", {"clear": True})  # it keeps every workflow and report
-    comfy.free()
-    deadline = time.monotonic() + 30
-    while list((comfy.base / "temp").glob("mxfp8-*")):
-        assert time.monotonic() < deadline, "a temporary file stays"
-        time.sleep(0.02)
-
-
 def test_fifty_rounds_of_load_quantize_sample_unload_leave_nothing(comfy, record_property):
-    found, first = [], None
+    states, first = [], None
     for index in range(ROUNDS):
         graph = Graph()
         loaded = load_ours(graph, "flux")
@@ -58,9 +47,9 @@ def test_fifty_rounds_of_load_quantize_sample_unload_leave_nothing(comfy, record
         for now, before in zip(sampled, first, strict=True):
             assert difference(now, before) < SAME, index
         unload(comfy)
-        found.append(state(comfy.process.pid))
+        states.append(state(comfy.process.pid))
 
-    warm = found[WARM:]
+    warm = states[WARM:]
     resident = [f["resident"] for f in warm]
     slope = numpy.polyfit(range(len(warm)), resident, 1)[0]
     record_property("bytes per round", float(slope))

@@ -53,10 +53,10 @@ def test_a_diffusers_folder_becomes_a_file_that_stock_runs_alike(comfy, kind):
     state = rename(kind, load_file(models(comfy) / f"{kind}.safetensors"))
     name = f"{kind}-hub"
     pipeline(comfy, name, state)
-    found = [choice for choice in offered(comfy) if name in choice]
-    assert found == [f"diffusion_models/{name}", f"diffusion_models/{name}/vae/v.safetensors"]
+    choices = [choice for choice in offered(comfy) if name in choice]
+    assert choices == [f"diffusion_models/{name}", f"diffusion_models/{name}/vae/v.safetensors"]
 
-    graph, node = convert(found[0])
+    graph, node = convert(choices[0])
     outputs = comfy.run(graph)
     report = json.loads(outputs[node[0]]["mxfp8_report"][0])
     assert (report["source"], report["target"]) == (DIFFUSERS_INDEX, f"{name}-mxfp8.safetensors")

@@ -39,12 +39,12 @@ def test_a_text_encoder_encodes_what_stock_encodes(comfy, encoder):
     stock = graph.add("CLIPLoader", clip_name=NAME, type="stable_diffusion")
     accelerated = graph.add("MXFP8AccelerateTextEncoder", clip=stock)
     clips = {"stock": stock, "ours": load(graph), "accelerated": accelerated}
-    found = encoded(comfy, graph, clips)
-    assert found["stock"].shape[-1] == 1024
-    assert found["stock"].std() > 0.1
+    embedding = encoded(comfy, graph, clips)
+    assert embedding["stock"].shape[-1] == 1024
+    assert embedding["stock"].std() > 0.1
     # 28 layers in float32 with another order of summation
-    assert difference(found["ours"], found["stock"]) < 1e-4
-    assert difference(found["accelerated"], found["stock"]) < 1e-4
+    assert difference(embedding["ours"], embedding["stock"]) < 1e-4
+    assert difference(embedding["accelerated"], embedding["stock"]) < 1e-4
 
 
 def load(graph: Graph) -> list:
@@ -63,8 +63,8 @@ def encoded(comfy, graph: Graph, clips: dict[str, list]) -> dict:
 def test_a_text_encoder_has_a_backend_report(comfy, encoder):
     graph = Graph()
     node = graph.add("MXFP8BackendReport", clip=load(graph), measure=False, rows=77)
-    found = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
-    ours = [layer for layer in found["layers"] if layer["decision"] == "mxfp8"]
+    report = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
+    ours = [layer for layer in report["layers"] if layer["decision"] == "mxfp8"]
     assert len(ours) == 28 * 7
     assert {(layer["backend"], layer["precision"]) for layer in ours} == {("eager", "exact")}
 
@@ -98,8 +98,8 @@ def test_text_encoders_merge(comfy, encoder):
     graph = Graph()
     clip = load(graph)
     merged = graph.add("CLIPMergeSimple", clip1=clip, clip2=load(graph), ratio=0.5)
-    found = encoded(comfy, graph, {"one": clip, "merged": merged})
-    assert difference(found["merged"], found["one"]) < 0.02
+    embedding = encoded(comfy, graph, {"one": clip, "merged": merged})
+    assert difference(embedding["merged"], embedding["one"]) < 0.02
 
 
 def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
@@ -121,7 +121,7 @@ def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
         node = graph.add("LoraLoader", model=flux, clip=clip, strength_model=0.0, **options)
         return [node[0], 1]
 
-    found = encoded(comfy, graph, {
+    embedding = encoded(comfy, graph, {
         "plain": clip,
         "stock": with_lora(stock),
         "merged": with_lora(clip),
@@ -130,10 +130,10 @@ def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
         ),
         "after": load(graph),
     })  # fmt: skip
-    assert difference(found["merged"], found["plain"]) > 1e-3
-    assert difference(found["merged"], found["stock"]) < 1e-4
-    assert difference(found["hook"], found["stock"]) < 1e-4
-    assert difference(found["after"], found["plain"]) < 1e-4
+    assert difference(embedding["merged"], embedding["plain"]) > 1e-3
+    assert difference(embedding["merged"], embedding["stock"]) < 1e-4
+    assert difference(embedding["hook"], embedding["stock"]) < 1e-4
+    assert difference(embedding["after"], embedding["plain"]) < 1e-4
 
 
 def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
@@ -143,7 +143,7 @@ def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
     saved = {"before": graph.save_latent(graph.sample(model, "flux"))}
     vae = graph.add("VAELoader", vae_name="vae.safetensors")
     graph.add("CheckpointSave", model=model, clip=load(graph), vae=vae, filename_prefix="whole")
-    found = run(comfy, graph, saved)
+    latent = run(comfy, graph, saved)
 
     path = comfy.base / "models" / "checkpoints" / "whole.safetensors"
     (comfy.base / "output" / "whole_00001_.safetensors").rename(path)
@@ -154,10 +154,10 @@ def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
         graph = Graph()
         again = graph.add("MXFP8LoadCheckpoint", checkpoint_name=path.name, precision="exact")
         saved = {"again": graph.save_latent(graph.sample(again, "flux"))}
-        found |= run(comfy, graph, saved)
+        latent |= run(comfy, graph, saved)
     finally:
         path.unlink()
-    assert difference(found["again"], found["before"]) < SAME
+    assert difference(latent["again"], latent["before"]) < SAME
 
 
 @pytest.mark.parametrize("name", ["../diffusion_models/flux.safetensors", "/etc/passwd", "no.pt"])

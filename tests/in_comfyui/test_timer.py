@@ -28,8 +28,8 @@ class Clock:
 
 def test_a_time_is_a_median_after_a_call_to_warm_up():
     clock = Clock(9.0, 0.02, 0.02, 0.03, 0.5, 0.01, 0.03)
-    found = median_microseconds(clock.call, clock.wait, clock=clock)
-    assert found == pytest.approx(30_000)
+    microseconds = median_microseconds(clock.call, clock.wait, clock=clock)
+    assert microseconds == pytest.approx(30_000)
     assert clock.waits == 2 * clock.calls  # each reading of the clock is of finished work
 
 

@@ -122,10 +122,10 @@ def expected(comfy):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_latent_of_the_original_and_of_stock(comfy, expected, form):
     file = write(comfy, form, FORMS[form])
-    found = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
-    assert difference(found["ours"], found["stock"]) < SAME
+    latent = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
+    assert difference(latent["ours"], latent["stock"]) < SAME
     if form != "scale byte 0":  # which changes the weights
-        assert difference(found["ours"], expected) < SAME
+        assert difference(latent["ours"], expected) < SAME
 
 
 def test_what_comfyuis_own_node_saves_loads(comfy, expected):
@@ -135,8 +135,8 @@ def test_what_comfyuis_own_node_saves_loads(comfy, expected):
     (path,) = (comfy.base / "output").glob("stock_*.safetensors")
     target = comfy.base / "models" / "diffusion_models" / "saved-by-stock.safetensors"
     target.write_bytes(path.read_bytes())
-    found = sampled(comfy, {"ours": lambda g: ours(g, target.name)})
-    assert difference(found["ours"], expected) < SAME
+    latent = sampled(comfy, {"ours": lambda g: ours(g, target.name)})
+    assert difference(latent["ours"], expected) < SAME
 
 
 def test_a_full_precision_layer_stays_one_when_it_is_saved_again(comfy):
@@ -171,10 +171,10 @@ def test_checkpoints_load_in_every_form(comfy, edit):
     models = {"good": good, "mine": mine, **clones}
     if edit is not checkpoint_header_only:
         models["stock"] = graph.add("CheckpointLoaderSimple", ckpt_name=file)
-    found = run(comfy, graph, {n: graph.save_latent(graph.sample(m, "flux"))
+    latent = run(comfy, graph, {n: graph.save_latent(graph.sample(m, "flux"))
                                for n, m in models.items()})  # fmt: skip
     for name in models:
-        assert difference(found[name], found["good"]) < SAME, name
+        assert difference(latent[name], latent["good"]) < SAME, name
 
 
 # ---- other formats in the same file ----------------------------------------------------------
@@ -214,8 +214,8 @@ def test_layers_in_other_formats_pass_through_to_stock(comfy, kind):
         d.mark_header(marker, WIDE)
 
     file = write(comfy, kind, mix)
-    found = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
-    assert difference(found["ours"], found["stock"]) < SAME
+    latent = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
+    assert difference(latent["ours"], latent["stock"]) < SAME
 
 
 @pytest.mark.parametrize("name", ["flux", "plain-fp8"])
@@ -229,8 +229,8 @@ def test_a_file_without_mxfp8_loads_as_stock_loads_it_with_a_notice(comfy, name)
 
     file = write(comfy, name, cast if name != "flux" else lambda d: None, source="flux")
     before = comfy.log.read_text(errors="replace").count("no layer of this Flux is MXFP8")
-    found = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
-    assert difference(found["ours"], found["stock"]) == 0
+    latent = sampled(comfy, {"ours": lambda g: ours(g, file), "stock": lambda g: g.loader(file)})
+    assert difference(latent["ours"], latent["stock"]) == 0
     after = comfy.log.read_text(errors="replace").count("no layer of this Flux is MXFP8")
     assert after == before + 1
 
@@ -241,7 +241,7 @@ def test_a_file_without_mxfp8_loads_as_stock_loads_it_with_a_notice(comfy, name)
 def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
     file = write(comfy, "row-major", make_row_major)
     before = comfy.log.read_text(errors="replace").count("its scales look row-major")
-    found = sampled(comfy, {
+    latent = sampled(comfy, {
         "auto": lambda g: ours(g, file),
         "tiled": lambda g: ours(g, file, scales="tiled"),
         "row-major": lambda g: ours(g, file, scales="row-major"),
@@ -251,11 +251,11 @@ def test_row_major_scales_warn_and_an_input_settles_it(comfy, expected):
         "clone": lambda g: g.add("TestClone", model=ours(g, file, scales="row-major"),
                                  how="force_deepcopy"),
     })  # fmt: skip
-    assert difference(found["row-major"], expected) < SAME
-    assert difference(found["accelerated"], expected) < SAME
-    assert difference(found["clone"], expected) < SAME
-    assert difference(found["auto"], found["tiled"]) == 0
-    assert difference(found["auto"], expected) > 1e-2
+    assert difference(latent["row-major"], expected) < SAME
+    assert difference(latent["accelerated"], expected) < SAME
+    assert difference(latent["clone"], expected) < SAME
+    assert difference(latent["auto"], latent["tiled"]) == 0
+    assert difference(latent["auto"], expected) > 1e-2
     after = comfy.log.read_text(errors="replace").count("its scales look row-major")
     assert after == before + 1
 
@@ -287,8 +287,8 @@ def test_padded_layers_decode_as_in_stock(shape, stored):
     params = QuantizedTensor.from_float(weight, layout_name)._params.__class__(
         scale=scale.view(torch.float8_e8m0fnu), orig_dtype=torch.float32, orig_shape=shape
     )
-    found = kernels.dequantize(qdata, scale, torch.float32, shape)
-    assert torch.equal(found, QuantizedTensor(qdata, layout_name, params).dequantize())
+    decoded = kernels.dequantize(qdata, scale, torch.float32, shape)
+    assert torch.equal(decoded, QuantizedTensor(qdata, layout_name, params).dequantize())
 
 
 def test_a_model_with_padded_columns_samples_as_in_stock(comfy):
@@ -300,5 +300,5 @@ def test_a_model_with_padded_columns_samples_as_in_stock(comfy):
     layer = read_header(target).layers["blocks.0.ffn.2"]
     assert (layer.shape, layer.weight.shape) == ((128, 260), (128, 288))
     models = {"ours": lambda g: ours(g, target.name), "stock": lambda g: g.loader(target.name)}
-    found = sampled(comfy, models, "wan")
-    assert difference(found["ours"], found["stock"]) < SAME
+    latent = sampled(comfy, models, "wan")
+    assert difference(latent["ours"], latent["stock"]) < SAME

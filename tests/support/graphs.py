@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import struct
+import time
 from pathlib import Path
 
+import aiohttp
 import torch
 from safetensors.torch import load_file
 
@@ -83,6 +87,52 @@ def difference(a, b) -> float:
 def run(comfy, graph: Graph, saved: dict[str, list]) -> dict:
     outputs = comfy.run(graph)
     return {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
+
+
+def watch(comfy, graph: Graph, seconds: float = 120) -> tuple[dict[str, list], dict[str, list]]:
+    """Run a workflow as the browser does, on its websocket: (bars, texts), each by node."""
+    bars, texts = {node: [] for node in graph}, {node: [] for node in graph}
+
+    async def listen() -> None:
+        url = f"{comfy.url}/ws?clientId={comfy.client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+            await asyncio.to_thread(comfy.submit, graph)
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    event, length = struct.unpack(">II", message.data[:8])
+                    if event == 3:  # a text
+                        node = message.data[8 : 8 + length].decode()
+                        texts[node].append(message.data[8 + length :].decode())
+                    continue
+                event = message.json()
+                if event.get("type") == "progress":
+                    data = event["data"]
+                    bars[data["node"]].append((data["value"], data["max"]))
+                if event.get("type") in ("execution_success", "execution_error"):
+                    return
+
+    asyncio.run(asyncio.wait_for(listen(), seconds))
+    return bars, texts
+
+
+def unload(comfy) -> None:
+    """Have the server drop every model, and wait until their temporary files are gone."""
+    comfy.post("/history", {"clear": True})  # it keeps every workflow and report
+    comfy.free()
+    deadline = time.monotonic() + 30
+    while list((comfy.base / "temp").glob("mxfp8-*")):
+        assert time.monotonic() < deadline, "a temporary file stays"
+        time.sleep(0.02)
+
+
+def with_lora(graph: Graph, model: list, file: str = "lora.safetensors") -> list:
+    return graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
+
+
+def fp8_card(graph: Graph, model: list, on: bool = True, **options) -> list:
+    """A model, after the server was made to take the CPU for a card with FP8 tensor cores."""
+    options = {"keep": False, "most_change": 1.0, **options}
+    return graph.add("TestFast", model=model, on=on, **options)
 
 
 def load_ours(graph: Graph, kind: str, precision: str = "exact") -> list:
