@@ -1,17 +1,18 @@
-"""Models in the real ComfyUI on a GPU: stock against ours, in every way of loading and patching.
+"""Models in the real ComfyUI on a GPU: ours against stock, in every mode of loading and patching.
 
     python bench/in_comfyui [--wheels DIR] [--mode NAME ...] [--minutes 9] [--out DIR]
     python bench/in_comfyui --device cpu --quick      to try the script without a GPU
 
-ComfyUI is that of the tests, or what COMFYUI_PATH names. What it
-needs and this Python lacks can be wheels in a folder, DIR: beside torch, transformers and what
-comes with them, that is comfy-kitchen, comfy-aimdo, torchsde and trampoline.
+ComfyUI is that of the tests, or the one at COMFYUI_PATH. Packages that it needs and this Python
+lacks can be wheels in the folder DIR: beside torch, transformers and their dependencies, these are
+comfy-kitchen, comfy-aimdo, torchsde and trampoline.
 
 A tiny Flux and a Z-Image of several full-width layers are sampled in BF16, in MXFP8 by stock, and
-in MXFP8 by ours, exact and fast. Each mode has a process of its own, so that one that crashes
-leaves the others. `difference` is that of the latent: of exact to stock's, at most a quarter of
-what quantizing the weights changed; of fast to BF16's, at most twice that. Results go to
-bench/results/<gpu>-comfy-<date>.json and a table beside it. Exits with 1 if something is wrong.
+in MXFP8 by ours, exact and fast. Each mode has its own process, so that a crash does not affect the
+others. `difference` is the relative difference of the latents: exact against stock, at most a
+quarter of the change by quantizing the weights; fast against BF16, at most twice that change.
+Results go to bench/results/<gpu>-comfy-<date>.json and a table beside it. The exit status is 1 if
+something is wrong.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Mode:
 
     Attributes:
         lora: "merged" or "bypass", as LoraLoader and LoraLoaderBypass do it.
-        part: the share of the model that there shall be memory for; 0 for no limit.
-        layers: whether every linear is compared with stock's by itself.
-        cpu: whether it says something on a CPU, where nothing is offloaded.
+        part: the share of the model that fits the memory; 0 for no limit.
+        layers: whether each linear is also compared with stock's.
+        cpu: whether it is meaningful on a CPU, where nothing is offloaded.
     """
 
     name: str
@@ -110,19 +111,19 @@ class Run:
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), old]))
 
     def _machine(self) -> dict:
-        """Asked in a process of its own: this one must not take memory of the device."""
+        """Facts of the machine, from another process: this one must not use the device's memory."""
         script = (
             "import json, sys; sys.path.insert(0, sys.argv[1]); import working_copy, torch; "
             "d = torch.device(sys.argv[2]); "
             "print(json.dumps(working_copy.machine(d) | {'slug': working_copy.slug(d)}))"
         )
         bench = str(Path(__file__).resolve().parents[1])
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-c", script, bench, self.arguments.device],
             env=self.environment, check=True, stdout=subprocess.PIPE, text=True,
         ).stdout  # fmt: skip
         version = Path(self.comfyui, "comfyui_version.py").read_text(encoding="utf-8")
-        return json.loads(said.splitlines()[-1]) | {"comfyui": version.split('"')[1]}
+        return json.loads(output.splitlines()[-1]) | {"comfyui": version.split('"')[1]}
 
     def make_models(self) -> None:
         if not list(self.models.glob("*-mxfp8.safetensors")):
@@ -133,7 +134,7 @@ class Run:
                 sys.exit(f"the models could not be made:\n{log}")
 
     def _child(self, command: list[str], name: str, seconds: float) -> tuple[int, str]:
-        """(exit status, end of what it printed) of a script of this folder."""
+        """(exit status, end of the output) of a script in this folder."""
         log = self.work / f"{name}.log"
         script = str(Path(__file__).resolve().parent / command[0])
         with log.open("wb") as file:
@@ -172,7 +173,7 @@ class Run:
 
     def _job(self, mode: Mode, report: Path) -> dict:
         of = sorted(p.stem.removesuffix("-mxfp8") for p in self.models.glob("*-mxfp8.safetensors"))
-        if mode.part:  # too little of a tiny model to halve
+        if mode.part:  # a tiny model is too small to load in part
             of = [model for model in of if model != "flux"]
         job = {k: v for k, v in asdict(mode).items() if k != "name"} | {"mode": mode.name}
         return job | {
@@ -208,7 +209,7 @@ def _line(row: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The rows as a table, and what was not run."""
+    """The rows as a table, and the modes that were not run."""
     machine = result["machine"]
     heads = ("mode", "model", "variant", "ms a step", "peak in torch", "peak of the device",
              "model in VRAM", "difference", "bound", "")  # fmt: skip
@@ -235,14 +236,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [mode.name for mode in MODES]
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="the tiny Flux alone, small latents")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="packages that are missing here")
+    parser.add_argument("--quick", action="store_true", help="only the tiny Flux, small latents")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="packages that this Python lacks"
+    )
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the models here")
-    parser.add_argument("--layers", type=int, default=4, help="of the Z-Image; 0 leaves it out")
-    parser.add_argument("--side", type=int, help="of the latent: an eighth of the image's")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers of the Z-Image; 0 to leave it out"
+    )
+    parser.add_argument("--side", type=int, help="side of the latent: an eighth of the image's")
     parser.add_argument("--mode", nargs="+", choices=names, default=names)
-    parser.add_argument("--minutes", type=float, default=9, help="then start no more modes")
-    parser.add_argument("--minutes-each", type=float, default=4, help="then stop a mode")
+    parser.add_argument("--minutes", type=float, default=9, help="start no mode after this many")
+    parser.add_argument("--minutes-each", type=float, default=4, help="stop a mode after this many")
     parser.add_argument("--out", type=Path, default=working_copy.RESULTS, metavar="DIR")
     return parser.parse_args()
 

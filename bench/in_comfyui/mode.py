@@ -2,8 +2,8 @@
 
     python bench/in_comfyui/mode.py JOB.json
 
-The job names the mode, where ComfyUI and the models are, and the file that rows go to, which is
-written anew after each row: a crash loses no row before it.
+The job names the mode, the folders of ComfyUI and the models, and the file for the rows, which is
+rewritten after each row, so that a crash loses none before it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import working_copy
 
-SAME = 0.25  # of what quantizing the weights changes: roundings are far below, mistakes above
-FAST = 2.0  # in the same unit: activations in 8 bits err about as much as weights do
+SAME = 0.25  # of the change by quantizing the weights: rounding is far below, a bug above
+FAST = 2.0  # in the same unit: 8-bit activations have about the error of the weights
 LAYER = 6e-2  # relative error of a fast layer's output
-_WORKSPACES = 256 << 20  # bytes that libraries keep once they were used
+_WORKSPACES = 256 << 20  # bytes that libraries keep after their first use
 
 
 def start(comfyui: str, options: list[str]) -> bool:
@@ -68,7 +68,7 @@ def start(comfyui: str, options: list[str]) -> bool:
 
 
 class Sampler:
-    """Samples a model and keeps account of time and memory."""
+    """Samples a model, and measures time and memory."""
 
     def __init__(self, job: dict, dynamic: bool):
         import torch
@@ -129,7 +129,7 @@ class Sampler:
             torch.cuda.synchronize()
 
     def fresh(self) -> None:
-        """Unload everything, and begin to count memory."""
+        """Unload everything, and start counting memory."""
         import comfy.model_management
 
         comfy.model_management.unload_all_models()
@@ -150,7 +150,7 @@ class Sampler:
         return torch.cuda.memory_allocated()
 
     def memory(self) -> dict:
-        """Peaks of torch's allocator, and of the whole device at the ends of steps, in bytes.
+        """Peaks in bytes: of torch's allocator, and of the whole device at the end of each step.
 
         Dynamic VRAM keeps weights outside torch's allocator.
         """
@@ -181,7 +181,7 @@ def load(job: dict, model: str, variant: str):
 
 
 def prepare(job: dict, model: str, patcher, sampler: Sampler):
-    """What the mode adds: a LoRA, torch.compile, less memory than the model needs."""
+    """Apply what the mode adds: a LoRA, torch.compile, less memory than the model needs."""
     import comfy.sd
     import comfy.utils
 
@@ -189,11 +189,11 @@ def prepare(job: dict, model: str, patcher, sampler: Sampler):
         lora = comfy.utils.load_torch_file(str(Path(job["models"]) / f"{model}-lora.safetensors"))
         if job["lora"] == "merged":
             patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
-            found = patcher.patches
+            effects = patcher.patches
         else:
             patcher, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 1.0, 0.0)
-            found = patcher.injections
-        if not found:
+            effects = patcher.injections
+        if not effects:
             raise RuntimeError("the LoRA has no effect")
     if job["compile"]:  # as the node TorchCompileModel does it
         from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -211,7 +211,7 @@ def _no_options(guards):
 
 
 def _leave_room(patcher, shape, share: float) -> None:
-    """Let ComfyUI believe that there is memory for a share of the model."""
+    """Make ComfyUI believe that only a share of the model fits the memory."""
     import comfy.model_management as management
 
     needed = max(0.8 * 1024**3, patcher.model.memory_required(list(shape)))
@@ -267,7 +267,7 @@ class Rows:
 
 
 def variant_row(job: dict, sampler: Sampler, model: str, variant: str, latents: dict) -> dict:
-    """Load, sample, and hold one variant against those before it."""
+    """Load and sample one variant, and compare it with those before it."""
     sampler.fresh()
     before = sampler.allocated()
     patcher = prepare(job, model, load(job, model, variant), sampler)
@@ -300,7 +300,7 @@ def variant_row(job: dict, sampler: Sampler, model: str, variant: str, latents: 
 
 
 def _reload(sampler: Sampler, patcher, latent, before, steps: int) -> str | None:
-    """Unload the model, see that its memory is free again, and sample once more."""
+    """Unload the model, check that its memory is free again, and sample once more."""
     sampler.fresh()
     left = sampler.allocated()
     again, _ = sampler.run(patcher, steps)

@@ -31,17 +31,17 @@ RANK = 8
 
 
 def lora(shapes: dict) -> dict[str, torch.Tensor]:
-    """On every linear inside a block, about a fifth of its output."""
+    """A LoRA on every linear inside a block, of about a fifth of its output."""
     generator = torch.Generator().manual_seed(2)
-    found = {}
+    state = {}
     for key, shape in shapes.items():
         inside = "blocks." in key or "layers." in key
         if inside and key.endswith(".weight") and len(shape) == 2:
             name = "diffusion_model." + key.removesuffix(".weight")
             up = torch.randn(shape[0], RANK, generator=generator) * (0.2 * RANK**-0.5)
             down = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
-            found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"] = up, down
-    return found
+            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = up, down
+    return state
 
 
 def main() -> None:

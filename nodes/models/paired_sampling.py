@@ -148,20 +148,7 @@ def compare_models(
     comparison = Comparison(
         reference=sides[0],
         model=sides[1],
-        setting=Setting(
-            sampler=settings.sampler_name,
-            scheduler=settings.scheduler,
-            steps=settings.steps,
-            cfg=settings.cfg,
-            denoise=settings.denoise,
-            latent_shape=shape,
-            device=comfy.model_management.get_torch_device_name(device),
-            versions={
-                "torch": torch.__version__,
-                "ComfyUI": comfyui_version.__version__,
-                "MXFP8": version(),
-            },
-        ),
+        setting=_setting(settings, shape, device),
         latent_snr_db=mean_of([seed.latent_snr_db for seed in seeds]),
         psnr_db=mean_of([seed.psnr_db for seed in seeds]),
         ssim=mean_of([seed.ssim for seed in seeds]),
@@ -175,6 +162,25 @@ def compare_models(
         notes=tuple(dict.fromkeys(notes)),
     )  # fmt: skip
     return comparison, images
+
+
+def _setting(
+    settings: SamplerSettings, latent_shape: tuple[int, ...], device: torch.device
+) -> Setting:
+    return Setting(
+        sampler=settings.sampler_name,
+        scheduler=settings.scheduler,
+        steps=settings.steps,
+        cfg=settings.cfg,
+        denoise=settings.denoise,
+        latent_shape=latent_shape,
+        device=comfy.model_management.get_torch_device_name(device),
+        versions={
+            "torch": torch.__version__,
+            "ComfyUI": comfyui_version.__version__,
+            "MXFP8": version(),
+        },
+    )
 
 
 def _sample_reference(

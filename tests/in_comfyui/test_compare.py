@@ -81,9 +81,9 @@ def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(co
         comparison=[node[0], 3], report=[made[0], 1],
     )  # fmt: skip
     runs = {name: sampled(graph, m, kind) for name, m in (("r", original), ("m", made))}
-    saved = {name: [graph.save_latent(latent) for latent in made] for name, made in runs.items()}
-    for name, made in runs.items() if vae else ():
-        image = graph.add("VAEDecode", samples=made[0], **vae)
+    saved = {k: [graph.save_latent(latent) for latent in v] for k, v in runs.items()}
+    for name, samples in runs.items() if vae else ():
+        image = graph.add("VAEDecode", samples=samples[0], **vae)
         graph.add("TestSaveTensor", tensor=image, name=f"compare-{name}")
     outputs = comfy.run(graph)
 
