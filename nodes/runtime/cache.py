@@ -33,7 +33,7 @@ from ..host import settings
 
 GIB = 1 << 30
 RESERVE = 4 * GIB  # at least
-SHARE = 4  # of the card's memory, one in so many
+SHARE = 4  # the reserve is total memory / SHARE
 
 # Names of layers below one module that are given the same tensor.
 SIBLINGS = (
@@ -93,6 +93,8 @@ class SharedInput:
 class ModelState:
     """All that is remembered of one model; it lives on the model, as stock's own state does.
 
+    A copy of the model, deep or pickled, or of one of its linears, starts with an empty state.
+
     Attributes:
         prepared: linear -> its prepared weight.
         shared_inputs: linear -> the input that it shares with its siblings.
@@ -104,6 +106,9 @@ class ModelState:
         self._keeps = False
         self._patches = None  # what is merged into the weights, as the patcher identifies it
         self._users: set[int] = set()  # ids of the patchers that run the model fast
+
+    def __reduce__(self):
+        return ModelState, ()  # also for copy.deepcopy
 
     def keep(self, patcher, wanted: bool) -> None:
         """Before a run: keep prepared weights, as far as memory allows, or drop them.
@@ -180,6 +185,11 @@ def model_state(module: torch.nn.Module) -> ModelState:
     if not hasattr(module, _STATE):
         setattr(module, _STATE, ModelState())
     return getattr(module, _STATE)
+
+
+def prepared_nbytes(model: torch.nn.Module) -> int:
+    """Bytes of the prepared weights that are kept now of a model, which may be one without any."""
+    return getattr(model, _STATE).nbytes if hasattr(model, _STATE) else 0
 
 
 def attach(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:

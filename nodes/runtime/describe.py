@@ -24,7 +24,7 @@ from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from ..models.source import PREFIX
 from . import cache, forward
-from .patch import MAX_ROWWISE_CHANGE, mxfp8_linears, rowwise_changes
+from .patch import MAX_ROWWISE_CHANGE, mxfp8_linears, our_patches, rowwise_changes
 from .patcher import compute_dtype, keep_prepared_weights
 from .timer import median_microseconds
 
@@ -163,7 +163,7 @@ def _memory(patcher) -> dict[str, Memory]:
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):
             sizes[kind][_is_away(part, patcher)] += part.nbytes
-    sizes["prepared weights"] = [cache.model_state(model).nbytes, 0]
+    sizes["prepared weights"] = [cache.prepared_nbytes(model), 0]
     sizes["LoRA patches"] = [0, 0]
     for part in _tensors(list(patcher.patches.values())):
         sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
@@ -188,9 +188,10 @@ def _tensors(patches) -> Iterator[torch.Tensor]:
 
 
 def load_for_report(patcher) -> None:
-    """Load a model as for a run: what is offloaded, and so who applies a LoRA, is known then."""
+    """Load a model as for a run; only then is it known what is offloaded and who applies a LoRA."""
     comfy.model_management.load_models_gpu([patcher])
-    keep_prepared_weights(patcher)
+    if our_patches(patcher):
+        keep_prepared_weights(patcher)
 
 
 def measure(patcher, report: BackendReport, progress: Progress) -> BackendReport:

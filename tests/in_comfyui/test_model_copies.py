@@ -1,0 +1,61 @@
+"""What the pack remembers of a model does not go along when the model is copied."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from comfyui import comfyui_path
+
+COPIES = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import comfy.options
+comfy.options.enable_args_parsing()
+import copy, json, pickle, weakref
+import torch
+from mxfp8.nodes.runtime import cache
+
+model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32) for name in ("q", "k", "out")})
+stock = copy.deepcopy(model)
+linears = list(model.values())
+cache.attach(model, linears)
+state = cache.model_state(model)
+state._users.add(1)
+for linear in linears:
+    tensors = torch.zeros(32, 32), torch.zeros(32)
+    kept = cache.PreparedWeight(weakref.ref(linear.weight), torch.device("cpu"), tensors)
+    state.prepared[linear] = kept
+
+
+def empty(state):
+    return not (state.prepared or state.shared_inputs or state._users)
+
+
+copies = {
+    "linear": [copy.deepcopy(model["q"])],
+    "model": list(copy.deepcopy(model).modules()),
+    "pickled": list(pickle.loads(pickle.dumps(model)).modules()),
+}
+states = {how: {cache.model_state(m) for m in modules} for how, modules in copies.items()}
+print(json.dumps({
+    "copies": {how: [len(found), all(map(empty, found))] for how, found in states.items()},
+    "all": len({state}.union(*states.values())),
+    "kept": [len(state.prepared), state.nbytes, cache.prepared_nbytes(model)],
+    "stock": [cache.prepared_nbytes(stock), [k for k in vars(stock) if k.startswith("mxfp8")]],
+}))
+"""
+
+
+def test_a_copy_starts_with_an_empty_state_that_its_layers_share():
+    out = subprocess.check_output(
+        [sys.executable, "-c", COPIES, comfyui_path(), "--cpu"], text=True
+    )
+    nbytes = 3 * 4 * (32 * 32 + 32)
+    assert json.loads(out.splitlines()[-1]) == {
+        "copies": {how: [1, True] for how in ("linear", "model", "pickled")},
+        "all": 4,
+        "kept": [3, nbytes, nbytes],
+        "stock": [0, []],
+    }
