@@ -50,8 +50,10 @@ _SLAB = 1 << 22  # codes read at a time
 _SAMPLE = 1 << 16  # codes sampled per tensor before loading
 _RUNS = 64  # places they come from
 _ORDER_SAMPLE = 1 << 20  # codes that show the order of a layer's scales
+_ORDER_TILES = 32  # tiles of rows that they come from
 _SAMPLED_LAYERS = 16  # layers whose order of scales is tested before loading
-_FEWEST = 64  # non-zero blocks; by chance, all of a scaled cast's have the mark once in 2**64
+# Fewest non-zero blocks to judge by; 64 of 64 marked happens by chance once in 2**64.
+_FEWEST = 64
 MARKED = 0.99  # least share of the non-zero blocks with the mark in MXFP8 codes
 _FULL = 0x76  # the code of 224
 _SIGMAS = 6.0  # standard deviations of the correlation that count as evidence
@@ -68,10 +70,10 @@ class LayerScan:
         order: as of `scale_order`.
     """
 
-    order: str | None
     nan_codes: int = 0
     nan_scales: int = 0
     padding: int = 0
+    order: str | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -274,15 +276,29 @@ def _marks(code: torch.Tensor) -> tuple[int, int]:
 
 
 def scale_order(source: FileSource, layer: Layer) -> str | None:
-    """ "tiled" or "row-major", by all padding or else the first codes; None without evidence."""
+    """The order of a layer's scales, from padding, else statistics of a sample: "tiled",
+    "row-major", or None.
+    """
+    outside = (_outside(layer, first, scale) for first, scale in _scale_slabs(source, layer))
+    return _order(source, layer, outside)
+
+
+def _outside(layer: Layer, first: int, scale: torch.Tensor) -> tuple[int, int]:
+    """Non-zero bytes where the padding would be in tiled and in row-major order.
+
+    Args:
+        scale: whole tiles, from row `first` on.
+    """
     rows, cols = layer.weight.shape
-    blocks = cols // BLOCK
-    tiled = row_major = 0  # non-zero bytes where the padding would be
-    for first, scale in _scale_slabs(source, layer):
-        used = min(len(scale), rows - first)
-        nonzero = scale.count_nonzero()
-        row_major += int(nonzero - scale[:used, :blocks].count_nonzero())
-        tiled += int(nonzero - layout.untile(scale, used, blocks).count_nonzero())
+    used, blocks = min(len(scale), rows - first), cols // BLOCK
+    nonzero = scale.count_nonzero()
+    tiled = nonzero - layout.untile(scale, used, blocks).count_nonzero()
+    return int(tiled), int(nonzero - scale[:used, :blocks].count_nonzero())
+
+
+def _order(source: FileSource, layer: Layer, outside: Iterable[tuple[int, int]]) -> str | None:
+    """As `scale_order`, from what `_outside` returns for all of the layer's scales."""
+    tiled, row_major = map(sum, zip((0, 0), *outside, strict=True))
     if (tiled == 0) == (row_major == 0):
         tiled, row_major = _correlations(source, layer)
         if abs(tiled - row_major) < _SIGMAS or min(tiled, row_major) > -_SIGMAS:
@@ -291,26 +307,44 @@ def scale_order(source: FileSource, layer: Layer) -> str | None:
 
 
 def _correlations(source: FileSource, layer: Layer) -> list[float]:
-    """Of the first blocks' magnitudes with their scales, in tiled and in row-major order.
+    """Correlation of block magnitude with scale byte in either order, tiled first.
 
-    In standard deviations of independent variables; 0 if one of the two is constant.
+    In units of 1/sqrt(n), where n blocks are from a sample; 0 if one of the two is constant.
     """
-    rows, cols = layer.weight.shape
-    rows = min(rows, max(1, _ORDER_SAMPLE // max(1, cols)))
-    code = source.rows(layer.weight.name, 0, rows).view(torch.float8_e4m3fn)
-    value = code.float().nan_to_num_(0.0).view(rows, cols // BLOCK, BLOCK)
-    energy = value.square_().sum(-1)
-    tiles = layout.round_up(rows, TILE_ROWS)
-    scale = source.rows(layer.scale.name, 0, tiles).view(torch.uint8)
+    if not layer.weight.nbytes:
+        return [0.0, 0.0]
+    magnitude, *orders = [
+        torch.cat(parts) for parts in zip(*_sample_order(source, layer), strict=True)
+    ]
     result = []
-    for byte in (layout.untile(scale, *energy.shape), scale[:rows, : cols // BLOCK]):
-        use = (energy > 0) & (byte != E8M0_NAN)
-        pairs = torch.stack([energy[use].double().log2_(), byte[use].double()])
+    for byte in orders:
+        use = (magnitude > 0) & (byte != E8M0_NAN)
+        pairs = torch.stack([magnitude[use].double().log2_(), byte[use].double()])
         count = pairs.shape[1]
         known = count >= _FEWEST
         correlation = float(torch.corrcoef(pairs)[0, 1].nan_to_num_(0.0)) if known else 0.0
         result.append(correlation * math.sqrt(count))
     return result
+
+
+def _sample_order(source: FileSource, layer: Layer) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(sums of squared codes, tiled scales, row-major scales) of blocks in each sampled tile.
+
+    The tiles are spread over the whole layer. Of each, as many rows are read as the size of the
+    sample allows; of the widest layers, one row in all.
+    """
+    rows, cols = layer.weight.shape
+    tiles = -(-rows // TILE_ROWS)
+    count = min(tiles, _ORDER_TILES, max(1, _ORDER_SAMPLE // cols))
+    height = max(1, _ORDER_SAMPLE // (count * cols))
+    for index in range(count):
+        first = (2 * index + 1) * tiles // (2 * count) * TILE_ROWS
+        last = min(rows, first + min(TILE_ROWS, height))
+        code = source.rows(layer.weight.name, first, last).view(torch.float8_e4m3fn)
+        value = code.float().nan_to_num_(0.0).view(last - first, cols // BLOCK, BLOCK)
+        squares = value.square_().sum(-1)
+        scale = source.rows(layer.scale.name, first, first + TILE_ROWS).view(torch.uint8)
+        yield squares, layout.untile(scale, *squares.shape), scale[: last - first, : cols // BLOCK]
 
 
 def _order_warnings(source: FileSource) -> list[str]:
@@ -338,12 +372,14 @@ def scan_layer(
     """
     rows, cols = layer.shape
     blocks = -(-cols // BLOCK)
-    result = LayerScan(scale_order(source, layer))
+    result = LayerScan()
+    outside = []
     for first, last in layout.slabs(*layer.weight.shape, _SLAB):
         code = source.rows(layer.weight.name, first, last).view(torch.uint8)
         tiles = layout.round_up(last, TILE_ROWS)
         scale = source.rows(layer.scale.name, first, tiles).view(torch.uint8)
         used = max(0, min(last, rows) - first)
+        outside.append(_outside(layer, first, scale))
         plain = layout.untile(scale, tiles - first, scale.shape[1])
         result.nan_codes += int(((code[:used, :cols] & 0x7F) == 0x7F).sum())
         result.nan_scales += int((plain[:used, :blocks] == E8M0_NAN).sum())
@@ -351,4 +387,5 @@ def scan_layer(
             result.padding += int(matrix.count_nonzero() - inner.count_nonzero())
         if advance is not None:
             advance(code.numel() + scale.numel())
+    result.order = _order(source, layer, outside)
     return result

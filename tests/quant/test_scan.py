@@ -218,6 +218,29 @@ def test_layers_without_evidence_give_no_warning(tmp_path):
         assert scan.check_file(save(tmp_path, *model({"a": weight}, order=row_major))) == []
 
 
+@pytest.mark.parametrize("rows", [slice(512), slice(512, None), slice(256, 1536)])
+def test_row_major_scales_are_noticed_wherever_rows_are_zero(tmp_path, rows):
+    weight = matrix(2048, 2048, torch.float32)
+    weight[rows] = 0
+    path = save(tmp_path, *model({"a": weight}, order=row_major))
+    (warning,) = scan.check_file(path)
+    assert warning.startswith("model: 'a': its scales look row-major")
+    with FileSource(path) as source:
+        assert scan.scan_layer(source, source.header.layers["a"]).order == "row-major"
+
+
+def test_the_sample_of_very_wide_rows_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "_ORDER_SAMPLE", 4096)
+    path = save(tmp_path, *model({"a": matrix(256, 8192, torch.float32)}, order=row_major))
+    with FileSource(path) as source:
+        layer = source.header.layers["a"]
+        sizes = []
+        read = source.rows
+        monkeypatch.setattr(source, "rows", lambda *a: sizes.append(a) or read(*a))
+        scan.scale_order(source, layer)
+    assert [last - first for key, first, last in sizes if key == "a.weight"] == [1]
+
+
 def test_the_warning_counts_the_layers_that_look_it(tmp_path):
     tensors, metadata = model({f"l{i}": matrix(128, 512, seed=i) for i in range(4)})
     for i in (1, 3):
