@@ -38,7 +38,7 @@ class Problem:
     Attributes:
         op: "quantize", "dequantize" or "linear".
         dtype: of the input: x, or qdata for "dequantize".
-        small_m: whether x of a linear has so few rows that reading the weight takes the time.
+        small_m: whether x of a linear has so few rows that reading the weight is the bottleneck.
     """
 
     op: str
@@ -261,7 +261,7 @@ def _notice_exact(problem: Problem, forced: Backend | None) -> None:
 
 @cache
 def _warn_exact(device: str, reasons: str) -> None:
-    """Once per kind of device, whatever the dtypes."""
+    """Log once per device type and set of reasons, whatever the dtype."""
     logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
 
 
@@ -317,7 +317,7 @@ def execution_path(
             break
         if not backend.input_form or backend.name not in reasons:  # at the precision it is for
             reasons[backend.name] = reason
-    # A backend that runs exact was tried at fast before, and so were those that come after it.
+    # Backends at or after the chosen one may have been tried at fast first: list only those before.
     before = takewhile(lambda item: item[0] != chosen.name, reasons.items())
     return ExecutionPath(chosen.name, runs_as, chosen.input_form, tuple(before))
 
@@ -379,7 +379,7 @@ def named(name: str) -> Backend:
     """
     backends = {backend.name: backend for backend in BACKENDS}
     if name not in backends:
-        raise ValueError(f"no MXFP8 backend is called {name!r}; there are: {', '.join(backends)}")
+        raise ValueError(f"unknown backend {name!r}; choose one of: {', '.join(backends)}")
     return backends[name]
 
 

@@ -34,7 +34,7 @@ from .. import device_facts, layout
 from ..layout import BLOCK, E8M0_NAN
 from . import eager
 
-SMALL_M = 64  # rows of x up to which reading the weight takes the time: exact, straight from MXFP8
+SMALL_M = 64  # up to this many rows of x the weight's bytes decide, so layers run exact
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-100  # of a row of activations: 448 / amax is finite
 _SLAB = 1 << 22  # values at a time
@@ -47,7 +47,7 @@ def activations_unsupported_reason(problem) -> str | None:
     if problem.precision != "fast":
         return "quantizes activations, which precision exact rules out"
     if problem.small_m:
-        return f"up to {SMALL_M} rows run exact: reading the weight takes the time"
+        return f"inputs of up to {SMALL_M} rows run exact: reading the weight is the bottleneck"
     return None
 
 

@@ -130,7 +130,7 @@ def block_matmul(quantized_input, weight, bias, dtype, M: int, N: int) -> torch.
     float32. The exponent of a product is the sum of its factors' exponents, before normalization.
     The order of accumulation beyond that, and how the bias is added, is not known: here K ascends,
     and the bias is added in float32, which is then rounded to `dtype`. So this does not reproduce
-    every bit of a card, but its errors have the same direction (towards zero) and size.
+    every bit of a card, but its errors have the same direction (toward zero) and size.
 
     Args:
         quantized_input, weight: (qdata, tiled scale) as `quantize` returns them.

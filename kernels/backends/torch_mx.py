@@ -11,7 +11,7 @@ Requirements:
 * CUDA 12.8: the first cuBLASLt with this matmul;
 * torch 2.10 for `torch.nn.functional.scaled_mm`. From 2.7 on, the private `torch._scaled_mm` takes
   scales of dtype float8_e8m0fnu for the same; 2.7 drops the bias if K is not a multiple of 128
-  (https://github.com/pytorch/pytorch/pull/153254), so there it is added afterwards;
+  (https://github.com/pytorch/pytorch/pull/153254), so there it is added afterward;
 * E4M3 on both sides, scales in the tiled order, whole tiles, contiguous: what the format stores;
 * both matrices K-major (`x @ w.t()`): before cuBLAS 13.6, GeForce cards support no other layout
   (https://github.com/pytorch/pytorch/issues/198126);

@@ -10,7 +10,7 @@ Blackwell, and of CDNA4 (gfx950). One kernel computes tiles of A [rows, K] @ B [
 
 A tile of 128 rows by 4 blocks has its scales in 512 contiguous bytes, the order in which sm_100
 copies them to tensor memory (`tcgen05.cp`). The compiler emits that copy if the scales of 128 rows
-are loaded through a tensor descriptor, or as flat ranges that are reshaped and permuted afterwards.
+are loaded through a tensor descriptor, or as flat ranges that are reshaped and permuted afterward.
 Loaded by five-dimensional addresses they go through registers (`tcgen05.st`), and so do those of B
 for small M, which has fewer than 128 rows. With descriptors the large tile takes 52 KB more shared
 memory and 12 more registers (203 of 232 KB, 240 of 255) without spilling; the small one takes 8
