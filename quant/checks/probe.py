@@ -12,7 +12,7 @@ optional step, which evens out recommendations for a type of layer over the dept
 left out.
 
 Weights are read whole, one after the other, and their statistics taken in float32 as the tool takes
-them, because the last bit decides about the layer that is itself the quantile of the scores.
+them, because the layer at the 90% quantile is kept or not depending on the last bit.
 Rejected: power sums in float64 over slabs of rows, which take less memory and are as precise, but
 do not have the tool's last bits.
 """
@@ -225,6 +225,11 @@ def _measure(
     error = gptq.output_error(weight, qdata, scale, moments.hessian) if moments else None
 
     least, most = stored.abs().aminmax()
+    # Fourth powers of very large or small values leave float32; scaled by 2**n they do not.
+    exponent = math.frexp(float(most))[1]
+    unit = 2.0 ** max(-126, min(exponent, 126)) if abs(exponent) > 16 else 1.0
+    if unit != 1:
+        weight.mul_(1 / unit)
     std = weight.std() if weight.numel() > 1 else torch.zeros(())
     deviation = weight.sub_(weight.mean())  # in place: nothing reads the weight again
     kurtosis = outliers = 0.0
@@ -240,7 +245,7 @@ def _measure(
         shape=(rows, cols),
         excess_kurtosis=kurtosis,
         dynamic_range=float(most.float() - least.float()),
-        std=float(std),
+        std=float(std) * unit,
         outlier_pct=100 * outliers / (rows * cols),
         aspect_ratio=max(rows, cols) / min(rows, cols),
         sqnr_db=sqnr.sqnr_db,

@@ -92,6 +92,19 @@ def test_with_a_calibration_the_error_of_the_output_is_measured(model):
     assert "with layer output error" in result.summary()
 
 
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1e6, 1e11, 1e37])
+def test_statistics_of_very_large_and_very_small_weights_are_finite(tmp_path, scale):
+    weight = matrix(64, 64, torch.float32) * scale
+    save_file({"blocks.0.a.weight": weight}, tmp_path / "scaled.safetensors")
+    result = probe_file(tmp_path / "scaled.safetensors")
+    (layer,) = json.loads(result.to_json())["layers"]
+    exact = weight.double()
+    kurtosis = (exact - exact.mean()).pow(4).mean() / exact.std() ** 4 - 3
+    assert layer["excess_kurtosis"] == pytest.approx(float(kurtosis), abs=1e-4)
+    assert layer["std"] == pytest.approx(float(exact.std()), rel=1e-5)
+    assert layer["dynamic_range"] == pytest.approx(float(exact.abs().max() - exact.abs().min()))
+
+
 @pytest.mark.parametrize(
     ("a", "b", "value"),
     [
