@@ -28,6 +28,7 @@ from ..progress import VERIFY, Meter, Progress
 from ..sources.file import FileSource, Source, as_bytes
 
 HESSIAN, MEAN, AMAX = ".hessian", ".mean", ".amax"
+_PARTS = {HESSIAN: "hessian", MEAN: "mean", AMAX: "amax"}  # of a layer in a file -> in `Moments`
 _OLD_HESSIAN = ".second"  # in files of versions 1 and 2
 _METADATA = "mxfp8_calibration"
 _VERSION = 3
@@ -122,16 +123,16 @@ class Calibration:
         Raises:
             OSError: as `writer.Writer`.
         """
-        # Of a calibration from a file of version 1, the Hessians are all there is.
-        bare_hessians = any(moments.mean is None for moments in self.layers.values())
-        parts = (HESSIAN,) if bare_hessians else (HESSIAN, MEAN, AMAX)
+        # Calibrations from version 1 files have only Hessians.
+        old = any(moments.mean is None for moments in self.layers.values())
+        parts = {_OLD_HESSIAN: "hessian"} if old else _PARTS
         tensors = [
-            (name + part, "F32", (moments.width,) * (2 if part == HESSIAN else 1))
+            (name + part, "F32", (moments.width,) * (2 if kind == "hessian" else 1))
             for name, moments in self.layers.items()
-            for part in parts
+            for part, kind in parts.items()
         ]
         metadata = {
-            "version": _VERSION,
+            "version": 1 if old else _VERSION,
             "model": self.model,
             "rows": {name: moments.rows for name, moments in self.layers.items()},
             "about": dict(self.about),
@@ -141,8 +142,8 @@ class Calibration:
         ) as writer:
             advance = Meter(_size(writer.tensors.values()), progress)
             for name, moments in self.layers.items():
-                for part in parts:
-                    values = getattr(moments, part.removeprefix("."))
+                for part, kind in parts.items():
+                    values = getattr(moments, kind)
                     writer.write(name + part, as_bytes(values.contiguous().cpu()))
                 advance(_size(writer.tensors[name + part] for part in parts), name)
 
@@ -174,30 +175,32 @@ def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibrati
             f"versions 1 to {_VERSION}, so update it, or calibrate again"
         )
     advance = Meter(_size(source.header.tensors.values()), progress)
+    channels = () if version == 1 else (MEAN, AMAX)
     with source:
         for name, count in rows.items():
-            advance(_check_layer(source, name, count), name)
+            advance(_check_layer(source, name, count, channels), name)
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
     return Calibration(layers, model, about)
 
 
-def _check_layer(source: FileSource, name: str, count) -> int:
+def _check_layer(source: FileSource, name: str, count, channels: Iterable[str]) -> int:
     """Raise FormatError where a layer's statistics are not what `save` writes; returns their size.
 
     Args:
         count: of the input rows, as the metadata says.
+        channels: the statistics that must be there beside the Hessian.
     """
     key = _hessian_key(source, name)
     where = f"{source.name}: the Hessian of {quoted(name)}"
     dtype, shape = source.tensors.get(key, (None, ()))
     if dtype != "F32" or len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
         raise FormatError(f"{where} is {dtype} {list(shape)}; it must be a square F32 matrix")
-    keys = [key, *(name + part for part in (MEAN, AMAX) if name + part in source.tensors)]
-    for channels in keys[1:]:
-        dtype, size = source.tensors[channels]
+    keys = [key, *(name + part for part in channels)]
+    for channel in keys[1:]:
+        dtype, size = source.tensors.get(channel, (None, ()))
         if (dtype, size) != ("F32", shape[:1]):
             raise FormatError(
-                f"{source.name}: {quoted(channels)} is {dtype} {list(size)}; it must be "
+                f"{source.name}: {quoted(channel)} is {dtype} {list(size)}; it must be "
                 f"F32 {[shape[0]]}, one value for each column of the Hessian"
             )
     statistics = [source.rows(part, 0, shape[0]) for part in keys]
@@ -274,7 +277,7 @@ class HessianAccumulator:
 
     @property
     def received(self) -> str:
-        """What the layer's inputs were, where `take` has nothing to return."""
+        """Describes the inputs, for the message when `take` returns None."""
         if self.rows:
             return "values whose squares float32 cannot hold"
         return "nothing finite" if self.dropped else "nothing"
