@@ -12,7 +12,7 @@ from .host.progress import show
 from .models.load import check_file, load_diffusion_model
 from .runtime.describe import describe
 from .runtime.patch import accelerate, accelerate_clip, check_scales
-from .widgets import CATEGORY, ROWS, precision_input
+from .widgets import CATEGORY, precision_input
 
 
 def check_loaded(patcher) -> list[str]:
@@ -39,7 +39,7 @@ def check_loaded(patcher) -> list[str]:
 
 def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
     """Show on the node what runs the MXFP8 layers of these models, and the warnings."""
-    reports = [describe(patcher, ROWS) for patcher in patchers]
+    reports = [describe(patcher) for patcher in patchers]
     lines = [r.line() if len(reports) == 1 else f"{r.model}: {r.line()}" for r in reports]
     show(node, "\n".join([*lines, *warnings]))
 

@@ -11,8 +11,8 @@ from comfy_api.latest import io
 
 from ..quant.reports.execution import BackendReport
 from .host.progress import Progress, output
-from .runtime.describe import describe, load_for_report, measure
-from .widgets import CATEGORY, ROWS
+from .runtime.describe import ROWS, describe, load_for_report, measure
+from .widgets import CATEGORY
 
 logger = logging.getLogger(__name__)
 

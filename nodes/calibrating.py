@@ -1,4 +1,4 @@
-"""Nodes that calibrate a model, so that its weights can be rounded for its use (`quant.gptq`)."""
+"""Nodes that calibrate a model, so that `quant.conversion.gptq` can round it for its use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ..quant.sources.unsupported import check_unquantized
 from .host import paths
 from .host.progress import Progress, RunProgress, output, show
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
+from .models.sampling import SamplerSettings
 from .models.source import ModelSource
 from .models.transfer import check_movable
-from .widgets import CATEGORY, CalibrationType, SamplerSettings, selection_inputs
+from .widgets import CATEGORY, CalibrationType, sampler_inputs, selection_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class MXFP8Calibrate(io.ComfyNode):
             search_aliases=["mxfp8", "calibrate", "calibration", "gptq", "quantize"],
             inputs=[
                 io.Model.Input("model", tooltip="The original model, with the LoRAs to bake in."),
-                *SamplerSettings.inputs(
+                *sampler_inputs(
                     io.Int.Input("first_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
                                  tooltip="The first seed; the others follow it."),
                     io.Int.Input("seeds", default=2, min=1, max=64,

@@ -12,7 +12,8 @@ from PIL import Image
 from ..quant.reports import plot
 from .host.progress import output
 from .models.paired_sampling import check_pair, compare_models
-from .widgets import CATEGORY, ComparisonType, SamplerSettings
+from .models.sampling import SamplerSettings
+from .widgets import CATEGORY, ComparisonType, sampler_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class MXFP8Compare(io.ComfyNode):
             inputs=[
                 io.Model.Input("reference", tooltip="The original model."),
                 io.Model.Input("model", tooltip="The model to compare with it."),
-                *SamplerSettings.inputs(
+                *sampler_inputs(
                     io.Int.Input("first_seed", default=1000, min=0, max=0xFFFFFFFFFFFFFFFF,
                                  tooltip="The first seed; the others follow it. If the model was "
                                  "calibrated, use seeds that the calibration did not."),

@@ -11,7 +11,7 @@ from ..quant.reports.conversion import KEPT, format_size
 from .host import paths
 from .host.progress import Progress, output
 from .runtime.describe import describe
-from .widgets import CATEGORY, NO_FILE, ROWS
+from .widgets import CATEGORY, NO_FILE
 
 
 class MXFP8Inspect(io.ComfyNode):
@@ -83,7 +83,7 @@ class MXFP8Inspect(io.ComfyNode):
 
 def inspect_model(patcher) -> Inspection:
     """The inspection of a ModelPatcher, with the fields of a file's."""
-    report = describe(patcher, ROWS)
+    report = describe(patcher)
     layers = [
         LayerInspection(
             name=layer.name,

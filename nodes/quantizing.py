@@ -22,7 +22,6 @@ from .runtime.describe import describe
 from .runtime.patch import accelerate
 from .widgets import (
     CATEGORY,
-    ROWS,
     calibration_inputs,
     overwrite_input,
     precision_input,
@@ -67,7 +66,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
         selection = Selection(preset, include, exclude)
         quantized, report = quantize_model(cls, model, selection, calibration, held_out)
         quantized = accelerate(quantized, precision)
-        return _report_output(cls, report, quantized, runs=describe(quantized, ROWS).line())
+        return _report_output(cls, report, quantized, runs=describe(quantized).line())
 
 
 class MXFP8ConvertFile(io.ComfyNode):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import comfy.samplers
-import nodes as comfy_nodes
 from comfy_api.latest import io
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant.conversion import policy
 
 CATEGORY = "MXFP8"
-ROWS = 4096  # M of the inputs that loaders describe layers for: an image of a megapixel
 NO_FILE = "none"
 
 CalibrationType = io.Custom("MXFP8_CALIBRATION")
@@ -90,57 +86,29 @@ def overwrite_input() -> io.Input:
     return io.Boolean.Input("overwrite", default=False, tooltip="Replace the target if it exists.")
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """What KSampler is given apart from the model, on several seeds; fields are inputs of nodes."""
+def sampler_inputs(first_seed: io.Input, seeds: io.Input, sampler_note: str = "") -> list[io.Input]:
+    """The inputs that `models.sampling.SamplerSettings` is made of.
 
-    positive: list
-    negative: list
-    latent_image: dict
-    first_seed: int  # an input called "seed" would get a control for random seeds
-    seeds: int
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float
-
-    @staticmethod
-    def inputs(first_seed: io.Input, seeds: io.Input, sampler_note: str = "") -> list[io.Input]:
-        """The inputs of these names.
-
-        Args:
-            first_seed, seeds: these two, which differ by node.
-            sampler_note: what the tooltip of the sampler adds.
-        """
-        as_in = "As in KSampler."
-        samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
-        return [
-            io.Conditioning.Input("positive", tooltip="A prompt that is typical of your use."),
-            io.Conditioning.Input("negative", tooltip=as_in),
-            io.Latent.Input("latent_image", tooltip="An empty latent of the size that you use."),
-            first_seed,
-            seeds,
-            io.Int.Input("steps", default=8, min=1, max=1000, tooltip=as_in),
-            io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=as_in),
-            io.Combo.Input(
-                "sampler_name", options=list(samplers), default="euler",
-                tooltip=f"{as_in}{sampler_note}",
-            ),
-            io.Combo.Input(
-                "scheduler", options=list(schedulers), default="simple", tooltip=as_in
-            ),
-            io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=as_in),
-        ]  # fmt: skip
-
-    @property
-    def each_seed(self) -> list[int]:
-        return [(self.first_seed + number) % 2**64 for number in range(self.seeds)]
-
-    def sample(self, patcher, seed: int):
-        """The latent of a seed, as KSampler samples it."""
-        (latent,) = comfy_nodes.common_ksampler(
-            patcher, seed, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
-            self.negative, self.latent_image, denoise=self.denoise,
-        )  # fmt: skip
-        return latent["samples"]
+    Args:
+        first_seed, seeds: these two, which differ by node.
+        sampler_note: what the tooltip of the sampler adds.
+    """
+    as_in = "As in KSampler."
+    samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+    return [
+        io.Conditioning.Input("positive", tooltip="A prompt that is typical of your use."),
+        io.Conditioning.Input("negative", tooltip=as_in),
+        io.Latent.Input("latent_image", tooltip="An empty latent of the size that you use."),
+        first_seed,
+        seeds,
+        io.Int.Input("steps", default=8, min=1, max=1000, tooltip=as_in),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=as_in),
+        io.Combo.Input(
+            "sampler_name", options=list(samplers), default="euler",
+            tooltip=f"{as_in}{sampler_note}",
+        ),
+        io.Combo.Input(
+            "scheduler", options=list(schedulers), default="simple", tooltip=as_in
+        ),
+        io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=as_in),
+    ]  # fmt: skip

@@ -12,8 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 from ...quant.conversion import calibration
 from ...quant.reports import comparison
 from ..runtime.describe import linears
-from ..runtime.patch import mxfp8_linears
-from .source import PREFIX
+from ..runtime.patch import PREFIX, mxfp8_linears
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into names
 

@@ -1,10 +1,10 @@
-"""Moments of the inputs of a model's layers, gathered while a sampler runs it (`quant.gptq`).
+"""Moments of the inputs of a model's layers, gathered while a sampler runs it.
 
-The moments of all layers together are larger than the model. Layers are watched in groups that fit
-the given memory, each in runs of its own. Where that takes several groups, each goes into a file in
-ComfyUI's temp folder before the next, so what a calibration needs does not grow with the model.
-Rejected: all layers in memory (22 GB for Z-Image), and adding up in a file, which every layer of
-every step would have to read and write.
+`quant.conversion.gptq` rounds weights by them. The moments of all layers together are larger than
+the model. Layers are watched in groups that fit the given memory, each in runs of its own. Where
+that takes several groups, each goes into a file in ComfyUI's temp folder before the next, so what a
+calibration needs does not grow with the model. Rejected: all layers in memory (22 GB for Z-Image),
+and adding up in a file, which every layer of every step would have to read and write.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...quant.memory import is_out_of_memory
 from ...quant.reports.conversion import format_size
 from ..host import paths
 from ..host.progress import check_interrupt
-from .source import PREFIX
+from ..runtime.patch import PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -41,9 +41,9 @@ from ...quant.reports.comparison import (
 from ...quant.version import version
 from ..host.progress import RunProgress
 from ..runtime.describe import describe, linears, synchronize
-from ..widgets import ROWS, SamplerSettings
 from . import fingerprints
 from .fingerprints import plain
+from .sampling import SamplerSettings
 
 _KEY = "mxfp8_compare"
 _KEPT = 1 << 30  # bytes of recorded steps
@@ -309,7 +309,7 @@ def _side(patcher, seconds: list[list[float]], before: Side | None, notes: list[
         seconds: of all its runs, by loading.
         before: of its last loading.
     """
-    report = describe(patcher, ROWS)
+    report = describe(patcher)
     fingerprint = fingerprints.of_mxfp8 if report.mxfp8 else fingerprints.of_linears
     if any(layer.precision == "fast" for layer in report.mxfp8):
         notes.append(

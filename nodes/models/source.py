@@ -21,8 +21,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...quant.format import WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
-
-PREFIX = "diffusion_model."  # of its names in the MODEL
+from ..runtime.patch import PREFIX
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class _Entry:
 
 
 class ModelSource:
-    """The diffusion model inside a MODEL, keys without prefix, for `quant.convert`.
+    """The diffusion model inside a MODEL, keys without prefix, for `quant.conversion.convert`.
 
     Args:
         patcher: the MODEL. It is only read.

@@ -22,12 +22,12 @@ from ...quant.reports.conversion import KEPT, MXFP8
 from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
 from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
-from ..models.source import PREFIX
 from . import cache, forward
-from .patch import MAX_ROWWISE_CHANGE, mxfp8_linears, our_patches, rowwise_changes
+from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, our_patches, rowwise_changes
 from .patcher import compute_dtype, keep_prepared_weights
 from .timer import median_microseconds
 
+ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel
 # Most rows that a layer is timed with on a CPU. A call of the largest layers then takes less than a
 # second, and interrupts are checked between calls.
 _CPU_ROWS = 256
@@ -46,7 +46,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return HEADER_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def describe(patcher, rows: int, changes: bool = False) -> BackendReport:
+def describe(patcher, rows: int = ROWS, changes: bool = False) -> BackendReport:
     """The backend report of a ModelPatcher, without timings.
 
     Args:
@@ -83,14 +83,14 @@ def describe(patcher, rows: int, changes: bool = False) -> BackendReport:
 
 
 def _asked(patcher) -> str:
-    """The precision that was chosen for a model: what most of its patches are for."""
+    """The precision chosen for a model: that of most of its patches."""
     patches = [getattr(p, "__func__", None) for p in patcher.object_patches.values()]
     asked = [forward.PRECISION_OF[f] for f in patches if f in forward.FORWARDS.values()]
     return max(set(asked), key=asked.count) if asked else "auto"
 
 
 def _is_encoder(patcher) -> bool:
-    """Whether a model is a text encoder, which `loading.accelerate_clip` always runs exact."""
+    """Whether a model is a text encoder, which `patch.accelerate_clip` always runs exact."""
     return not isinstance(patcher.model, BaseModel)
 
 
@@ -198,8 +198,8 @@ def measure(patcher, report: BackendReport, progress: Progress) -> BackendReport
     """The report with timings of one MXFP8 layer of each size, as the patch on it runs it.
 
     Args:
-        report: of the model after `load`. The time of an offloaded layer includes its transfer to
-            the device.
+        report: of the model after `load_for_report`. The time of an offloaded layer includes its
+            transfer to the device.
     """
     groups: dict[tuple, list[LayerExecution]] = {}
     for layer in report.mxfp8:

@@ -33,6 +33,7 @@ from .patcher import compute_dtype, patcher_class
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "diffusion_model."  # prefix of the diffusion model's parameters in a MODEL
 _KEY = "mxfp8"
 # A layer runs exact if row-wise scaling could change its weights by more; MXFP8 rounds by 0.027.
 MAX_ROWWISE_CHANGE = 0.01
@@ -123,7 +124,10 @@ def accelerate_clip(clip):
 
 
 def rowwise_changes(patcher, linears, precision: str) -> dict[str, float]:
-    """How much row-wise scaling changes each layer at most; empty where no layer is prepared so."""
+    """How much row-wise scaling changes each layer at most.
+
+    Empty if the path does not use row-wise weights.
+    """
     path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), precision)
     if path.input_form != "rowwise":
         return {}

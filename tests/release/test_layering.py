@@ -21,6 +21,13 @@ FLOORS = {
     "mxfp8.quant.container": (),
     "mxfp8.nodes": ("mxfp8.quant", "mxfp8.kernels"),
     "mxfp8.nodes.host": ("mxfp8.quant", "mxfp8.kernels"),
+    "mxfp8.nodes.runtime": ("mxfp8.nodes.host", "mxfp8.quant", "mxfp8.kernels"),
+    "mxfp8.nodes.models": (
+        "mxfp8.nodes.runtime",
+        "mxfp8.nodes.host",
+        "mxfp8.quant",
+        "mxfp8.kernels",
+    ),
 }
 # What a room must not import although its floor may.
 WALLS = {
@@ -134,6 +141,8 @@ def test_rooms_and_floors_import_only_what_is_below_them():
         ("quant/container/writer.py", "from ...kernels import layout", ["mxfp8.kernels.layout"]),
         ("nodes/host/paths.py", "from ..runtime import patch", ["mxfp8.nodes.runtime.patch"]),
         ("nodes/host/paths.py", "from .. import widgets", ["mxfp8.nodes.widgets"]),
+        ("nodes/runtime/patch.py", "from ..models import load", ["mxfp8.nodes.models.load"]),
+        ("nodes/models/load.py", "from .. import widgets", ["mxfp8.nodes.widgets"]),
     ],
 )
 def test_the_check_catches_an_import_upwards(path, source, names):
@@ -150,6 +159,7 @@ def test_the_check_catches_an_import_upwards(path, source, names):
         ("quant/container/writer.py", "from . import header\nfrom .header import quoted"),
         ("nodes/saving.py", "import comfy.ops, folder_paths\nfrom .. import kernels, quant"),
         ("nodes/host/progress.py", "import comfy.utils\nfrom ...quant.progress import Pace"),
+        ("nodes/runtime/patch.py", "from ..host import settings\nfrom . import cache"),
     ],
 )
 def test_the_check_passes_an_import_downwards(path, source):
