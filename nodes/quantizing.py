@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
-import comfy.model_management
-import comfy.sd
 from comfy_api.latest import io
 
-from ..kernels import layout
-from ..quant.conversion.convert import convert, convert_file, plan_source
+from ..quant.conversion.convert import convert_file
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
-from ..quant.sources.unsupported import check_unquantized
 from .host import paths
 from .host.progress import Progress, output
-from .models.source import ModelSource
-from .models.transfer import check_movable, give_model
+from .models.quantize import device, quantize_model
 from .runtime.describe import describe
 from .runtime.patch import accelerate
 from .widgets import (
@@ -64,7 +58,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
         cls, model, preset, precision, include="", exclude="", calibration=None, held_out=None
     ) -> io.NodeOutput:
         selection = Selection(preset, include, exclude)
-        quantized, report = quantize_model(cls, model, selection, calibration, held_out)
+        quantized, report = quantize_model(model, selection, calibration, held_out, Progress(cls))
         quantized = accelerate(quantized, precision)
         return _report_output(cls, report, quantized, runs=describe(quantized).line())
 
@@ -140,57 +134,3 @@ def _report_output(node: type[io.ComfyNode], report: Report, *values, runs: str 
     logger.info("MXFP8: %s", summary)
     text = report.to_json()
     return output(node, summary, *values, text, document=text)
-
-
-def device() -> str:
-    """The device to quantize on: ComfyUI's, if it has float8."""
-    chosen = comfy.model_management.get_torch_device()
-    return "cpu" if chosen.type == "mps" else str(chosen)
-
-
-def quantize_model(
-    node: type[io.ComfyNode], patcher, selection: Selection, calibration=None, held_out=None
-):
-    """(the MXFP8 version of a MODEL, the report on it); `node` shows the progress.
-
-    The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads
-    that file. So reloads, deep clones and other devices have a file to load, and memory holds the
-    input, the result and one layer. The file is deleted with the last model that uses it.
-    """
-    check_movable(patcher)
-    source = ModelSource(patcher)
-    if source.quantized:
-        name, module = next(iter(source.quantized.items()))
-        raise ValueError(
-            f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
-            "quantize the BF16, FP16 or FP32 original"
-        )
-    check_unquantized(source)
-    plan = plan_source(source, selection, is_linear=source.is_linear)
-    source.metadata = source.detection_metadata(
-        {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
-    )
-    file = TemporaryFile()
-    report = convert(
-        source, file.path, plan, progress=Progress(node), device=device(),
-        calibration=calibration, held_out=held_out,
-    )  # fmt: skip
-    del source
-
-    fresh = load_temporary(file, disable_dynamic=not patcher.is_dynamic())
-    return give_model(patcher, fresh), replace(report, target="MODEL")
-
-
-class TemporaryFile:
-    """A file that is deleted when nothing refers to this object any more."""
-
-    def __init__(self):
-        self.path = paths.temporary_path()
-        paths.delete_with(self, self.path)
-
-
-def load_temporary(file: TemporaryFile, disable_dynamic: bool = False):
-    """Load a temporary file with stock; also ComfyUI's factory for deep clones."""
-    patcher = comfy.sd.load_diffusion_model(str(file.path), disable_dynamic=disable_dynamic)
-    patcher.cached_patcher_init = (load_temporary, (file,))
-    return patcher

@@ -1,0 +1,82 @@
+"""A MODEL quantized to MXFP8, on the patcher of its input.
+
+The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads that
+file. So reloads, deep clones and other devices have a file to load, and memory holds the input, the
+result and one layer. The file is deleted with the last model that uses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.sd
+from comfy.model_patcher import ModelPatcher
+
+from ...kernels import layout
+from ...quant.conversion.calibration import Calibration
+from ...quant.conversion.convert import convert, plan_source
+from ...quant.conversion.policy import Selection
+from ...quant.progress import Progress
+from ...quant.reports.conversion import Report
+from ...quant.sources.unsupported import check_unquantized
+from ..host import paths
+from .source import ModelSource
+from .transfer import check_movable, give_model
+
+
+def device() -> str:
+    """The device to quantize on: ComfyUI's, if it has float8."""
+    chosen = comfy.model_management.get_torch_device()
+    return "cpu" if chosen.type == "mps" else str(chosen)
+
+
+def quantize_model(
+    patcher,
+    selection: Selection,
+    calibration: Calibration | None = None,
+    held_out: Calibration | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelPatcher, Report]:
+    """The MXFP8 version of a MODEL, and the report on it.
+
+    Raises:
+        ValueError: the model is quantized, or something on it cannot move to another model.
+    """
+    check_movable(patcher)
+    source = ModelSource(patcher)
+    if source.quantized:
+        name, module = next(iter(source.quantized.items()))
+        raise ValueError(
+            f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
+            "quantize the BF16, FP16 or FP32 original"
+        )
+    check_unquantized(source)
+    plan = plan_source(source, selection, is_linear=source.is_linear)
+    source.metadata = source.detection_metadata(
+        {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
+    )
+    file = _TemporaryFile()
+    report = convert(
+        source, file.path, plan, progress=progress, device=device(),
+        calibration=calibration, held_out=held_out,
+    )  # fmt: skip
+    del source
+
+    fresh = _load_temporary(file, disable_dynamic=not patcher.is_dynamic())
+    return give_model(patcher, fresh), replace(report, target="MODEL")
+
+
+class _TemporaryFile:
+    """A file that is deleted when nothing refers to this object any more."""
+
+    def __init__(self):
+        self.path = paths.temporary_path()
+        paths.delete_with(self, self.path)
+
+
+def _load_temporary(file: _TemporaryFile, disable_dynamic: bool = False):
+    """Load a temporary file with stock; also ComfyUI's factory for deep clones."""
+    patcher = comfy.sd.load_diffusion_model(str(file.path), disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (_load_temporary, (file,))
+    return patcher
