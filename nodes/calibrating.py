@@ -105,10 +105,8 @@ class MXFP8Calibrate(io.ComfyNode):
 
         layers, accumulators = gather(model, groups, sample, progress.begin, on_step)
         if not layers:
-            raise ValueError(
-                f"calibration is empty: no layer of this {source.name} was run"
-                + " on finite values with finite squares" * bool(groups)
-            )
+            why = "received usable (finite) inputs" if groups else "is to be quantized"
+            raise ValueError(f"calibration is empty: no layer of this {source.name} {why}")
         mark = calibration.fingerprint(
             (n, source.tensors[n + WEIGHT][1], source.rows(n + WEIGHT, 0, 1)[0]) for n in layers
         )
@@ -138,18 +136,19 @@ def _counted(number: int, noun: str) -> str:
 def _result(layers: dict, accumulators: dict[str, HessianAccumulator], seconds: float) -> list[str]:
     """What was gathered, and layers whose inputs were unusable, which are logged too."""
     rows = min(moments.rows for moments in layers.values())
-    lost: dict[str, list[str]] = {}  # by what they were given
+    lost: dict[str, list[str]] = {}  # by what they got
     for name, accumulator in accumulators.items():
         if name not in layers:
             lost.setdefault(accumulator.received, []).append(quoted(name))
     faults = [
-        f"{_counted(len(names), 'layer')} given {given}, to be rounded to nearest: {_some(names)}"
-        for given, names in lost.items()
+        f"{_counted(len(names), 'layer')} got {received} and will be rounded to nearest: "
+        f"{_some(names)}"
+        for received, names in lost.items()
     ]
     partly = [f"{quoted(n)} ({accumulators[n].dropped})" for n in layers if accumulators[n].dropped]
     if partly:
         faults.append(
-            f"{_counted(len(partly), 'layer')} given rows with NaN or Inf, which were left out: "
+            f"{_counted(len(partly), 'layer')} got rows with NaN or Inf, which were left out: "
             f"{_some(partly)}"
         )
     for fault in faults:

@@ -78,9 +78,7 @@ class MXFP8Compare(io.ComfyNode):
         strip = plot.make_strip(*map(_picture, images)) if images else None
         picture = _tensor(plot.draw(comparison, strip))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return output(
-            cls, summary, picture, summary, text, comparison, document=text, **shown
-        )  # fmt: skip
+        return output(cls, summary, picture, summary, text, comparison, document=text, **shown)
 
 
 def _decoder(vae):

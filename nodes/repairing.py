@@ -22,7 +22,7 @@ class MXFP8RepairFile(io.ComfyNode):
             description=(
                 "Writes a repaired copy of an MXFP8 file whose markers were lost, or whose scales "
                 "are in an order or dtype that ComfyUI does not read. The weights keep their bits. "
-                "The loaders refuse such files and point here."
+                "The loaders reject such files and point here."
             ),
             search_aliases=["mxfp8", "repair", "fix file", "markers", "row-major"],
             inputs=[

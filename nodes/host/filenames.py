@@ -74,5 +74,8 @@ def check_target(folder: str, target) -> None:
 
 
 def is_inside(root, target) -> bool:
-    """Whether a path, links followed, lies in a folder. Not every ComfyUI that runs has its own."""
+    """Whether a path, links followed, lies in a folder.
+
+    Supported ComfyUI versions do not all have such a function.
+    """
     return Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root))

@@ -94,7 +94,7 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
             "-suffix", beside it, or beside its folder if the folder holds only that model.
 
     Raises:
-        ValueError: some system cannot store the name, or it leaves the model folder.
+        ValueError: some system cannot store the name, or it is outside the model folder.
     """
     folder, _, chosen = choice.partition("/")
     # Links are not followed: a linked model belongs to the folder that lists it.
@@ -109,7 +109,7 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
         name += ".safetensors"
     target = root / name
     if not is_inside(root, target):
-        raise ValueError(f"the name {name!r} leaves the folder {folder!r}; give a name inside it")
+        raise ValueError(f"{name!r} is outside the folder {folder!r}; give a name inside it")
     return target
 
 

@@ -82,7 +82,7 @@ class RunProgress(Progress):
         self._begun = False
 
     def begin(self) -> None:
-        """Time the runs from the first of these calls on: what came before was loading a model."""
+        """Start timing at the first call; the time before went into loading the model."""
         if not self._begun:
             self._begun = True
             self._pace.start()

@@ -1,10 +1,10 @@
 """The user's choices in ComfyUI's settings that concern the server.
 
 ComfyUI keeps the browser's settings in `user/default/comfy.settings.json`, and has a function to
-read them only for a web request. A run is none, so the file is read before each run, in 0.1 ms.
-Where ComfyUI serves several users (`--multi-user`), a run does not show whose it is, so the
-settings are ignored, which is logged. Environment variables override them, for servers without a
-browser.
+read them only for a web request. A run is not a web request, so the file is read before each run
+(0.1 ms). Where ComfyUI serves several users (`--multi-user`), a run does not show whose it is, so
+the settings are ignored, which is logged. Environment variables override them, for servers without
+a browser.
 """
 
 from __future__ import annotations

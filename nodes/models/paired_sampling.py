@@ -6,9 +6,9 @@ offloading. Each model runs alone, the other unloaded, so that memory and time a
 are taken in groups whose recorded steps fit 1 GB, each group first on the reference, then on the
 model: large models are not swapped for every seed, and memory does not grow with the seeds.
 
-The noise floor, what the reference differs from itself by, takes few more runs: one in which the
-sampler draws other noise. If that changes nothing, the sampler draws none, and runs repeat. If it
-does, a plain second run shows which of the two it was, and every seed runs again for that.
+The noise floor (how much the reference differs from itself) needs a few more runs. In the first,
+the sampler draws other noise. If that changes nothing, the sampler draws none, and runs repeat. If
+it does, a plain second run shows which of the two it was, and every seed runs again for that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...kernels import layout
+from ...kernels.backends import fp8_rowwise
 from ...quant.container.header import quoted
 from ...quant.reports import metrics
 from ...quant.reports.comparison import (
@@ -275,7 +276,9 @@ def _run(
 def _find_floor(
     seed: int, first: Run, floor: Floor | None, run: Callable[..., Run]
 ) -> tuple[Floor | None, dict[str, float | None]]:
-    """Run the reference again as far as that shows a difference.
+    """Repeat the reference as far as needed to measure the noise floor.
+
+    First with other sampler noise, then unchanged.
 
     Args:
         floor: what is known from earlier seeds; None before the first that can be compared.
@@ -312,8 +315,10 @@ def _side(patcher, seconds: list[list[float]], before: Side | None, notes: list[
     report = describe(patcher)
     fingerprint = fingerprints.of_mxfp8 if report.mxfp8 else fingerprints.of_linears
     if any(layer.precision == "fast" for layer in report.mxfp8):
+        rows = fp8_rowwise.SMALL_M
+        small_m = report.small_m.removesuffix(f" (up to {rows})")
         notes.append(
-            f"fast holds for inputs of many rows; with few rows, layers run {report.small_m}"
+            f"`fast` applies to inputs of more than {rows} rows; smaller ones run {small_m}"
         )
     peak = None
     if patcher.load_device.type == "cuda":

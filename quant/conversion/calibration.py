@@ -280,7 +280,7 @@ class HessianAccumulator:
         """Describes the inputs, for the message when `take` returns None."""
         if self.rows:
             return "values whose squares float32 cannot hold"
-        return "nothing finite" if self.dropped else "nothing"
+        return "no finite input" if self.dropped else "no input"
 
     def reserve(self, width: int, device: torch.device) -> None:
         """Allocate now, not with the first input, when the memory may be in use."""

@@ -160,7 +160,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     graph = Graph()
     node = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")
     graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
-    with pytest.raises(PromptError, match="calibration is empty: no layer of this Flux was run"):
+    with pytest.raises(PromptError, match="calibration is empty: no layer of this Flux is to be"):
         comfy.run(graph)
     assert not list((comfy.base / "output").rglob("never*"))
 
@@ -214,7 +214,7 @@ def test_layers_that_never_run_are_named_and_rounded_to_nearest(comfy):
     graph.save_latent(graph.sample(made, "flux"))
     outputs = comfy.run(graph)
     fault = outputs[node[0]]["text"][0].splitlines()[-1]
-    assert "layers given nothing, to be rounded to nearest: 'single_blocks" in fault
+    assert "layers got no input and will be rounded to nearest: 'single_blocks" in fault
     report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
     silent = [layer.name for layer in report.quantized if layer.output_error is None]
     assert silent and all(name.startswith("single_blocks.") for name in silent)
@@ -236,11 +236,11 @@ def test_layers_whose_inputs_are_not_finite_are_named_with_how_many_do_not_count
     outputs = comfy.run(graph)
     texts = {how: outputs[node[0]]["text"][0].splitlines() for how, node in nodes.items()}
     assert re.fullmatch(
-        r"\d+ layers given rows with NaN or Inf, which were left out: ('[\w.]+' \(\d+\)(, )?)+"
+        r"\d+ layers got rows with NaN or Inf, which were left out: ('[\w.]+' \(\d+\)(, )?)+"
         r"( and \d+ more)?", texts["late"][-1]
     ), texts  # fmt: skip
     assert any(
-        re.match(r"\d+ layers? given values whose squares float32 cannot hold, to be rounded to "
+        re.match(r"\d+ layers? got values whose squares float32 cannot hold and will be rounded to "
                  r"nearest: 'double_blocks\.0\.\w+_mlp\.2'", line)
         for line in texts["huge"]
     ), texts  # fmt: skip
@@ -271,7 +271,7 @@ def test_the_model_stays_usable_when_memory_ends_or_values_are_no_numbers(comfy)
             "memory",
             "out of memory while calibrating this Flux, which is unchanged; lower memory_gb",
         ),
-        ("nan", "calibration is empty: no layer of this Flux was run on finite values"),
+        ("nan", "calibration is empty: no layer of this Flux received usable"),
     ):
         failing = Graph(graph)
         model = failing.add("TestForward", model=original, how=how, call=60)

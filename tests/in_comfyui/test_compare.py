@@ -236,7 +236,7 @@ def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
         fp8_card(graph, graph.loader("flux.safetensors"), on=False)
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
-    note = "fast holds for inputs of many rows; with few rows, layers run eager, exact (up to 1)"
+    note = "`fast` applies to inputs of more than 1 rows; smaller ones run eager, exact"
     assert fast.model.paths == {"fp8, fast": 19} and note in fast.notes
     assert plain.model.paths == {"eager, exact": 19} and note not in plain.notes
 

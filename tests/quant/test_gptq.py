@@ -243,9 +243,9 @@ def test_inputs_whose_squares_are_infinite_count_as_nothing():
 
 def test_rows_that_are_not_finite_are_counted():
     one = calibration.HessianAccumulator()
-    assert one.received == "nothing"
+    assert one.received == "no input"
     one.add(torch.full((2, 4), torch.nan))
-    assert (one.rows, one.dropped, one.received) == (0, 2, "nothing finite")
+    assert (one.rows, one.dropped, one.received) == (0, 2, "no finite input")
     one.add(torch.tensor([[1.0, torch.inf, 1, 1], [1, 1, 1, 1], [0, 0, 0, torch.nan]]))
     assert (one.take().rows, one.dropped) == (1, 4)
 
