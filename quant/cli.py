@@ -278,15 +278,14 @@ def _any_of(expressions: list[str] | None) -> str | None:
 
 def _check_output(arguments, option: str, kind: str = "json") -> None:
     """Raise ValueError for an output path that is not writable or is one of the files to read."""
-    from .sources.open import open_source
+    from .sources.open import files_of
 
     path = getattr(arguments, option)
     if path.is_dir():
         raise ValueError(f"--{option}: {str(path)!r} is a folder; give a .{kind} name")
     if not path.parent.is_dir():
         raise ValueError(f"--{option}: there is no folder {str(path.parent)!r}")
-    with open_source(arguments.source) as source:
-        taken = {file.resolve() for file in source.files}
+    taken = {file.resolve() for file in files_of(arguments.source)}
     others = (getattr(arguments, name, None) for name in ("target", "calibration", "held_out"))
     taken |= {other.resolve() for other in others if other}
     if path.resolve() in taken:

@@ -124,7 +124,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
     header.check_layers()
     result = _from_header(header, every_byte)
     if every_byte:
-        _scan(path, result, progress)
+        _scan(header, result, progress)
     return result
 
 
@@ -180,12 +180,12 @@ def _layers(header: Header) -> Iterator[LayerInspection]:
             )
 
 
-def _scan(path, result: Inspection, progress: Progress | None) -> None:
+def _scan(header: Header, result: Inspection, progress: Progress | None) -> None:
     from ..sources.file import FileSource
     from . import scan
 
     advance = Meter(sum(layer.bytes for layer in result.mxfp8), progress)
-    with FileSource(path) as source:
+    with FileSource(header.path, header) as source:
         for check in (scan.check_embeddings, scan.check_unmarked, scan.check_experts):
             try:
                 check(source)

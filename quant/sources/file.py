@@ -67,12 +67,18 @@ class StoredSource(Source, Protocol):
 
 
 class FileSource(StoredSource):
-    """A safetensors file, read into memory of our own: nothing is mapped."""
+    """A safetensors file, read into memory of our own: nothing is mapped.
 
-    def __init__(self, path):
+    Args:
+        header: the file's, if it was read already.
+    """
+
+    def __init__(self, path, header: Header | None = None):
         path = Path(path)
-        unsupported.check_file(path)
-        self.header: Header = read_header(path)
+        if header is None:
+            unsupported.check_file(path)
+            header = read_header(path)
+        self.header = header
         self.name = path.name
         self.files = (path,)
         self.metadata = self.header.metadata

@@ -49,6 +49,14 @@ def open_source(path) -> StoredSource:
         raise
 
 
+def files_of(path: Path) -> set[Path]:
+    """The files that `open_source` reads, found without reading any header."""
+    place = find_model(path)
+    if place.suffix.lower() != ".json":
+        return {place}
+    return {place, *(place.with_name(name) for name in shards.read_index(place)[0].values())}
+
+
 def find_model(path: Path) -> Path:
     """The file or index that a path stands for; a file stands for itself."""
     if not path.is_dir():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.cli import main
+from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.format import AGAIN, read_header
 from mxfp8.quant.reports.conversion import Report
@@ -455,3 +456,23 @@ def test_prefixes_may_differ(source, target, prefix, renamed):
     after = verify_file(target, source)
     assert after.problems == []
     assert after.sqnr_db == before.sqnr_db
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "model"],
+        ["convert", "source", "new", "--report", "r.json"],
+        ["probe", "blocks", "--json", "p.json", "--csv", "p.csv"],
+    ],
+)
+def test_the_header_of_a_model_is_read_once(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    save_file({"a.weight": matrix(64, 64)}, "source")
+    save_file({"blocks.0.a.weight": matrix(64, 64)}, "blocks")
+    assert main(["convert", "source", "model"]) == 0
+    parsed = []
+    read = header._read_text
+    monkeypatch.setattr(header, "_read_text", lambda p: parsed.append(p.name) or read(p))
+    assert main(words) == 0
+    assert parsed.count(words[1]) == 1
