@@ -176,7 +176,7 @@ def convert(
         layers=_layer_reports(plan, writer, results),
         include=plan.selection.include,
         exclude=plan.selection.exclude,
-        calibration=None if calibration is None else _about(calibration, held_out),
+        calibration=_calibrated(plan, calibration, held_out),
     )
 
 
@@ -206,6 +206,16 @@ def _about(calibration: Calibration, held_out: Calibration | None = None) -> dic
         "least_rows": min(rows, default=0),
         **({} if held_out is None else {"held_out": _about(held_out)}),
     }
+
+
+def _calibrated(
+    plan: Plan, calibration: Calibration | None, held_out: Calibration | None
+) -> dict | None:
+    """What a report says about the calibrations of a conversion."""
+    if calibration is None:
+        return None
+    count = sum(calibration.of(decision.layer) is not None for decision in plan.quantized)
+    return {**_about(calibration, held_out), "rounded_layers": count}
 
 
 def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:

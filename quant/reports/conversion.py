@@ -70,9 +70,9 @@ class Report:
         min_sqnr_db: the least that a sound layer has, for charts of the report.
         include, exclude: the regular expressions given beside the preset.
         calibration: the fingerprint of the "model" that was run, the number of "layers", their
-            "least_rows", and what the calibration says of itself ("first_seed", "seeds", "steps",
-            "sampler", ...), and the same of the data for the output errors under "held_out", if
-            that is other data; None without one.
+            "least_rows", how many were quantized with it ("rounded_layers"), what the calibration
+            says of itself ("first_seed", "seeds", "steps", "sampler", ...), and the same of the
+            data for the output errors under "held_out", if that is other data; None without one.
     """
 
     source: str
@@ -127,19 +127,28 @@ class Report:
                 f"SQNR {self.sqnr_db:.2f} dB; worst layer {self.worst.name}: "
                 f"{self.worst.sqnr_db:.2f} dB"
             )
-        ratios = [x.output_error / x.nearest_error for x in self.layers
-                  if x.nearest_error and x.output_error is not None]  # fmt: skip
-        if ratios:
-            held_out = "held_out" in (self.calibration or {})
-            lines.append(
-                f"{len(ratios)} layers calibrated: layer output error "
-                f"{fmean(ratios):.2f}x of nearest rounding on average, on "
-                f"{'held-out data' if held_out else 'the calibration data itself'} (weight SQNR is "
-                "lower in exchange)"
-            )
+        lines += self._output_errors()
         if self.calibration is not None:
             lines.append(_calibrated_on(self.calibration))
         return "\n".join(lines)
+
+    def _output_errors(self) -> list[str]:
+        """A line on the output errors of calibrated layers, if there are any."""
+        about = self.calibration or {}
+        measured = [x for x in self.layers if x.output_error is not None]
+        count = about.get("rounded_layers")
+        if type(count) is not int or count <= len(measured):  # older reports do not count them
+            start = f"{len(measured)} layers calibrated"
+        else:
+            start = f"output error measured on {len(measured)} of {count} calibrated layers"
+        ratios = [x.output_error / x.nearest_error for x in measured if x.nearest_error]
+        if not ratios:
+            return [start] if type(count) is int and count > len(measured) else []
+        data = "held-out data" if "held_out" in about else "the calibration data itself"
+        return [
+            f"{start}: layer output error {fmean(ratios):.2f}x of nearest rounding on average, on "
+            f"{data} (weight SQNR is lower in exchange)"
+        ]
 
 
 def _calibrated_on(about: dict) -> str:

@@ -77,6 +77,15 @@ def test_a_calibration_shows_in_the_summary():
     assert "calibrated" not in REPORT.summary()
 
 
+def test_calibrated_layers_without_held_out_data_show_in_the_summary():
+    about = {**CALIBRATION, "rounded_layers": 2, "held_out": CALIBRATION}
+    layers = (layer("a", output_error=0.01, nearest_error=0.02), layer("b"))
+    summary = replace(REPORT, layers=layers, calibration=about).summary()
+    assert "output error measured on 1 of 2 calibrated layers: layer output error 0.50x" in summary
+    summary = replace(REPORT, layers=layers[1:], calibration=about).summary()
+    assert "output error measured on 0 of 2 calibrated layers\n" in summary
+
+
 CALIBRATION = {"model": "ab", "layers": 2, "least_rows": 64}
 RUN = {"first_seed": 100, "seeds": 2, "steps": 8, "sampler": "euler"}
 
@@ -104,7 +113,13 @@ def test_a_conversion_says_what_it_was_given(tmp_path):
         calibration=replace(calibration, about=RUN),
     )  # fmt: skip
     assert (report.include, report.exclude) == ("0", "nothing")
-    expected = {**RUN, "model": calibration.model, "layers": 2, "least_rows": 7}
+    expected = {
+        **RUN,
+        "model": calibration.model,
+        "layers": 2,
+        "least_rows": 7,
+        "rounded_layers": 2,
+    }
     assert report.calibration == expected
     assert "calibrated on seeds 100 to 101, 8 steps each, at least 7 rows" in report.summary()
     plain = convert_file(tmp_path / "source", tmp_path / "plain")
