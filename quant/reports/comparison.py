@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 from ..format import bare
@@ -23,7 +23,7 @@ from . import document
 from .conversion import format_size
 
 KEY = "mxfp8_comparison"
-OLD_KEY = "mxfp8_certificate"  # its name in older files, where a side's paths were "ways"
+OLD_KEY = "mxfp8_certificate"  # its name in older files
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _FEW = 10  # seeds; with fewer, `interval` calls itself too narrow
@@ -96,7 +96,7 @@ class Side:
     """
 
     model: str
-    paths: dict[str, int]
+    paths: dict[str, int] = field(metadata={"old_name": "ways"})
     fingerprint: str | None
     dtype: str
     seconds: float | None = None
@@ -205,7 +205,7 @@ class Comparison:
         Raises:
             FormatError: it is no comparison, one of another version, or a field is of another type.
         """
-        return document.read(cls, KEY, text, {OLD_KEY: KEY, "ways": "paths"})
+        return document.read(cls, KEY, text, OLD_KEY)
 
     def title(self) -> str:
         return f"{self.model.title()} against {self.reference.title()}"

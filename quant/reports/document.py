@@ -1,7 +1,7 @@
 """Reports as JSON: the fields of a dataclass beside a key that holds the version of its kind.
 
-A report may come from a stranger's file, so reading one checks the type of every field and leaves
-nothing that its own methods would stumble over.
+A report may come from a stranger's file. Reading one checks the type of every field, so that its
+methods cannot fail on it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 
 from ..container.header import FormatError, parse_object, quoted
@@ -23,28 +22,24 @@ def write(key: str, values: dict) -> str:
     return json.dumps({key: VERSION, **values}, indent=1, allow_nan=False)
 
 
-def read(
-    kind: type, key: str, text: str, old_names: Mapping[str, str] = types.MappingProxyType({})
-):
+def read(kind: type, key: str, text: str, old_key: str | None = None):
     """A dataclass from what `write` made of it. Fields with a default may be missing.
 
+    A field's `metadata` may give its name in earlier versions as "old_name".
+
     Args:
-        old_names: the names of keys in earlier versions -> today's.
+        old_key: the key in earlier versions.
 
     Raises:
         FormatError: the text is no such report, or a field is not of its type.
     """
-    data = _renamed(parse_object(key, text), old_names)
+    data = parse_object(key, text)
+    if key not in data and old_key in data:
+        data[key] = data.pop(old_key)
     version = data.pop(key, None)
     if version != VERSION:
-        raise FormatError(f"no {key} of version {VERSION} (its version is {quoted(version)})")
+        raise FormatError(f"not an {key} of version {VERSION} (it has version {quoted(version)})")
     return _typed(kind, data, key)
-
-
-def _renamed(value, names: Mapping[str, str]):
-    if not isinstance(value, dict):
-        return value
-    return {names.get(name, name): _renamed(part, names) for name, part in value.items()}
 
 
 def _typed(kind, value, where: str):
@@ -68,7 +63,10 @@ def _typed(kind, value, where: str):
 
 
 def _record(kind, value: dict, where: str):
-    optional, types_of = _fields(kind)
+    optional, types_of, old_names = _fields(kind)
+    for old, name in old_names.items():
+        if old in value and name not in value:
+            value[name] = value.pop(old)
     wrong = (types_of.keys() - optional - value.keys()) | (value.keys() - types_of.keys())
     if wrong:
         raise FormatError(f"field {quoted(min(wrong))} of {where} is missing or unknown")
@@ -76,9 +74,10 @@ def _record(kind, value: dict, where: str):
 
 
 @functools.cache
-def _fields(kind) -> tuple[set[str], dict[str, object]]:
-    """(fields with a default, name -> type) of a dataclass."""
+def _fields(kind) -> tuple[set[str], dict[str, object], dict[str, str]]:
+    """(fields with a default, name -> type, earlier name -> name) of a dataclass."""
     optional = {
         f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)
     }
-    return optional, typing.get_type_hints(kind)
+    old_names = {f.metadata["old_name"]: f.name for f in fields(kind) if "old_name" in f.metadata}
+    return optional, typing.get_type_hints(kind), old_names

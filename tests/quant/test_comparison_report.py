@@ -420,6 +420,23 @@ def test_inspect_reads_a_comparison_under_its_former_name(capsys):
     assert "comparison, as stated in the file:" in shown
 
 
+@pytest.mark.parametrize("place", ["top", "side"])
+def test_a_comparison_with_a_former_name_beside_todays_is_rejected(place):
+    data = json.loads(COMPARISON.to_json())
+    if place == "top":
+        data["mxfp8_certificate"] = 1
+    else:
+        data["model"]["ways"] = data["model"]["paths"]
+    with pytest.raises(ValueError, match=r"field '(mxfp8_certificate|ways)' of .* unknown"):
+        Comparison.from_json(json.dumps(data))
+
+
+def test_a_former_name_is_read_only_where_it_was_used():
+    data = json.loads(COMPARISON.to_json())
+    data["model"]["paths"] = {"ways": 3}
+    assert Comparison.from_json(json.dumps(data)).model.paths == {"ways": 3}
+
+
 def test_inspect_warns_of_a_comparison_that_is_damaged(tmp_path, capsys):
     path, _ = embedded(tmp_path, COMPARISON.to_json()[:-40])
     assert main(["inspect", str(path)]) == 0
