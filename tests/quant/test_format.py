@@ -203,6 +203,17 @@ def test_a_header_marker_may_leave_out_the_prefix_of_its_tensors(tmp_path):
     assert list(read_header(path).layers) == ["model.diffusion_model.a"]
 
 
+def test_a_header_may_mark_a_layer_with_and_without_its_prefix(tmp_path):
+    markers = json.dumps({"layers": {"a": MARKER, "model.a": MARKER}})
+    header = read_header(layer_file(tmp_path, markers, prefix="model."))
+    assert list(header.layers) == ["model.a"]
+
+
+def test_a_file_without_tensors_is_accepted(tmp_path):
+    header = read_header(write_raw(tmp_path / "empty.safetensors", {}))
+    assert (header.tensors, header.markers, header.layers) == ({}, {}, {})
+
+
 def test_unknown_fields_of_markers_are_kept(tmp_path):
     marker = {**MARKER, "calibration": {"by": "someone", "rows": [1, None]}, "": 0.5}
     header = read_header(layer_file(tmp_path, header=marker, tensor=marker))
@@ -226,6 +237,7 @@ def test_banks_of_experts_are_checked_and_left_to_stock(tmp_path):
     ("changes", "rule"),
     [
         ({"header": {"format": "mxfp8", "num_experts": 3}}, "of 3: weight [4, 32, 64]"),
+        ({"header": {"format": "mxfp8", "num_experts": "4"}}, "of '4': weight [4, 32, 64]"),
         ({"header": {"format": "mxfp8", "num_experts": 4, "group_size": 16}}, "MXFP8 has 32"),
         ({"weight_scale": torch.zeros(128, 4, dtype=torch.uint8)}, "scales [4, 128, 4]"),
         ({"weight": torch.zeros(32, 64, dtype=torch.float8_e4m3fn)}, "must be 3-D F8_E4M3"),
@@ -298,6 +310,12 @@ def test_without_a_marker_that_says_mxfp8_there_is_no_layer(tmp_path, marker):
         ({"header": '{"layers": {"a": null}}'}, "'a' names no format"),
         ({"header": {"group_size": 32}}, "'a' names no format"),
         ({"tensor": b"mxfp8"}, "'a.comfy_quant' is not JSON"),
+        ({"tensor": b'{"format": "mxfp8", "format": "mxfp8"}'}, "'format' twice"),
+        ({"header": '{"layers": {"a": {"format": "mxfp8"}, "a": {}}}'}, "'a' twice"),
+        (
+            {"header": {**MARKER, "note": "x"}, "tensor": {**MARKER, "note": "y"}},
+            "says note 'y', another marker of it says 'x'",
+        ),
         (
             {"header": MARKER, "tensor": {**MARKER, "orig_shape": [31, 40]}},
             "says orig_shape [31, 40]",
@@ -341,6 +359,7 @@ def test_a_bad_marker_is_refused(tmp_path, changes, rule):
         ),
         ({"weight_scale": torch.zeros(32, 2, dtype=torch.uint8)}, "they look row-major"),
         ({"header": {**MARKER, "group_size": 16}}, "group_size 16; MXFP8 has 32"),
+        ({"header": {**MARKER, "group_size": "32"}}, "group_size '32'; MXFP8 has 32"),
         ({"weight": torch.zeros(31, 64, dtype=torch.float8_e4m3fn)}, "the data has shape [31, 64]"),
         ({"header": {**MARKER, "orig_shape": [30, 65]}}, "pads to [32, 96]"),
         ({"header": {**MARKER, "orig_shape": [30]}}, "must be two sizes"),
