@@ -1,4 +1,4 @@
-"""Part files: one writer per target, and nothing left behind by dead ones.
+"""Part files: one writer per target; leftovers of killed writers are removed.
 
 While it is written, a file is called `<target>.mxfp8.part`. Its writer holds a lock on it, which
 the system drops when the process ends in any way, kill -9 and power cuts included. So the next
@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +34,7 @@ SUFFIX = ".mxfp8.part"
 
 _ADVICE = {
     errno.ENOENT: "there is no such folder; make it first",
-    errno.ENOTDIR: "this is no folder; choose another",
+    errno.ENOTDIR: "not a folder; choose another",
     errno.EACCES: "no permission to write in this folder; change it, or choose another",
     errno.EPERM: "no permission to write in this folder; change it, or choose another",
     errno.EROFS: "this folder is on a file system that is read-only; choose another",
@@ -80,7 +81,7 @@ def _create(target: Path, path: Path) -> BinaryIO | None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock a file; whether that worked, or None where there are no locks."""
+    """Try to lock. True: locked now; False: held by another; None: no locks here."""
     if fcntl is None:
         return None
     try:
@@ -101,8 +102,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _delete_leftover(target: Path, path: Path) -> None:
-    """Delete the part file of a dead writer, or raise OSError."""
+    """Delete the part file of a dead writer, or raise OSError; only regular files are deleted."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
         if fcntl is None:
             path.unlink()
             return
@@ -110,7 +113,7 @@ def _delete_leftover(target: Path, path: Path) -> None:
     except FileNotFoundError:  # its writer ended meanwhile
         return
     except OSError as error:
-        if fcntl is None:
+        if fcntl is None and error.errno != errno.EINVAL:
             raise _busy(target) from error
         advice = f"{path.name!r} is in the way ({error.strerror}); delete it"
         raise OSError(error.errno, advice, str(target)) from error

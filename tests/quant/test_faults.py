@@ -538,7 +538,7 @@ def test_a_finished_file_survives_the_part_file_that_is_a_second_name_for_it(tar
     assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("elsewhere")])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("other")])
 def test_something_else_under_the_name_of_a_part_file_is_kept(target, make):
     make(target.with_name(target.name + SUFFIX))
     with pytest.raises(OSError, match=f"'{target.name}{SUFFIX}' is in the way"):
