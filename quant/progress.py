@@ -31,8 +31,8 @@ class Pace:
 
     Args:
         every: seconds between two texts.
-        steps: whether the work is counted in steps, not in bytes. The first step, which warms up
-            what the others use, then counts only until there is a second one.
+        steps: whether the work is counted in steps, not in bytes. The first step includes
+            warm-up; after a second one the speed is taken without it.
     """
 
     def __init__(

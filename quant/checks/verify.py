@@ -36,14 +36,14 @@ class Verification:
     @property
     def worst(self) -> str | None:
         """The layer with the lowest SQNR."""
-        lossy = {n: e.sqnr_db for n, e in self.layers.items() if e.sqnr_db is not None}
+        lossy = {n: s.sqnr_db for n, s in self.layers.items() if s.sqnr_db is not None}
         return min(lossy, key=lossy.get, default=None)
 
     def summary(self) -> str:
         """The SQNR of every layer and of all together, and the problems, a line each."""
         lines = []
-        for name, energy in self.layers.items():
-            value = "exact" if energy.sqnr_db is None else f"{energy.sqnr_db:6.2f} dB"
+        for name, sqnr in self.layers.items():
+            value = "exact" if sqnr.sqnr_db is None else f"{sqnr.sqnr_db:6.2f} dB"
             lines.append(f"{value}  {name}")
         if self.worst is not None:
             lines.append(
@@ -121,7 +121,7 @@ def _compare_layer(
     scanned = scan_layer(stored, layer)
     result.problems += [f"{name}: {text}" for text in (*scanned.problems, *scanned.warnings)]
     rows, cols = shape
-    energy = SqnrAccumulator()
+    sqnr = SqnrAccumulator()
     for first, last in layout.slabs(rows, cols, _SLAB):
         end = min(layer.weight.shape[0], layout.round_up(last, layout.ROW_PAD))
         qdata = stored.rows(layer.weight.name, first, end)
@@ -132,11 +132,11 @@ def _compare_layer(
             if not scanned.problems:
                 result.problems.append(f"{name} decodes to infinity")
             return
-        energy.add(first, signal, noise)
-    result.layers[layer.name] = energy
-    if energy.sqnr_db is not None and energy.sqnr_db < MIN_SQNR:
+        sqnr.add(first, signal, noise)
+    result.layers[layer.name] = sqnr
+    if sqnr.sqnr_db is not None and sqnr.sqnr_db < MIN_SQNR:
         result.problems.append(
-            f"{name} has an SQNR of {energy.sqnr_db:.2f} dB against the source; rounding alone "
+            f"{name} has an SQNR of {sqnr.sqnr_db:.2f} dB against the source; rounding alone "
             f"leaves at least {MIN_SQNR:.1f} dB: it is damaged, or from another model"
         )
 

@@ -154,7 +154,7 @@ def parse_object(where: str, text: str | bytes) -> dict:
         value = json.loads(
             text,
             object_pairs_hook=_without_duplicates,
-            parse_constant=_refuse_number,
+            parse_constant=_reject_number,
             parse_float=_float,
             parse_int=_int,
         )
@@ -185,19 +185,19 @@ def _without_duplicates(pairs):
     return result
 
 
-def _refuse_number(text):
+def _reject_number(text):
     raise ValueError(f"{text[:40]} is not a JSON number")
 
 
 def _float(text: str) -> float:
     value = float(text)
-    return value if abs(value) < float("inf") else _refuse_number(text)
+    return value if abs(value) < float("inf") else _reject_number(text)
 
 
 def _int(text: str) -> int:
     if len(text) > 300:  # other readers overflow
-        _refuse_number(f"a number of {len(text)} digits")
-    return int(text) if text != "-0" else _refuse_number(text)
+        _reject_number(f"a number of {len(text)} digits")
+    return int(text) if text != "-0" else _reject_number(text)
 
 
 def is_text(value) -> bool:

@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-class Job(Protocol):
-    """What a pipeline runs; `size` is the bytes that it holds in memory."""
+class Sized(Protocol):
+    """A job that a pipeline runs; `size` is the bytes that it holds in memory."""
 
     @property
     def size(self) -> int: ...
@@ -58,7 +58,7 @@ class Job(Protocol):
 class _Task:
     """A job, and its result or error once `running` is released."""
 
-    job: Job
+    job: Sized
     running: threading.Lock = field(default_factory=threading.Lock)
     result: object = None
     error: BaseException | None = None
@@ -80,7 +80,7 @@ class Pipeline:
 
     def __init__(
         self,
-        function: Callable[[Job], object],
+        function: Callable[[Sized], object],
         workers: int,
         budget: int,
         initializer: Callable[[], None] = lambda: None,
@@ -97,7 +97,7 @@ class Pipeline:
         self._working = 0  # threads
         self._stopped = False
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, object]]:
+    def run(self, jobs: Iterable[Sized]) -> Iterator[tuple[Sized, object]]:
         """Yield (job, result) in the order of the jobs, which are taken as there is room for them.
 
         Raises:
@@ -112,7 +112,7 @@ class Pipeline:
         while self._queue:
             yield self._finish_first()
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Sized) -> None:
         task = _Task(job)
         task.running.acquire()
         self._queue.append(task)
@@ -122,7 +122,7 @@ class Pipeline:
             self._threads.append(threading.Thread(target=self._work, name="mxfp8"))
             self._threads[-1].start()
 
-    def _finish_first(self) -> tuple[Job, object]:
+    def _finish_first(self) -> tuple[Sized, object]:
         task = self._queue[0]
         while not task.running.acquire(timeout=_POLL):
             pass

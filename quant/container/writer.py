@@ -157,7 +157,7 @@ class Writer:
             raise
 
     def _check_complete(self, info: TensorInfo) -> None:
-        """Raise FormatError unless every byte of a tensor was written, and once."""
+        """Raise FormatError unless every byte of a tensor was written exactly once."""
         pieces = self._pieces[info.name]
         pieces.sort()
         begins, ends = [piece.begin for piece in pieces], [piece.end for piece in pieces]
@@ -193,7 +193,7 @@ class Writer:
             )
 
     def _publish(self) -> None:
-        """Give the file its name, until when its lock is held."""
+        """Rename the part file to the target; the lock is held until then."""
         if os.name == "nt":  # an open file cannot be renamed there
             self._file.close()
         try:

@@ -261,7 +261,7 @@ class Job:
 
 @dataclass
 class _Result:
-    """What rounding cost one layer; the output errors, of it and of plain rounding, if known."""
+    """SQNR of one layer and, if measured, its output error as stored and with nearest rounding."""
 
     sqnr: SqnrAccumulator = field(default_factory=SqnrAccumulator)
     output_error: float | None = None
@@ -270,7 +270,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """The way of all tensors of a source into a file.
+    """Quantizes or copies every tensor of a source into a file.
 
     Source files are read by the threads that run the jobs: each uses the same memory over and over,
     which saves as many page faults as the source has pages (2 us each, 0.5 s per GB, on a virtual

@@ -332,7 +332,7 @@ def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[str, list[str]
         preset = table["presets"].get(name)
         if preset is None:
             known = ", ".join(presets())
-            raise ValueError(f"no preset is called {name!r}; there are: {known}")
+            raise ValueError(f"unknown preset {name!r}; choose one of: {known}")
         last = _final_language_layers(keys) if preset.get("keep_final_language_layer") else []
         yield f"preset {name}", preset["keep"] + last, preset.get("keep_matching", [])
         name = preset.get("extends")

@@ -218,7 +218,7 @@ class SqnrAccumulator:
         return sqnr_db(self.signal, self.noise)
 
 
-def total_sqnr(energies: Iterable[SqnrAccumulator]) -> float | None:
+def total_sqnr(layers: Iterable[SqnrAccumulator]) -> float | None:
     """SQNR over several layers together."""
-    energies = list(energies)
-    return sqnr_db(sum(e.signal for e in energies), sum(e.noise for e in energies))
+    layers = list(layers)
+    return sqnr_db(sum(layer.signal for layer in layers), sum(layer.noise for layer in layers))

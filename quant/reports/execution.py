@@ -178,7 +178,7 @@ def layer_reason(
     change: float | None,
     encoder: bool = False,
 ) -> str:
-    """Why an MXFP8 linear that nothing keeps exact runs as it does.
+    """Why an MXFP8 linear runs on this path, if neither the file nor ComfyUI holds it at exact.
 
     Args:
         path: that of the layer; many: the same for inputs with many rows.

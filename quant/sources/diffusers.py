@@ -169,8 +169,8 @@ _TABLES = (
 _RENAMED = "ComfyUI renames its tensors while loading and would run MXFP8 codes raw"
 _UNKNOWN = "ComfyUI cannot read these names"
 _INSTEAD = "convert the model's file for ComfyUI, or the one by its authors"
-# Models that are refused: name -> the reason, and expressions that must each match a key.
-_REFUSED = {
+# Models that are rejected: name -> the reason, and expressions that must each match a key.
+_UNSUPPORTED = {
     "AuraFlow": (_RENAMED, r"^joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$"),
     "PixArt": (
         _RENAMED,
@@ -210,7 +210,7 @@ def comfy_names(name: str, tensors: Tensors) -> tuple[str, dict[str, tuple[Part,
     for prefix, model, known in _recognized(tensors):
         if isinstance(known, _Names):
             return model, _parts(name, tensors, prefix, known)
-        raise FormatError(f"{name}: {model} under the names of diffusers: {known}; {_INSTEAD}")
+        raise FormatError(f"{name}: {model} with diffusers' tensor names: {known}; {_INSTEAD}")
     return None
 
 
@@ -223,20 +223,20 @@ def check_names(name: str, keys: Iterable[str]) -> None:
     for _, model, known in _recognized(keys):
         if known != _UNKNOWN:  # else ComfyUI itself reports that it does not know the model
             raise FormatError(
-                f"{name}: MXFP8 layers of {model} under the names of diffusers: {_RENAMED}; "
+                f"{name}: MXFP8 layers of {model} with diffusers' tensor names: {_RENAMED}; "
                 "convert the original again with this pack, which gives it ComfyUI's names"
             )
 
 
 def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
-    """(prefix, model, its table or why it is refused) of models with diffusers' names."""
+    """(prefix, model, its table or why it is rejected) of models with diffusers' names."""
     keys = list(keys)
     for prefix in PREFIXES:
         bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         for table in _TABLES:
             if bare.issuperset(table.signature):
                 yield prefix, table.model, table
-        for model, (reason, *signature) in _REFUSED.items():
+        for model, (reason, *signature) in _UNSUPPORTED.items():
             if all(any(map(re.compile(sign).search, bare)) for sign in signature):
                 yield prefix, model, reason
 
@@ -254,12 +254,12 @@ def _parts(name: str, tensors: Tensors, prefix: str, table: _Names) -> dict[str,
         target, place, count, halved = _place(key, prefix, table, places)
         if target is None:
             raise FormatError(
-                f"{name}: {table.model} under the names of diffusers has no {quoted(key)}: "
+                f"{name}: {table.model} with diffusers' tensor names has no {quoted(key)}: "
                 f"{_RENAMED}; {_INSTEAD}"
             )
         parts = joined.setdefault(target, [None] * count)
         if len(parts) != count or parts[place] is not None:
-            raise FormatError(f"{name}: {quoted(target)} is there under two names")
+            raise FormatError(f"{name}: {quoted(target)} is present under two names")
         parts[place] = Part(key)
         if halved:
             if not shape or shape[0] % 2:

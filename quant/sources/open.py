@@ -115,5 +115,5 @@ def _renamed(source: StoredSource) -> StoredSource:
     if renamed is None:
         return source
     model, parts = renamed
-    logger.info("MXFP8: %s is %s under the names of diffusers: renamed", source.name, model)
+    logger.info("MXFP8: %s is %s with diffusers' tensor names: renamed", source.name, model)
     return PartSource(source, parts)

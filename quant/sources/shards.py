@@ -82,7 +82,9 @@ def read_index(path: Path) -> tuple[dict[str, str], object]:
         )
     for key, file in weight_map.items():
         if not isinstance(file, str):
-            raise FormatError(f"{path.name}: {quoted(key)} has no file name but {quoted(file)}")
+            raise FormatError(
+                f"{path.name}: {quoted(key)} maps to {quoted(file)} instead of a file name"
+            )
     for file in dict.fromkeys(weight_map.values()):
         _check_name(path, file)
     metadata = index.get("metadata")

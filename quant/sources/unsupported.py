@@ -101,8 +101,8 @@ def check_unquantized(source: Source) -> None:
     lora = next(filter(_LORA.search, source.tensors), None)
     if lora is not None:
         raise FormatError(
-            f"{source.name}: a LoRA, not a model ({quoted(lora)}); load it as it is, on a model in "
-            "MXFP8 or not"
+            f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
+            "it on an MXFP8 or any other model"
         )
     for what, evidence in _quantized(source):
         advice = _ORIGINAL

@@ -115,7 +115,7 @@ def test_a_file_quantized_under_diffusers_names_is_refused(comfy):
     graph = Graph()
     model = graph.add("MXFP8LoadDiffusionModel", model_name="raw.safetensors", precision="exact")
     graph.save_latent(graph.sample(model, "flux"))
-    with pytest.raises(PromptError, match="MXFP8 layers of Flux under the names of diffusers"):
+    with pytest.raises(PromptError, match="MXFP8 layers of Flux with diffusers' tensor names"):
         comfy.run(graph)
 
 
@@ -140,7 +140,7 @@ def wan(folder):
     [
         (outside, "must be a file in the index's own folder"),
         (fp8, r"already quantized as FP8 \(E4M3\) .*; convert the BF16, F16 or F32 original"),
-        (wan, "Wan under the names of diffusers: .*; convert the model's file for ComfyUI"),
+        (wan, "Wan with diffusers' tensor names: .*; convert the model's file for ComfyUI"),
     ],
 )
 def test_what_cannot_be_converted_is_said_in_the_dialog(comfy, make, words):

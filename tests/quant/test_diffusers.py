@@ -1,4 +1,4 @@
-"""Models under the names of diffusers: ComfyUI's names before quantizing, or a refusal."""
+"""Models with diffusers' tensor names: renamed before quantizing, or rejected."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ REFUSED = {
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_other_models_with_diffusers_names_are_refused_by_name(tmp_path, model, keys, prefix):
     save_file({prefix + key: matrix(32, 32) for key in keys}, tmp_path / "source")
-    with pytest.raises(FormatError, match=f"^source: {model} under the names of diffusers: Comfy"):
+    with pytest.raises(FormatError, match=f"^source: {model} with diffusers' tensor names: Comfy"):
         convert_file(tmp_path / "source", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -107,7 +107,7 @@ def test_one_tensor_under_two_names_is_refused(tmp_path):
     state = rename("flux", flux_state())
     state["transformer_blocks.0.attn.norm_q.scale"] = torch.ones(16)
     save_file(state, tmp_path / "source")
-    with pytest.raises(FormatError, match=r"query_norm\.scale' is there under two names"):
+    with pytest.raises(FormatError, match=r"query_norm\.scale' is present under two names"):
         convert_file(tmp_path / "source", tmp_path / "target")
 
 
@@ -125,7 +125,7 @@ def test_what_stock_would_rename_is_known_before_it_is_loaded(prefix):
         state = make_model()
         check_names("x", [prefix + key for key in state])
         keys = [prefix + key for key in rename(name, state)]
-        with pytest.raises(FormatError, match=r"^x: MXFP8 layers of .* under the names"):
+        with pytest.raises(FormatError, match=r"^x: MXFP8 layers of .* with diffusers' tensor names"):
             check_names("x", keys)
     for model, keys in REFUSED.items():
         if model in ("Hunyuan Video", "Wan", "Krea 2"):  # which stock does not know

@@ -135,7 +135,7 @@ def test_an_empty_expression_is_none(option):
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="no preset is called 'nope'") as caught:
+    with pytest.raises(ValueError, match="unknown preset 'nope'") as caught:
         decide("a.weight", preset="nope")
     assert [name for name in presets() if name not in str(caught.value)] == []
 

@@ -101,7 +101,7 @@ BAD_INDEXES = {
     "empty": ('{"weight_map": {}}', "no object 'weight_map'"),
     "no map": ('{"weight_map": ["a"]}', "no object 'weight_map'"),
     "twice": ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' twice"),
-    "no name": ('{"weight_map": {"a": 1}}', "no file name but 1"),
+    "no name": ('{"weight_map": {"a": 1}}', "'a' maps to 1 instead"),
     "a folder up": (named("../out.safetensors"), "in the index's own folder"),
     "absolute": (named("/etc/passwd"), "in the index's own folder"),
     "deeper": (named("a/b.safetensors"), "in the index's own folder"),
