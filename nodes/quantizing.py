@@ -20,6 +20,7 @@ from .widgets import (
     overwrite_input,
     precision_input,
     selection_inputs,
+    target_input,
 )
 
 logger = logging.getLogger(__name__)
@@ -81,14 +82,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                     options=paths.list_sources(),
                     tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
                 ),
-                io.String.Input(
-                    "target",
-                    default="",
-                    tooltip=(
-                        "Name of the new file in the same model folder. Empty: the source's name "
-                        "with -mxfp8."
-                    ),
-                ),
+                target_input("mxfp8"),
                 *selection_inputs(),
                 overwrite_input(),
                 *calibration_inputs(),

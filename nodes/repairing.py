@@ -9,7 +9,7 @@ from ..quant.checks.repair import repair_file
 from .host import paths
 from .host.progress import Progress, output
 from .models import load
-from .widgets import CATEGORY, overwrite_input
+from .widgets import CATEGORY, overwrite_input, target_input
 
 
 class MXFP8RepairFile(io.ComfyNode):
@@ -31,14 +31,7 @@ class MXFP8RepairFile(io.ComfyNode):
                     options=paths.list_files(),
                     tooltip="An MXFP8 safetensors file in a model folder.",
                 ),
-                io.String.Input(
-                    "target",
-                    default="",
-                    tooltip=(
-                        "Name of the new file in the same model folder. Empty: the source's name "
-                        "with -repaired."
-                    ),
-                ),
+                target_input("repaired"),
                 io.Combo.Input(
                     "scales",
                     options=list(format.ORDERS),

@@ -82,6 +82,17 @@ def calibration_inputs() -> list[io.Input]:
     ]
 
 
+def target_input(suffix: str) -> io.Input:
+    return io.String.Input(
+        "target",
+        default="",
+        tooltip=(
+            "Name of the new file in the same model folder. Empty: the source's name with "
+            f"-{suffix}."
+        ),
+    )
+
+
 def overwrite_input() -> io.Input:
     return io.Boolean.Input("overwrite", default=False, tooltip="Replace the target if it exists.")
 

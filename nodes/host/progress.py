@@ -42,7 +42,7 @@ def output(
 
 def as_html(text: str) -> str:
     """HTML that shows this text, and in which the page finds no link."""
-    return _LINKS.sub(lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    return _LINKS.sub(lambda match: f"&#{ord(match[0])};", html.escape(text, quote=False))
 
 
 class Progress:
