@@ -9,18 +9,15 @@ from comfy_api.latest import io
 from ..quant.container.header import quoted
 from ..quant.conversion import calibration
 from ..quant.conversion.calibration import Calibration, HessianAccumulator
-from ..quant.conversion.convert import plan_source
 from ..quant.conversion.policy import Selection
 from ..quant.format import WEIGHT
 from ..quant.progress import duration
 from ..quant.reports.conversion import format_size
-from ..quant.sources.unsupported import check_unquantized
 from .host import paths
 from .host.progress import Progress, RunProgress, output, show
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
+from .models.quantize import plan_model
 from .models.sampling import SamplerSettings
-from .models.source import ModelSource
-from .models.transfer import check_movable
 from .widgets import CATEGORY, CalibrationType, sampler_inputs, selection_inputs
 
 logger = logging.getLogger(__name__)
@@ -75,16 +72,9 @@ class MXFP8Calibrate(io.ComfyNode):
     def execute(
         cls, model, preset, include="", exclude="", memory_gb=4.0, **sampling
     ) -> io.NodeOutput:
-        check_movable(model)  # Quantize Model (MXFP8) would refuse it after hours of this
         settings = SamplerSettings(**sampling)
-        source = ModelSource(model)
-        if source.quantized:
-            raise ValueError(
-                f"this {source.name} is already quantized; calibrate the BF16, FP16 or FP32 "
-                "original"
-            )
-        check_unquantized(source)
-        plan = plan_source(source, Selection(preset, include, exclude), is_linear=source.is_linear)
+        # What Quantize Model (MXFP8) would reject after hours of this is rejected now.
+        source, plan = plan_model(model, Selection(preset, include, exclude))
         widths = {d.layer: d.shape[1] for d in plan.quantized}
         groups = list(make_groups(widths, int(memory_gb * _GB)))
         check_disk(source.name, groups)

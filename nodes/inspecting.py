@@ -70,13 +70,15 @@ class MXFP8Inspect(io.ComfyNode):
     def execute(cls, file, every_byte, model=None) -> io.NodeOutput:
         if model is not None:
             inspection = inspect_model(model)
-            summary = _summary_of_model(inspection)
+            lines = [f"{inspection.file}: {format_size(inspection.bytes)} in memory"]
+            lines += inspection.contents()
         elif file == NO_FILE:
             raise ValueError("choose a file, or connect a model to this node")
         else:
             path = paths.source_path(file)
             inspection = inspect_file(path, every_byte=every_byte, progress=Progress(cls))
-            summary = "\n".join([inspection.summary(), *_kept(inspection)])
+            lines = [inspection.summary()]
+        summary = "\n".join([*lines, *_kept(inspection)])
         text = inspection.to_json()
         return output(cls, summary, summary, text, document=text)
 
@@ -110,14 +112,6 @@ def inspect_model(patcher) -> Inspection:
         every_byte=False,
         layers=layers,
     )
-
-
-def _summary_of_model(inspection: Inspection) -> str:
-    return "\n".join([
-        f"{inspection.file}: {format_size(inspection.bytes)} in memory",
-        *inspection.contents(),
-        *_kept(inspection),
-    ])  # fmt: skip
 
 
 def _kept(inspection: Inspection) -> list[str]:

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from ...kernels import layout
 from ...quant.conversion.calibration import Calibration
 from ...quant.conversion.convert import convert, plan_source
-from ...quant.conversion.policy import Selection
+from ...quant.conversion.policy import Plan, Selection
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
 from ...quant.sources.unsupported import check_unquantized
@@ -31,14 +31,8 @@ def device() -> str:
     return "cpu" if chosen.type == "mps" else str(chosen)
 
 
-def quantize_model(
-    patcher,
-    selection: Selection,
-    calibration: Calibration | None = None,
-    held_out: Calibration | None = None,
-    progress: Progress | None = None,
-) -> tuple[ModelPatcher, Report]:
-    """The MXFP8 version of a MODEL, and the report on it.
+def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
+    """A MODEL as a source, and which of its layers to quantize.
 
     Raises:
         ValueError: the model is quantized, or something on it cannot move to another model.
@@ -49,10 +43,25 @@ def quantize_model(
         name, module = next(iter(source.quantized.items()))
         raise ValueError(
             f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
-            "quantize the BF16, FP16 or FP32 original"
+            "connect the BF16, FP16 or FP32 original"
         )
     check_unquantized(source)
-    plan = plan_source(source, selection, is_linear=source.is_linear)
+    return source, plan_source(source, selection, is_linear=source.is_linear)
+
+
+def quantize_model(
+    patcher,
+    selection: Selection,
+    calibration: Calibration | None = None,
+    held_out: Calibration | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelPatcher, Report]:
+    """The MXFP8 version of a MODEL, and the report on it.
+
+    Raises:
+        ValueError: as `plan_model`.
+    """
+    source, plan = plan_model(patcher, selection)
     source.metadata = source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )

@@ -126,7 +126,7 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
     assert (whole["limited_by"], whole["small_m"]) == (None, "stock")  # nothing of ours runs
 
 
-def test_fast_layers_fold_rows_and_those_of_few_rows_are_exact(comfy, card):
+def test_fast_layers_have_row_wise_weights_and_few_rows_run_exact(comfy, card):
     many, small_m, ran = reported_and_recorded(comfy, fast)
     check_all(many, small_m, ran)
     assert recorded_path(ran[LAYER]) == "fp8, fast"
