@@ -42,32 +42,32 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 
 def row_errors(weight, stored, x) -> torch.Tensor:
     """Of every row's output. float64 [N]."""
-    found = kernels.dequantize(*stored, torch.float32, tuple(weight.shape))
-    return ((weight.double() - found.double()) @ x.double().t()).square().sum(-1)
+    value = kernels.dequantize(*stored, torch.float32, tuple(weight.shape))
+    return ((weight.double() - value.double()) @ x.double().t()).square().sum(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(33, 64), (40, 300), (8, 31), (64, 256)])
 def test_no_row_is_worse_than_rounded_to_nearest_and_the_sum_is_better(shape, dtype):
     weight, x = normal(*shape).to(dtype), inputs(400, shape[1], seed=5)
-    found = round_weight(weight, hessian(x))
-    ours = row_errors(weight, (found.qdata, found.scale), x)
+    rounded = round_weight(weight, hessian(x))
+    ours = row_errors(weight, (rounded.qdata, rounded.scale), x)
     plain = row_errors(weight, kernels.quantize(weight), x)
     assert (ours <= plain * 1.001).all()
     assert ours.sum() < 0.7 * plain.sum()
     size = (weight.double() @ x.double().t()).square().sum()
-    assert found.error == pytest.approx(float(ours.sum() / size) ** 0.5, rel=0.02)
-    assert found.nearest == pytest.approx(float(plain.sum() / size) ** 0.5, rel=0.02)
+    assert rounded.error == pytest.approx(float(ours.sum() / size) ** 0.5, rel=0.02)
+    assert rounded.nearest == pytest.approx(float(plain.sum() / size) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [4, 40])
 def test_few_inputs_do_not_make_it_worse_on_others(rows):
     weight, x = normal(64, 256), inputs(rows, 256)
     x += normal(rows, 256, seed=7) * x.std() * 0.3
-    found = round_weight(weight, hessian(x), rows)
+    rounded = round_weight(weight, hessian(x), rows)
     others = inputs(2000, 256, seed=50)
     others += normal(2000, 256, seed=51) * others.std() * 0.3
-    ours = row_errors(weight, (found.qdata, found.scale), others)
+    ours = row_errors(weight, (rounded.qdata, rounded.scale), others)
     assert ours.sum() < 1.01 * row_errors(weight, kernels.quantize(weight), others).sum()
 
 
@@ -83,16 +83,16 @@ def test_coordinate_descent_helps_and_more_of_it_does_not_hurt(monkeypatch):
 
 def test_the_result_is_the_stock_format_with_its_mark():
     weight, x = normal(100, 320), inputs(800, 320)
-    found = round_weight(weight, hessian(x))
+    rounded = round_weight(weight, hessian(x))
     plain = kernels.quantize(weight)
-    assert [(t.dtype, t.shape) for t in (found.qdata, found.scale)] == [
+    assert [(t.dtype, t.shape) for t in (rounded.qdata, rounded.scale)] == [
         (t.dtype, t.shape) for t in plain
     ]
-    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (100, 320))
+    value = kernels.dequantize(rounded.qdata, rounded.scale, torch.float32, (100, 320))
     again = kernels.quantize(value)
-    assert same(again[0].view(torch.uint8), found.qdata.view(torch.uint8))
-    assert same(again[1], found.scale)
-    blocks, marked = scan._marks(found.qdata[:100].view(torch.uint8))
+    assert same(again[0].view(torch.uint8), rounded.qdata.view(torch.uint8))
+    assert same(again[1], rounded.scale)
+    blocks, marked = scan._marks(rounded.qdata[:100].view(torch.uint8))
     assert marked >= scan.MARKED * blocks
 
 
@@ -105,9 +105,9 @@ def test_the_same_inputs_give_the_same_bytes():
 def test_columns_that_saw_nothing_and_layers_that_never_fire():
     weight, x = normal(40, 96), inputs(300, 96)
     x[:, 10:50] = 0
-    found = round_weight(weight, hessian(x))
-    assert found.error < found.nearest
-    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (40, 96))
+    rounded = round_weight(weight, hessian(x))
+    assert rounded.error < rounded.nearest
+    value = kernels.dequantize(rounded.qdata, rounded.scale, torch.float32, (40, 96))
     assert value.isfinite().all()
     assert ((value - weight).norm() / weight.norm()) < 0.1
     silent = round_weight(weight, torch.zeros(96, 96))
@@ -120,8 +120,8 @@ def test_columns_that_saw_nothing_and_layers_that_never_fire():
 def test_rows_of_zeros_and_huge_values_stay_what_they_are():
     weight = normal(8, 64)
     weight[1], weight[2] = 0, weight[2] * 2.0**100
-    found = round_weight(weight, hessian(inputs(300, 64)))
-    value = kernels.dequantize(found.qdata, found.scale, torch.float32, (8, 64))
+    rounded = round_weight(weight, hessian(inputs(300, 64)))
+    value = kernels.dequantize(rounded.qdata, rounded.scale, torch.float32, (8, 64))
     assert (value[1] == 0).all() and value.isfinite().all()
     assert ((value - weight).norm(dim=-1) <= 0.1 * weight.norm(dim=-1)).all()
 
@@ -157,35 +157,35 @@ def run(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def test_moments_are_those_of_what_the_layers_are_given():
     model, given = network(), batches(0)
     given[2][0, 5, 3] = torch.nan  # such rows are left out
-    found = calibrate(model, given, run)
+    statistics = calibrate(model, given, run)
     x = torch.cat([b[0] for b in given])
     x = x[x.isfinite().all(-1)]
-    assert {n: m.rows for n, m in found.layers.items()} == {"0": 511, "2": 511}
-    assert torch.allclose(found.of("0").hessian, hessian(x), rtol=1e-4, atol=1e-4)
+    assert {n: m.rows for n, m in statistics.layers.items()} == {"0": 511, "2": 511}
+    assert torch.allclose(statistics.of("0").hessian, hessian(x), rtol=1e-4, atol=1e-4)
     hidden = model[1](model[0](x)).detach()
-    assert torch.allclose(found.of("model.diffusion_model.2").hessian, hessian(hidden),
+    assert torch.allclose(statistics.of("model.diffusion_model.2").hessian, hessian(hidden),
                           rtol=1e-3, atol=1e-3)  # fmt: skip
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
-    found = calibrate(network(), batches(0), run)
-    found.save(tmp_path / "c.safetensors")
+    statistics = calibrate(network(), batches(0), run)
+    statistics.save(tmp_path / "c.safetensors")
     again = calibration.load(tmp_path / "c.safetensors")
-    assert again.model == found.model
-    assert again.layers.keys() == found.layers.keys()
-    for name, moments in found.layers.items():
+    assert again.model == statistics.model
+    assert again.layers.keys() == statistics.layers.keys()
+    for name, moments in statistics.layers.items():
         assert same(again.of(name).hessian, moments.hessian)
         assert again.of(name).rows == moments.rows
     assert again.about == {}
     with pytest.raises(FileExistsError):
-        found.save(tmp_path / "c.safetensors")
+        statistics.save(tmp_path / "c.safetensors")
 
 
 def test_how_a_model_was_run_is_kept_in_the_file(tmp_path):
-    found = calibrate(network(), batches(0), run)
+    statistics = calibrate(network(), batches(0), run)
     about = {"first_seed": 2**64 - 1, "cfg": 3.5, "sampler": "euler", "exclude": "\u00e4"}
-    Calibration(found.layers, found.model, about).save(tmp_path / "c.safetensors")
+    Calibration(statistics.layers, statistics.model, about).save(tmp_path / "c.safetensors")
     again = calibration.load(tmp_path / "c.safetensors")
     assert again.about == about
     again.save(tmp_path / "again.safetensors")
@@ -193,7 +193,7 @@ def test_how_a_model_was_run_is_kept_in_the_file(tmp_path):
 
 
 def test_saving_and_loading_tell_each_layer_and_stop_where_that_raises(tmp_path):
-    found, path = calibrate(network(), batches(0), run), tmp_path / "c.safetensors"
+    statistics, path = calibrate(network(), batches(0), run), tmp_path / "c.safetensors"
     total = sum(4 * K * (K + 2) for K in (96, 128))
     done = [4 * 96 * 98, total]
 
@@ -202,10 +202,10 @@ def test_saving_and_loading_tell_each_layer_and_stop_where_that_raises(tmp_path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        found.save(path, progress=stop)
+        statistics.save(path, progress=stop)
     assert not list(tmp_path.iterdir())
     saved, loaded = [], []
-    found.save(path, progress=lambda *call: saved.append(call))
+    statistics.save(path, progress=lambda *call: saved.append(call))
     assert saved[:2] == [(done[0], total, "0"), (total, total, "2")]
     assert set(saved[2:]) == {(total, total, "verify")}
     calibration.load(path, lambda *call: loaded.append(call))
@@ -220,18 +220,18 @@ def test_means_and_largest_magnitudes_are_kept_beside_the_moments(tmp_path):
     calibrate(network(), given, run).save(tmp_path / "c.safetensors")
     x = torch.cat([b[0] for b in given])
     x = x[x.isfinite().all(-1)]
-    found = calibration.load(tmp_path / "c.safetensors").of("0")
-    assert same(found.amax, x.abs().amax(0))
-    assert torch.allclose(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    moments = calibration.load(tmp_path / "c.safetensors").of("0")
+    assert same(moments.amax, x.abs().amax(0))
+    assert torch.allclose(moments.mean, x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_sum_that_was_taken_holds_nothing_and_takes_nothing():
     one = calibration.HessianAccumulator()
     one.add(torch.ones(2, 3, 4))
-    found = one.take()
+    moments = one.take()
     one.add(torch.ones(2, 3, 4))
-    assert (found.rows, one.rows, one.take()) == (6, 6, None)
-    assert torch.equal(found.hessian, torch.ones(4, 4))
+    assert (moments.rows, one.rows, one.take()) == (6, 6, None)
+    assert torch.equal(moments.hessian, torch.ones(4, 4))
 
 
 def test_inputs_whose_squares_are_infinite_count_as_nothing():
@@ -277,8 +277,10 @@ def test_layers_that_are_called_by_keyword_are_seen():
         def forward(self, x):
             return self.inner(input=x)
 
-    found = calibrate(Keyword().eval(), batches(0), run)
-    assert same(found.of("inner").hessian, calibrate(network(), batches(0), run).of("0").hessian)
+    statistics = calibrate(Keyword().eval(), batches(0), run)
+    assert same(
+        statistics.of("inner").hessian, calibrate(network(), batches(0), run).of("0").hessian
+    )
 
 
 def test_a_module_in_training_mode_is_refused():
@@ -289,19 +291,19 @@ def test_a_module_in_training_mode_is_refused():
 def test_a_stored_calibration_is_read_when_it_is_asked_for(tmp_path):
     path = tmp_path / "c.safetensors"
     calibrate(network(), batches(0), run).save(path)
-    found = calibration.load(path)
-    before = found.of("2").hessian
-    assert same(found.of("2").hessian, before)
+    statistics = calibration.load(path)
+    before = statistics.of("2").hessian
+    assert same(statistics.of("2").hessian, before)
     calibrate(network(), batches(9), run).save(path, overwrite=True)
     with pytest.raises(OSError, match="changed or replaced"):
-        _ = found.of("2").hessian
+        _ = statistics.of("2").hessian
 
 
-def version_1(found: Calibration) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def version_1(statistics: Calibration) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata, as the first version wrote them."""
-    tensors = {f"{name}.second": moments.hessian for name, moments in found.layers.items()}
-    rows = {name: moments.rows for name, moments in found.layers.items()}
-    about = {"version": 1, "model": found.model, "rows": rows}
+    tensors = {f"{name}.second": moments.hessian for name, moments in statistics.layers.items()}
+    rows = {name: moments.rows for name, moments in statistics.layers.items()}
+    about = {"version": 1, "model": statistics.model, "rows": rows}
     return tensors, {"mxfp8_calibration": json.dumps(about)}
 
 
@@ -313,12 +315,12 @@ def test_a_calibration_with_the_former_name_of_the_hessian_is_read(tmp_path):
     tensors, metadata = load(FIXTURE)
     assert {key.rpartition(".")[2] for key in tensors} == {"second", "mean", "amax"}
     about = json.loads(metadata["mxfp8_calibration"])
-    found = calibration.load(FIXTURE)
-    assert (found.model, found.about) == (about["model"], about["about"])
-    found.save(tmp_path / "new.safetensors")
+    statistics = calibration.load(FIXTURE)
+    assert (statistics.model, statistics.about) == (about["model"], about["about"])
+    statistics.save(tmp_path / "new.safetensors")
     stored, _ = load(tmp_path / "new.safetensors")
     assert {key.rpartition(".")[2] for key in stored} == {"hessian", "mean", "amax"}
-    for held in (found, calibration.load(tmp_path / "new.safetensors")):
+    for held in (statistics, calibration.load(tmp_path / "new.safetensors")):
         assert {name: moments.rows for name, moments in held.layers.items()} == about["rows"]
         for name, moments in held.layers.items():
             assert same(moments.hessian, tensors[f"{name}.second"])
@@ -327,18 +329,20 @@ def test_a_calibration_with_the_former_name_of_the_hessian_is_read(tmp_path):
 
 
 def test_a_calibration_of_version_1_rounds_as_it_did(model):
-    found = calibration.load(model / "calibration.safetensors")
-    tensors, metadata = version_1(found)
+    statistics = calibration.load(model / "calibration.safetensors")
+    tensors, metadata = version_1(statistics)
     save_file(tensors, model / "old.safetensors", metadata)
     old = calibration.load(model / "old.safetensors")
-    assert all(old.of(name).mean is None and old.of(name).amax is None for name in found.layers)
-    convert_file(model / "net.safetensors", model / "new-way", calibration=found)
+    assert all(
+        old.of(name).mean is None and old.of(name).amax is None for name in statistics.layers
+    )
+    convert_file(model / "net.safetensors", model / "new-way", calibration=statistics)
     convert_file(model / "net.safetensors", model / "old-way", calibration=old)
     assert (model / "new-way").read_bytes() == (model / "old-way").read_bytes()
     old.save(model / "again.safetensors")
     assert load(model / "again.safetensors")[0].keys() == tensors.keys()
     again = calibration.load(model / "again.safetensors")
-    assert same(again.of("2").hessian, found.of("2").hessian) and again.of("2").mean is None
+    assert same(again.of("2").hessian, statistics.of("2").hessian) and again.of("2").mean is None
 
 
 def test_a_calibration_of_a_later_version_is_refused(model):
@@ -393,16 +397,16 @@ def model(tmp_path):
 def test_a_tick_comes_many_times_within_a_layer_and_changes_nothing():
     weight, moments = normal(40, 512), hessian(inputs(900, 512))
     ticks = []
-    found = round_weight(weight, moments, tick=lambda: ticks.append(0))
+    rounded = round_weight(weight, moments, tick=lambda: ticks.append(0))
     assert len(ticks) >= 512 // 128 * (1 + gptq.SWEEPS)
     plain = round_weight(weight, moments)
-    assert same(found.qdata.view(torch.uint8), plain.qdata.view(torch.uint8))
-    assert same(found.scale, plain.scale) and found.error == plain.error
+    assert same(rounded.qdata.view(torch.uint8), plain.qdata.view(torch.uint8))
+    assert same(rounded.scale, plain.scale) and rounded.error == plain.error
 
 
 def test_progress_names_a_calibrated_layer_before_it_is_done(model):
-    found, calls = calibration.load(model / "calibration.safetensors"), []
-    convert_file(model / "net.safetensors", model / "out", calibration=found,
+    statistics, calls = calibration.load(model / "calibration.safetensors"), []
+    convert_file(model / "net.safetensors", model / "out", calibration=statistics,
                  progress=lambda *call: calls.append(call))  # fmt: skip
     layers = [call for call in calls if call[2] in ("0.weight", "2.weight")]
     at, total = layers[0][0], layers[0][1]
@@ -420,9 +424,9 @@ def test_an_interrupt_within_a_calibrated_layer_stops_there_and_leaves_no_file(
     seen, done = [], []
 
     def noted(*arguments, **options):
-        found = round_weight(*arguments, **options)
-        done.append(found)
-        return found
+        rounded = round_weight(*arguments, **options)
+        done.append(rounded)
+        return rounded
 
     def stop(_done, _total, key):
         seen.append(key)
@@ -440,8 +444,8 @@ def test_an_interrupt_within_a_calibrated_layer_stops_there_and_leaves_no_file(
 
 def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(model):
     source, net = model / "net.safetensors", network()
-    found = calibration.load(model / "calibration.safetensors")
-    report = convert_file(source, model / "ours", calibration=found)
+    statistics = calibration.load(model / "calibration.safetensors")
+    report = convert_file(source, model / "ours", calibration=statistics)
     convert_file(source, model / "plain")
     assert Report.from_json(report.to_json()) == report
     for layer in report.quantized:
@@ -463,10 +467,10 @@ def test_converting_with_a_calibration_is_better_on_inputs_that_were_not_seen(mo
 
 def test_output_errors_are_measured_on_held_out_data_if_there_is_any(model):
     source, net = model / "net.safetensors", network()
-    found = calibration.load(model / "calibration.safetensors")
+    statistics = calibration.load(model / "calibration.safetensors")
     others = calibrate(net, batches(100), run, select=lambda name, _: name == "0")
-    report = convert_file(source, model / "ours", calibration=found, held_out=others)
-    own = convert_file(source, model / "own", calibration=found)
+    report = convert_file(source, model / "ours", calibration=statistics, held_out=others)
+    own = convert_file(source, model / "own", calibration=statistics)
     convert_file(source, model / "plain")
     assert (model / "ours").read_bytes() == (model / "own").read_bytes()
     measured, missing = report.quantized
@@ -506,23 +510,23 @@ def test_a_layer_that_a_calibration_lacks_is_rounded_to_nearest(model):
 
 def test_a_layer_that_would_be_far_from_its_weight_is_rounded_to_nearest(model, monkeypatch):
     """What `verify` takes for damage: only an outlandish calibration leads there."""
-    found = calibration.load(model / "calibration.safetensors")
+    statistics = calibration.load(model / "calibration.safetensors")
     monkeypatch.setattr("mxfp8.quant.conversion.convert.MIN_SQNR", 31.0)
-    report = convert_file(model / "net.safetensors", model / "ours", calibration=found)
+    report = convert_file(model / "net.safetensors", model / "ours", calibration=statistics)
     convert_file(model / "net.safetensors", model / "plain")
     assert (model / "ours").read_bytes() == (model / "plain").read_bytes()
     assert all(layer.output_error == layer.nearest_error for layer in report.quantized)
 
 
 def test_another_models_calibration_is_refused(model):
-    found = calibration.load(model / "calibration.safetensors")
+    statistics = calibration.load(model / "calibration.safetensors")
     other = {k: v + 1 for k, v in network().state_dict().items()}
     save_file(other, model / "other.safetensors")
     with pytest.raises(ValueError, match="made with other weights; calibrate this model"):
-        convert_file(model / "other.safetensors", model / "out", calibration=found)
+        convert_file(model / "other.safetensors", model / "out", calibration=statistics)
     save_file({"a.weight": torch.zeros(32, 32)}, model / "small.safetensors")
     with pytest.raises(ValueError, match="has a layer '0', which this model lacks"):
-        convert_file(model / "small.safetensors", model / "out", calibration=found)
+        convert_file(model / "small.safetensors", model / "out", calibration=statistics)
     assert not (model / "out").exists()
 
 
@@ -543,58 +547,60 @@ def test_a_value_that_reads_back_as_infinity_is_refused_by_row(model):
     state["2.weight"][7, 9] = torch.finfo(torch.float32).max
     save_file(state, model / "bad.safetensors")
     mark = calibration.fingerprint([("2", (64, 128), state["2.weight"][0])])
-    found = Calibration({"2": Moments(torch.eye(128), 1)}, mark)
+    statistics = Calibration({"2": Moments(torch.eye(128), 1)}, mark)
     with pytest.raises(ValueError, match=r"'2.weight' holds a value in row 7 that MXFP8 rounds"):
-        convert_file(model / "bad.safetensors", model / "out", calibration=found)
+        convert_file(model / "bad.safetensors", model / "out", calibration=statistics)
     assert not (model / "out").exists()
 
 
 def test_moments_that_no_inputs_have_are_refused_by_layer(model):
     """Finite, but no X.T X: a square below zero, or a factorization that fails half-way."""
-    found = calibration.load(model / "calibration.safetensors")
-    whole, rows = found.of("2").hessian, found.of("2").rows
+    statistics = calibration.load(model / "calibration.safetensors")
+    whole, rows = statistics.of("2").hessian, statistics.of("2").rows
     negative, indefinite = whole.clone(), whole.clone()
     negative[3, 3] = -1
     indefinite[3, 4] = indefinite[4, 3] = 100 * whole.diagonal().max()
     for name, wrong in (("negative", negative), ("indefinite", indefinite)):
-        Calibration({**found.layers, "2": Moments(wrong, rows)}, found.model).save(model / name)
+        Calibration({**statistics.layers, "2": Moments(wrong, rows)}, statistics.model).save(
+            model / name
+        )
     with pytest.raises(FormatError, match=r"of '2' \[128, 128\] has negative values on its"):
         calibration.load(model / "negative")
-    found = calibration.load(model / "indefinite")
+    statistics = calibration.load(model / "indefinite")
     with pytest.raises(ValueError, match=r"'2\.weight' is not positive definite; calibrate again"):
-        convert_file(model / "net.safetensors", model / "out", calibration=found)
+        convert_file(model / "net.safetensors", model / "out", calibration=statistics)
     assert not (model / "out").exists()
 
 
 def test_devices_without_float64_leave_calibrated_layers_to_the_cpu(model, monkeypatch):
     """Another device's weights would fail in the writer: the meta device stands for it."""
-    found = calibration.load(model / "calibration.safetensors")
-    convert_file(model / "net.safetensors", model / "cpu", device="cpu", calibration=found)
+    statistics = calibration.load(model / "calibration.safetensors")
+    convert_file(model / "net.safetensors", model / "cpu", device="cpu", calibration=statistics)
     monkeypatch.setattr(
         "mxfp8.quant.conversion.convert.has_float64", lambda device: device.type != "meta"
     )
-    convert_file(model / "net.safetensors", model / "meta", device="meta", calibration=found)
+    convert_file(model / "net.safetensors", model / "meta", device="meta", calibration=statistics)
     assert (model / "cpu").read_bytes() == (model / "meta").read_bytes()
 
 
 @pytest.mark.parametrize("wrong", ["NaN", "no rows"])
 def test_a_damaged_calibration_is_refused_by_layer(model, wrong):
-    found = calibration.load(model / "calibration.safetensors")
-    damaged, rows = found.of("2").hessian.clone(), found.of("2").rows
+    statistics = calibration.load(model / "calibration.safetensors")
+    damaged, rows = statistics.of("2").hessian.clone(), statistics.of("2").rows
     if wrong == "NaN":
         damaged[3, 4] = torch.nan
-    layers = {**found.layers, "2": Moments(damaged, 0 if wrong == "no rows" else rows)}
-    Calibration(layers, found.model).save(model / "damaged.safetensors")
+    layers = {**statistics.layers, "2": Moments(damaged, 0 if wrong == "no rows" else rows)}
+    Calibration(layers, statistics.model).save(model / "damaged.safetensors")
     with pytest.raises(FormatError, match=r"of '2' \[128, 128\] holds NaN or Inf, or"):
         calibration.load(model / "damaged.safetensors")
 
 
 def test_moments_of_another_width_are_refused_by_layer(model):
-    found = calibration.load(model / "calibration.safetensors")
-    layers = {**found.layers, "2": Moments(torch.eye(96), 5)}
+    statistics = calibration.load(model / "calibration.safetensors")
+    layers = {**statistics.layers, "2": Moments(torch.eye(96), 5)}
     with pytest.raises(ValueError, match=r"\[96, 96\] for '2.weight' \[64, 128\]; it must be"):
         convert_file(model / "net.safetensors", model / "out",
-                     calibration=Calibration(layers, found.model))  # fmt: skip
+                     calibration=Calibration(layers, statistics.model))  # fmt: skip
     assert not (model / "out").exists()
 
 
