@@ -21,6 +21,7 @@ from ...kernels import layout
 from ...kernels.layout import BLOCK
 from .. import format
 from ..container.header import quoted
+from ..container.part_file import would_replace
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
 from ..progress import VERIFY, Meter, Progress
@@ -85,8 +86,10 @@ def repair_file(
     """
     if scales not in format.ORDERS:
         raise ValueError(f"scales is {scales!r}; it must be one of {', '.join(format.ORDERS)}")
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ValueError(f"{os.path.basename(target)}: the target is the source; give another name")
+    if would_replace(target, source):
+        raise ValueError(
+            f"{os.path.basename(target)}: writing it would replace the source; give another name"
+        )
     with FileSource(source) as opened:
         layers = _layers(opened, formats)
         result = Repair(opened.name, os.path.basename(target), layers=len(layers))

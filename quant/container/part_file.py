@@ -42,6 +42,17 @@ _ADVICE = {
 }
 
 
+def part_path(target: Path) -> Path:
+    """Where a target's part file is."""
+    return target.with_name(target.name + SUFFIX)
+
+
+def would_replace(target: str | os.PathLike, source: str | os.PathLike) -> bool:
+    """Whether a writer of `target` would replace, or delete as a leftover, the file `source`."""
+    paths = Path(target), part_path(Path(target))
+    return any(os.path.exists(path) and os.path.samefile(path, source) for path in paths)
+
+
 def create_part_file(target: Path) -> tuple[Path, BinaryIO]:
     """Create the part file of a target, locked, after deleting what a dead writer left.
 
@@ -49,16 +60,18 @@ def create_part_file(target: Path) -> tuple[Path, BinaryIO]:
         (its path, the open file); the lock is held while the file is open.
 
     Raises:
+        ValueError: the target is named as part files are, which the next writer may delete.
         OSError: another writer is at work on this target (EBUSY), or no file can be made here.
     """
-    path = target.with_name(target.name + SUFFIX)
+    if target.name.endswith(SUFFIX):
+        raise ValueError(f"{target.name}: {SUFFIX!r} is for unfinished files; give another name")
+    path = part_path(target)
     while (file := _create(target, path)) is None:
         _delete_leftover(target, path)
     try:
         mine = _lock(file.fileno()) is not False and _is_at(path, file.fileno())
     except BaseException:  # an interrupt
-        with contextlib.suppress(OSError):
-            path.unlink()
+        delete_if_open(path, file)
         file.close()
         raise
     if not mine:  # before it was locked, another writer took it for a leftover
@@ -93,8 +106,19 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
+def is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has this path; it may have been deleted, and made anew."""
+    return _is_at(path, file.fileno())
+
+
+def delete_if_open(path: Path, file: BinaryIO) -> None:
+    """Delete what is at a path if it is this open file; errors are ignored."""
+    with contextlib.suppress(OSError):
+        if is_at(path, file):
+            path.unlink()
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has this path."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -109,14 +133,13 @@ def _delete_leftover(target: Path, path: Path) -> None:
         if fcntl is None:
             path.unlink()
             return
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _open(path)
     except FileNotFoundError:  # its writer ended meanwhile
         return
     except OSError as error:
         if fcntl is None and error.errno != errno.EINVAL:
             raise _busy(target) from error
-        advice = f"{path.name!r} is in the way ({error.strerror}); delete it"
-        raise OSError(error.errno, advice, str(target)) from error
+        raise _in_the_way(target, path, error) from error
     try:
         locked = _lock(descriptor)
         if locked is None:
@@ -129,9 +152,26 @@ def _delete_leftover(target: Path, path: Path) -> None:
         if not locked:
             raise _busy(target)
         if _is_at(path, descriptor):
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:  # another user's, in a folder such as /tmp
+                raise _in_the_way(target, path, error) from error
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open a leftover to lock it: for writing, as network file systems want it, else to read."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
+
+
+def _in_the_way(target: Path, path: Path, error: OSError) -> OSError:
+    advice = f"{path.name!r} is in the way ({error.strerror}); delete it"
+    return OSError(error.errno, advice, str(target))
 
 
 def _busy(target: Path) -> OSError:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .header import DTYPES, FormatError, TensorInfo, nbytes, quoted, read_container
-from .part_file import create_part_file
+from .part_file import create_part_file, delete_if_open, is_at
 from .pipeline import Pipeline, cores
 
 ALIGNMENT = 64
@@ -194,6 +194,11 @@ class Writer:
 
     def _publish(self) -> None:
         """Rename the part file to the target; the lock is held until then."""
+        if not is_at(self.part_file, self._file):
+            raise OSError(
+                errno.ENOENT, f"{self.part_file.name!r} was deleted while it was written",
+                str(self.target),
+            )  # fmt: skip
         if os.name == "nt":  # an open file cannot be renamed there
             self._file.close()
         try:
@@ -227,9 +232,11 @@ class Writer:
         # here matters more.
         if os.name == "nt":  # an open file cannot be deleted there
             self._file.close()
-        with contextlib.suppress(OSError):
-            self.part_file.unlink()
-        self._file.close()
+            with contextlib.suppress(OSError):
+                self.part_file.unlink()
+        else:
+            delete_if_open(self.part_file, self._file)
+            self._file.close()
 
     @contextlib.contextmanager
     def _explained(self):
@@ -337,9 +344,9 @@ def _exists(target: Path) -> FileExistsError:
 def _sync_folder(folder: Path) -> None:
     """Have the new name survive a power cut, where the system can; the file is synced already."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # one that may be written but not read, for one
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)

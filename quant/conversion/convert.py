@@ -28,6 +28,7 @@ from ... import kernels
 from ...kernels import layout
 from .. import format
 from ..container.header import FormatError, quoted
+from ..container.part_file import would_replace
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
@@ -93,10 +94,10 @@ def convert_file(
         MemoryError: there is too little memory. In every case the target is as it was before.
     """
     with open_source(source) as opened:
-        if os.path.exists(target) and any(os.path.samefile(f, target) for f in opened.files):
+        if any(would_replace(target, file) for file in opened.files):
             raise ValueError(
-                f"{os.path.basename(target)}: the target is the source; give another name "
-                "(the original cannot be rebuilt from MXFP8)"
+                f"{os.path.basename(target)}: writing it would replace the source; give another "
+                "name (the original cannot be rebuilt from MXFP8)"
             )
         plan = plan_source(opened, selection)
         return convert(

@@ -225,7 +225,7 @@ def test_a_source_is_never_replaced_by_its_conversion(tmp_path, target):
     save_file(MODEL, tmp_path / "source")
     (tmp_path / "link").symlink_to(tmp_path / "source")
     before = (tmp_path / "source").read_bytes()
-    with pytest.raises(ValueError, match=f"{target}: the target is the source"):
+    with pytest.raises(ValueError, match=f"{target}: writing it would replace the source"):
         convert_file(tmp_path / "source", tmp_path / target, overwrite=True)
     assert (tmp_path / "source").read_bytes() == before
     assert (tmp_path / "link").is_symlink()

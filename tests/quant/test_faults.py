@@ -248,7 +248,7 @@ def mounted(folder: Path, *options: str):
         subprocess.run(["umount", folder], check=True)
 
 
-needs_root = pytest.mark.skipif(not ROOT, reason="mounting needs root")
+needs_root = pytest.mark.skipif(not ROOT, reason="mounting, and becoming another user, need root")
 
 
 @needs_root
@@ -595,6 +595,68 @@ def test_a_leftover_that_another_writer_replaced_meanwhile_is_not_deleted(target
         create_part_file(target)
     assert names(target.parent) == [part.name]
     others[0][1].close()
+
+
+def test_a_model_named_like_a_part_file_is_neither_source_nor_target_of_that_name(tmp_path):
+    source = tmp_path / f"out.safetensors{SUFFIX}"
+    save_file({"a.weight": matrix(32, 64)}, source)
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="would replace the source"):
+        convert_file(source, tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="is for unfinished files; give another name"):
+        write_one_byte(tmp_path / f"a{SUFFIX}")
+    assert (names(tmp_path), source.read_bytes()) == ([source.name], before)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "published"])
+def test_a_writer_whose_part_file_was_deleted_leaves_the_next_one_alone(target, ending):
+    """Someone deletes it; the next writer of this target has a part file of the same name."""
+    first, second = (Writer(target, [("a", "U8", (1,))], {}) for _ in range(2))
+    first.__enter__()
+    first.write("a", b"a")
+    first.part_file.unlink()
+    with second:
+        second.write("a", b"a")
+        if ending == "cancelled":
+            first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        else:
+            with pytest.raises(OSError, match="was deleted while it was written"):
+                first._publish()
+            first._discard()
+    assert names(target.parent) == [target.name]
+
+
+@pytest.fixture
+def shared():
+    """A folder that another user may enter, with a small model in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        save_file({"a.weight": matrix(32, 64)}, folder / "source")
+        (folder / "source").chmod(0o644)
+        (folder / "out").mkdir()
+        yield folder
+
+
+@needs_root
+def test_a_folder_that_can_be_written_but_not_read_gets_the_file(warm, shared):
+    (shared / "out").chmod(0o333)
+    ended = warm.run("convert", shared / "source", shared / "out" / "new", user=NOBODY)
+    assert ended.status == 0, ended.output
+    assert names(shared / "out") == ["new"]
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
+def test_what_another_user_left_in_a_shared_folder_is_named(warm, shared, mode):
+    part = shared / "out" / f"new{SUFFIX}"
+    part.write_bytes(b"")
+    part.chmod(mode)
+    (shared / "out").chmod(0o1777)  # as /tmp: only its owner may delete a file
+    ended = warm.run("convert", shared / "source", shared / "out" / "new", user=NOBODY)
+    assert ended.status == 1
+    assert f"'new{SUFFIX}' is in the way" in ended.output
+    assert names(shared / "out") == [part.name]
 
 
 def test_windows_deletes_what_nobody_holds(target, monkeypatch):

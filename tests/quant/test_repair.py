@@ -219,6 +219,6 @@ def test_an_interrupt_leaves_nothing(tmp_path, sound):
 def test_a_file_is_not_repaired_onto_itself(tmp_path, sound):
     path = save(tmp_path, without_markers(sound[0]))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="the target is the source"):
+    with pytest.raises(ValueError, match="would replace the source"):
         repair_file(path, path, overwrite=True)
     assert path.read_bytes() == before
