@@ -52,8 +52,8 @@ class MXFP8Accelerate(io.ComfyNode):
             display_name="Accelerate Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Takes a model from any loader and runs its MXFP8 layers on the fastest correct "
-                "path that this machine has. Place it right after the loader."
+                "Takes a model from any loader and runs its MXFP8 layers on this pack's kernels. "
+                "Place it right after the loader."
             ),
             search_aliases=["mxfp8", "accelerate", "speed up", "quantized"],
             inputs=[

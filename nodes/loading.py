@@ -24,8 +24,8 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
             display_name="Load Diffusion Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Loads a diffusion model and runs its MXFP8 layers on the fastest correct path "
-                "that this machine has. Other models load as in the stock loader."
+                "Loads a diffusion model and runs its MXFP8 layers on this pack's kernels. Other "
+                "models load as in the stock loader."
             ),
             search_aliases=["mxfp8", "unet loader", "load diffusion model", "quantized", "fp8"],
             inputs=[
@@ -70,7 +70,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads a checkpoint (diffusion model, text encoder and VAE in one file) and runs "
-                "its MXFP8 layers on the fastest correct path that this machine has."
+                "its MXFP8 layers on this pack's kernels."
             ),
             search_aliases=["mxfp8", "checkpoint", "load checkpoint", "quantized"],
             inputs=[

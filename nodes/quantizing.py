@@ -34,9 +34,8 @@ class MXFP8QuantizeModel(io.ComfyNode):
             display_name="Quantize Model (MXFP8)",
             category=CATEGORY,
             description=(
-                "Quantizes a BF16, FP16 or FP32 diffusion model to MXFP8: half the size of BF16, "
-                "nearly the same output. LoRAs on it are first baked in at full precision. The "
-                "input model is not changed."
+                "Quantizes a BF16, FP16 or FP32 diffusion model to MXFP8, half the size of BF16. "
+                "LoRAs on it are first baked in at full precision. The input model is not changed."
             ),
             search_aliases=["mxfp8", "quantize", "quantise", "compress", "fp8", "convert model"],
             inputs=[

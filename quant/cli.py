@@ -51,7 +51,10 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left behind"
     if isinstance(error, ModuleNotFoundError):
-        return f'{error.name} is missing; use ComfyUI\'s Python, or pip install "mxfp8[standalone]"'
+        return (
+            f"{error.name} is missing; use ComfyUI's Python, or pip install '.[standalone]' in a "
+            "clone of this pack"
+        )
     if isinstance(error, FileExistsError):
         return f"{error.filename} exists; --overwrite replaces it"
     if isinstance(error, OSError):

@@ -5,9 +5,8 @@ factor out of the sum, so any FP8 matmul can apply them to the finished accumula
 each an op of its own:
 
 * `to_rowwise` rewrites the weight. E8M0 scales are powers of two, so a row's codes can be shifted
-  to share the largest of its scales. Only bits that fall below E4M3's subnormals are lost, in
-  blocks at least 2**10 smaller than the row's largest: 2.3e-7 of a trained weight on average
-  (MiniLM).
+  to share the largest of its scales. Values down to 2**-13 of the row's largest keep all their
+  bits; smaller ones change by at most 2**-17 of it: 2.3e-7 of a trained weight on average (MiniLM).
 * `quantize_rowwise` quantizes activations per token: the scale puts a row's largest value at 448,
   the largest E4M3 value. The output error is about that of MXFP8 activations, which Blackwell
   multiplies: 2.95e-2 against 3.00e-2 on MiniLM's layers.

@@ -102,7 +102,8 @@ def repair_file(
         if not (result.marked or result.tiled or result.retyped):
             raise FormatError(
                 f"{opened.name}: nothing to repair: {len(layers)} MXFP8 layers, all with both "
-                "markers and tiled U8 scales"
+                "markers and tiled U8 scales; `mxfp8 inspect` shows other damage, such as NaN "
+                "codes, for which only a good copy of the file helps"
             )
         _write(opened, target, layers, row_major, overwrite, progress)
         return result
