@@ -25,9 +25,9 @@ $(STAMP): tests/requirements.txt tests/constraints.txt tests/comfyui.txt pyproje
 demo: setup
 	$(BIN)/python tests/support/demo.py
 
-# Without ComfyUI: kernels, files, reports, the rules of the repository.
+# Without ComfyUI and without what is slow: kernels, files, reports, the rules of the repository.
 check: setup
-	$(PYTEST) -m "not comfy and not long" --durations=10
+	$(PYTEST) -m "not comfy and not slow and not long" --durations=10
 
 test: setup
 	$(PYTEST) -m "not long" --durations=15

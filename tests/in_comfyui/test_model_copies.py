@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 from comfyui import comfyui_path
+
+pytestmark = pytest.mark.comfy
 
 COPIES = """
 import sys

@@ -22,6 +22,8 @@ from comfyui import fetch_package
 from mxfp8.kernels import aot, device_facts
 from mxfp8.kernels.backends.triton import fp8_gemm
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parents[1]
 COMPILED = TESTS.parent / "bench" / "results" / "compiled.json"
 INTERPRETER = "3.9.0"

@@ -83,6 +83,7 @@ def blocks(count: int) -> dict:
     return {f"layers.{i}.w1.weight": ("BF16", [10240, 3840]) for i in range(count)}
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     "tensors",

@@ -42,6 +42,7 @@ def run_mutations(count: int, seeds: range) -> None:
     assert len(rules) > 40  # so that mutants do not all die of one cause
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_thousand_damaged_files_load_right_or_are_refused():
     run_mutations(10_000, range(2))
@@ -98,6 +99,7 @@ def outcomes_of(folder: Path, done: subprocess.CompletedProcess) -> dict[str, in
     return json.loads((folder / "corpus.json").read_text(encoding="ascii"))
 
 
+@pytest.mark.slow
 @needs_atheris
 def test_the_fuzzer_finds_nothing_in_a_few_thousand_inputs(tmp_path):
     outcomes = outcomes_of(tmp_path, fuzz(tmp_path, "-runs=4000", "-seed=1"))

@@ -115,6 +115,7 @@ def kill_at_random_moments(warm, source, whole, target, rounds: int) -> None:
     assert interrupted >= rounds / 6  # else this test would show little
 
 
+@pytest.mark.slow
 def test_kill_at_50_random_moments(warm, source, whole, target):
     kill_at_random_moments(warm, source, whole, target, 50)
 
@@ -201,6 +202,7 @@ def interrupt_at_random_moments(warm, source, whole, target, rounds: int) -> Non
     assert (names(target.parent), target.read_bytes()) == ([target.name], whole)
 
 
+@pytest.mark.slow
 def test_interrupts_at_40_random_moments(warm, source, whole, target):
     interrupt_at_random_moments(warm, source, whole, target, 40)
 

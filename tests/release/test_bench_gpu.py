@@ -14,6 +14,8 @@ from gpu import report
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = [
     "op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
     "roofline_us", "error",
