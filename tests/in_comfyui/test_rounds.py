@@ -57,5 +57,5 @@ def test_fifty_rounds_of_load_quantize_sample_unload_leave_nothing(comfy, record
     record_property("resident", resident)
     assert growth < GROWTH, resident
     for what in ("files", "threads"):
-        counts = [s[what] for s in warm]
-        assert counts[-1] <= counts[0], (what, counts)
+        counts = [s[what] for s in warm]  # one more while a connection is being closed
+        assert min(counts[-5:]) <= min(counts[:5]), (what, counts)
