@@ -69,7 +69,7 @@ def create_part_file(target: Path) -> tuple[Path, BinaryIO]:
     while (file := _create(target, path)) is None:
         _delete_leftover(target, path)
     try:
-        mine = _lock(file.fileno()) is not False and _is_at(path, file.fileno())
+        mine = _lock(file.fileno()) is not False and is_at(path, file.fileno())
     except BaseException:  # an interrupt
         delete_if_open(path, file)
         file.close()
@@ -106,19 +106,15 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file still has this path; it may have been deleted, and made anew."""
-    return _is_at(path, file.fileno())
-
-
 def delete_if_open(path: Path, file: BinaryIO) -> None:
-    """Delete what is at a path if it is this open file; errors are ignored."""
+    """Delete what is at a path if it is this file, still open; errors are ignored."""
     with contextlib.suppress(OSError):
-        if is_at(path, file):
+        if not file.closed and is_at(path, file.fileno()):
             path.unlink()
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this path; another may have been made in its place."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -151,7 +147,7 @@ def _delete_leftover(target: Path, path: Path) -> None:
             )
         if not locked:
             raise _busy(target)
-        if _is_at(path, descriptor):
+        if is_at(path, descriptor):
             try:
                 path.unlink()
             except OSError as error:  # another user's, in a folder such as /tmp

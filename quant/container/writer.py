@@ -194,7 +194,7 @@ class Writer:
 
     def _publish(self) -> None:
         """Rename the part file to the target; the lock is held until then."""
-        if not is_at(self.part_file, self._file):
+        if not is_at(self.part_file, self._file.fileno()):
             raise OSError(
                 errno.ENOENT, f"{self.part_file.name!r} was deleted while it was written",
                 str(self.target),

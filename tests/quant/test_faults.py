@@ -628,6 +628,16 @@ def test_a_writer_whose_part_file_was_deleted_leaves_the_next_one_alone(target, 
     assert names(target.parent) == [target.name]
 
 
+def test_an_interrupt_after_the_file_has_its_name_is_an_interrupt(target, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mxfp8.quant.container.writer._sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_one_byte(target)
+    assert names(target.parent) == [target.name]
+
+
 @pytest.fixture
 def shared():
     """A folder that another user may enter, with a small model in it."""
