@@ -7,7 +7,6 @@ import json
 import torch
 
 from ... import kernels
-from ...kernels import layout
 from ...quant import format
 from ...quant.container.header import nbytes
 from ...quant.container.writer import Writer
@@ -25,7 +24,7 @@ def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> i
     """Write a MODEL's diffusion model to `path`; returns the file's size in bytes.
 
     Raises:
-        ValueError: a patched weight holds NaN or Inf, or something on the model cannot be saved.
+        ValueError: a LoRA cannot be merged, or something on the model cannot be saved.
         OSError: the file cannot be written; nothing is left behind.
     """
     check_movable(patcher)
@@ -95,10 +94,5 @@ def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, t
         qdata, scale = original._qdata, original._params.scale
     else:
         qdata, scale = kernels.quantize(weight)
-        if (scale == layout.E8M0_NAN).any():
-            raise ValueError(
-                f"{name!r} holds NaN or Inf after its LoRAs; nothing was saved. Remove the LoRA "
-                "that causes this, or lower its strength"
-            )
     encoded = torch.frombuffer(bytearray(format.marker_bytes(marker)), dtype=torch.uint8)
     return {name + WEIGHT: qdata, name + SCALE: scale, name + MARKER: encoded}

@@ -19,9 +19,13 @@ from comfy.model_detection import detect_unet_config
 from comfy.model_sampling import V_PREDICTION, ModelSamplingContinuousEDM
 from comfy.quant_ops import QuantizedTensor
 
+from ...quant.container.header import quoted
 from ...quant.format import WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
 from ..runtime.patch import PREFIX
+from .baking import BakingError, bake, fits
+
+_MOST_NAMED = 4  # weights in an error
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class ModelSource:
             self._add(key)
         for key, tensor in _prediction_keys(patcher).items():
             self._entries[key] = _Entry(key, tensor.dtype, tuple(tensor.shape), tensor)
+        self._check_patches()
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -112,7 +117,11 @@ class ModelSource:
         return self._value(key)[first:last].to("cpu").contiguous()
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        value = self._value(key).to("cpu", self._entries[key].dtype).contiguous()
+        entry = self._entries[key]
+        value = self._value(key).to("cpu", entry.dtype).contiguous()
+        if entry.full in self._patcher.patches and not value.isfinite().all():
+            reason = f"it gets too large for {HEADER_DTYPES[entry.dtype]}"
+            raise ValueError(self._unmergeable({entry.full: reason}))
         yield as_bytes(value.reshape(-1))
 
     def weight(self, layer: str) -> torch.Tensor | None:
@@ -165,8 +174,37 @@ class ModelSource:
         if isinstance(weight, QuantizedTensor):
             weight = weight.dequantize()
         weight = weight.to(self._patcher.load_device, torch.float32, copy=True)
-        patches = self._patcher.patches[full]
-        return comfy.lora.calculate_weight(patches, weight, full, intermediate_dtype=torch.float32)
+        try:
+            return bake(self._patcher.patches[full], weight, full)
+        except BakingError as error:
+            raise ValueError(self._unmergeable({full: str(error)})) from error
+
+    def _check_patches(self) -> None:
+        """Check that all patches fit their weights, before any work is done.
+
+        Raises:
+            ValueError: some do not; the message names them.
+        """
+        failed = {}
+        for full, patches in self._patcher.patches.items():
+            if full.startswith(PREFIX) and not fits(patches, self.original(full), full):
+                try:
+                    self._patched(full)
+                except ValueError as error:
+                    failed[full] = str(error.__cause__)
+        if failed:
+            raise ValueError(self._unmergeable(failed))
+
+    def _unmergeable(self, failed: dict[str, str]) -> str:
+        named = [
+            f"{quoted(full.removeprefix(PREFIX))} ({reason})"
+            for full, reason in list(failed.items())[:_MOST_NAMED]
+        ]
+        more = f" and {len(failed) - len(named)} more" if len(failed) > len(named) else ""
+        return (
+            f"LoRAs or patches on this {self.name} cannot be merged into {len(failed)} of its "
+            f"weights: {', '.join(named)}{more}; remove them, or use ones made for this model"
+        )
 
 
 def _prediction_keys(patcher) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -265,6 +266,30 @@ class TestFail(_Node):
         return (clone,)
 
 
+class TestLora(_Node):
+    """A clone with one of stock's LoRA adapters on a weight, in which something goes wrong: memory
+    runs out, or the result is too large for float16, in which the weight then is held."""
+
+    INPUTS = {"model": "MODEL", "key": "STRING", "how": (["memory", "large"],)}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, key, how):
+        def function(difference):  # called where stock catches every exception
+            if how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return difference * 1e6
+
+        layer = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+        if how == "large":
+            layer.half()
+        rows, columns = layer.weight.shape
+        up, down = torch.ones(rows, 4), torch.ones(4, columns)
+        adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, None))
+        clone = model.clone()
+        clone.add_patches({(key, None, function): adapter})
+        return (clone,)
+
+
 class TestForward(_Node):
     """A clone whose linears misbehave: run out of memory on a call, take their time, give NaN from
     the first block on or from a call on, or huge values inside an MLP; say how many layers' moments
@@ -475,7 +500,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestForward, TestMoments, TestRights, TestFast, TestBackend,
+        TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast, TestBackend,
         TestReuse, TestKeeping,
     )
 }  # fmt: skip

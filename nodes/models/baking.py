@@ -1,0 +1,94 @@
+"""LoRAs and other patches merged into one weight by stock ComfyUI, with its errors raised.
+
+`comfy.lora.calculate_weight` and its adapters log what fails, running out of memory included, and
+return the weight without the patch. A handler on the root logger turns what the calling thread logs
+there into an exception, inside the adapter's own `except`, so that the adapter's error is its
+context. Rejected: comparing the weight before and after, because many LoRAs hold layers of zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+import comfy.lora
+import torch
+
+from ...quant.memory import is_out_of_memory
+
+
+class BakingError(ValueError):
+    """A patch that cannot be merged into its weight, and why."""
+
+
+class _LoggedError(Exception):
+    """What stock logged as a warning or an error."""
+
+
+def bake(patches: list, weight: torch.Tensor, key: str) -> torch.Tensor:
+    """A weight with its patches, computed in float32; the weight itself may be overwritten.
+
+    Raises:
+        BakingError: a patch does not fit or fails, or the result holds NaN or Inf.
+        Exception: memory ran out.
+    """
+    baked = _calculate(patches, weight, key)
+    if not baked.isfinite().all():
+        raise BakingError("it gets NaN or Inf")
+    return baked
+
+
+def fits(patches: list, weight: torch.Tensor, key: str) -> bool:
+    """Whether patches may fit a weight, judged by shapes alone: nothing is computed.
+
+    An adapter that looks at values cannot be judged so; the answer is then False.
+    """
+    meta = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    try:
+        # Without their functions: those of other packs may do more than compute.
+        _calculate([(*patch[:4], None) for patch in patches], meta, key)
+    except BakingError:
+        return False
+    return True
+
+
+def _calculate(patches: list, weight: torch.Tensor, key: str) -> torch.Tensor:
+    try:
+        with _logged_errors_raised():
+            return comfy.lora.calculate_weight(
+                patches, weight, key, intermediate_dtype=torch.float32
+            )
+    except Exception as error:
+        cause = (isinstance(error, _LoggedError) and error.__context__) or error
+        if is_out_of_memory(cause):
+            raise cause from None
+        raise BakingError((str(cause) or type(cause).__name__).splitlines()[0]) from cause
+
+
+@contextlib.contextmanager
+def _logged_errors_raised() -> Iterator[None]:
+    """Raise `_LoggedError` where this thread logs a warning or worse, however little is shown."""
+    root = logging.getLogger()
+    level, disabled = root.level, root.manager.disable
+    handler = _Raise(threading.get_ident())
+    root.setLevel(min(level, logging.WARNING))
+    root.manager.disable = min(disabled, logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.manager.disable = disabled
+        root.setLevel(level)
+
+
+class _Raise(logging.Handler):
+    def __init__(self, thread: int):
+        super().__init__(logging.WARNING)
+        self._thread = thread
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread:
+            raise _LoggedError(record.getMessage())
