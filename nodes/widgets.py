@@ -39,7 +39,8 @@ def selection_inputs() -> list[io.Input]:
             default=policy.AUTO,
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "
-                "tensor names show, which suits Z-Image-Turbo too; none: quantize every linear; "
+                "tensor names show, which suits Z-Image-Turbo too, and embedders and final "
+                "layers stay; none: quantize every linear; "
                 "zimage-turbo: the recipe of the Z-Image-Turbo-MXFP8 model card, which keeps more."
             ),
         ),

@@ -1,9 +1,11 @@
 """Which layers become MXFP8, and why the others do not.
 
 A plan gives every tensor of a model a decision with a reason. First come rules that no option
-overrides, because stock ComfyUI would run raw codes; then the user's exclude and include; then the
-preset. Presets have the names of convert_to_quant's and select the same layers (`presets.json`).
-"auto" takes the preset of the architecture that the keys show.
+overrides, because stock ComfyUI would run raw codes: those of the architecture that the keys show
+(`architectures`), and names that mean the same in every model. Then come the user's exclude and
+include, then the preset. Presets have the names of convert_to_quant's and select the same layers
+(`presets.json`). "auto" takes the preset of the architecture, or the default selection, and keeps
+what is outside of the architecture's blocks as well.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from functools import cache
 from pathlib import Path
 
 from ..container.header import nbytes, quoted
-from ..format import FLOATS, PREFIXES, WEIGHT, bare
+from ..format import FLOATS, WEIGHT, bare
+from . import architectures
+from .architectures import TEXT_ENCODERS, Architecture
 
 try:
     import regex
@@ -68,44 +72,6 @@ _NEVER = {
 _T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
 _T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantized
 
-# (architecture, preset, keys that must all be there). The first match counts.
-ARCHITECTURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Z-Image", "zimage", ("cap_pad_token", "noise_refiner.0.attention.qkv.weight")),
-    ("Flux.2", "flux2", ("double_stream_modulation_img.lin.weight",)),
-    (
-        "Chroma Radiance",
-        "nerf_large",
-        ("distilled_guidance_layer.in_proj.weight", "img_in_patch.weight"),
-    ),
-    ("Chroma", "distillation_large", ("distilled_guidance_layer.in_proj.weight",)),
-    ("Wan", "wan", ("head.modulation",)),
-    (
-        "Lens",
-        "lens",
-        ("transformer_blocks.0.img_mlp.w1.weight", "transformer_blocks.0.img_mod.1.weight"),
-    ),
-    ("Qwen-Image", "qwen", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
-    ("Hunyuan Video", "hunyuan", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
-    ("MiniMax H3", "minimaxh3", ("video_patch_proj.weight", "audio_patch_proj.weight")),
-    ("LTX-2", "ltxv2", ("audio_adaln_single.linear.weight",)),
-    ("Krea 2", "krea2", ("txtfusion.projector.weight",)),
-    ("Ideogram 4", "ideogram4", ("embed_image_indicator.weight",)),
-    ("Boogu", "boogu", ("double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight",)),
-    ("Anima", "anima", ("llm_adapter.blocks.0.cross_attn.q_proj.weight",)),
-    ("T5", "t5xxl", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
-    (
-        "Gemma 4",
-        "gemma4",
-        ("layers.0.per_layer_input_gate.weight", "layers.0.self_attn.q_proj.weight"),
-    ),
-    ("Mistral", "mistral", ("tekken_model",)),
-    (
-        "Qwen-VL",
-        "qwen_vlm",
-        ("layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"),
-    ),
-)
-
 _LANGUAGE_LAYER = re.compile(
     r"(?:^|\.)(?P<prefix>(?:model\.)?language_model\.layers|model\.layers)\.(?P<index>\d+)\."
 )
@@ -121,6 +87,10 @@ class Selection:
         exclude: regular expression; matching keys are kept, whatever else is asked for.
 
     An empty expression is None.
+
+    Raises:
+        TypeError: include or exclude is no string.
+        ValueError: unknown preset.
     """
 
     preset: str = AUTO
@@ -128,11 +98,18 @@ class Selection:
     exclude: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "include", self.include or None)
-        object.__setattr__(self, "exclude", self.exclude or None)
-
-
-DEFAULT = Selection()
+        if self.preset not in presets():
+            raise ValueError(
+                f"unknown preset {self.preset!r}; choose one of: {', '.join(presets())}"
+            )
+        for option in ("include", "exclude"):
+            expression = getattr(self, option)
+            if not isinstance(expression, str | None):
+                raise TypeError(
+                    f"{option} is {expression!r}; it must be one regular expression, a string "
+                    "(several names: 'this|that')"
+                )
+            object.__setattr__(self, option, expression or None)
 
 
 @dataclass(frozen=True)
@@ -185,15 +162,13 @@ def presets() -> list[str]:
     return [AUTO, NONE, *sorted(_table()["presets"])]
 
 
-def detect_architecture(keys: Iterable[str]) -> tuple[str, str] | None:
+DEFAULT = Selection()
+
+
+def detect_architecture(keys: Iterable[str]) -> tuple[str, str | None] | None:
     """(architecture, preset) that a model's keys show, or None."""
-    keys = set(keys)
-    prefixes = (*PREFIXES, "model.language_model.")
-    for name, preset, signature in ARCHITECTURES:
-        # Each key under any prefix: a vision model's parts have different ones.
-        if all(any(prefix + key in keys for prefix in prefixes) for key in signature):
-            return name, preset
-    return None
+    found = architectures.detect(keys)
+    return found and (found[0].name, found[0].preset)
 
 
 def plan(
@@ -209,28 +184,61 @@ def plan(
             it, every 2-D float "*.weight" that is not a known embedding counts as linear.
 
     Raises:
-        ValueError: unknown preset, or an expression that does not compile or takes too long.
+        TypeError: the selection is no Selection.
+        ValueError: an expression that does not compile or takes too long.
     """
-    architecture, detected = detect_architecture(tensors) or (None, "default")
-    preset = detected if selection.preset == AUTO else selection.preset
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{selection!r} is no selection; give Selection(preset=...)")
+    architecture, prefix = architectures.detect(tensors) or (None, "")
+    if architecture is None:
+        logger.warning(
+            "MXFP8: the architecture is not recognized. Layers are chosen by their names and "
+            "shapes alone; compare the result with the original."
+        )
+    preset = selection.preset
+    if preset == AUTO:
+        preset = (architecture and architecture.preset) or "default"
     kept = _kept_by(preset, tensors)
     included = _matching("include", selection.include, tensors)
     excluded = _matching("exclude", selection.exclude, tensors)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         reason = _impossible(key, dtype, shape, is_linear)
+        if reason is None and architecture is not None:
+            reason = _unsupported(architecture, prefix, key, shape)
         if reason is None and key in excluded:
             reason = f"excluded by {selection.exclude!r}"
         if reason is None and key in included:
             return True, f"included by {selection.include!r}"
         reason = reason or kept(key)
+        if reason is None and selection.preset == AUTO and architecture is not None:
+            reason = _outside(architecture, prefix, key)
         return (False, reason) if reason else (True, "linear layer")
 
     decisions = tuple(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
     )
-    return Plan(decisions, preset, architecture, selection)
+    return Plan(decisions, preset, architecture and architecture.name, selection)
+
+
+def _unsupported(architecture: Architecture, prefix: str, key: str, shape) -> str | None:
+    """Why stock does not run a layer of a file of this architecture quantized, or None."""
+    if key.startswith(prefix):
+        layer = key.removeprefix(prefix).removesuffix(WEIGHT)
+        return architecture.unsupported_reason(layer, shape)
+    if architecture.blocks and not key.startswith(TEXT_ENCODERS):
+        return f"not a part of {architecture.name}'s diffusion model that ComfyUI runs quantized"
+    return None
+
+
+def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
+    """Why "auto" keeps a layer that is outside of the architecture's blocks; else None."""
+    if not key.startswith(prefix) or key.startswith(TEXT_ENCODERS):
+        return None
+    if architecture.in_blocks(key.removeprefix(prefix)):
+        return None
+    return f"outside of the blocks of {architecture.name}: embedders and final layers stay"
 
 
 def _impossible(key, dtype, shape, is_linear) -> str | None:
@@ -329,10 +337,7 @@ def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[str, list[str]
     table = _table()
     yield "the default selection", table["default_keep"], []
     while name not in ("default", None):
-        preset = table["presets"].get(name)
-        if preset is None:
-            known = ", ".join(presets())
-            raise ValueError(f"unknown preset {name!r}; choose one of: {known}")
+        preset = table["presets"][name]
         last = _final_language_layers(keys) if preset.get("keep_final_language_layer") else []
         yield f"preset {name}", preset["keep"] + last, preset.get("keep_matching", [])
         name = preset.get("extends")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mxfp8.quant.conversion import policy
+from mxfp8.quant.conversion.architectures import architectures
 from mxfp8.quant.conversion.policy import Selection, detect_architecture, plan, presets
 
 MATRIX = ("BF16", (64, 32))
@@ -136,8 +137,19 @@ def test_an_empty_expression_is_none(option):
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match="unknown preset 'nope'") as caught:
-        decide("a.weight", preset="nope")
+        Selection("nope")
     assert [name for name in presets() if name not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_an_expression_that_is_no_string_is_refused(option):
+    with pytest.raises(TypeError, match=rf"{option} is \['a', 'b'\]; it must be one"):
+        Selection(**{option: ["a", "b"]})
+
+
+def test_a_name_is_no_selection():
+    with pytest.raises(TypeError, match="'zimage' is no selection"):
+        plan({"a.weight": MATRIX}, "zimage")
 
 
 @pytest.mark.parametrize("name", presets())
@@ -177,7 +189,7 @@ def test_every_tensor_gets_a_decision_in_the_order_given():
 
 
 def test_an_expression_that_finds_nothing_is_told(caplog):
-    tensors = {"a.weight": ("BF16", (32, 32))}
+    tensors = {"head.modulation": ("F32", (1, 2, 8)), "a.weight": ("BF16", (32, 32))}
     plan(tensors, Selection(exclude="^a"))
     assert caplog.records == []
     plan(tensors, Selection(exclude="nosuchlayer", include="neither"))
@@ -265,8 +277,9 @@ def test_qwen_vl_is_known_by_its_keys_as_published(language, visual):
     assert detect_architecture(keys) == ("Qwen-VL", "qwen_vlm")
 
 
-def test_the_table_of_architectures_is_complete():
-    assert {a[0] for a in policy.ARCHITECTURES} == {"Qwen-VL", *(k[0] for k in KNOWN)}
+def test_the_architectures_with_presets_are_these():
+    presets = {a.name for a in architectures() if a.preset}
+    assert presets == {"Qwen-VL", *(k[0] for k in KNOWN)}
 
 
 def test_a_named_preset_is_used_whatever_the_keys_show():

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from mxfp8.quant.container.header import DTYPES
 from mxfp8.quant.conversion import policy
+from mxfp8.quant.conversion.architectures import architectures
 from mxfp8.quant.conversion.policy import Selection, plan, presets
+from mxfp8.quant.format import PREFIXES
 from mxfp8.quant.reports.conversion import KEPT, MXFP8, Block, LayerReport, Report, SqnrAccumulator
 
 QUICK = settings(max_examples=150)
@@ -23,7 +25,7 @@ QUICK = settings(max_examples=150)
 NEVER = ("first_stage_model.q", "vae.mid.q", "text_model.encoder.layers.0.fc1", "text_projection",
          "transformer.resblocks.0.c_fc", "a.moe.gate", "mlp.router", "motion_encoder.dec.0",
          "x_embedder.proj.1", "model.embed_tokens", "shared", "wte", "label_emb")  # fmt: skip
-SIGNS = sorted({key for _, _, keys in policy.ARCHITECTURES for key in keys})
+SIGNS = sorted({key for architecture in architectures() for key in architecture.signature})
 KEPT_BY_SOME = ("img_in", "final_layer.linear", "blocks.0.adaln_modulation", "txt_in", "q_norm",
                 "layers.0.adaLN_modulation.0", "time_embedding.0", "head.head", "blocks.0.attn.q",
                 "visual.blocks.0.mlp.down_proj", "model.layers.3.mlp.up", "proj_out")  # fmt: skip
@@ -116,7 +118,7 @@ def test_the_order_of_keys_does_not_matter(model, selection, places):
 @given(models, names)
 def test_the_prefix_of_a_diffusion_model_does_not_matter(model, preset):
     prefix = "model.diffusion_model."
-    assume(not any(key.startswith(policy.PREFIXES[:-1]) for key in model))
+    assume(not any(key.startswith(PREFIXES[:-1]) for key in model))
     found = plan(model, Selection(preset))
     other = plan({prefix + key: info for key, info in model.items()}, Selection(preset))
     assert (other.preset, other.architecture) == (found.preset, found.architecture)
@@ -124,15 +126,18 @@ def test_the_prefix_of_a_diffusion_model_does_not_matter(model, preset):
 
 
 @QUICK
-@given(models, st.sampled_from(policy.ARCHITECTURES))
-def test_auto_is_the_preset_of_the_architecture(model, architecture):
-    name, preset, signs = architecture
-    model = {**model, **dict.fromkeys(signs, ("BF16", (64, 64)))}
+@given(models, st.sampled_from(architectures()))
+def test_auto_is_the_preset_of_the_architecture_inside_its_blocks(model, architecture):
+    model = {**model, **dict.fromkeys(architecture.signature, ("BF16", (64, 64)))}
     found = plan(model)
-    earlier = [a[0] for a in policy.ARCHITECTURES[: policy.ARCHITECTURES.index(architecture)]]
-    assert found.architecture in (name, *earlier)
-    if found.architecture == name:
-        assert flags(found) == flags(plan(model, Selection(preset)))
+    rows = architectures()
+    earlier = [row.name for row in rows[: rows.index(architecture)]]
+    assert found.architecture in (architecture.name, *earlier)
+    if found.architecture != architecture.name:
+        return
+    auto = flags(found)
+    for key, quantize in flags(plan(model, Selection(architecture.preset or policy.AUTO))).items():
+        assert auto[key] == (quantize and architecture.in_blocks(key))
 
 
 @QUICK
