@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 import uuid
 import weakref
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import folder_paths
@@ -185,18 +188,50 @@ def calibration_path(name: str) -> Path:
     return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
 
 
-def temporary_path() -> Path:
-    """A path for a new file in ComfyUI's temp folder, which ComfyUI empties on start and exit."""
+def temporary_folder() -> Path:
+    """ComfyUI's temp folder, which every ComfyUI that uses it empties on start and exit."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"mxfp8-{uuid.uuid4().hex}.safetensors"
+    return folder
 
 
-def delete_with(owner, path: Path) -> None:
-    """Delete a file when nothing refers to `owner` any more."""
-    weakref.finalize(owner, _delete, path)
+class TemporaryFile:
+    """A file in the temp folder, deleted when nothing refers to this object any more.
+
+    A second ComfyUI on the same folders deletes it earlier, when it starts. So it is held open once
+    it is written: its data then stay readable. (Windows does not delete an open file.)
+    """
+
+    def __init__(self):
+        self.path = temporary_folder() / f"mxfp8-{uuid.uuid4().hex}.safetensors"
+        self._opened = contextlib.ExitStack()
+        weakref.finalize(self, _delete, self.path, self._opened)
+
+    def hold(self) -> None:
+        """Hold the file open, which has been written to `path`."""
+        self._file = self._opened.enter_context(self.path.open("rb", buffering=0))
+
+    def reopen(self) -> FileIO:
+        """The file, opened for reading without its path, for one reader at a time."""
+        return open(os.dup(self._file.fileno()), "rb", buffering=0)
+
+    def restored(self) -> Path:
+        """The path, at which the file is written again if it was deleted."""
+        if not self.path.exists():
+            temporary_folder()
+            part = self.path.with_suffix(".part")
+            try:
+                with self.reopen() as file, part.open("wb") as copy:
+                    file.seek(0)
+                    shutil.copyfileobj(file, copy, 1 << 22)
+                part.replace(self.path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+        return self.path
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path, opened: contextlib.ExitStack) -> None:
+    opened.close()
     with contextlib.suppress(OSError):  # Windows does not delete a mapped file
         path.unlink()

@@ -24,6 +24,7 @@ from ...quant.conversion import calibration
 from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
 from ...quant.memory import is_out_of_memory
 from ...quant.reports.conversion import format_size
+from ...quant.sources.file import FileSource
 from ..host import paths
 from ..host.progress import check_interrupt
 from ..runtime.patch import PREFIX
@@ -57,7 +58,7 @@ def check_disk(model: str, groups: list[Group]) -> None:
         ValueError: they do not.
     """
     needed = nbytes(*groups)
-    free = shutil.disk_usage(paths.temporary_path().parent).free
+    free = shutil.disk_usage(paths.temporary_folder()).free
     if len(groups) > 1 and needed > free:
         raise ValueError(
             f"calibrating this {model} in {len(groups)} groups takes {format_size(needed)} in "
@@ -152,8 +153,20 @@ def _store(moments: dict[str, Moments]) -> dict[str, StoredMoments]:
     """Moments in a file in ComfyUI's temp folder, deleted with the last of them."""
     if not moments:
         return {}
-    path = paths.temporary_path()
-    Calibration(moments, "").save(path, progress=check_interrupt)
-    layers = dict(calibration.load(path, check_interrupt).layers)
-    paths.delete_with(next(iter(layers.values())).source, path)  # one source for all
-    return layers
+    file = paths.TemporaryFile()
+    Calibration(moments, "").save(file.path, progress=check_interrupt)
+    file.hold()
+    source = _TemporarySource(file)
+    return {name: StoredMoments(source, name, one.rows) for name, one in moments.items()}
+
+
+class _TemporarySource(FileSource):
+    """A temporary file, which can be read even if it was deleted."""
+
+    def __init__(self, file: paths.TemporaryFile):
+        self._temporary = file
+        super().__init__(file.path)
+        self.close()
+
+    def _open(self) -> None:
+        self._file = self._temporary.reopen()

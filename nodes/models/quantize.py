@@ -65,27 +65,21 @@ def quantize_model(
     source.metadata = source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
-    file = _TemporaryFile()
+    file = paths.TemporaryFile()
     report = convert(
         source, file.path, plan, progress=progress, device=device(),
         calibration=calibration, held_out=held_out,
     )  # fmt: skip
+    file.hold()
     del source
 
     fresh = _load_temporary(file, disable_dynamic=not patcher.is_dynamic())
     return give_model(patcher, fresh), replace(report, target="MODEL")
 
 
-class _TemporaryFile:
-    """A file that is deleted when nothing refers to this object any more."""
-
-    def __init__(self):
-        self.path = paths.temporary_path()
-        paths.delete_with(self, self.path)
-
-
-def _load_temporary(file: _TemporaryFile, disable_dynamic: bool = False):
+def _load_temporary(file: paths.TemporaryFile, disable_dynamic: bool = False):
     """Load a temporary file with stock; also ComfyUI's factory for deep clones."""
-    patcher = comfy.sd.load_diffusion_model(str(file.path), disable_dynamic=disable_dynamic)
+    path = str(file.restored())
+    patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (_load_temporary, (file,))
     return patcher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 
 import pytest
@@ -110,6 +111,20 @@ def test_groups_that_fit_the_memory_see_what_all_see_together(comfy):
         # No mean is beyond the largest magnitude, nor its square beyond the mean of squares.
         assert (moments.mean.abs() <= moments.amax * 1.001).all()
         assert (moments.mean**2 <= moments.hessian.diagonal() * 1.001).all()
+
+
+def test_a_calibration_needs_no_file_in_the_temp_folder(comfy):
+    """A second ComfyUI on the same folders empties it when it starts."""
+    graph = Graph()
+    original = graph.loader("flux.safetensors")
+    node = calibrated(graph, original, "flux", first_seed=5, seeds=1, steps=2, memory_gb=0.002)
+    files = []
+    for name in ("before", "after"):
+        graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix=f"calibrations/{name}")
+        comfy.run(graph)
+        files.append(comfy.base / "output" / "calibrations" / f"{name}_00001_.safetensors")
+        shutil.rmtree(comfy.base / "temp", ignore_errors=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_the_model_is_left_as_it_was_and_a_lora_is_part_of_it(comfy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -251,6 +252,19 @@ def test_the_temporary_file_lives_as_long_as_a_model_uses_it(comfy):
     assert list(temporary.glob("mxfp8-*.safetensors"))
 
     unload(comfy)  # which waits until they are gone
+
+
+def test_a_clone_needs_no_file_in_the_temp_folder(comfy):
+    """A second ComfyUI on the same folders empties it when it starts."""
+    graph = Graph()
+    quantized = quantize(graph, graph.loader("flux.safetensors"))
+    latent = run(comfy, graph, {"before": graph.save_latent(graph.sample(quantized, "flux"))})
+    for how in ("force_deepcopy", "deepclone_multigpu"):
+        shutil.rmtree(comfy.base / "temp")
+        clone = graph.add("TestClone", model=quantized, how=how)
+        latent |= run(comfy, graph, {how: graph.save_latent(graph.sample(clone, "flux"))})
+        assert difference(latent[how], latent["before"]) < SAME
+    unload(comfy)  # which waits until what was written again is gone
 
 
 @pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "a/../../outside"])
