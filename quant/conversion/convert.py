@@ -19,6 +19,7 @@ import mmap
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -184,9 +185,13 @@ def convert(
 def _check_plan(source: Source, plan: Plan) -> None:
     """Raise ValueError for a plan that cannot be carried out."""
     if not plan.quantized:
+        matrices = [d for d in plan.decisions if d.key.endswith(WEIGHT) and len(d.shape) == 2]
+        reasons = Counter(d.reason for d in matrices).most_common(1)
+        mostly = "".join(f", {count} of {len(matrices)} because: {r}" for r, count in reasons)
         raise ValueError(
-            f"{source.name}: no layer to quantize: preset {plan.preset!r} and exclude keep all "
-            "of them (on the command line, --dry-run lists the reasons)"
+            f"{source.name}: no layer to quantize: preset {plan.preset!r}, exclude and what "
+            f"ComfyUI can run keep all of them{mostly}. Use the file as it is (on the command "
+            "line, --dry-run lists all reasons)"
         )
     for decision in plan.quantized:
         if decision.shape[1] > _WIDEST:

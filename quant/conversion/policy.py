@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..container.header import nbytes, quoted
 from ..format import FLOATS, WEIGHT, bare
-from . import architectures
+from . import architectures, text_encoders
 from .architectures import TEXT_ENCODERS, Architecture
 
 try:
@@ -69,8 +69,6 @@ _NEVER = {
     r"(^|\.)motion_encoder\.(enc\.fc|dec)\.": "a bare parameter",
     r"(^|\.)x_embedder\.proj\.1$": "the layer whose width identifies the model",
 }
-_T5 = re.compile(r"(^|\.)encoder\.block\.\d+\.layer\.")
-_T5_WIDTH = 4096  # of T5-XXL and UMT5-XXL, the ones that stock runs quantized
 
 _LANGUAGE_LAYER = re.compile(
     r"(?:^|\.)(?P<prefix>(?:model\.)?language_model\.layers|model\.layers)\.(?P<index>\d+)\."
@@ -198,12 +196,15 @@ def plan(
     preset = selection.preset
     if preset == AUTO:
         preset = (architecture and architecture.preset) or "default"
+    classes = architecture.classes if architecture else ()
     kept = _kept_by(preset, tensors)
     included = _matching("include", selection.include, tensors)
     excluded = _matching("exclude", selection.exclude, tensors)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         reason = _impossible(key, dtype, shape, is_linear)
+        if reason is None:
+            reason = text_encoders.unsupported_reason(key.removesuffix(WEIGHT), shape, classes)
         if reason is None and architecture is not None:
             reason = _unsupported(architecture, prefix, key, shape)
         if reason is None and key in excluded:
@@ -255,8 +256,6 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     for pattern, what in _NEVER.items():
         if re.search(pattern, layer):
             return f"{what}: stock ComfyUI cannot run it quantized"
-    if _T5.search(layer) and _T5_WIDTH not in shape:
-        return "part of a small T5: stock ComfyUI runs only T5-XXL quantized"
     if is_linear is not None and not is_linear(layer):
         return "not a linear layer"
     if is_linear is None and layer.rsplit(".", 1)[-1] in EMBEDDINGS:

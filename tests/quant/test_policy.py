@@ -75,7 +75,7 @@ IMPOSSIBLE = [
     ("point_embeddings.2.weight", *MATRIX, "bare parameter"),
     ("motion_encoder.enc.fc.0.weight", *MATRIX, "bare parameter"),
     ("x_embedder.proj.1.weight", *MATRIX, "identifies the model"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "BF16", (768, 768), "small T5"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "BF16", (768, 768), "T5_BASE"),
 ]
 
 
