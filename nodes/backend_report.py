@@ -10,7 +10,7 @@ import logging
 from comfy_api.latest import io
 
 from ..quant.reports.execution import BackendReport
-from .host.progress import Progress, output
+from .host.progress import Progress, ending_shown, output
 from .runtime.describe import ROWS, describe, load_for_report, measure
 from .widgets import CATEGORY
 
@@ -67,6 +67,7 @@ class MXFP8BackendReport(io.ComfyNode):
         return float("nan")
 
     @classmethod
+    @ending_shown
     def execute(cls, measure, rows, model=None, clip=None) -> io.NodeOutput:
         if (model is None) == (clip is None):
             raise ValueError("connect either a model or a text encoder to this node")

@@ -14,7 +14,7 @@ from ..quant.format import WEIGHT
 from ..quant.progress import duration
 from ..quant.reports.conversion import format_size
 from .host import paths
-from .host.progress import Progress, RunProgress, output, show
+from .host.progress import Progress, RunProgress, ending_shown, output, show
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
 from .models.quantize import plan_model
 from .models.sampling import SamplerSettings
@@ -69,6 +69,7 @@ class MXFP8Calibrate(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @ending_shown
     def execute(
         cls, model, preset, include="", exclude="", memory_gb=4.0, **sampling
     ) -> io.NodeOutput:
@@ -106,7 +107,8 @@ class MXFP8Calibrate(io.ComfyNode):
             "scheduler": settings.scheduler, "denoise": settings.denoise,
             "preset": preset, "include": include, "exclude": exclude,
         }  # fmt: skip
-        text = "\n".join([work, *_result(layers, accumulators, progress.seconds)])
+        warnings = [f"WARNING: {warning}" for warning in plan.warnings]
+        text = "\n".join([work, *_result(layers, accumulators, progress.seconds), *warnings])
         return output(cls, text, Calibration(layers, mark, about))
 
 
@@ -178,6 +180,7 @@ class MXFP8SaveCalibration(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
         with paths.saving(filename_prefix) as path:
             calibration.save(path, progress=Progress(cls))
@@ -207,6 +210,7 @@ class MXFP8LoadCalibration(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, calibration_name) -> io.NodeOutput:
         path = paths.calibration_path(calibration_name)
         return io.NodeOutput(calibration.load(path, Progress(cls)))

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
-from .host.progress import output
+from .host.progress import ending_shown, output
 from .models.paired_sampling import check_pair, compare_models
 from .models.sampling import SamplerSettings
 from .widgets import CATEGORY, ComparisonType, sampler_inputs
@@ -68,6 +68,7 @@ class MXFP8Compare(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @ending_shown
     def execute(cls, reference, model, vae=None, **sampling) -> io.NodeOutput:
         check_pair(reference, model)
         settings = SamplerSettings(**sampling)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
 from ..quant.reports.conversion import KEPT, format_size
 from .host import paths
-from .host.progress import Progress, output
+from .host.progress import Progress, ending_shown, output
 from .runtime.describe import describe
 from .widgets import CATEGORY, NO_FILE
 
@@ -67,6 +67,7 @@ class MXFP8Inspect(io.ComfyNode):
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
+    @ending_shown
     def execute(cls, file, every_byte, model=None) -> io.NodeOutput:
         if model is not None:
             inspection = inspect_model(model)

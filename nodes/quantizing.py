@@ -10,7 +10,7 @@ from ..quant.conversion.convert import convert_file
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from .host import paths
-from .host.progress import Progress, output
+from .host.progress import Progress, ending_shown, output
 from .models.quantize import device, quantize_model
 from .runtime.describe import describe
 from .runtime.patch import accelerate
@@ -54,6 +54,7 @@ class MXFP8QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(
         cls, model, preset, precision, include="", exclude="", calibration=None, held_out=None
     ) -> io.NodeOutput:
@@ -97,6 +98,7 @@ class MXFP8ConvertFile(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(
         cls, source, target, preset, overwrite, include="", exclude="", calibration=None,
         held_out=None,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..quant import format
 from ..quant.checks.repair import repair_file
 from .host import paths
-from .host.progress import Progress, output
+from .host.progress import Progress, ending_shown, output
 from .models import load
 from .widgets import CATEGORY, overwrite_input, target_input
 
@@ -52,6 +52,7 @@ class MXFP8RepairFile(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, source, target, scales, overwrite) -> io.NodeOutput:
         path = paths.source_path(source)
         new = paths.target_beside(path, source, target, "repaired")

@@ -15,7 +15,7 @@ from ..quant.reports.comparison import Comparison
 from ..quant.reports.conversion import Report, format_size
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from .host import paths
-from .host.progress import Progress, output
+from .host.progress import Progress, ending_shown, output
 from .models import fingerprints
 from .models.save import save_model
 from .runtime.patch import mxfp8_linears
@@ -68,6 +68,7 @@ class MXFP8SaveModel(io.ComfyNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, model, filename_prefix, comparison=None, report=None) -> io.NodeOutput:
         report = Report.from_json(report) if report else None
         metadata = {
@@ -77,6 +78,11 @@ class MXFP8SaveModel(io.ComfyNode):
         with paths.saving(filename_prefix) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {format_size(size)}"
+        if next(iter(mxfp8_linears(model.model)), None) is None:
+            text += (
+                "\nWARNING: this model has no MXFP8 layer and was saved as it is; to quantize it, "
+                "put Quantize Model (MXFP8) before this node"
+            )
         if note := note_on_seeds(report, comparison):
             logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
             text += f"\nWARNING: the comparison was {note}"

@@ -11,6 +11,7 @@ shows as the characters they stand for.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 
@@ -43,6 +44,23 @@ def output(
 def as_html(text: str) -> str:
     """HTML that shows this text, and in which the page finds no link."""
     return _LINKS.sub(lambda match: f"&#{ord(match[0])};", html.escape(text, quote=False))
+
+
+def ending_shown(execute):
+    """For a node's `execute`: failing or interrupted, it says so in place of its last progress."""
+
+    @functools.wraps(execute)
+    def run(node: type[io.ComfyNode], *args, **inputs):
+        try:
+            return execute(node, *args, **inputs)
+        except comfy.model_management.InterruptProcessingException:
+            show(node, "interrupted")
+            raise
+        except Exception as error:
+            show(node, f"failed: {error}".splitlines()[0])
+            raise
+
+    return run
 
 
 class Progress:

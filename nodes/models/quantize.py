@@ -14,9 +14,11 @@ import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels import layout
+from ...quant.container.header import quoted
 from ...quant.conversion.calibration import Calibration
 from ...quant.conversion.convert import convert, plan_source
 from ...quant.conversion.policy import Plan, Selection
+from ...quant.format import WEIGHT
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
 from ...quant.sources.unsupported import check_unquantized
@@ -35,7 +37,8 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
     """A MODEL as a source, and which of its layers to quantize.
 
     Raises:
-        ValueError: the model is quantized, or something on it cannot move to another model.
+        ValueError: the model is quantized or cast to FP8, or something on it cannot move to
+            another model.
     """
     check_movable(patcher)
     source = ModelSource(patcher)
@@ -45,8 +48,19 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
             f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
             "connect the BF16, FP16 or FP32 original"
         )
+    _check_not_cast(source)
     check_unquantized(source)
     return source, plan_source(source, selection, is_linear=source.is_linear)
+
+
+def _check_not_cast(source: ModelSource) -> None:
+    for key, (dtype, shape) in source.tensors.items():
+        if key.endswith(WEIGHT) and len(shape) > 1 and dtype.startswith("F8_"):
+            raise ValueError(
+                f"this {source.name} is FP8 in memory ({quoted(key)} is {dtype}): its file is, or "
+                "it was cast on loading. Load the BF16, FP16 or FP32 original with weight_dtype "
+                "'default', in a ComfyUI started without an option such as --fp8_e4m3fn-unet"
+            )
 
 
 def quantize_model(

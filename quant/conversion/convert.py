@@ -179,6 +179,7 @@ def convert(
         include=plan.selection.include,
         exclude=plan.selection.exclude,
         calibration=_calibrated(plan, calibration, held_out),
+        warnings=plan.warnings,
     )
 
 

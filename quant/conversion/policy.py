@@ -138,12 +138,14 @@ class Plan:
         preset: the one used, with "auto" resolved; "default" if no architecture was recognized.
         architecture: what the keys showed, or None.
         selection: what was asked for.
+        warnings: what the user should know; they are logged too.
     """
 
     decisions: tuple[Decision, ...]
     preset: str
     architecture: str | None
     selection: Selection
+    warnings: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[Decision]:
@@ -188,18 +190,19 @@ def plan(
     if not isinstance(selection, Selection):
         raise TypeError(f"{selection!r} is no selection; give Selection(preset=...)")
     architecture, prefix = architectures.detect(tensors) or (None, "")
+    warnings = []
     if architecture is None:
-        logger.warning(
-            "MXFP8: the architecture is not recognized. Layers are chosen by their names and "
-            "shapes alone; compare the result with the original."
+        warnings.append(
+            "the architecture is not recognized. Layers are chosen by their names and shapes "
+            "alone; compare the result with the original"
         )
     preset = selection.preset
     if preset == AUTO:
         preset = (architecture and architecture.preset) or "default"
     classes = architecture.classes if architecture else ()
     kept = _kept_by(preset, tensors)
-    included = _matching("include", selection.include, tensors)
-    excluded = _matching("exclude", selection.exclude, tensors)
+    included = _matching("include", selection.include, tensors, warnings)
+    excluded = _matching("exclude", selection.exclude, tensors, warnings)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
         reason = _impossible(key, dtype, shape, is_linear)
@@ -220,7 +223,10 @@ def plan(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
     )
-    return Plan(decisions, preset, architecture and architecture.name, selection)
+    for warning in warnings:
+        logger.warning("MXFP8: %s.", warning)
+    name = architecture and architecture.name
+    return Plan(decisions, preset, name, selection, tuple(warnings))
 
 
 def _unsupported(architecture: Architecture, prefix: str, key: str, shape) -> str | None:
@@ -263,7 +269,9 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     return None
 
 
-def _matching(option: str, expression: str | None, keys: Iterable[str]) -> set[str]:
+def _matching(
+    option: str, expression: str | None, keys: Iterable[str], warnings: list[str]
+) -> set[str]:
     """The keys in which a user's expression matches anywhere.
 
     Workflows from anywhere bring expressions, and some never end, while Python's own matcher holds
@@ -299,7 +307,7 @@ def _matching(option: str, expression: str | None, keys: Iterable[str]) -> set[s
                 "a repetition inside a repetition"
             ) from None
     if not matched:
-        logger.warning("MXFP8: %s %s matches no key.", option, quoted(expression))
+        warnings.append(f"{option} {quoted(expression)} matches no key")
     return matched
 
 

@@ -73,6 +73,7 @@ class Report:
             "least_rows", how many were quantized with it ("rounded_layers"), what the calibration
             says of itself ("first_seed", "seeds", "steps", "sampler", ...), and the same of the
             data for the output errors under "held_out", if that is other data; None without one.
+        warnings: what the user should know of how the layers were chosen.
     """
 
     source: str
@@ -88,6 +89,7 @@ class Report:
     include: str | None = None
     exclude: str | None = None
     calibration: dict | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -130,6 +132,7 @@ class Report:
         lines += self._output_errors()
         if self.calibration is not None:
             lines.append(_calibrated_on(self.calibration))
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def _output_errors(self) -> list[str]:

@@ -242,6 +242,15 @@ def test_what_cannot_be_quantized_is_refused(comfy, name, options, message):
     assert not list((comfy.base / "output" / "diffusion_models").glob("refused*"))
 
 
+def test_a_model_that_was_cast_to_fp8_on_loading(comfy):
+    """The original is loaded: what is wrong is how."""
+    graph = Graph()
+    model = graph.add("UNETLoader", unet_name="flux.safetensors", weight_dtype="fp8_e4m3fn")
+    save(graph, quantize(graph, model), "cast")
+    with pytest.raises(PromptError, match="Load the BF16, FP16 or FP32 original with weight_dtype"):
+        comfy.run(graph)
+
+
 def test_the_temporary_file_lives_as_long_as_a_model_uses_it(comfy):
     graph = Graph()
     quantized = quantize(graph, graph.loader("wan.safetensors"), include="never")

@@ -190,9 +190,12 @@ def test_every_tensor_gets_a_decision_in_the_order_given():
 
 def test_an_expression_that_finds_nothing_is_told(caplog):
     tensors = {"head.modulation": ("F32", (1, 2, 8)), "a.weight": ("BF16", (32, 32))}
-    plan(tensors, Selection(exclude="^a"))
+    assert plan(tensors, Selection(exclude="^a")).warnings == ()
     assert caplog.records == []
-    plan(tensors, Selection(exclude="nosuchlayer", include="neither"))
+    result = plan(tensors, Selection(exclude="nosuchlayer", include="neither"))
+    assert result.warnings == (
+        "include 'neither' matches no key", "exclude 'nosuchlayer' matches no key",
+    )  # fmt: skip
     assert [r.getMessage() for r in caplog.records] == [
         "MXFP8: include 'neither' matches no key.",
         "MXFP8: exclude 'nosuchlayer' matches no key.",

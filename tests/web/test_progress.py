@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import torch
 from bad_files import draft
-from graphs import Graph
+from graphs import Graph, calibrated
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
@@ -79,6 +79,9 @@ def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
 
 
 def percent(text: str) -> int | None:
+    match = re.search(r"(?m)^step (\d+) of (\d+)", text)
+    if match:
+        return 100 * int(match[1]) // int(match[2])
     match = re.search(r"(?m)^(\d+)%", text)
     return match and int(match[1])
 
@@ -160,11 +163,48 @@ def test_an_interrupt_takes_effect_within_a_second_and_leaves_nothing(comfy, lar
     folder = comfy.base / "models" / "diffusion_models"
     before = set(folder.rglob("*"))
     graph = Graph()
-    convert(graph, large, "new/folder/progress-interrupted")
+    node = convert(graph, large, "new/folder/progress-interrupted")
     seen = watch(comfy, graph, interrupt_at=10)
     assert seen.end == "execution_interrupted"
     assert seen.delay < 1
+    assert seen.of(node)[-1] == "interrupted"
     assert set(folder.rglob("*")) == before
+
+
+def test_a_sampler_that_is_interrupted_leaves_no_time_left_on_its_node(comfy):
+    graph = Graph()
+    node = calibrated(graph, graph.loader("flux.safetensors"), "flux", steps=500, seeds=1)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="progress/interrupted")
+    seen = watch(comfy, graph, interrupt_at=0)
+    assert seen.end == "execution_interrupted"
+    assert seen.of(node)[-1] == "interrupted"
+
+
+def test_what_a_user_should_know_is_on_the_node(comfy):
+    """Expressions that match nothing, and a model that Save Model leaves as it is."""
+    graph = Graph()
+    model = graph.loader("flux.safetensors")
+    given = {"include": "attn", "exclude": "nosuchlayer"}
+    quantized = graph.add(
+        "MXFP8QuantizeModel", model=model, preset="auto", precision="exact", **given
+    )
+    nodes = [quantized]
+    nodes += [calibrated(graph, model, "flux", steps=1, seeds=1, **given)]
+    nodes += [graph.add(
+        "MXFP8ConvertFile", source="diffusion_models/flux.safetensors", target="progress-known",
+        preset="auto", overwrite=False, **given,
+    )]  # fmt: skip
+    graph.add("MXFP8SaveCalibration", calibration=nodes[1], filename_prefix="progress/known")
+    saved = [graph.add("MXFP8SaveModel", model=m, filename_prefix="progress/known")
+             for m in (model, quantized)]  # fmt: skip
+    seen = watch(comfy, graph)
+    (comfy.base / "models" / "diffusion_models" / "progress-known.safetensors").unlink()
+    assert seen.end == "execution_success"
+    for node in nodes:
+        (warning,) = re.findall("(?m)^WARNING: (.*)$", seen.of(node)[-1])
+        assert warning == "exclude 'nosuchlayer' matches no key", graph[node[0]]["class_type"]
+    assert "no MXFP8 layer" in seen.of(saved[0])[-1]
+    assert "WARNING" not in seen.of(saved[1])[-1]
 
 
 def test_every_long_node_shows_its_progress(comfy):
@@ -224,8 +264,9 @@ def test_a_save_that_fails_leaves_no_new_folder(comfy):
         "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="exact"
     )
     model = graph.add("TestFail", model=model, how="nan")
-    graph.add("MXFP8SaveModel", model=model, filename_prefix="mine/%year%/a/failing")
+    node = graph.add("MXFP8SaveModel", model=model, filename_prefix="mine/%year%/a/failing")
     seen = watch(comfy, graph)
     assert seen.end == "execution_error"
+    assert seen.of(node)[-1].startswith("failed: LoRAs or patches on this Flux cannot be merged")
     assert set(output.rglob("*")) == before
     (output / "mine").rmdir()
