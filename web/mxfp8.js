@@ -4,7 +4,7 @@
  *
  * A node's view is created with its first document. It is not saved with a workflow: ComfyUI leaves
  * a widget out of the workflow if its own `serialize` is false, and out of the prompt if that of its
- * options is.
+ * options is. A reloaded page gets the documents of earlier runs from the server's history.
  */
 
 import { app } from "../../scripts/app.js";
@@ -16,6 +16,7 @@ const PREFIX = "MXFP8";
 const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for progress texts
 const WIDTH = 480; // px: fits the tools on one line
 const PRECISION = "MXFP8.DefaultPrecision";
+const RUNS = 20; // of the history that are looked through
 
 /** Show the document in a node's output, if there is one. */
 function show(node, output) {
@@ -23,11 +24,16 @@ function show(node, output) {
   if (typeof text !== "string") return;
   const progress = node.widgets?.find((w) => w.name === PROGRESS);
   if (progress) node.removeWidget(progress); // the view shows its last text, the summary
-  const widget = node.widgets?.find((w) => w.name === NAME) ?? addView(node);
+  const widget = viewOf(node) ?? addView(node);
   widget.view.show(text, output.text?.[0] ?? "");
 }
 
+function viewOf(node) {
+  return node.widgets?.find((w) => w.name === NAME);
+}
+
 function addView(node) {
+  const [, bare] = node.computeSize();
   const view = new ReportView();
   const widget = node.addDOMWidget(NAME, TYPE, view.element, {
     serialize: false,
@@ -45,6 +51,11 @@ function addView(node) {
     view.dispose();
     return removed?.call(this);
   };
+  const serialized = node.onSerialize;
+  node.onSerialize = function (data) {
+    serialized?.call(this, data);
+    if (viewOf(this)) data.size = [data.size[0], bare]; // or a workflow opens with an empty box
+  };
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height)]);
   return widget;
@@ -54,8 +65,39 @@ function addView(node) {
 function nodeOf(key) {
   const parts = String(key).split(":");
   const id = parts.pop();
-  const graph = parts.length ? app.rootGraph.subgraphs?.get(parts[0]) : app.rootGraph;
+  const graph = parts.length ? root().subgraphs?.get(parts[0]) : root();
   return graph?.getNodeById(Number(id));
+}
+
+/** The node of a key in the history's outputs: "id", or "id:id" of one inside a subgraph. */
+function nodeAt(key) {
+  const parts = key.split(":");
+  const id = parts.pop();
+  const graph = parts.reduce((outer, part) => outer?.getNodeById(Number(part))?.subgraph, root());
+  return graph?.getNodeById(Number(id));
+}
+
+/** Show the newest documents that the server has of this workflow, on nodes that have none. */
+async function restore() {
+  const graph = root();
+  const answer = await app.api.fetchApi(`/history?max_items=${RUNS}`);
+  const runs = answer.ok ? Object.values(await answer.json()) : [];
+  for (const { prompt, outputs } of runs.reverse()) {
+    const [, , nodes, about] = prompt;
+    if (root() !== graph || about?.extra_pnginfo?.workflow?.id !== graph.id) continue;
+    for (const [key, output] of Object.entries(outputs)) {
+      const node = nodeAt(key);
+      if (node && nodes[key]?.class_type === node.comfyClass && !viewOf(node)) show(node, output);
+    }
+  }
+}
+
+function hasOurs(graph) {
+  return graph?._nodes?.some((n) => n.comfyClass?.startsWith(PREFIX) || hasOurs(n.subgraph));
+}
+
+function root() {
+  return app.rootGraph ?? app.graph;
 }
 
 app.registerExtension({
@@ -94,6 +136,9 @@ app.registerExtension({
       executed?.call(this, output);
       show(this, output);
     };
+  },
+  afterConfigureGraph() {
+    if (hasOurs(root())) restore().catch(() => {}); // the server may be down
   },
   onNodeOutputsUpdated(outputs) {
     // Another workflow was opened, with the outputs of earlier runs: `onExecuted` is not called.

@@ -68,11 +68,30 @@ class ComfyPage:
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.url)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
         self.page.wait_for_function(
             "window.app?.extensions?.some(e => e.name === 'mxfp8.report')"
             " && window.LiteGraph && app.extensionManager?.workflow?.activeWorkflow",
             timeout=60_000,
         )
+
+    def reload(self) -> None:
+        """Load the page anew once it has stored the workflow on the canvas, which comes back."""
+        self.page.evaluate(
+            "() => app.extensionManager.workflow.activeWorkflow.changeTracker?.checkState?.()"
+        )
+        self.page.wait_for_function(
+            """() => {
+                const ids = app.graph._nodes.map((n) => n.type);
+                return Object.entries(localStorage).some(
+                    ([key, text]) => key.includes("Draft") && ids.every((id) => text.includes(id)));
+            }"""
+        )
+        self.page.reload()
+        self._wait_until_ready()
+        self.page.wait_for_function("app.graph?._nodes?.length > 0")
 
     def _on_console(self, message) -> None:
         url = (message.location or {}).get("url", "")

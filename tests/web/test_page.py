@@ -327,6 +327,33 @@ def test_a_report_comes_back_with_its_workflow_tab(comfy, browser):
     shown.close()
 
 
+def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(comfy, browser):
+    shown = ComfyPage(browser, comfy, nodes2=True)
+    shown.clear()
+    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    shown.queue()
+    document = shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]")
+    shown.reload()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    assert shown.page.evaluate(
+        f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'mxfp8_report').view.json"
+    ) == document  # fmt: skip
+
+    comfy.post("/history", {"clear": True})  # as a server that was started anew has none
+    height = shown.page.evaluate(
+        """async () => {
+            app.nodeOutputs = {};
+            await app.loadGraphData(app.graph.serialize());
+            return app.graph._nodes[0].size[1];
+        }"""
+    )
+    shown.settle()
+    assert shown.page.locator(".mxfp8-report").count() == 0
+    assert height < 200  # the view takes 420
+    assert not shown.complaints
+    shown.close()
+
+
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
