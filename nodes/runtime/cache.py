@@ -106,6 +106,7 @@ class ModelState:
         self._keeps = False
         self._patches = None  # what is merged into the weights, as the patcher identifies it
         self._users: set[int] = set()  # ids of the patchers that run the model fast
+        self._runner: int | None = None  # the id of that which ran it last
 
     def __reduce__(self):
         return ModelState, ()  # also for copy.deepcopy
@@ -128,14 +129,21 @@ class ModelState:
             return
         if id(patcher) not in self._users:
             self._users.add(id(patcher))
-            weakref.finalize(patcher, self._leave, id(patcher))
+            weakref.finalize(patcher, self._forget, id(patcher))
+        self._runner = id(patcher)
         device = patcher.load_device
         free = comfy.model_management.get_free_memory(device)
         total = comfy.model_management.get_total_memory(device)
         to_come = max(0, patcher.model_size() - patcher.loaded_size())
         _budget[device] = int(free - to_come - max(RESERVE, total // SHARE))
 
-    def _leave(self, user: int) -> None:
+    def leave(self, patcher) -> None:
+        """Drop prepared weights if it was this patcher that ran the model last."""
+        if id(patcher) == self._runner:
+            self._runner = None
+            self.drop()
+
+    def _forget(self, user: int) -> None:
         self._users.discard(user)
         if not self._users:
             self.drop()

@@ -84,6 +84,11 @@ class _QuantizedWeights:
             model_state(self.model).drop()
         return super().unpatch_model(device_to, unpatch_weights)
 
+    def detach(self, unpatch_all=True):
+        # Stock's own patcher, if that takes the model over, does not know of prepared weights.
+        model_state(self.model).leave(self)
+        return super().detach(unpatch_all)
+
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         marker = next((key for key in patches or () if key.endswith(MARKER)), None)
         if marker is not None:

@@ -92,6 +92,21 @@ def test_unloading_drops_prepared_weights_and_loading_makes_them_again(comfy):
     assert difference(*(latents(outputs, node, comfy.base) for node in saved)) == 0
 
 
+def test_prepared_weights_go_when_stock_takes_the_model_over(comfy):
+    graph = Graph()
+    stock = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"), keep=True)
+    model = graph.add("MXFP8Accelerate", model=stock, precision="auto")
+    first = graph.sample(model, "flux")
+    second = graph.sample(stock, "flux")
+    graph[second[0]]["inputs"]["latent_image"] = graph.add(
+        "TestEmptyAfter", samples=first, like=graph[first[0]]["inputs"]["latent_image"]
+    )
+    kept = graph.add("TestReuse", model=model, samples=second)
+    left, prepared, _ = comfy.run(graph)[kept[0]]["result"]
+    assert prepared > 10
+    assert left == 0
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_prepared_weights_go_with_their_patcher_and_are_not_kept_where_a_lora_is_merged_unseen(
     comfy, lora
