@@ -23,8 +23,8 @@ from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Mem
 from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from . import cache, forward
-from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, our_patches, rowwise_changes
-from .patcher import compute_dtype, keep_prepared_weights
+from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, rowwise_changes
+from .patcher import compute_dtype, keep_prepared_weights, our_patches
 from .timer import median_microseconds
 
 ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel

@@ -29,7 +29,7 @@ from ...kernels import layout
 from ...quant.container.header import quoted
 from ...quant.format import AGAIN
 from . import cache, forward
-from .patcher import compute_dtype, patcher_class
+from .patcher import compute_dtype, our_patches, patcher_class
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +135,6 @@ def rowwise_changes(patcher, linears, precision: str) -> dict[str, float]:
         name: kernels.rowwise_error_bound(module.weight._qdata.shape, module.weight._params.scale)
         for name, module in linears
     }
-
-
-def our_patches(patcher) -> list[str]:
-    """Names of the object patches on a patcher that are ours."""
-    patches = patcher.object_patches.items()
-    return [n for n, p in patches if getattr(p, "__func__", None) in forward.PRECISION_OF]
 
 
 def _rebind(old, new) -> None:

@@ -6,6 +6,7 @@ module and write into it in place. `patch.accelerate` gives a clone this class i
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 
 import comfy.hooks
@@ -33,6 +34,12 @@ def compute_dtype(patcher) -> torch.dtype:
     """The dtype of a model's activations; bfloat16 where the model does not say."""
     dtype = getattr(patcher.model, "get_dtype_inference", lambda: None)()
     return dtype if dtype in FLOATS else torch.bfloat16
+
+
+def our_patches(patcher) -> list[str]:
+    """Names of the object patches on a patcher that are ours."""
+    patches = patcher.object_patches.items()
+    return [n for n, p in patches if getattr(p, "__func__", None) in forward.PRECISION_OF]
 
 
 def keep_prepared_weights(patcher) -> None:
@@ -71,6 +78,35 @@ class _QuantizedWeights:
         super().pre_run()
         keep_prepared_weights(self)
 
+    def patch_model(self, *args, **options):
+        with self.use_ejected(), self._foreign_forwards_left_alone():
+            return super().patch_model(*args, **options)
+
+    @contextmanager
+    def _foreign_forwards_left_alone(self):
+        """Hide from stock the patches of ours whose layer has a forward from elsewhere.
+
+        Stock sets every object patch again on every load. A forward that was set in between, to
+        train or to apply a LoRA, calls ours, and would be lost.
+        """
+        foreign = []
+        for name in our_patches(self):
+            module = comfy.utils.get_attr(self.model, name.removesuffix(".forward"))
+            now = vars(module).get("forward")
+            function = getattr(now, "__func__", None)
+            known = now is None or function in (*forward.PRECISION_OF, type(module).forward)
+            if not known:
+                foreign.append(name)
+        hidden = [
+            (patches, {name: patches.pop(name) for name in foreign if name in patches})
+            for patches in (self.object_patches, self.object_patches_backup)
+        ]
+        try:
+            yield
+        finally:
+            for patches, items in hidden:
+                patches.update(items)
+
     def partially_unload(self, device_to, memory_to_free=0, *args, **options):
         freed = model_state(self.model).drop()
         if freed >= memory_to_free > 0:
@@ -82,7 +118,9 @@ class _QuantizedWeights:
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:  # else they stay, and only object patches go
             model_state(self.model).drop()
-        return super().unpatch_model(device_to, unpatch_weights)
+        self.eject_model()
+        with self._foreign_forwards_left_alone():
+            return super().unpatch_model(device_to, unpatch_weights)
 
     def detach(self, unpatch_all=True):
         # Stock's own patcher, if that takes the model over, does not know of prepared weights.

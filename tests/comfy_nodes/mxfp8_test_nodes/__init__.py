@@ -336,6 +336,55 @@ class TestForward(_Node):
         return (clone,)
 
 
+class TestForeignForward(_Node):
+    """Whose forward a layer of `model` has while another one is set on it and taken back, and the
+    model, or `stock`, which shares its layers, is loaded and unloaded in between."""
+
+    INPUTS = {"stock": "MODEL", "model": "MODEL"}
+    OUTPUT_NODE = True
+
+    def run(self, stock, model):
+        name = next(n for n in model.object_patches if n.endswith(".forward"))
+        layer, result = comfy.utils.get_attr(model.model, name.removesuffix(".forward")), {}
+
+        def foreign(x):
+            return original(x)
+
+        def note(step):
+            owners = {
+                foreign: "foreign",
+                type(layer).forward: "stock",
+                model.object_patches[name].__func__: "ours",
+            }
+            result[step] = owners[getattr(layer.forward, "__func__", layer.forward)]
+
+        load = comfy.model_management.load_models_gpu
+        unload = comfy.model_management.unload_all_models
+        unload()
+        load([model])
+        original, layer.forward = layer.forward, foreign
+        load([model])
+        note("set, loaded again")
+        unload()
+        note("unloaded")
+        load([model])
+        note("loaded again")
+        layer.forward = original
+        load([model])
+        note("taken back, loaded again")
+        unload()
+        note("unloaded without it")
+        load([model])
+        original, layer.forward = layer.forward, foreign
+        unload()
+        layer.forward = original
+        load([stock])
+        note("set, unloaded, taken back, loaded in stock")
+        load([model])
+        note("loaded at last")
+        return {"ui": {"result": [json.dumps(result)]}}
+
+
 class TestMoments(_Node):
     """How many layers' moments are in memory once `samples` are there."""
 
@@ -501,7 +550,7 @@ NODE_CLASS_MAPPINGS = {
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
         TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast, TestBackend,
-        TestReuse, TestKeeping,
+        TestReuse, TestKeeping, TestForeignForward,
     )
 }  # fmt: skip
 NODE_CLASS_MAPPINGS |= recording.NODES
