@@ -18,7 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 from ... import kernels
 from ...kernels.ops import FLOATS
 from ...quant.format import MARKER
-from . import forward
+from . import forward, values
 from .cache import model_state
 
 
@@ -58,25 +58,40 @@ class _QuantizedWeights:
     """
 
     def model_state_dict(self, filter_prefix=None):
-        """Without the scales and markers of quantized weights.
+        """The values of the weights, without the scales and markers of quantized ones.
 
         No module has an attribute of their names, so merging and hooks, which ask the module of
         every key for its value, would fail.
         """
         modules = dict(self.model.named_modules())
-
-        def is_there(key: str) -> bool:
+        state = values.StateDict()
+        for key, value in super().model_state_dict(filter_prefix).items():
             owner, _, leaf = key.rpartition(".")
             module = modules.get(owner)
-            quantized = isinstance(getattr(module, "weight", None), QuantizedTensor)
-            return not quantized or hasattr(module, leaf)
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, QuantizedTensor):
+                state[key] = value
+            elif hasattr(module, leaf):
+                state[key] = weight if leaf == "weight" else value
+        return state
 
-        state = super().model_state_dict(filter_prefix)
-        return {key: value for key, value in state.items() if is_there(key)}
+    def patch_weight_to_device(self, key, *args, return_weight=False, **options):
+        """The values of a weight for who asks; stock's savers ask for the `state_dict` of it."""
+        weight = super().patch_weight_to_device(key, *args, return_weight=return_weight, **options)
+        if not return_weight or not isinstance(weight, QuantizedTensor):
+            return weight
+        dense = weight.dequantize()
+        dense.state_dict = weight.state_dict
+        return dense
 
     def pre_run(self):
         super().pre_run()
         keep_prepared_weights(self)
+        values.show(self.model)
+
+    def cleanup(self):
+        values.hide(self.model)
+        super().cleanup()
 
     def patch_model(self, *args, **options):
         with self.use_ejected(), self._foreign_forwards_left_alone():

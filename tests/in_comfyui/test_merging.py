@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import load
 from comfyui import PromptError
-from graphs import SAME, Graph, difference, latents, load_ours, run
+from graphs import SAME, Graph, difference, latents, load_ours, run, with_lora
 from safetensors.torch import save_file
 
 from mxfp8 import kernels
@@ -144,6 +144,44 @@ def test_two_mxfp8_models_merge_and_are_saved(comfy, other):
     assert difference(reloaded["merged_00001_"], latent["stock"]) < 0.1
     # Stock's file holds the weights that ran, rounded at random with the same seeds.
     assert difference(reloaded["merged-by-stock_00001_"], latent["ours"]) < SAME
+
+
+@pytest.mark.parametrize("how", ["loaded", "low VRAM"])
+def test_a_lora_extracted_from_an_mxfp8_model_is_that_of_its_values(comfy, other, how):
+    """The LoRA that one of two models has."""
+    graph = Graph()
+    models = {"ours": ours(graph, "flux-mxfp8"), "plain": graph.loader("flux-plain.safetensors")}
+    for name, model in models.items():
+        first = with_lora(graph, model)
+        if how == "low VRAM":
+            first = graph.add("TestLowVRAM", model=first)
+        subtracted = graph.add("ModelMergeSubtract", model1=first, model2=model, multiplier=1.0)
+        for kind in ("full_diff", "standard"):
+            graph.add(
+                "LoraSave", model_diff=subtracted, filename_prefix=f"{how}/{name}-{kind}",
+                rank=4, lora_type=kind, bias_diff=True,
+            )  # fmt: skip
+    comfy.run(graph)
+    for kind in ("full_diff", "standard"):
+        extracted, wanted = (
+            deltas(load(next((comfy.base / "output" / how).glob(f"{name}-{kind}_*")))[0])
+            for name in models
+        )
+        assert extracted.keys() == wanted.keys()
+        assert sum(bool(delta.any()) for delta in wanted.values()) >= 10
+        for key, delta in wanted.items():
+            # Stock rounds what it merges to MXFP8 at random, and clips the factors of a LoRA.
+            assert (extracted[key] - delta).norm() <= 0.1 * delta.norm(), (kind, key)
+
+
+def deltas(lora: dict) -> dict[str, torch.Tensor]:
+    """What a LoRA adds to each weight and bias."""
+    lora = {key: value.float() for key, value in lora.items()}
+    result = {key: value for key, value in lora.items() if ".diff" in key}
+    for key, up in lora.items():
+        if key.endswith("lora_up.weight"):
+            result[key] = up @ lora[key.replace("lora_up", "lora_down")]
+    return result
 
 
 def hooked(graph: Graph, hooks: list) -> list:
