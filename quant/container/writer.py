@@ -90,11 +90,14 @@ class Writer:
         """Size of the finished file."""
         return max((t.end for t in self.tensors.values()), default=len(self._header))
 
+    def check(self) -> None:
+        """Raise what entering would, and leave nothing."""
+        self._open()
+        self._discard()
+
     def __enter__(self) -> Writer:
-        self.part_file, self._file = create_part_file(self.target)
+        self._open()
         try:
-            _check_target(self.target, self.overwrite)
-            self._check_space()
             with self._explained():
                 self._file.truncate(self.nbytes)
                 _write_at(self._file.fileno(), self._header, 0)
@@ -102,6 +105,16 @@ class Writer:
             self._discard()
             raise
         return self
+
+    def _open(self) -> None:
+        """Create the part file, where the target can be written."""
+        self.part_file, self._file = create_part_file(self.target)
+        try:
+            _check_target(self.target, self.overwrite)
+            self._check_space()
+        except BaseException:
+            self._discard()
+            raise
 
     def write(self, name: str, data, offset: int | None = None) -> None:
         """Write a piece of a tensor's bytes (anything with a flat buffer).

@@ -90,16 +90,11 @@ def convert_file(
     Raises:
         FormatError: the source is damaged or already quantized.
         ValueError: a weight holds NaN or Inf, no layer would be quantized, a calibration is
-            another model's, or `held_out` comes without a calibration.
+            another model's, `held_out` comes without a calibration, or the device is not there.
         OSError: reading or writing failed, or another conversion is writing the target.
         MemoryError: there is too little memory. In every case the target is as it was before.
     """
     with open_source(source) as opened:
-        if any(would_replace(target, file) for file in opened.files):
-            raise ValueError(
-                f"{os.path.basename(target)}: writing it would replace the source; give another "
-                "name (the original cannot be rebuilt from MXFP8)"
-            )
         plan = plan_source(opened, selection)
         return convert(
             opened, target, plan, overwrite=overwrite, progress=progress, device=device,
@@ -140,30 +135,23 @@ def convert(
     held_out: Calibration | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`."""
-    _check_plan(source, plan)
-    if held_out is not None and calibration is None:
-        raise ValueError(
-            f"{source.name}: held_out measures calibrated layers; give a calibration as well"
-        )
-    for given in filter(None, (calibration, held_out)):
-        check_model(given, source)
+    _check_plan(source, target, plan)
+    check_calibrations(source, calibration, held_out)
+    quantizing_on = _device(device)
     start = time.perf_counter()
     total = sum(d.nbytes for d in plan.decisions)
     advance = Meter(total, progress)
 
-    markers = {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
-    stored = [tensor for d in plan.decisions for tensor in _stored(d, markers)]
-    metadata = format.with_markers(source.metadata, markers)
     verifying = functools.partial(advance, 0, VERIFY)
     with (
         _memory_explained(source.name),
-        Writer(target, stored, metadata, overwrite, verifying) as writer,
+        _writer(source, target, plan, overwrite, verifying) as writer,
     ):
         mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
-        conversion = _Conversion(source, writer, _device(device), advance, calibration, held_out)
+        conversion = _Conversion(source, writer, quantizing_on, advance, calibration, held_out)
         results = conversion.run(plan)
         _check_sqnr(source, results)
-        for layer, marker in markers.items():
+        for layer, marker in _markers(plan).items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
 
     return Report(
@@ -176,15 +164,54 @@ def convert(
         seconds=time.perf_counter() - start,
         sqnr_db=total_sqnr(result.sqnr for result in results.values()),
         layers=_layer_reports(plan, writer, results),
-        include=plan.selection.include,
-        exclude=plan.selection.exclude,
+        include=_lines(plan.selection.include),
+        exclude=_lines(plan.selection.exclude),
         calibration=_calibrated(plan, calibration, held_out),
         warnings=plan.warnings,
     )
 
 
-def _check_plan(source: Source, plan: Plan) -> None:
-    """Raise ValueError for a plan that cannot be carried out."""
+def check_conversion(source: Source, target, plan: Plan, overwrite: bool, device: str | None):
+    """Raise what `convert` would before it writes a byte; calibrations apart. Leaves nothing."""
+    _check_plan(source, target, plan)
+    _device(device)
+    _writer(source, target, plan, overwrite).check()
+
+
+def check_calibrations(
+    source: Source, calibration: Calibration | None, held_out: Calibration | None
+) -> None:
+    """Raise ValueError for calibrations that are not of the model that is to be converted."""
+    if held_out is not None and calibration is None:
+        raise ValueError(
+            f"{source.name}: held_out measures calibrated layers; give a calibration as well"
+        )
+    for given in filter(None, (calibration, held_out)):
+        check_model(given, source)
+
+
+def _lines(expressions: str | tuple[str, ...] | None) -> str | None:
+    return "\n".join(expressions) if isinstance(expressions, tuple) else expressions
+
+
+def _markers(plan: Plan) -> dict[str, dict]:
+    return {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
+
+
+def _writer(source: Source, target, plan: Plan, overwrite: bool, tick=lambda: None) -> Writer:
+    """The writer of a plan's file."""
+    markers = _markers(plan)
+    stored = [tensor for d in plan.decisions for tensor in _stored(d, markers)]
+    return Writer(target, stored, format.with_markers(source.metadata, markers), overwrite, tick)
+
+
+def _check_plan(source: Source, target, plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be carried out, or would replace its source."""
+    if any(would_replace(target, file) for file in getattr(source, "files", ())):
+        raise ValueError(
+            f"{os.path.basename(target)}: writing it would replace the source; give another "
+            "name (the original cannot be rebuilt from MXFP8)"
+        )
     if not plan.quantized:
         matrices = [d for d in plan.decisions if d.key.endswith(WEIGHT) and len(d.shape) == 2]
         reasons = Counter(d.reason for d in matrices).most_common(1)
@@ -436,16 +463,26 @@ def _check_storable(where: str, values: torch.Tensor, qdata, scale, first: int) 
 
 
 def _device(name: str | None) -> torch.device:
-    """The device to quantize on."""
+    """The device to quantize on: of this name, else the accelerator, else the CPU.
+
+    Raises:
+        ValueError: torch has no such device here, or it has no float8.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type == "mps":  # which has no float8
+        accelerator = None
     if name is None:
-        device = torch.accelerator.current_accelerator(check_available=True)
-        has_float8 = device is not None and device.type != "mps"
-        return device if has_float8 else torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        return accelerator or torch.device("cpu")
+    counts = {} if accelerator is None else {accelerator.type: torch.accelerator.device_count()}
+    with contextlib.suppress(RuntimeError):  # from torch, for what is no device's name
+        device = torch.device(name)
+        if (device.index or 0) < {"cpu": 1, **counts}.get(device.type, 0):
+            return device
+    found = ["cpu", *(f"{kind}:{i}" for kind, count in counts.items() for i in range(count))]
+    raise ValueError(
+        f"device {name!r} cannot be used here: torch {torch.__version__} finds only "
+        f"{', '.join(found)}"
+    )
 
 
 def _compute_alone(threads: int) -> None:

@@ -81,19 +81,22 @@ class Selection:
 
     Attributes:
         preset: a name from `presets()`.
-        include: regular expression; matching keys are quantized even where the preset keeps them.
-        exclude: regular expression; matching keys are kept, whatever else is asked for.
+        include: regular expression, or several; keys that match one are quantized even where the
+            preset keeps them.
+        exclude: regular expression, or several; keys that match one are kept, whatever else is
+            asked for.
 
-    An empty expression is None.
+    An empty expression is None. Several are matched one by one: joined to one, their flags and the
+    numbers of their groups would change.
 
     Raises:
-        TypeError: include or exclude is no string.
+        TypeError: include or exclude is neither a string nor a tuple of strings.
         ValueError: unknown preset.
     """
 
     preset: str = AUTO
-    include: str | None = None
-    exclude: str | None = None
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.preset not in presets():
@@ -101,13 +104,14 @@ class Selection:
                 f"unknown preset {self.preset!r}; choose one of: {', '.join(presets())}"
             )
         for option in ("include", "exclude"):
-            expression = getattr(self, option)
-            if not isinstance(expression, str | None):
+            given = getattr(self, option)
+            several = given if isinstance(given, tuple) else (given,)
+            if not all(isinstance(expression, str | None) for expression in several):
                 raise TypeError(
-                    f"{option} is {expression!r}; it must be one regular expression, a string "
-                    "(several names: 'this|that')"
+                    f"{option} is {given!r}; it must be one regular expression, a string, or a "
+                    "tuple of several"
                 )
-            object.__setattr__(self, option, expression or None)
+            object.__setattr__(self, option, given or None)
 
 
 @dataclass(frozen=True)
@@ -211,9 +215,9 @@ def plan(
         if reason is None and architecture is not None:
             reason = _unsupported(architecture, prefix, key, shape)
         if reason is None and key in excluded:
-            reason = f"excluded by {selection.exclude!r}"
+            reason = f"excluded by {excluded[key]!r}"
         if reason is None and key in included:
-            return True, f"included by {selection.include!r}"
+            return True, f"included by {included[key]!r}"
         reason = reason or kept(key)
         if reason is None and selection.preset == AUTO and architecture is not None:
             reason = _outside(architecture, prefix, key)
@@ -270,16 +274,23 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
 
 
 def _matching(
-    option: str, expression: str | None, keys: Iterable[str], warnings: list[str]
-) -> set[str]:
-    """The keys in which a user's expression matches anywhere.
+    option: str, given: str | tuple[str, ...] | None, keys: Iterable[str], warnings: list[str]
+) -> dict[str, str]:
+    """The keys in which a user's expressions match anywhere, each with the first that does."""
+    matching = {}
+    for expression in filter(None, given if isinstance(given, tuple) else (given,)):
+        for key in _search(option, expression, keys, warnings):
+            matching.setdefault(key, expression)
+    return matching
+
+
+def _search(option: str, expression: str, keys: Iterable[str], warnings: list[str]) -> set[str]:
+    """The keys in which one expression matches.
 
     Workflows from anywhere bring expressions, and some never end, while Python's own matcher holds
     the interpreter's lock. So matching is done by the `regex` package, which comes with ComfyUI's
     transformers: it lets other threads run, and has a timeout.
     """
-    if not expression:
-        return set()
     if _repeats(expression) > _MOST_REPEATS:
         raise ValueError(
             f"{option} {quoted(expression)} repeats more than {_MOST_REPEATS} times in all; "
