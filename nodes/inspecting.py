@@ -71,15 +71,14 @@ class MXFP8Inspect(io.ComfyNode):
     def execute(cls, file, every_byte, model=None) -> io.NodeOutput:
         if model is not None:
             inspection = inspect_model(model)
-            lines = [f"{inspection.file}: {format_size(inspection.bytes)} in memory"]
-            lines += inspection.contents()
+            first = f"{inspection.file}: {format_size(inspection.bytes)} in memory"
+            summary = "\n".join([first, *inspection.contents()])
         elif file == NO_FILE:
             raise ValueError("choose a file, or connect a model to this node")
         else:
             path = paths.source_path(file)
             inspection = inspect_file(path, every_byte=every_byte, progress=Progress(cls))
-            lines = [inspection.summary()]
-        summary = "\n".join([*lines, *_kept(inspection)])
+            summary = inspection.summary()
         text = inspection.to_json()
         return output(cls, summary, summary, text, document=text)
 
@@ -113,9 +112,3 @@ def inspect_model(patcher) -> Inspection:
         every_byte=False,
         layers=layers,
     )
-
-
-def _kept(inspection: Inspection) -> list[str]:
-    """How many matrices are not quantized, by reason."""
-    reasons = Counter(layer.reason for layer in inspection.layers if layer.decision == KEPT)
-    return [f"kept: {count} matrices, {reason}" for reason, count in reasons.most_common()]

@@ -65,5 +65,5 @@ class MXFP8RepairFile(io.ComfyNode):
                 overwrite=overwrite,
                 progress=Progress(cls),
             )
-        text = "\n".join([result.summary(), *load.check_file(new)[1]])
+        text = result.summary(load.check_file(new)[1])
         return output(cls, text, text)

@@ -18,7 +18,7 @@ from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
-from ..reports.conversion import KEPT, MXFP8, Report, format_size, listed
+from ..reports.conversion import KEPT, MXFP8, Report, format_size, listed, verdict
 from ..sources import unsupported
 
 KEY = "mxfp8_inspection"
@@ -88,24 +88,46 @@ class Inspection:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
-        whole = self.every_byte and self.mxfp8_bytes
         return "\n".join([
             f"{self.file}: {format_size(self.bytes)}, {self.tensors} tensors",
             f"architecture: {self.architecture or 'not recognized'}",
             *self.contents(),
             f"metadata: {', '.join(self.metadata) or 'none'}",
-            f"read: {'every byte of its MXFP8 layers' if whole else 'the header'}"
-            + ("" if self.problems else "; no problems found"),
+            f"read: {self._read()}",
             *metadata.lines(self.report, self.comparison),
             *listed("WARNING", self.warnings),
             *listed("PROBLEM", self.problems),
+            verdict(
+                "no problem found" if self.every_byte else "no problem found in the header",
+                self.problems,
+                self.warnings,
+            ),
         ])  # fmt: skip
 
+    def _read(self) -> str:
+        """Which of the file's bytes were read."""
+        if not self.every_byte:
+            return "the header"
+        layers = len(self.mxfp8)
+        banks = self.formats.get(MXFP8, 0) - layers
+        read = [f"every byte of {layers} MXFP8 layers"] if layers else []
+        if banks:
+            read.append(f"the scales of {banks} MXFP8 banks of experts")
+        return ", ".join(["the header", *read]) if read else "the header; no layer is MXFP8"
+
     def contents(self) -> list[str]:
-        """The number of layers in each format, a line each, and the bytes in MXFP8."""
+        """The number of layers in each format, the bytes in MXFP8, and what is kept, a line each.
+
+        Kept are matrices that are not quantized, here by reason.
+        """
         formats = [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
         mxfp8, other = format_size(self.mxfp8_bytes), format_size(self.other_bytes)
-        return [*(formats or ["no quantized layers"]), f"MXFP8 {mxfp8}, everything else {other}"]
+        reasons = Counter(layer.reason for layer in self.layers if layer.decision == KEPT)
+        return [
+            *(formats or ["no quantized layers"]),
+            f"MXFP8 {mxfp8}, everything else {other}",
+            *(f"kept: {count} matrices, {reason}" for reason, count in reasons.most_common()),
+        ]
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:

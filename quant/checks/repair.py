@@ -12,7 +12,7 @@ padding and statistics decide, or the caller does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from ..container.part_file import would_replace
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
 from ..progress import VERIFY, Meter, Progress
+from ..reports.conversion import listed, verdict
 from ..sources import diffusers
 from ..sources.file import FileSource, as_bytes
 from . import scan
@@ -47,8 +48,12 @@ class Repair:
     retyped: list[str] = field(default_factory=list)
     layers: int = 0
 
-    def summary(self) -> str:
-        """A few lines for a terminal or a node."""
+    def summary(self, warnings: Sequence[str] = ()) -> str:
+        """A few lines for a terminal or a node.
+
+        Args:
+            warnings: of a check of the new file.
+        """
         repairs = [
             f"{repair}: {len(names)} of {self.layers} layers, first {quoted(names[0])}"
             for repair, names in (
@@ -58,7 +63,13 @@ class Repair:
             )
             if names
         ]
-        return "\n".join([f"{self.source} -> {self.target}", *repairs])
+        sound = f"all {self.layers} MXFP8 layers have both markers and tiled U8 scales"
+        return "\n".join([
+            f"{self.source} -> {self.target}",
+            *repairs,
+            *listed("WARNING", warnings),
+            verdict(sound, warnings=warnings),
+        ])  # fmt: skip
 
 
 def repair_file(

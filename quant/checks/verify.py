@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from ... import kernels
 from ...kernels import layout
-from ..container.header import advising, nbytes, quoted
+from ..container.header import advising, nbytes, plain, quoted
 from ..format import MARKER, SCALE, WEIGHT, Layer, bare
 from ..progress import Meter, Progress
-from ..reports.conversion import MIN_SQNR, SqnrAccumulator, listed, total_sqnr
+from ..reports.conversion import MIN_SQNR, SqnrAccumulator, listed, total_sqnr, verdict
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
 from .scan import scan_layer
@@ -40,17 +40,20 @@ class Verification:
         return min(lossy, key=lossy.get, default=None)
 
     def summary(self) -> str:
-        """The SQNR of every layer and of all together, and the problems, a line each."""
+        """The SQNR of every layer and of all together, the problems, and a verdict, a line each."""
         lines = []
         for name, sqnr in self.layers.items():
             value = "exact" if sqnr.sqnr_db is None else f"{sqnr.sqnr_db:6.2f} dB"
-            lines.append(f"{value}  {name}")
+            lines.append(f"{value}  {plain(name)}")
         if self.worst is not None:
             lines.append(
                 f"\n{len(self.layers)} MXFP8 layers, SQNR {self.sqnr_db:.2f} dB; "
-                f"worst layer {self.worst}: {self.layers[self.worst].sqnr_db:.2f} dB"
+                f"worst layer {plain(self.worst)}: {self.layers[self.worst].sqnr_db:.2f} dB"
             )
-        return "\n".join([*lines, *listed("PROBLEM", self.problems)])
+        sound = "the file is its source in MXFP8: layers within rounding, all else equal"
+        return "\n".join([
+            *lines, *listed("PROBLEM", self.problems), verdict(sound, self.problems)
+        ])  # fmt: skip
 
 
 def verify_file(path, source, progress: Progress | None = None) -> Verification:

@@ -41,6 +41,14 @@ _QUOTE.maxlist = _QUOTE.maxdict = 8
 quoted = _QUOTE.repr  # for values from a file: a hostile name may be 100 MB long
 
 
+def plain(name: str) -> str:
+    """A name from a file for a line of output: quoted if it is very long or cannot be printed.
+
+    A line break in a name could forge a line, and an escape sequence rewrite others.
+    """
+    return name if name.isprintable() and len(name) <= _QUOTE.maxstring else quoted(name)
+
+
 class FormatError(ValueError):
     """A file that breaks a rule of its format; the message names file, tensor and rule."""
 
@@ -97,7 +105,7 @@ def read_container(path: str | os.PathLike, kind: type[Container] = Container):
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would wait for ever
         raise FormatError(
-            f"{path.name}: not a safetensors file but a folder, pipe or device; give the name of a "
+            f"{path}: not a safetensors file but a folder, pipe or device; give the name of a "
             ".safetensors file (convert and --source take a model's folder, too)"
         )
     with advising("the file is damaged or incomplete: get it again"):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
+from ..container.header import plain
 from . import document
 
 KEY = "mxfp8_report"
@@ -126,7 +127,7 @@ class Report:
         ]
         if self.sqnr_db is not None and self.worst is not None:
             lines.append(
-                f"SQNR {self.sqnr_db:.2f} dB; worst layer {self.worst.name}: "
+                f"SQNR {self.sqnr_db:.2f} dB; worst layer {plain(self.worst.name)}: "
                 f"{self.worst.sqnr_db:.2f} dB"
             )
         lines += self._output_errors()
@@ -169,6 +170,21 @@ def listed(label: str, sentences: Sequence[str]) -> list[str]:
     lines = [f"{label}: {sentence}" for sentence in sentences[:_MOST_LISTED]]
     more = len(sentences) - len(lines)
     return [*lines, f"{label}: {more} more like these"] if more else lines
+
+
+def verdict(sound: str, problems: Sequence[str] = (), warnings: Sequence[str] = ()) -> str:
+    """The last line of a check: whether all is well, for those who read nothing else.
+
+    Args:
+        sound: what is so if there are no problems.
+    """
+    if problems:
+        return f"NOT OK: {format_count(problems, 'problem')}; do not use this file"
+    return f"OK: {sound}" + (f"; {format_count(warnings, 'warning')} above" if warnings else "")
+
+
+def format_count(things: Sequence, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def format_size(count: int) -> str:
