@@ -7,13 +7,17 @@
     mxfp8 probe model.safetensors
     mxfp8 backends
 
-Exit status: 0 done, 1 the file is bad or the work failed, 2 wrong usage.
+Exit status: 0 done, 1 the file is bad or the work failed, 2 wrong usage, 128 + n ended by signal n:
+130 by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal, 141 by a closed pipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
+import os
 import re
 import signal
 import sys
@@ -23,33 +27,76 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import format
+from .container.header import plain
 from .conversion import policy
 from .memory import is_out_of_memory
 
 _MODEL = (
     "a safetensors file, the index of a sharded one (.safetensors.index.json), or a model folder"
 )
-_OVERWRITE = "replace DST if it exists"
+_SUFFIXES = (".safetensors", ".sft")  # of files that are written; readers go by them
+_OVERWRITE = "replace {} if it exists"
+_SIGPIPE = 13  # Windows has no name for it
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    _wait_passively()
+    _prepare_streams()
     arguments = _parser().parse_args(argv)
     try:
         with _termination_as_interrupt():
-            return arguments.run(arguments)
+            status = arguments.run(arguments)
+            print(end="", flush=True)  # what cannot be printed is an error of this run
+            return status
+    except BrokenPipeError:
+        _print_no_more()
+        return 128 + _SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         message = _message(error)
         if message is None:
             raise
         print(f"mxfp8: {message}", file=sys.stderr)
-        return 1
+        return _status(error)
+
+
+def _wait_passively() -> None:
+    """Have torch's threads sleep while they wait for each other.
+
+    OpenMP's spin by default, and beside other programs each spins while another one's turn is due:
+    `inspect` then took 119 s instead of 21 s. OpenMP reads this when torch is imported, which is
+    after this; it does not when the command is called in a process that uses torch already.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _prepare_streams() -> None:
+    """Have prints succeed on every console, and no file get a closed one's number."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _print_no_more() -> None:
+    """Python flushes what is left to print as it ends; have that go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _status(error: BaseException) -> int:
+    """The exit status after an error; that of a signal is what shells give to its number."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    return 1
 
 
 def _message(error: BaseException) -> str | None:
     """What to tell the user about an error; None about a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was left behind"
+        return "interrupted; nothing unfinished was left behind"
     if isinstance(error, ModuleNotFoundError):
         return (
             f"{error.name} is missing; use ComfyUI's Python, or pip install '.[standalone]' in a "
@@ -67,17 +114,20 @@ def _message(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the work as cleanly as Ctrl-C."""
+    """Let SIGTERM and a closed terminal end the work as cleanly as Ctrl-C.
+
+    Signals that are ignored stay so: under nohup a closed terminal ends nothing.
+    """
 
     def interrupt(number, frame):
         signal.signal(number, signal.SIG_IGN)  # cleaning up takes a moment
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # signals work only there
         for name in ("SIGTERM", "SIGHUP"):  # Windows has only the first
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
     try:
         yield
@@ -103,7 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = command("convert", _convert, "convert a BF16, F16 or F32 model to MXFP8")
     convert.add_argument("source", metavar="SRC", type=Path, help=f"model to convert: {_MODEL}")
     convert.add_argument(
-        "target", metavar="DST", type=Path, help="file to write; it appears whole or not at all"
+        "target",
+        metavar="DST",
+        type=_target,
+        help="safetensors file to write; it appears whole or not at all",
     )
     names = policy.presets()
     convert.add_argument(
@@ -128,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="keep tensors whose names RE matches, whatever else is given; may be repeated",
     )
-    convert.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    convert.add_argument(
+        "--overwrite", action="store_true", help=_OVERWRITE.format("DST and the report")
+    )
     convert.add_argument(
         "--device",
         metavar="NAME",
@@ -151,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
         "--report", metavar="FILE.json", type=Path, help="write the report of every layer as JSON"
     )
     convert.add_argument(
-        "--dry-run", action="store_true", help="list every decision with its reason; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="list every decision with its reason, and check everything that can be checked before "
+        "the work; write nothing",
     )
 
     inspect = command("inspect", _inspect, "show what a file holds and what is wrong with it")
@@ -165,14 +223,14 @@ def _parser() -> argparse.ArgumentParser:
         "repair", _repair, "rebuild lost markers, and rewrite row-major or F8_E8M0 scales"
     )
     repair.add_argument("source", metavar="SRC", type=Path, help="MXFP8 file to repair")
-    repair.add_argument("target", metavar="DST", type=Path, help="file to write")
+    repair.add_argument("target", metavar="DST", type=_target, help="safetensors file to write")
     repair.add_argument(
         "--scales",
         choices=format.ORDERS,
         default=format.AUTO,
         help="order of scales whose shape fits both; default: auto, by padding and statistics",
     )
-    repair.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    repair.add_argument("--overwrite", action="store_true", help=_OVERWRITE.format("DST"))
 
     verify = command("verify", _verify, "compare an MXFP8 file with its original")
     verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
@@ -192,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--json", metavar="FILE.json", type=Path, help="write the result as JSON")
     probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the result as a table")
+    probe.add_argument(
+        "--overwrite", action="store_true", help=_OVERWRITE.format("the files to write")
+    )
 
     command("backends", _backends, "list the backends, and which of them run on this machine")
     return parser
@@ -205,6 +266,15 @@ def _expression(text: str) -> str:
             f"{text!r} is not a regular expression: {error}"
         ) from error
     return text
+
+
+def _target(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the name of a safetensors file; give one that ends in {_SUFFIXES[0]}"
+        )
+    return path
 
 
 @contextlib.contextmanager
@@ -232,34 +302,49 @@ def _progress(label: str) -> Iterator:
 
 
 def _convert(arguments) -> int:
-    selection = policy.Selection(
-        arguments.preset, _any_of(arguments.include), _any_of(arguments.exclude)
-    )
-    if arguments.dry_run:
-        return _dry_run(arguments, selection)
-
     from .container.pipeline import keep_freed_memory
-    from .conversion.convert import convert_file
+    from .conversion.convert import check_calibrations, check_conversion, convert, plan_source
+    from .sources.open import open_source
 
+    _check_outputs(arguments, "report")
+    selection = policy.Selection(
+        arguments.preset, tuple(arguments.include or ()), tuple(arguments.exclude or ())
+    )
+    with open_source(arguments.source) as source:
+        plan = plan_source(source, selection)
+        if arguments.dry_run:
+            print(_listing(plan))
+        check_conversion(source, arguments.target, plan, arguments.overwrite, arguments.device)
+        calibration = _calibration(arguments.calibration)
+        held_out = _calibration(arguments.held_out)
+        if arguments.dry_run:
+            check_calibrations(source, calibration, held_out)
+            return 0
+        keep_freed_memory()
+        with _progress("convert") as progress:
+            report = convert(
+                source, arguments.target, plan, overwrite=arguments.overwrite, progress=progress,
+                device=arguments.device, calibration=calibration, held_out=held_out,
+            )  # fmt: skip
+    written = []
     if arguments.report:
-        _check_output(arguments, "report")
-    calibration, held_out = _calibration(arguments.calibration), _calibration(arguments.held_out)
-    keep_freed_memory()
-    with _progress("convert") as progress:
-        report = convert_file(
-            arguments.source, arguments.target, selection, overwrite=arguments.overwrite,
-            progress=progress, device=arguments.device, calibration=calibration,
-            held_out=held_out,
-        )  # fmt: skip
-    print(report.summary())
-    if arguments.report:
-        _write("report", arguments.report, report.to_json())
+        written.append(_write("report", arguments.report, report.to_json()))
+    print(report.summary(), *written, sep="\n")
     return 0
 
 
-def _write(label: str, path: Path, text: str) -> None:
-    path.write_bytes(text.encode())  # with the line ends that it has
-    print(f"{label}: {path}")
+def _listing(plan: policy.Plan) -> str:
+    """Every decision of a plan with its reason, and the sum of them."""
+    lines = []
+    for decision in plan.decisions:
+        name = f"{'mxfp8' if decision.quantize else 'keep '}  {plain(decision.key)}"
+        shape = "x".join(map(str, decision.shape)) or "scalar"
+        lines.append(f"{name}  {decision.dtype} {shape}  {decision.reason}")
+    return "\n".join([
+        *lines,
+        f"\n{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
+        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognized'})",
+    ])  # fmt: skip
 
 
 def _calibration(path: Path | None):
@@ -272,48 +357,57 @@ def _calibration(path: Path | None):
         return load(path, progress)
 
 
-def _any_of(expressions: list[str] | None) -> str | None:
-    """One expression that matches whatever any of these does."""
-    if not expressions or len(expressions) == 1:
-        return expressions[0] if expressions else None
-    return "|".join(f"(?:{e})" for e in expressions)
+def _check_outputs(arguments, *options: str) -> None:
+    """Raise, before any work, for an output that would replace another file or cannot be written.
 
-
-def _check_output(arguments, option: str, kind: str = "json") -> None:
-    """Raise ValueError for an output path that is not writable or is one of the files to read."""
+    Args:
+        options: those that name outputs beside DST.
+    """
     from .sources.open import files_of
 
-    path = getattr(arguments, option)
+    inputs = (getattr(arguments, name, None) for name in ("calibration", "held_out"))
+    taken = [*files_of(arguments.source), *filter(None, inputs)]
+    for option in ("target", *options):
+        path = getattr(arguments, option, None)
+        if path is None:
+            continue
+        label = "DST" if option == "target" else f"--{option}"
+        other = next((other for other in taken if _is_same(path, other)), None)
+        if other is not None:
+            raise ValueError(f"{label} {path} would replace {other}; give another name")
+        if option != "target":  # the writer of the model checks that
+            _check_output(label, path, arguments.overwrite)
+        taken.append(path)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
+def _check_output(label: str, path: Path, overwrite: bool) -> None:
+    """Raise for an output that is a folder, exists, or cannot be made; leaves nothing."""
     if path.is_dir():
-        raise ValueError(f"--{option}: {str(path)!r} is a folder; give a .{kind} name")
+        raise ValueError(f"{label}: {str(path)!r} is a folder; give a file name")
     if not path.parent.is_dir():
-        raise ValueError(f"--{option}: there is no folder {str(path.parent)!r}")
-    taken = {file.resolve() for file in files_of(arguments.source)}
-    others = (getattr(arguments, name, None) for name in ("target", "calibration", "held_out"))
-    taken |= {other.resolve() for other in others if other}
-    if path.resolve() in taken:
-        raise ValueError(f"--{option} {path} would replace the model; give a .{kind} name")
+        raise ValueError(f"{label}: there is no folder {str(path.parent)!r}")
+    if path.is_file() and not overwrite:
+        raise FileExistsError(errno.EEXIST, "", str(path))
+    if path.is_file():
+        path.open("ab").close()
+    elif not path.exists():  # else a device or a pipe
+        path.open("xb").close()
+        path.unlink()
 
 
-def _dry_run(arguments, selection: policy.Selection) -> int:
-    from .conversion.calibration import check_model
-    from .conversion.convert import plan_source
-    from .sources.open import open_source
-
-    calibration = _calibration(arguments.calibration)
-    with open_source(arguments.source) as opened:
-        plan = plan_source(opened, selection)
-        if calibration is not None:
-            check_model(calibration, opened)
-    for decision in plan.decisions:
-        verdict = "mxfp8" if decision.quantize else "keep "
-        shape = "x".join(map(str, decision.shape)) or "scalar"
-        print(f"{verdict}  {decision.key}  {decision.dtype} {shape}  {decision.reason}")
-    print(
-        f"\n{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
-        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognized'})"
-    )
-    return 0
+def _write(option: str, path: Path, text: str) -> str:
+    """Write an output, with the line ends that it has; returns a line that says so."""
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:  # a full disk's error does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return f"{option}: {path}"
 
 
 def _inspect(arguments) -> int:
@@ -328,7 +422,6 @@ def _inspect(arguments) -> int:
 def _repair(arguments) -> int:
     from .checks.repair import repair_file
     from .checks.scan import check_file
-    from .reports.conversion import listed
 
     with _progress("repair") as progress:
         result = repair_file(
@@ -338,7 +431,7 @@ def _repair(arguments) -> int:
             overwrite=arguments.overwrite,
             progress=progress,
         )
-    print(result.summary(), *listed("WARNING", check_file(arguments.target)), sep="\n")
+    print(result.summary(check_file(arguments.target)))
     return 0
 
 
@@ -354,23 +447,26 @@ def _verify(arguments) -> int:
 def _probe(arguments) -> int:
     from .checks.probe import probe_file
 
-    outputs = [kind for kind in ("json", "csv") if getattr(arguments, kind)]
-    for kind in outputs:
-        _check_output(arguments, kind, kind)
+    _check_outputs(arguments, "json", "csv")
     calibration = _calibration(arguments.calibration)
     with _progress("probe") as progress:
         result = probe_file(arguments.source, calibration=calibration, progress=progress)
+    written = [
+        _write(kind, path, getattr(result, f"to_{kind}")())
+        for kind in ("json", "csv")
+        if (path := getattr(arguments, kind))
+    ]
     print("score   advice  SQNR      " + "error     " * (calibration is not None) + "layer")
     for layer in sorted(result.layers, key=lambda layer: -layer.score):
         sqnr = "exact   " if layer.sqnr_db is None else f"{layer.sqnr_db:5.2f} dB"
         error = "" if layer.output_error is None else f"  {layer.output_error:.2e}"
-        print(f"{layer.score:.4f}  {layer.recommendation:6}  {sqnr}{error}  {layer.key}")
+        print(f"{layer.score:.4f}  {layer.recommendation:6}  {sqnr}{error}  {plain(layer.key)}")
     print(
         "\nscore and advice are quant_probe's, from statistics of the weights; `convert` does not "
-        f"use them. SQNR is measured.\n{result.summary()}"
+        f"use them. SQNR is measured.\n{result.summary()}",
+        *written,
+        sep="\n",
     )
-    for kind in outputs:
-        _write(kind, getattr(arguments, kind), getattr(result, f"to_{kind}")())
     return 0
 
 

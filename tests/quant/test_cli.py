@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +15,15 @@ import torch
 from checkpoints import GOLDEN, flip, load, matrix
 from safetensors.torch import save_file
 
+from mxfp8.quant import cli
 from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.format import AGAIN, read_header
 from mxfp8.quant.reports.conversion import Report
+
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such device or signal")
 
 ZIMAGE = GOLDEN / "zimage_src.safetensors"
 MODEL = {
@@ -51,22 +57,22 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def target(source, run) -> Path:
-    assert run("convert", source, source.with_name("target"))[0] == 0
-    return source.with_name("target")
+    assert run("convert", source, source.with_name("target.safetensors"))[0] == 0
+    return source.with_name("target.safetensors")
 
 
 def test_convert_prints_a_summary_and_writes_the_file(source, run):
-    status, out, _ = run("convert", source, source.with_name("target"))
+    status, out, _ = run("convert", source, source.with_name("target.safetensors"))
     assert status == 0
-    assert out.startswith("source -> target\n")
+    assert out.startswith("source -> target.safetensors\n")
     assert "3 layers MXFP8, 0 kept (preset default, architecture not recognized)" in out
-    assert read_header(source.with_name("target")).layers.keys() == {"a", "b", "zero"}
+    assert read_header(source.with_name("target.safetensors")).layers.keys() == {"a", "b", "zero"}
 
 
 def test_convert_options_choose_the_layers(source, run):
     options = ("--preset", "none", "--exclude", "a|b", "--include", "zero")
-    assert run("convert", source, source.with_name("target"), *options)[0] == 0
-    assert read_header(source.with_name("target")).layers.keys() == {"zero"}
+    assert run("convert", source, source.with_name("target.safetensors"), *options)[0] == 0
+    assert read_header(source.with_name("target.safetensors")).layers.keys() == {"zero"}
 
 
 def test_convert_overwrites_only_when_asked(source, target, run):
@@ -80,7 +86,9 @@ def test_convert_overwrites_only_when_asked(source, target, run):
 
 def test_the_report_file_is_the_report(source, run):
     path = source.with_name("report.json")
-    status, out, _ = run("convert", source, source.with_name("target"), "--report", path)
+    status, out, _ = run(
+        "convert", source, source.with_name("target.safetensors"), "--report", path
+    )
     report = Report.from_json(path.read_text(encoding="utf-8"))
     assert status == 0
     assert report.summary() in out
@@ -93,17 +101,17 @@ def test_errors_of_outputs_are_of_held_out_data_if_there_is_any(source, run):
     paths = [source.with_name(name) for name in ("calibration", "held-out")]
     for path in paths:
         calibrate(net, [torch.randn(70, 64)], lambda module, x: module(x)).save(path)
-    words = ("convert", source, source.with_name("target"), "--overwrite")
+    words = ("convert", source, source.with_name("target.safetensors"), "--overwrite")
     words += ("--calibration", paths[0])
     assert "of nearest rounding on average, on the calibration data itself" in run(*words)[1]
     words += ("--held-out", paths[1])
     assert "of nearest rounding on average, on held-out data" in run(*words)[1]
     status, _, err = run(*words, "--report", paths[1])
-    assert (status, "would replace the model" in err) == (1, True)
+    assert (status, "--report" in err, "would replace" in err) == (1, True, True)
 
 
 def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
-    status, out, _ = run("convert", "--dry-run", ZIMAGE, source.with_name("target"))
+    status, out, _ = run("convert", "--dry-run", ZIMAGE, source.with_name("target.safetensors"))
     assert status == 0
     lines = out.splitlines()
     assert "mxfp8  layers.0.attention.qkv.weight  BF16 192x32  linear layer" in lines
@@ -115,17 +123,34 @@ def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
 
 
 def test_dry_run_gives_the_reasons_where_nothing_would_be_quantized(source, run):
-    words = ("convert", "--dry-run", source, source.with_name("target"), "--exclude", ".")
+    words = (
+        "convert",
+        "--dry-run",
+        source,
+        source.with_name("target.safetensors"),
+        "--exclude",
+        ".",
+    )
     assert "keep   a.weight  BF16 40x64  excluded by '.'" in run(*words)[1]
 
 
 def test_inspect_says_what_a_file_holds(target, run):
     status, out, _ = run("inspect", target)
     assert status == 0
-    assert out.splitlines()[0].startswith("target: ")
+    assert out.splitlines()[0].startswith("target.safetensors: ")
     assert "architecture: not recognized" in out
     assert "mxfp8: 3 layers" in out
     assert "metadata: _quantization_metadata, format" in out
+    assert "kept: " not in out
+    assert "read: the header, every byte of 3 MXFP8 layers" in out
+
+
+def test_inspect_says_what_it_read_where_no_layer_is_mxfp8(source, run):
+    status, out, _ = run("inspect", source)
+    assert status == 0
+    assert "kept: 1 matrices, BF16 in the file" in out
+    assert out.splitlines()[-2:] == ["read: the header; no layer is MXFP8", "OK: no problem found"]
+    assert run("inspect", source, "--header")[1].splitlines()[-2] == "read: the header"
 
 
 def test_inspect_json_has_the_same_and_every_layer(target, run):
@@ -168,20 +193,23 @@ def test_inspect_finds_what_is_wrong_in_any_byte(target, run):
     assert "PROBLEM: 'b': 1 scale bytes are 255" in out
     assert "PROBLEM: 'b': 1 codes are NaN" in out
     assert "WARNING: 'b': 1 bytes of padding are not zero" in out
+    assert out.splitlines()[-1] == "NOT OK: 2 problems; do not use this file"
     status, out, _ = run("inspect", target, "--header")
     assert (status, "PROBLEM" in out) == (0, False)
+    assert out.splitlines()[-1] == "OK: no problem found in the header"
 
 
 def test_a_file_without_markers_is_inspected_repaired_and_verified(source, target, run):
     tensors, _ = load(target)
     kept = {k: v.clone() for k, v in tensors.items() if not k.endswith(".comfy_quant")}
-    lost, new = target.with_name("lost"), target.with_name("new")
+    lost, new = (target.with_name(f"{name}.safetensors") for name in ("lost", "new"))
     save_file(kept, lost)
     status, out, _ = run("inspect", lost)
     assert (status, "holds MXFP8 codes" in out) == (1, True)
     status, out, err = run("repair", lost, new)
     assert (status, err) == (0, "")
     assert "markers rebuilt: 3 of 3 layers" in out
+    assert out.splitlines()[-1].startswith("OK: all 3 MXFP8 layers have ")
     assert run("verify", new, "--source", source)[0] == 0
     status, _, err = run("repair", new, lost, "--overwrite")
     assert (status, "nothing to repair" in err) == (1, True)
@@ -216,8 +244,12 @@ BAD_USES = [
     ("inspect",),
     ("inspect", "a", "--nope"),
     ("verify", "a"),
-    ("convert", "a", "b", "--preset", "nope"),
-    ("convert", "a", "b", "--exclude", "("),
+    ("convert", "a", "b.sft", "--preset", "nope"),
+    ("convert", "a", "b.sft", "--exclude", "("),
+    ("convert", "a", "b.gguf"),
+    ("convert", "a", ""),
+    ("convert", "a", "/"),
+    ("repair", "a", "b"),
     ("fly",),
 ]
 
@@ -240,40 +272,53 @@ def bad_file(folder) -> Path:
     [
         (("inspect", "nowhere"), "nowhere"),
         (("inspect", "bad"), "bad.safetensors: the header is not a JSON object"),
-        (("convert", "bad", "new"), "bad.safetensors: the header is not a JSON object"),
-        (("convert", "source", "folder/new"), "folder"),
-        (("convert", "source", "new", "--report", "folder/new"), "--report: there is no folder"),
+        (("convert", "bad", "new.sft"), "bad.safetensors: the header is not a JSON object"),
+        (("convert", "source", "folder/new.sft"), "folder"),
+        (
+            ("convert", "source", "new.sft", "--report", "folder/new"),
+            "--report: there is no folder",
+        ),
         (("verify", "source", "--source", "bad"), "bad.safetensors"),
     ],
 )
 def test_errors_are_one_line_on_stderr(source, run, words, error):
     names = {"bad": bad_file(source.parent), "source": source}
-    places = {name: source.parent / name for name in ("nowhere", "new", "folder/new")} | names
+    other = ("nowhere", "new.sft", "folder/new", "folder/new.sft")
+    places = {name: source.parent / name for name in other} | names
     status, out, err = run(*(places.get(word, word) for word in words))
     assert status != 0
     assert out == ""
     assert err.splitlines()[-1].startswith("mxfp8: ")
     assert error in err
     assert "Traceback" not in err
-    assert not (source.parent / "new").exists()
+    assert not (source.parent / "new.sft").exists()
 
 
-def test_an_interrupt_is_reported_without_a_traceback(source, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("interrupt", "expected"),
+    [
+        (KeyboardInterrupt(), 130),
+        (KeyboardInterrupt(signal.SIGTERM), 143),
+    ],
+)
+def test_an_interrupt_is_reported_without_a_traceback(
+    source, run, monkeypatch, interrupt, expected
+):
     def interrupted(*_, **__):
-        raise KeyboardInterrupt
+        raise interrupt
 
-    monkeypatch.setattr("mxfp8.quant.conversion.convert.convert_file", interrupted)
-    status, _, err = run("convert", source, source.with_name("target"))
-    assert status == 1
+    monkeypatch.setattr("mxfp8.quant.conversion.convert.convert", interrupted)
+    status, _, err = run("convert", source, source.with_name("target.safetensors"))
+    assert status == expected
     assert "mxfp8: interrupted" in err
 
 
 def test_the_console_script_is_the_command(source):
     script = Path(sys.executable).with_name("mxfp8")
-    words = [script, "convert", source, source.with_name("target")]
+    words = [script, "convert", source, source.with_name("target.safetensors")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "source -> target")
-    assert source.with_name("target").exists()
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "source -> target.safetensors")
+    assert source.with_name("target.safetensors").exists()
     failed = subprocess.run([script, "inspect", "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("mxfp8: ")
@@ -311,6 +356,7 @@ def test_verify_prints_layers_and_returns_0_for_a_sound_file(source, target, run
     assert "exact  zero\n" in out
     assert " dB  a\n" in out
     assert "3 MXFP8 layers, SQNR " in out
+    assert out.splitlines()[-1].startswith("OK: the file is its source in MXFP8")
 
 
 def test_verify_reads_in_slabs_and_its_progress_ends_at_the_total(source, target, monkeypatch):
@@ -350,19 +396,19 @@ def test_verify_says_that_a_file_holds_no_mxfp8(source):
     assert problems(source, source) == ["the file holds no MXFP8 layer"]
 
 
-@pytest.mark.parametrize("report", ["source", "new"])
+@pytest.mark.parametrize("report", ["source", "new.safetensors"])
 def test_a_report_never_replaces_a_model(source, run, report):
-    before, new = source.read_bytes(), source.parent / "new"
-    path = source if report == "source" else new
-    status, _, err = run("convert", source, new, "--report", path)
-    assert status == 1
-    assert "would replace the model; give a .json name" in err
+    before, new = source.read_bytes(), source.with_name("new.safetensors")
+    words = ("convert", source, new, "--report", source.with_name(report), "--overwrite")
+    status, _, err = run(*words)
+    assert (status, "--report" in err, "would replace" in err) == (1, True, True)
     assert source.read_bytes() == before
     assert not new.exists()
 
 
 def test_include_and_exclude_may_be_repeated(source, run):
-    _, out, _ = run("convert", source, "new", "--dry-run", "--exclude", "^a", "--exclude", "^b")
+    new = source.with_name("new.safetensors")
+    _, out, _ = run("convert", source, new, "--dry-run", "--exclude", "^a", "--exclude", "^b")
     kept = [line.split()[1] for line in out.splitlines() if "excluded by" in line]
     assert {"a.weight", "b.weight"} <= set(kept)
 
@@ -416,7 +462,8 @@ CHANGES = {
 def test_verify_finds(source, target, run, change, problem):
     status, out, _ = run("verify", rewrite(target, change), "--source", source)
     assert status == 1
-    assert out.splitlines()[-1] == f"PROBLEM: {problem}"
+    last = f"PROBLEM: {problem}", "NOT OK: 1 problem; do not use this file"
+    assert tuple(out.splitlines()[-2:]) == last
 
 
 @pytest.mark.parametrize("shape", [(72, 64), (40, 96), (2560,), (40, 8, 8), (39, 64)], ids=str)
@@ -461,8 +508,8 @@ def test_prefixes_may_differ(source, target, prefix, renamed):
 @pytest.mark.parametrize(
     "words",
     [
-        ["inspect", "model"],
-        ["convert", "source", "new", "--report", "r.json"],
+        ["inspect", "model.sft"],
+        ["convert", "source", "new.sft", "--report", "r.json"],
         ["probe", "blocks", "--json", "p.json", "--csv", "p.csv"],
     ],
 )
@@ -470,9 +517,176 @@ def test_the_header_of_a_model_is_read_once(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     save_file({"a.weight": matrix(64, 64)}, "source")
     save_file({"blocks.0.a.weight": matrix(64, 64)}, "blocks")
-    assert main(["convert", "source", "model"]) == 0
+    assert main(["convert", "source", "model.sft"]) == 0
     parsed = []
     read = header._read_text
     monkeypatch.setattr(header, "_read_text", lambda p: parsed.append(p.name) or read(p))
     assert main(words) == 0
     assert parsed.count(words[1]) == 1
+
+
+def test_several_expressions_keep_their_flags_and_groups(source, run):
+    words = ("convert", source, source.with_name("new.sft"), "--dry-run")
+    words += ("--exclude", "(?i)^(A)", "--exclude", r"z(e)ro\.w\1", "--exclude", "nothing")
+    status, out, _ = run(*words)
+    excluded = {line.split()[1]: line for line in out.splitlines() if "excluded by" in line}
+    assert (status, excluded.keys()) == (0, {"a.weight", "zero.weight"})
+    assert excluded["a.weight"].endswith("excluded by '(?i)^(A)'")
+
+
+REFUSED = {
+    "no such device": (("--device", "meta"), "device 'meta' cannot be used here"),
+    "no device": (("--device", ""), "device '' cannot be used here"),
+    "one CPU": (("--device", "cpu:7"), "device 'cpu:7' cannot be used here"),
+    "no held-out": (("--calibration", "calibration", "--held-out", "no"), "no: No such file"),
+    "held-out alone": (("--held-out", "calibration"), "give a calibration as well"),
+    "another model's held-out": (
+        ("--calibration", "calibration", "--held-out", "other"),
+        "made with other weights",
+    ),
+    "a report that exists": (("--report", "old"), "old exists; --overwrite replaces it"),
+    "a report that is a folder": (("--report", "folder"), "is a folder"),
+    "a report with a name too long": (("--report", "x" * 300), "File name too long"),
+    "nothing to quantize": (("--exclude", "."), "no layer to quantize"),
+}
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
+@pytest.mark.parametrize(("options", "error"), REFUSED.values(), ids=REFUSED)
+def test_what_would_fail_is_refused_before_the_work(
+    tmp_path, run, monkeypatch, options, error, dry
+):
+    monkeypatch.chdir(tmp_path)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 40, bias=False)).eval()
+    for name in ("other", "calibration"):
+        torch.nn.init.normal_(net[0].weight)
+        calibrate(net, [torch.randn(70, 64)], lambda module, x: module(x)).save(name)
+    save_file(net.state_dict(), "model")
+    Path("old").write_text("kept", encoding="utf-8")
+    Path("folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    status, _, err = run("convert", "model", "new.sft", *options, *(("--dry-run",) if dry else ()))
+    assert (status, error in err) == (1, True), err
+    assert sorted(tmp_path.iterdir()) == before
+    assert Path("old").read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(source, target, run, dry):
+    folder = source.with_name("folder.sft")
+    folder.mkdir()
+    before = sorted(source.parent.iterdir())
+    for path, error in (
+        (target, "exists; --overwrite replaces it"),
+        (folder, "this is a folder"),
+        (source.parent / "no" / "x.sft", "there is no such folder"),
+    ):
+        status, _, err = run("convert", source, path, *dry)
+        assert (status, error in err) == (1, True), err
+    assert sorted(source.parent.iterdir()) == before
+
+
+def test_a_calibration_is_never_replaced(tmp_path, run):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 40, bias=False)).eval()
+    save_file(net.state_dict(), tmp_path / "model")
+    path = tmp_path / "calibration.safetensors"
+    calibrate(net, [torch.randn(70, 64)], lambda module, x: module(x)).save(path)
+    before = path.read_bytes()
+    words = ("convert", tmp_path / "model", path, "--calibration", path, "--overwrite")
+    status, _, err = run(*words)
+    assert (status, "DST" in err, path.read_bytes()) == (1, True, before)
+
+
+def test_probe_replaces_only_what_it_may(tmp_path, run):
+    model, old = tmp_path / "model", tmp_path / "old"
+    save_file({f"blocks.{i}.a.weight": matrix(64, 64, seed=i) for i in range(2)}, model)
+    old.write_text("kept", encoding="utf-8")
+    status, out, err = run("probe", model, "--json", old)
+    assert (status, out, "old exists; --overwrite replaces it" in err) == (1, "", True)
+    assert run("probe", model, "--json", old, "--csv", old, "--overwrite")[0] == 1
+    assert old.read_text(encoding="utf-8") == "kept"
+    assert run("probe", model, "--json", old, "--overwrite")[0] == 0
+    assert json.loads(old.read_text(encoding="utf-8"))["layers"]
+
+
+def test_names_cannot_write_to_the_terminal(source, run):
+    layer = "blocks.0.evil\x1b[31m\nOK: all is well"
+    save_file({f"{layer}.weight": matrix(32, 32)}, source)
+    new = source.with_name("new.sft")
+    for words in (
+        ("convert", source, new, "--dry-run"),
+        ("convert", source, new),
+        ("verify", new, "--source", source),
+        ("probe", source),
+    ):
+        status, out, _ = run(*words)
+        assert (status, "\x1b" in out, "\nOK: all is well" in out) == (0, False, False)
+        assert repr(layer)[:-1] in out
+
+
+SCRIPT = Path(sys.executable).with_name("mxfp8")
+
+
+def spawn(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [SCRIPT, *words], stderr=subprocess.PIPE, encoding="utf-8", timeout=120, **options
+    )
+
+
+@pytest.mark.slow
+def test_a_console_that_lacks_letters_costs_nothing(tmp_path):
+    source, report = tmp_path / "\u043c\u043e\u0434", tmp_path / "report.json"
+    save_file({"w\u00e9ight.\u65e5.weight": matrix(32, 32)}, source)
+    done = spawn(
+        "convert", source, tmp_path / "new.sft", "--report", report,
+        stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"\u043c\u043e\u0434 -> new.sft")
+    assert Report.from_json(report.read_text(encoding="utf-8")).source == source.name
+
+
+@pytest.mark.slow
+@needs_posix
+def test_what_cannot_be_printed_costs_no_report(source):
+    """Standard output is full, and standard error closed, where a progress bar would go."""
+    new, report = source.with_name("new.sft"), source.with_name("report.json")
+    words = [str(word) for word in (SCRIPT, "convert", source, new, "--report", report)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            ["sh", "-c", '"$@" 2>&-', "sh", *words], stdout=full, timeout=120, check=False
+        )
+    assert done.returncode == 1
+    assert Report.from_json(report.read_text(encoding="utf-8")).target == "new.sft"
+    assert new.exists()
+
+
+@needs_posix
+def test_a_pipe_whose_reader_left_ends_the_command_in_silence(target):
+    read, write = os.pipe()
+    os.close(read)
+    done = spawn("inspect", "--header", target, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + 13, "")
+
+
+@needs_posix
+def test_a_signal_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._termination_as_interrupt():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@needs_posix
+@pytest.mark.parametrize(("own", "read"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_wants_otherwise(target, own, read):
+    """What torch's OpenMP says that it read."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": own} if own else {})
+    done = spawn("inspect", target, stdout=subprocess.DEVNULL, env=environment)
+    assert re.findall("OMP_WAIT_POLICY *= *'(.*)'", done.stderr) == [read]

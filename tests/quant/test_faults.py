@@ -178,8 +178,8 @@ def test_a_signal_to_end_leaves_everything_as_it_was(
     target.write_bytes(OLD)
     ended = warm.run("convert", source, target, "--overwrite", at=(step, call, "before", number))
     assert (ended.status, ended.output.strip()) == (
-        1,
-        "mxfp8: interrupted; nothing was left behind",
+        128 + number,
+        "mxfp8: interrupted; nothing unfinished was left behind",
     )
     assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
 
@@ -256,10 +256,10 @@ needs_root = pytest.mark.skipif(not ROOT, reason="mounting, and becoming another
 @needs_root
 def test_a_disk_that_is_too_small_is_refused_at_once(warm, source, whole, tmp_path):
     with mounted(tmp_path / "disk", "-o", "size=20m") as disk:
-        ended = warm.run("convert", source, disk / "target")
+        ended = warm.run("convert", source, disk / "target.sft")
         assert ended.status == 1
         assert ended.output == (
-            f"mxfp8: {disk / 'target'}: the disk has 0.02 GB free and the file needs 0.03 GB; "
+            f"mxfp8: {disk / 'target.sft'}: the disk has 0.02 GB free and the file needs 0.03 GB; "
             "make room, or choose another folder\n"
         )
         assert names(disk) == []
@@ -270,7 +270,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(warm, source, whole, tmp_pa
 def test_a_disk_that_fills_up_meanwhile(source, whole, tmp_path, monkeypatch, capsys, overwrite):
     monkeypatch.setattr("mxfp8.quant.conversion.convert._BUDGET", 1)  # one slab after the other
     with mounted(tmp_path / "disk", "-o", "size=32m") as disk:
-        target = disk / "target"
+        target = disk / "target.sft"
         if overwrite:
             target.write_bytes(OLD)
 
@@ -283,10 +283,10 @@ def test_a_disk_that_fills_up_meanwhile(source, whole, tmp_path, monkeypatch, ca
             convert_file(source, target, overwrite=overwrite, progress=fill)
         assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(target))
         (disk / "filler").unlink()
-        assert names(disk) == ["target"] * overwrite
+        assert names(disk) == ["target.sft"] * overwrite
         assert not overwrite or target.read_bytes() == OLD
         assert main(["convert", str(source), str(target), "--overwrite"]) == 0
-        assert (names(disk), target.read_bytes()) == (["target"], whole)
+        assert (names(disk), target.read_bytes()) == (["target.sft"], whole)
 
 
 def test_a_limit_on_the_size_of_files(warm, source, target):
@@ -337,7 +337,7 @@ def test_a_disk_that_cannot_sync(source, target, monkeypatch):
 def test_a_pipe_or_folder_is_no_source(warm, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
-        child = warm.start("convert", tmp_path / name, tmp_path / "target")
+        child = warm.start("convert", tmp_path / name, tmp_path / "target.sft")
         timer = threading.Timer(20, os.kill, (child, signal.SIGKILL))
         timer.start()
         ended = warm.wait(child)
@@ -384,13 +384,13 @@ def test_memory_of_any_kind(source, target, monkeypatch, error):
 @needs_root
 def test_a_read_only_file_system(warm, source, tmp_path):
     with mounted(tmp_path / "disk", "-o", "size=64m") as disk:
-        (disk / "old").write_bytes(OLD)
+        (disk / "old.sft").write_bytes(OLD)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        for name in ("new", "old"):
+        for name in ("new.sft", "old.sft"):
             ended = warm.run("convert", source, disk / name, "--overwrite")
             said = f"mxfp8: {disk}: this folder is on a file system that is read-only; choose"
             assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
-        assert (names(disk), (disk / "old").read_bytes()) == (["old"], OLD)
+        assert (names(disk), (disk / "old.sft").read_bytes()) == (["old.sft"], OLD)
 
 
 def test_a_folder_without_permission(warm, source):
@@ -401,7 +401,7 @@ def test_a_folder_without_permission(warm, source):
         for path in (folder, folder / "source", folder / "closed"):
             path.chmod(0o555)
         ended = warm.run(
-            "convert", folder / "source", folder / "closed" / "x", user=NOBODY if ROOT else None
+            "convert", folder / "source", folder / "closed" / "x.sft", user=NOBODY if ROOT else None
         )
         said = f"mxfp8: {folder / 'closed'}: no permission to write in this folder"
         assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
@@ -410,13 +410,13 @@ def test_a_folder_without_permission(warm, source):
 
 
 def test_no_folder(warm, source, tmp_path):
-    ended = warm.run("convert", source, tmp_path / "no" / "target")
+    ended = warm.run("convert", source, tmp_path / "no" / "target.sft")
     assert ended.output == f"mxfp8: {tmp_path / 'no'}: there is no such folder; make it first\n"
     assert (ended.status, names(tmp_path)) == (1, [])
 
 
 def test_a_name_that_is_too_long(warm, source, tmp_path):
-    ended = warm.run("convert", source, tmp_path / ("x" * 250))
+    ended = warm.run("convert", source, tmp_path / ("x" * 250 + ".sft"))
     assert (ended.status, "this name is too long; shorten it" in ended.output) == (1, True)
     assert names(tmp_path) == []
 
@@ -482,7 +482,7 @@ def test_conversions_to_other_targets_in_the_same_folder_go_on(warm, source, who
     first = warm.start("convert", source, target, at=at)
     try:
         assert warm.wait(first).status == -signal.SIGSTOP
-        other = target.with_name("other")
+        other = target.with_name("other.sft")
         assert warm.run("convert", source, other).status == 0
     finally:
         os.kill(first, signal.SIGCONT)
@@ -653,21 +653,21 @@ def shared():
 @needs_root
 def test_a_folder_that_can_be_written_but_not_read_gets_the_file(warm, shared):
     (shared / "out").chmod(0o333)
-    ended = warm.run("convert", shared / "source", shared / "out" / "new", user=NOBODY)
+    ended = warm.run("convert", shared / "source", shared / "out" / "new.sft", user=NOBODY)
     assert ended.status == 0, ended.output
-    assert names(shared / "out") == ["new"]
+    assert names(shared / "out") == ["new.sft"]
 
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
 def test_what_another_user_left_in_a_shared_folder_is_named(warm, shared, mode):
-    part = shared / "out" / f"new{SUFFIX}"
+    part = shared / "out" / f"new.sft{SUFFIX}"
     part.write_bytes(b"")
     part.chmod(mode)
     (shared / "out").chmod(0o1777)  # as /tmp: only its owner may delete a file
-    ended = warm.run("convert", shared / "source", shared / "out" / "new", user=NOBODY)
+    ended = warm.run("convert", shared / "source", shared / "out" / "new.sft", user=NOBODY)
     assert ended.status == 1
-    assert f"'new{SUFFIX}' is in the way" in ended.output
+    assert f"'new.sft{SUFFIX}' is in the way" in ended.output
     assert names(shared / "out") == [part.name]
 
 

@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_one_model_is_refused(tmp_path, names, words):
 
 def test_the_command_plans_a_folder(tmp_path, capsys):
     write_shards(tmp_path / "model", MODEL)
-    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "x"), "--dry-run"]) == 0
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "x.sft"), "--dry-run"]) == 0
     assert "5 of 15 tensors would be MXFP8" in capsys.readouterr().out
 
 
@@ -240,7 +240,7 @@ def test_no_report_replaces_a_part_of_the_source(tmp_path, capsys):
     index = write_shards(tmp_path / "model", MODEL)
     for path in list(index.parent.iterdir()):
         before = path.read_bytes()
-        words = ("convert", index.parent, tmp_path / "target", "--report", path)
+        words = ("convert", index.parent, tmp_path / "x.sft", "--report", path)
         assert main(list(map(str, words))) == 1
-        assert "would replace the model" in capsys.readouterr().err
+        assert "--report" in capsys.readouterr().err
         assert path.read_bytes() == before

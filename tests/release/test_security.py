@@ -91,9 +91,9 @@ def hook(event, arguments):
 
 sys.addaudithook(hook)
 status = [main([word.replace("@", str(folder)) for word in line.split()]) for line in (
-    "convert @/source @/new --report @/report.json",
-    "inspect @/new", "verify @/new --source @/source", "repair @/lost @/repaired",
-    "convert @/pickle @/none",
+    "convert @/source @/new.sft --report @/report.json",
+    "inspect @/new.sft", "verify @/new.sft --source @/source", "repair @/lost @/repaired.sft",
+    "convert @/pickle @/none.sft",
 )]
 sys.stdout.flush()
 print(json.dumps([status, seen, [o for o in opened if not o.startswith(str(folder))]]))
@@ -115,4 +115,4 @@ def test_a_conversion_opens_no_socket_runs_no_program_and_writes_only_its_files(
     assert [event for event in seen if event != "shutil.disk_usage"] == []
     assert elsewhere == []
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"source", "lost", "pickle", "new", "report.json", "repaired"}
+    assert made == {"source", "lost", "pickle", "new.sft", "report.json", "repaired.sft"}
