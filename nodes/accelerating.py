@@ -9,14 +9,20 @@ from comfy_api.latest import io
 
 from ..quant import format
 from .host.progress import show
-from .models.load import check_file, load_diffusion_model
+from .models.load import check_file, check_modules, load_diffusion_model
 from .runtime.describe import describe
 from .runtime.patch import accelerate, accelerate_clip, check_scales
 from .widgets import CATEGORY, precision_input
 
+# What may help where an MXFP8 file comes after another one.
+_ORDER = (
+    "load these files with Load Text Encoder (MXFP8), which puts MXFP8 language models first, or "
+)
+
 
 def check_loaded(patcher) -> list[str]:
-    """Check a model from another loader: the files it came from, and the scales of its layers.
+    """Check a model from another loader: the files it came from, what became of their layers, and
+    the scales of the model's.
 
     ComfyUI's loaders accept most damaged MXFP8 files silently. They leave the paths on the model,
     for its deep clones.
@@ -25,14 +31,22 @@ def check_loaded(patcher) -> list[str]:
         Warnings.
 
     Raises:
-        ValueError: a file is damaged or inconsistent, or the scales of a layer are.
+        ValueError: a file is damaged or inconsistent, or the scales of a layer are, or the model
+            uses the codes of a layer as weights.
     """
     load, arguments, *_ = patcher.cached_patcher_init or (None, ())
     first = arguments[0] if arguments else None
     names = first if isinstance(first, (list, tuple)) else [first]
     paths = [Path(name) for name in names if isinstance(name, str) and os.path.isfile(name)]
     order = arguments[1] if load is load_diffusion_model else format.AUTO
-    warnings = [warning for path in paths for warning in check_file(path, order)[1]]
+    warnings, remedy = [], ""
+    for path in paths:
+        header, found = check_file(path, order)
+        warnings += found
+        if header is not None:
+            check_modules(header, patcher.model, remedy)
+        if header is None or not header.layers:
+            remedy = _ORDER
     check_scales(patcher.model)
     return warnings
 

@@ -1,0 +1,68 @@
+"""Parts of files that ComfyUI builds without quantized layers never run raw codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from comfyui import TESTS, comfyui_path
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    script = TESTS / "support" / "loaded_modules.py"
+    folder = tmp_path_factory.mktemp("encoders")
+    command = [str(x) for x in (sys.executable, script, comfyui_path(), folder)]
+    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+
+
+def test_files_come_in_the_order_that_comfyui_needs(results):
+    """ACE-Step 1.5 has two language models, and ComfyUI asks the first if both are quantized."""
+    assert set(results["off"]) == {"small first", "large first", "accelerated"}
+    # Seven layers in a row, each off by 0.03; raw codes are off by more than 1.
+    assert all(0.01 < off < 0.1 for off in results["off"].values())
+
+
+QUERIES = "model.layers.0.self_attn.q_proj"
+TEXT = "cond_stage_model.transformer.encoder.layers.0."
+VAE = "first_stage_model.down_blocks.0.channelwise.0"
+ORIGINAL = "use the original of this file"
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "remedy"),
+    [
+        ("order, accelerated", QUERIES, "load these files with Load Text Encoder (MXFP8)"),
+        ("sibling", QUERIES, ORIGINAL),
+        ("sibling, accelerated", QUERIES, ORIGINAL),
+        ("renamed", "transformer.resblocks.0.attn.out_proj", ORIGINAL),
+        ("renamed, accelerated", "transformer.resblocks.0.attn.out_proj", ORIGINAL),
+        ("head", "lm_head", "excluding '^lm_head'"),
+        ("checkpoint", f"{TEXT}self_attn.q_proj", f"excluding '^{TEXT}'"),
+        ("checkpoint, accelerated", f"{TEXT}self_attn.q_proj", f"excluding '^{TEXT}'"),
+        ("VAE", VAE, f"excluding '^{VAE}'"),
+    ],
+)
+def test_raw_codes_are_refused(results, case, layer, remedy):
+    message = results["refused"][case]
+    assert f"{layer!r}" in message and "raw codes" in message and remedy in message
+    assert ("Load Text Encoder" in message) == (case == "order, accelerated")
+
+
+def test_another_shape_than_the_marker_says_is_refused(results):
+    """The model that ComfyUI takes the padded layer for is not the one that was converted."""
+    message = results["refused"]["shape"]
+    assert QUERIES in message and "[250, 1024], but [256, 1024]" in message
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["unused head", "BF16", "model of a checkpoint", "model of it, accelerated",
+     "as a diffusion model"],
+)  # fmt: skip
+def test_parts_that_were_not_asked_for_do_not_matter(results, case):
+    assert results["refused"][case] is None

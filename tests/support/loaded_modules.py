@@ -1,0 +1,206 @@
+"""What ComfyUI and our loaders build of small MXFP8 files; run as a process of its own.
+
+    python tests/support/loaded_modules.py COMFYUI FOLDER
+
+Stock's option for other sizes (`..._model_config`) makes text encoders small. Prints JSON:
+{"off": how far a language model is from its BF16 file's, "refused": messages, None if loaded}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+COMFYUI, FOLDER = sys.argv[1:3]
+sys.argv[1:] = ["--cpu"]
+sys.path.insert(0, COMFYUI)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from comfy.sd import CLIPType  # noqa: E402
+from quantized_files import model  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from mxfp8.nodes.accelerating import check_loaded  # noqa: E402
+from mxfp8.nodes.models.load import (  # noqa: E402
+    load_checkpoint,
+    load_diffusion_model,
+    load_text_encoder,
+)
+from mxfp8.quant.format import FormatError  # noqa: E402
+
+GENERATOR = torch.Generator().manual_seed(0)
+QWEN = {
+    "num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+CLIP = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def random(*shape: int) -> torch.Tensor:
+    return (torch.randn(shape, generator=GENERATOR) * shape[-1] ** -0.5).bfloat16()
+
+
+def save(name: str, linears: dict, others: dict) -> None:
+    """NAME.safetensors in BF16, and NAME-mxfp8.safetensors."""
+    plain = {f"{key}.weight": value for key, value in linears.items()} | others
+    save_file(plain, f"{name}.safetensors")
+    tensors, metadata = model(linears, **others)
+    save_file(tensors, f"{name}-mxfp8.safetensors", metadata)
+
+
+def qwen(name: str, width: int, queries: int = 256, **more: torch.Tensor) -> None:
+    """A Qwen3 of one layer, which ComfyUI tells from others by its width."""
+    layer = "model.layers.0"
+    linears = {
+        "self_attn.q_proj": (queries, width), "self_attn.k_proj": (128, width),
+        "self_attn.v_proj": (128, width), "self_attn.o_proj": (width, 256),
+        "mlp.gate_proj": (64, width), "mlp.up_proj": (64, width), "mlp.down_proj": (width, 64),
+    }  # fmt: skip
+    norms = {
+        f"{layer}.self_attn.q_norm": 128, f"{layer}.self_attn.k_norm": 128,
+        f"{layer}.input_layernorm": width, f"{layer}.post_attention_layernorm": width,
+        "model.norm": width,
+    }  # fmt: skip
+    others = {f"{key}.weight": torch.ones(size) for key, size in norms.items()}
+    others["model.embed_tokens.weight"] = random(64, width)
+    save(name, {f"{layer}.{key}": random(*shape) for key, shape in linears.items()} | more, others)
+
+
+def open_clip(name: str, width: int = 64) -> None:
+    """A CLIP of two layers with OpenCLIP's names, which ComfyUI replaces."""
+    linears, sizes, others = {}, {"ln_final": width}, {}
+    for block in ("transformer.resblocks.0", "transformer.resblocks.1"):
+        linears |= {
+            f"{block}.attn.out_proj": random(width, width),
+            f"{block}.mlp.c_fc": random(128, width), f"{block}.mlp.c_proj": random(width, 128),
+        }  # fmt: skip
+        sizes |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
+        others[f"{block}.attn.in_proj_weight"] = random(3 * width, width)
+        others[f"{block}.attn.in_proj_bias"] = torch.zeros(3 * width)
+    others |= {f"{key}.weight": torch.ones(size) for key, size in sizes.items()}
+    sizes |= {key: len(weight) for key, weight in linears.items()}
+    others |= {f"{key}.bias": torch.zeros(size) for key, size in sizes.items()}
+    others["positional_embedding"] = random(77, width)
+    others["token_embedding.weight"] = random(49408, width)
+    others["text_projection"] = random(width, width)
+    save(name, linears, others)
+
+
+def checkpoint(name: str, linears: dict[str, tuple[int, int]]) -> None:
+    """A Stable Diffusion 1 of one block, with these layers of other parts, in MXFP8."""
+    unet = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1],
+        channel_mult=[1], transformer_depth=[1], transformer_depth_middle=0,
+        transformer_depth_output=[1, 1], use_spatial_transformer=True, context_dim=768, num_heads=8,
+        legacy=False, operations=comfy.ops.disable_weight_init, device="meta",
+    )  # fmt: skip
+    state = {f"model.diffusion_model.{k}": random(*v.shape) for k, v in unet.state_dict().items()}
+    inside = {k.removesuffix(".weight"): v for k, v in state.items()
+              if "transformer_blocks" in k and k.endswith("weight") and v.ndim == 2}  # fmt: skip
+    others = {k: v for k, v in state.items() if k.removesuffix(".weight") not in inside}
+    others["first_stage_model.vquantizer.codebook.weight"] = random(8192, 4)
+    save(name, inside | {key: random(*shape) for key, shape in linears.items()}, others)
+
+
+def options(config: dict) -> dict:
+    sizes = {f"{name}_model_config": {**QWEN, **config} for name in ("", "qwen3_06b")}
+    return {**sizes, "model_config": dict(CLIP)}
+
+
+def paths(names) -> list[str]:
+    return [os.path.abspath(f"{name}.safetensors") for name in names]
+
+
+def ours(*names: str, kind: CLIPType = CLIPType.ACE, **config):
+    return load_text_encoder(paths(names), [], kind, options(config))
+
+
+def accelerated(*names: str, kind: CLIPType = CLIPType.ACE, **config):
+    """From stock's loader, after the checks of the Accelerate nodes."""
+    clip = comfy.sd.load_clip(paths(names), None, kind, options(config))
+    check_loaded(clip.patcher)
+    return clip
+
+
+def diffusion_model(name: str):
+    return load_diffusion_model(*paths([name]))
+
+
+def checkpoint_of(name: str, **parts):
+    return load_checkpoint(*paths([name]), [], **parts)
+
+
+def accelerated_part(name: str, part: int):
+    """The diffusion model (0) or the text encoder (1) of a checkpoint."""
+    loaded = comfy.sd.load_checkpoint_guess_config(*paths([name]))[part]
+    check_loaded(getattr(loaded, "patcher", loaded))
+
+
+def states(clip) -> torch.Tensor:
+    """What ACE-Step's larger language model makes of eight tokens."""
+    return clip.cond_stage_model.qwen3_2b.transformer(torch.arange(8)[None])[0].float()
+
+
+def refusal(load, *names: str, **config) -> str | None:
+    try:
+        load(*names, **config)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+@torch.inference_mode()
+def main() -> None:
+    os.chdir(FOLDER)
+    qwen("small", 1024)
+    qwen("large", 2048)
+    qwen("head", 1024, lm_head=random(64, 1024))
+    qwen("padded", 1024, queries=250)
+    open_clip("clip")
+    text = "cond_stage_model.transformer.encoder.layers.0"
+    checkpoint("sd1", {f"{text}.mlp.fc1": (3072, 768), f"{text}.self_attn.q_proj": (768, 768)})
+    checkpoint("vae", {"first_stage_model.down_blocks.0.channelwise.0": (768, 192)})
+    wanted = states(ours("small", "large"))
+
+    def off(clip) -> float:
+        return float((states(clip) - wanted).norm() / wanted.norm())
+
+    alone = {"kind": CLIPType.STABLE_DIFFUSION}
+    print(json.dumps({
+        "off": {
+            "small first": off(ours("small", "large-mxfp8")),
+            "large first": off(ours("large-mxfp8", "small")),
+            "accelerated": off(accelerated("large-mxfp8", "small")),
+        },
+        "refused": {
+            "order, accelerated": refusal(accelerated, "small", "large-mxfp8"),
+            "sibling": refusal(ours, "large-mxfp8", "small-mxfp8"),
+            "sibling, accelerated": refusal(accelerated, "large-mxfp8", "small-mxfp8"),
+            "renamed": refusal(ours, "clip-mxfp8", **alone),
+            "renamed, accelerated": refusal(accelerated, "clip-mxfp8", **alone),
+            "head": refusal(ours, "head-mxfp8", lm_head=True, **alone),
+            "unused head": refusal(ours, "head-mxfp8", lm_head=False, **alone),
+            "BF16": refusal(accelerated, "clip", **alone),
+            "checkpoint": refusal(checkpoint_of, "sd1-mxfp8"),
+            "checkpoint, accelerated": refusal(accelerated_part, "sd1-mxfp8", part=1),
+            "VAE": refusal(checkpoint_of, "vae-mxfp8"),
+            "model of a checkpoint": refusal(checkpoint_of, "sd1-mxfp8", output_clip=False),
+            "model of it, accelerated": refusal(accelerated_part, "sd1-mxfp8", part=0),
+            "as a diffusion model": refusal(diffusion_model, "sd1-mxfp8"),
+            "shape": refusal(ours, "padded-mxfp8", **alone),
+        },
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
