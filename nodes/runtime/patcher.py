@@ -156,12 +156,15 @@ class _QuantizedWeights:
     ):
         """The hooks' LoRAs in one weight, requantized as stock requantizes a merged LoRA."""
         weight = comfy.utils.get_attr(self.model, key)
-        if key not in combined_patches or not self._replaces(weight):
+        owner, _, leaf = key.rpartition(".")
+        module = comfy.utils.get_attr(self.model, owner)
+        # Stock patches in place, and its quantizing linears refuse that, quantized or not.
+        linear = leaf == "weight" and hasattr(module, "_full_precision_mm_config")
+        if key not in combined_patches or not linear or self.is_dynamic():
             return super().patch_hook_weight_to_device(
                 hooks, combined_patches, key, original_weights, memory_counter
             )
         self._keep_original(key, weight, memory_counter)
-        module = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
         merged = comfy.lora.calculate_weight(
             combined_patches[key],
             module.convert_weight(weight.to(dtype=torch.float32, copy=True)),

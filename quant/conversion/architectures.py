@@ -21,7 +21,7 @@ from ..format import PREFIXES
 # PixelDiT's files have "core."; the language model of a vision model has the last one.
 _PREFIXES = (*PREFIXES[:-1], "core.", "model.language_model.", "")
 # Where checkpoints have their text encoders.
-TEXT_ENCODERS = ("text_encoders.", "cond_stage_model.", "conditioner.embedders.")
+TEXT_ENCODERS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.embedders.")
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,8 @@ def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
     note = "`fast` applies to inputs of more than 1 rows; smaller ones run eager, exact"
-    assert fast.model.paths == {"fp8, fast": 19} and note in fast.notes
-    assert plain.model.paths == {"eager, exact": 19} and note not in plain.notes
+    assert fast.model.paths == {"fp8, fast": 13} and note in fast.notes
+    assert plain.model.paths == {"eager, exact": 13} and note not in plain.notes
 
 
 def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:

@@ -10,12 +10,12 @@ from bad_files import Draft
 from comfy_kitchen.tensor import QuantizedTensor
 from comfyui import PromptError, make_models
 from graphs import SAME, Graph, difference, ours, run
+from graphs import quantized as quantized_model
 from quantized_files import make_row_major, write
 
 from mxfp8 import kernels
 from mxfp8.kernels import layout
 from mxfp8.quant.conversion.convert import convert_file
-from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import read_header
 
 pytestmark = pytest.mark.comfy
@@ -292,13 +292,21 @@ def test_padded_layers_decode_as_in_stock(shape, stored):
 
 
 def test_a_model_with_padded_columns_samples_as_in_stock(comfy):
-    """A Wan whose feed-forward is 260 wide; the layer whose rows tell that stays as it is."""
+    """A Wan whose feed-forward is 260 wide; the layer whose rows tell that stays as it is, in a
+    file and in the graph."""
     make_models(comfy.base, "wan260")
     source = comfy.base / "models" / "diffusion_models" / "wan260.safetensors"
     target = source.with_name("wan260-mxfp8.safetensors")
-    convert_file(source, target, Selection(exclude=r"ffn\.0\."))
-    layer = read_header(target).layers["blocks.0.ffn.2"]
+    convert_file(source, target)
+    layers = read_header(target).layers
+    layer = layers["blocks.0.ffn.2"]
     assert (layer.shape, layer.weight.shape) == ((128, 260), (128, 288))
-    models = {"ours": lambda g: ours(g, target.name), "stock": lambda g: g.loader(target.name)}
+    assert "blocks.0.ffn.0" not in layers
+    models = {
+        "ours": lambda g: ours(g, target.name),
+        "stock": lambda g: g.loader(target.name),
+        "in the graph": lambda g: quantized_model(g, g.loader(source.name)),
+    }
     latent = sampled(comfy, models, "wan")
     assert difference(latent["ours"], latent["stock"]) < SAME
+    assert difference(latent["in the graph"], latent["stock"]) < SAME

@@ -16,6 +16,7 @@ from checkpoints import load, raw
 
 LAYER = "double_blocks.0.img_attn.proj"  # of a tiny Flux, [128, 128]
 WEIGHT, SCALE, MARKER = f"{LAYER}.weight", f"{LAYER}.weight_scale", f"{LAYER}.comfy_quant"
+SIBLING = "double_blocks.0.txt_attn.proj.weight"  # of the same shape
 BIAS = f"{LAYER}.bias"
 HEADER_MARKERS = "_quantization_metadata"
 _DTYPES = {
@@ -322,8 +323,7 @@ def _entry(**changes) -> Callable[[Draft], bytes]:
 
 def overlapping(d: Draft) -> bytes:
     header = d.header()
-    header[WEIGHT]["data_offsets"] = header["img_in.weight"]["data_offsets"]
-    header[WEIGHT]["shape"] = header["img_in.weight"]["shape"]
+    header[WEIGHT]["data_offsets"] = header[SIBLING]["data_offsets"]
     return d.encode(header)
 
 

@@ -22,7 +22,8 @@ def quantized(request, comfy, browser, tmp_path_factory):
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param])
     shown.clear()
     loader = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
-    node = shown.add("MXFP8QuantizeModel", (420, 160), exclude=f"txt_in|img_in|{request.param}")
+    kept = f"txt_in|img_in|{request.param}"
+    node = shown.add("MXFP8QuantizeModel", (420, 160), preset="none", exclude=kept)
     end = shown.add("PreviewAny", (980, 160))
     shown.link(loader, node, "model")
     shown.link(node, end, "source", slot=1)
