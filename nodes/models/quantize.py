@@ -21,7 +21,6 @@ from ...quant.conversion.policy import Plan, Selection
 from ...quant.format import WEIGHT
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
-from ...quant.sources.unsupported import check_unquantized
 from ..host import paths
 from .source import ModelSource
 from .transfer import check_movable, give_model
@@ -49,7 +48,6 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
             "connect the BF16, FP16 or FP32 original"
         )
     _check_not_cast(source)
-    check_unquantized(source)
     return source, plan_source(source, selection, is_linear=source.is_linear)
 
 

@@ -31,6 +31,7 @@ import torch
 from ... import kernels
 from ..container.header import FormatError, nbytes, quoted
 from ..conversion import gptq, policy
+from ..conversion.architectures import TEXT_ENCODERS
 from ..conversion.calibration import Calibration, check_model
 from ..format import FLOATS, WEIGHT, bare
 from ..progress import Meter, Progress
@@ -38,6 +39,7 @@ from ..reports import document
 from ..reports.conversion import SqnrAccumulator
 from ..sources.file import Source
 from ..sources.open import open_source
+from ..sources.unsupported import check_unquantized
 
 KEY = "mxfp8_probe"
 KEEP, FP8, NVFP4 = "*KEEP*", "FP8", "NVFP4"
@@ -163,6 +165,7 @@ def probe_file(
         OSError: it cannot be read.
     """
     with open_source(path) as source:
+        check_unquantized(source, copied=lambda layer: layer.startswith(TEXT_ENCODERS))
         if calibration is not None:
             check_model(calibration, source)
         places = {key: place for key in source.tensors if (place := _place(key, source))}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 from ... import kernels
 from ...kernels import layout
 from ..container.header import advising, nbytes, plain, quoted
-from ..format import MARKER, SCALE, WEIGHT, Layer, bare
+from ..format import FLOATS, MARKER, SCALE, WEIGHT, Layer, bare
 from ..progress import Meter, Progress
 from ..reports.conversion import MIN_SQNR, SqnrAccumulator, listed, total_sqnr, verdict
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
+from ..sources.unsupported import check_unquantized
 from .scan import scan_layer
 
 _SLAB = 1 << 23  # values compared at a time
@@ -77,7 +79,7 @@ def verify_file(path, source, progress: Progress | None = None) -> Verification:
         sizes = {key: nbytes(*original.tensors[partner]) for key, partner in partners.items()}
         advance = Meter(sum(sizes.values()), progress)
         for key, partner in partners.items():
-            if key in layers:
+            if key in layers and original.tensors[partner][0] in FLOATS:
                 _compare_layer(stored, original, layers[key], partner, result)
             elif not _equal(stored, original, key, partner):
                 result.problems.append(f"{quoted(key)} differs from the source")
@@ -87,11 +89,27 @@ def verify_file(path, source, progress: Progress | None = None) -> Verification:
 
 def _open_original(source, stored: FileSource):
     """`open_source`, with a hint if the two files seem to be swapped."""
-    if stored.header.layers:
-        return open_source(source)
     swapped = f"{stored.name} is not quantized, so the two may be swapped"
-    with advising(f"{swapped}: the MXFP8 file comes first, its original is the source"):
-        return open_source(source)
+    hint = f"{swapped}: the MXFP8 file comes first, its original is the source"
+    with contextlib.nullcontext() if stored.header.layers else advising(hint):
+        original = open_source(source)
+        try:
+            _check_original(stored, original)
+        except BaseException:
+            original.close()
+            raise
+    return original
+
+
+def _check_original(stored: FileSource, original: StoredSource) -> None:
+    """Raise FormatError if a layer is quantized in the source and another one in the file."""
+    same = {(bare(key), *info) for key, info in stored.tensors.items()}
+    changed = {
+        bare(key).removesuffix(WEIGHT)
+        for key, info in original.tensors.items()
+        if (bare(key), *info) not in same
+    }
+    check_unquantized(original, copied=lambda layer: bare(layer) not in changed)
 
 
 def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:
@@ -100,9 +118,9 @@ def _match(stored: FileSource, original: StoredSource, result: Verification) -> 
     parts = {name + part for name in stored.header.layers for part in (SCALE, MARKER)}
     partners = {}
     for key in stored.tensors:
-        if key in parts:
-            continue
         partner = key if key in original.tensors else by_name.get(bare(key))
+        if partner is None and key in parts:
+            continue
         if partner is None:
             result.problems.append(f"{quoted(key)} is not in the source")
         else:

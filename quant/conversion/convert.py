@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,7 +46,9 @@ from ..reports.conversion import (
 )
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
+from ..sources.unsupported import Quantized, quantized
 from . import gptq, policy
+from .architectures import TEXT_ENCODERS
 from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
 from .policy import Decision, Plan, Selection
 
@@ -55,6 +57,7 @@ _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always 
 _WORKERS = 16  # at most; each takes about 10 MB for scratch and results
 _NEEDED = 1 << 28  # bytes of address space, mostly stacks and heaps of threads
 _LARGE_SCALE = 247  # the byte of 2**120, with which codes reach 2**128
+_ASSUMED = ("BF16", (32, 32))  # dtype and shape of a weight that is quantized
 _WIDEST = 1 << 18  # columns; 128 rows of float32 fill the budget
 
 
@@ -107,12 +110,34 @@ def plan_source(
     selection: Selection = policy.DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
 ) -> Plan:
-    """`policy.plan` for a source that is not quantized (`sources.unsupported`).
+    """`policy.plan` for a source: what it says of weights, and no weight that is quantized.
+
+    Quantized layers that would be kept anyway, and quantized text encoders in a checkpoint, are
+    copied.
 
     Raises:
-        FormatError: the source has a tensor where scales or markers would go; else as `plan`.
+        FormatError: a layer to quantize is quantized already, or the source has a tensor where
+            scales or markers would go; else as `plan`.
     """
-    plan = policy.plan(source.tensors, selection, is_linear)
+    evidence = [*quantized(source)]
+    found = {layer.layer: layer for layer in reversed(evidence)}
+    assumed = {f"{layer}{WEIGHT}": _ASSUMED for layer in found}  # to ask what would become of it
+    for key in assumed.keys() & source.tensors.keys():
+        assumed[key] = _ASSUMED[0], source.tensors[key][1]
+    plan = policy.plan({**source.tensors, **assumed}, selection, is_linear)
+    wanted = {d.layer for d in plan.quantized}
+    others = wanted - found.keys()
+    for layer in evidence:
+        if layer.layer in wanted and not (others and layer.layer.startswith(TEXT_ENCODERS)):
+            raise layer.error(source)
+    plan = replace(
+        plan,
+        decisions=tuple(
+            _copied(d, found[d.layer], source) if d.key in assumed else d
+            for d in plan.decisions
+            if d.key in source.tensors
+        ),
+    )
     for decision in plan.quantized:
         for key in (decision.layer + SCALE, decision.layer + MARKER):
             if key in source.tensors:
@@ -121,6 +146,12 @@ def plan_source(
                     f"{quoted(decision.key)} would get; exclude that layer"
                 )
     return plan
+
+
+def _copied(decision: Decision, layer: Quantized, source: Source) -> Decision:
+    dtype, shape = source.tensors[decision.key]
+    reason = f"quantized already as {layer.format}" if decision.quantize else decision.reason
+    return replace(decision, dtype=dtype, shape=tuple(shape), quantize=False, reason=reason)
 
 
 def convert(
@@ -202,7 +233,9 @@ def _writer(source: Source, target, plan: Plan, overwrite: bool, tick=lambda: No
     """The writer of a plan's file."""
     markers = _markers(plan)
     stored = [tensor for d in plan.decisions for tensor in _stored(d, markers)]
-    return Writer(target, stored, format.with_markers(source.metadata, markers), overwrite, tick)
+    copied = format.header_markers(source.name, source.metadata)
+    metadata = format.with_markers(source.metadata, {**copied, **markers})
+    return Writer(target, stored, metadata, overwrite, tick)
 
 
 def _check_plan(source: Source, target, plan: Plan) -> None:

@@ -26,12 +26,14 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def open_source(path) -> StoredSource:
     """Open a model to convert, to be used as a context manager.
 
+    Parts of it may be quantized; what is to be quantized must not be (`unsupported.quantized`).
+
     Args:
         path: a safetensors file; an index of several (`.safetensors.index.json`); a folder with one
             of these; or a diffusers pipeline, whose transformer or UNet is taken.
 
     Raises:
-        FormatError: it is none of these, damaged, or quantized already.
+        FormatError: it is none of these, damaged, or no model.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -42,7 +44,7 @@ def open_source(path) -> StoredSource:
         shards.check_not_shard(place)
         source = FileSource(place)
     try:
-        unsupported.check_unquantized(source)  # first: other formats have other names
+        unsupported.check_kind(source)
         return _renamed(_unshared(source))
     except BaseException:
         source.close()
@@ -111,9 +113,14 @@ def _unshared(source: StoredSource) -> StoredSource:
 
 def _renamed(source: StoredSource) -> StoredSource:
     """Give every tensor ComfyUI's name for it."""
-    renamed = diffusers.comfy_names(source.name, source.tensors)
+    try:
+        renamed = diffusers.comfy_names(source.name, source.tensors)
+    except FormatError:
+        unsupported.check_unquantized(source)  # then that is why it has other names
+        raise
     if renamed is None:
         return source
+    unsupported.check_unquantized(source)
     model, parts = renamed
     logger.info("MXFP8: %s is %s with diffusers' tensor names: renamed", source.name, model)
     return PartSource(source, parts)

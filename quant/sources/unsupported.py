@@ -9,12 +9,13 @@ formats first, which would pass off their loss as that of a new original.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..container.header import FormatError, parse_object, quoted
-from ..format import MARKER, SCALE, WEIGHT, header_markers
+from ..format import MARKER, PREFIXES, SCALE, WEIGHT, header_markers
 
 if TYPE_CHECKING:
     from .file import Source
@@ -96,41 +97,73 @@ def check_file(path: Path) -> None:
 _LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|down)\.weight$")
 
 
-def check_unquantized(source: Source) -> None:
-    """Raise FormatError if a source is a LoRA, or quantized already, naming format and evidence."""
+def check_kind(source: Source) -> None:
+    """Raise FormatError if a source is no model, naming what it is and the tensor that shows it."""
     lora = next(filter(_LORA.search, source.tensors), None)
     if lora is not None:
         raise FormatError(
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
             "it on an MXFP8 or any other model"
         )
-    for what, evidence in _quantized(source):
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Evidence that a layer is quantized: its name, the format, and what shows it."""
+
+    layer: str
+    format: str
+    evidence: str
+
+    def error(self, source: Source) -> FormatError:
         advice = _ORIGINAL
-        if what == "MXFP8" and not evidence.endswith("says so"):
+        if self.format == "MXFP8" and not self.evidence.endswith("says so"):
             advice = "its markers are missing, and `mxfp8 repair` puts them back"
-        raise FormatError(f"{source.name}: already quantized as {what} ({evidence}); {advice}")
+        return FormatError(
+            f"{source.name}: already quantized as {self.format} ({self.evidence}); {advice}"
+        )
 
 
-def _quantized(source: Source) -> Iterator[tuple[str, str]]:
-    """(format, evidence for it), most telling first."""
+def check_unquantized(source: Source, copied: Callable[[str], bool] = lambda layer: False) -> None:
+    """Raise FormatError if a layer is quantized, naming format and evidence.
+
+    Args:
+        copied: whether a layer does not count, because its bytes stay as they are.
+    """
+    for found in quantized(source):
+        if not copied(found.layer):
+            raise found.error(source)
+
+
+def quantized(source: Source) -> Iterator[Quantized]:
+    """What is quantized in a source, most telling first; a layer may come more than once."""
     tensors = source.tensors
-    for layer, conf in header_markers(source.name, source.metadata).items():
-        yield _marked(conf), f"the header's marker of {quoted(layer)} says so"
+    for name, conf in header_markers(source.name, source.metadata).items():
+        layer = next((p + name for p in ("", *PREFIXES) if p + name + WEIGHT in tensors), name)
+        yield Quantized(layer, _marked(conf), f"the header's marker of {quoted(name)} says so")
     for key in tensors:
         if key.endswith(MARKER):
-            yield _marked(_read_marker(source, key)), f"the marker {quoted(key)} says so"
+            conf = _read_marker(source, key)
+            layer = key.removesuffix(MARKER)
+            yield Quantized(layer, _marked(conf), f"the marker {quoted(key)} says so")
     for key, (dtype, shape) in tensors.items():
         if dtype == "F8_E4M3" and _scale(tensors, key) in ("U8", "F8_E8M0"):
-            yield "MXFP8", f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"
+            evidence = f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"
+            yield Quantized(key.removesuffix(WEIGHT), "MXFP8", evidence)
     for pattern, what in _TRACES.items():
-        for key in filter(re.compile(pattern).search, tensors):
-            yield what, f"{quoted(key)} is there"
+        for key in tensors:
+            if match := re.search(pattern, key):
+                layer = key[: match.start()].removesuffix(WEIGHT)
+                yield Quantized(layer, what, f"{quoted(key)} is there")
     for key, (dtype, shape) in tensors.items():
+        evidence = f"{quoted(key)} is {dtype} {list(shape)}"
         if key.endswith(WEIGHT) and len(shape) > 1 and dtype in _CODES:
-            yield _codes(dtype, _scale(tensors, key)), f"{quoted(key)} is {dtype} {list(shape)}"
+            what = _codes(dtype, _scale(tensors, key))
+            yield Quantized(key.removesuffix(WEIGHT), what, evidence)
     for key, (dtype, shape) in tensors.items():
         if dtype.startswith(("F8_", "F6_", "F4")):
-            yield _CODES[dtype], f"{quoted(key)} is {dtype} {list(shape)}"
+            evidence = f"{quoted(key)} is {dtype} {list(shape)}"
+            yield Quantized(key.removesuffix(WEIGHT), _CODES[dtype], evidence)
 
 
 def _scale(tensors: Mapping[str, tuple[str, tuple[int, ...]]], key: str) -> str | None:

@@ -18,7 +18,9 @@ from model_folders import converted
 from safetensors.torch import save_file, save_model
 
 from mxfp8.quant.checks.inspect import inspect_file
+from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.conversion.convert import convert, convert_file, plan_source
+from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import FormatError
 from mxfp8.quant.sources.file import HEADER_DTYPES, FileSource, Part, PartSource, as_bytes
 from mxfp8.quant.sources.open import open_source
@@ -173,6 +175,56 @@ def test_fewer_bits_are_refused_by_name_too(tmp_path, dtype):
     header = {"w.weight": {"dtype": dtype, "shape": [32, 32], "data_offsets": [0, end]}}
     write_raw(tmp_path / "source", header, bytes(end))
     with pytest.raises(FormatError, match=f"already quantized as FP{bits}"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+
+
+# Parts that are quantized already
+
+MODEL = "model.diffusion_model.double_blocks.0."
+ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+KEPT = {
+    "FP8 text encoder": ({f"{ENCODER}.weight": codes(E4M3, 64, 4096)}, None),
+    "scaled FP8 text encoder": (
+        {f"{ENCODER}.weight": codes(E4M3, 64, 4096), f"{ENCODER}.scale_weight": ONE,
+         "text_encoders.t5xxl.transformer.scaled_fp8": codes(E4M3, 2)}, None,
+    ),
+    "MXFP8 text encoder": (
+        {f"{ENCODER}.weight": codes(E4M3, 64, 4096), f"{ENCODER}.weight_scale": codes(
+            torch.uint8, 128, 128), f"{ENCODER}.comfy_quant": marker(format="mxfp8")}, None,
+    ),
+    "FP8 layer that is excluded": ({f"{MODEL}x.weight": codes(E4M3)}, r"\.x\."),
+    "FP8 layer that the default keeps": ({f"{MODEL}norm.lin.weight": codes(E4M3)}, None),
+    "marked FP8 layer that is excluded": (
+        {f"{MODEL}x.weight": codes(E4M3), f"{MODEL}x.weight_scale": ONE,
+         f"{MODEL}x.comfy_quant": marker(format="float8_e4m3fn")}, r"\.x\.",
+    ),
+    "FP8 VAE": ({"vae.decoder.mid.attn_1.q.weight": codes(E4M3, 32, 32, 1, 1)}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "exclude"), KEPT.values(), ids=KEPT)
+def test_a_quantized_layer_that_stays_is_copied(tmp_path, tensors, exclude):
+    source, target = tmp_path / "source", tmp_path / "target"
+    layers = {"double_blocks.0.x": {"format": "float8_e4m3fn"}}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if exclude else None
+    save_file({f"{MODEL}img_attn.qkv.weight": matrix(64, 32), **tensors}, source, metadata)
+    selection = Selection(exclude=exclude)
+    report = convert_file(source, target, selection)
+    assert [layer.name for layer in report.quantized] == [f"{MODEL}img_attn.qkv"]
+    found, metadata = load(target)
+    assert all(same(found[key], value) for key, value in tensors.items())
+    marked = json.loads(metadata["_quantization_metadata"])["layers"]
+    assert marked.keys() == {f"{MODEL}img_attn.qkv", *(layers if exclude else ())}
+    assert verify_file(target, source).problems == []
+
+
+@pytest.mark.parametrize("rest", [{}, {f"{MODEL}img_attn.qkv.weight": matrix(64, 32)}])
+def test_a_quantized_layer_that_was_asked_for_is_refused(tmp_path, rest):
+    """Also a text encoder, if there is nothing else to quantize."""
+    tensors = {f"{MODEL}x.weight": codes(E4M3)} if rest else {f"{ENCODER}.weight": codes(E4M3)}
+    tensors = {key.replace("SelfAttention.q", "other"): v for key, v in tensors.items()}
+    save_file({**rest, **tensors}, tmp_path / "source")
+    with pytest.raises(FormatError, match=r"already quantized as FP8 \(E4M3\)"):
         convert_file(tmp_path / "source", tmp_path / "target")
 
 
