@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..quant import format
 from .host.progress import show
-from .models.load import check_file, check_modules, load_diffusion_model
+from .models.load import check_file, load_diffusion_model
+from .models.raw_codes import check_layers, check_weights
 from .runtime.describe import describe
 from .runtime.patch import accelerate, accelerate_clip, check_scales
 from .widgets import CATEGORY, precision_input
@@ -44,9 +45,11 @@ def check_loaded(patcher) -> list[str]:
         header, found = check_file(path, order)
         warnings += found
         if header is not None:
-            check_modules(header, patcher.model, remedy)
+            check_layers(header, patcher.model, remedy)
         if header is None or not header.layers:
             remedy = _ORDER
+    if not paths:
+        check_weights(patcher.model)
     check_scales(patcher.model)
     return warnings
 

@@ -15,7 +15,6 @@ clone, whose file was checked, reads it again.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import comfy.memory_management
@@ -23,16 +22,16 @@ import comfy.sd
 import comfy.utils
 import safetensors.torch
 import torch
-from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS
 from comfy.sd import llama_detect
 
 from ...kernels import layout
 from ...quant import format
 from ...quant.checks import scan
-from ...quant.container.header import quoted
 from ...quant.format import MARKER, Header
-from ...quant.sources.file import FileSource, as_bytes
+from ...quant.sources.file import FileSource
 from ..host.paths import is_safetensors
+from .raw_codes import check_layers
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def load_diffusion_model(
     )
     if patcher is None:
         raise _unknown(path)
-    check_modules(header, patcher.model)
+    check_layers(header, patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path, scales))
     return patcher
 
@@ -173,7 +172,7 @@ def load_checkpoint(
         getattr(vae, "first_stage_model", None),
     ):
         if isinstance(part, torch.nn.Module):
-            check_modules(header, part)
+            check_layers(header, part)
     for part, kind in ((model, "model"), (clip, "clip"), (vae, "vae")):
         patcher = part if kind == "model" else getattr(part, "patcher", None)
         if patcher is not None:
@@ -223,7 +222,7 @@ def load_text_encoder(
     states.sort(key=lambda state: "llama_quantization_metadata" not in llama_detect([state]))
     clip = comfy.sd.load_text_encoder_state_dicts(states, **settings)
     for header in filter(None, headers):
-        check_modules(header, clip.cond_stage_model)
+        check_layers(header, clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (_text_encoder, (paths, embeddings, kind, options))
     return clip
 
@@ -243,77 +242,3 @@ def _unknown(path: str) -> RuntimeError:
         f"{Path(path).name}: ComfyUI does not recognize this model; it is damaged, not of the kind "
         "that this loader is for, or needs a newer ComfyUI"
     )
-
-
-def check_modules(header: Header, model: torch.nn.Module, remedy: str = "") -> None:
-    """Check that no layer of an MXFP8 file became a plain weight of a model.
-
-    Stock builds some parts of models without quantized layers, and renames or splits some tensors
-    without their markers; the codes are then used as weights. So layers are found in the model by
-    their codes, whatever their names. Layers that the model lacks, such as those of parts that were
-    not asked for, do no harm.
-
-    Args:
-        remedy: what may help, for the message.
-
-    Raises:
-        FormatError: a plain weight holds a layer's codes, or a layer has another shape in the model
-            than its marker says.
-    """
-    layers = _by_sample(header)
-    plain: dict[str, str] = {}  # layer -> where its codes are
-    for name, module in model.named_modules() if layers else ():
-        for parameter in module.parameters(recurse=False):
-            same = layers.get(_sample(parameter), [])
-            if isinstance(parameter, QuantizedTensor):
-                _check_shape(header, same, module)
-            else:
-                plain |= {layer.name: f"{name!r}, a {type(module).__name__}" for layer in same}
-    if not plain:
-        return
-    first = next(iter(plain))
-    more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
-    prefix = os.path.commonprefix(list(plain))  # noqa: RUF071 (of names, not paths)
-    advice = "use the original of this file, which is not quantized"
-    if not all(layer.startswith(prefix) for layer in header.layers):
-        advice = f"convert the original again, excluding {quoted(f'^{prefix}')}"
-    raise format.FormatError(
-        f"{header.path.name}: MXFP8 layer {quoted(first)}{more} would be used as raw codes by this "
-        f"{type(model).__name__} ({plain[first]}): ComfyUI does not run this part quantized; "
-        f"{remedy}{advice}"
-    )
-
-
-def _check_shape(header: Header, layers: list[format.Layer], module: torch.nn.Module) -> None:
-    """Check the shape of an MXFP8 linear that is one of these layers of a file; they are equal."""
-    shape = [getattr(module, "out_features", 0), getattr(module, "in_features", 0)]
-    if layers and module.weight.ndim == 2 and not any(layer.holds(shape) for layer in layers):
-        layer = layers[0]
-        raise format.FormatError(
-            f"{header.path.name}: MXFP8 layer {quoted(layer.name)} is {list(layer.shape)}, but "
-            f"{shape} in the model that ComfyUI takes this file for; convert the original again, "
-            f"excluding {quoted(f'^{layer.name}')}"
-        )
-
-
-_SAMPLE = 256  # codes, of the first row, by which a layer is known
-
-
-def _by_sample(header: Header) -> dict[bytes, list[format.Layer]]:
-    """The MXFP8 layers and banks of experts of a file by their sample; layers may be equal."""
-    found: dict[bytes, list[format.Layer]] = {}
-    with header.path.open("rb", buffering=0) as file:
-        for layer in (*header.layers.values(), *header.experts.values()):
-            file.seek(layer.weight.begin)
-            sample = file.read(min(layer.weight.nbytes // layer.weight.shape[0], _SAMPLE))
-            if any(sample):  # zeros are zeros without their scales too
-                found.setdefault(sample, []).append(layer)
-    return found
-
-
-def _sample(parameter: torch.Tensor) -> bytes:
-    """The sample of a parameter whose values are codes; of any other, bytes that fit no layer."""
-    value = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter.detach()
-    if value.is_meta or not value.is_floating_point() or value.ndim < 2 or not value.numel():
-        return b""
-    return bytes(as_bytes(value[0].reshape(-1)[:_SAMPLE].cpu().to(torch.float8_e4m3fn)))

@@ -252,6 +252,12 @@ def sample_marks(source: FileSource, tensor: TensorInfo) -> tuple[int, int]:
     return _marks(_sample(source, tensor))
 
 
+def is_marked(code: torch.Tensor) -> bool:
+    """Whether uint8 codes, blocks along rows, have the mark, and are enough to tell."""
+    blocks, marked = _marks(code)
+    return blocks >= _FEWEST and marked >= MARKED * blocks
+
+
 def _sample(source: FileSource, tensor: TensorInfo) -> torch.Tensor:
     """Runs of whole blocks from all over a matrix of codes. uint8 [runs, codes]."""
     runs, length = _RUNS, _SAMPLE // _RUNS

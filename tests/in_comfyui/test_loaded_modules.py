@@ -53,6 +53,11 @@ def test_raw_codes_are_refused(results, case, layer, remedy):
     assert ("Load Text Encoder" in message) == (case == "order, accelerated")
 
 
+def test_raw_codes_are_known_without_their_file(results):
+    name = "clip_l.transformer.text_model.encoder.layers.0.self_attn.out_proj"
+    assert f"{name!r} [64, 64]" in results["refused"]["unknown file"]
+
+
 def test_another_shape_than_the_marker_says_is_refused(results):
     """The model that ComfyUI takes the padded layer for is not the one that was converted."""
     message = results["refused"]["shape"]
@@ -61,8 +66,8 @@ def test_another_shape_than_the_marker_says_is_refused(results):
 
 @pytest.mark.parametrize(
     "case",
-    ["unused head", "BF16", "model of a checkpoint", "model of it, accelerated",
-     "as a diffusion model"],
+    ["BF16", "unknown BF16", "unknown FP8", "unknown scaled FP8", "unused head",
+     "model of a checkpoint", "model of it, accelerated", "as a diffusion model"],
 )  # fmt: skip
-def test_parts_that_were_not_asked_for_do_not_matter(results, case):
+def test_plain_weights_and_parts_that_were_not_asked_for_pass(results, case):
     assert results["refused"][case] is None

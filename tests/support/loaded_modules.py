@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from comfy.sd import CLIPType  # noqa: E402
 from quantized_files import model  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mxfp8.nodes.accelerating import check_loaded  # noqa: E402
 from mxfp8.nodes.models.load import (  # noqa: E402
@@ -34,7 +34,6 @@ from mxfp8.nodes.models.load import (  # noqa: E402
     load_diffusion_model,
     load_text_encoder,
 )
-from mxfp8.quant.format import FormatError  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
 QWEN = {
@@ -132,6 +131,23 @@ def accelerated(*names: str, kind: CLIPType = CLIPType.ACE, **config):
     return clip
 
 
+def unknown(name: str) -> None:
+    """From a loader that does not say which file it read."""
+    clip = comfy.sd.load_clip(paths([name]), None, CLIPType.STABLE_DIFFUSION, options({}))
+    clip.patcher.cached_patcher_init = None
+    check_loaded(clip.patcher)
+
+
+def fp8(name: str, source: str, most: float | None) -> None:
+    """A file cast to FP8 without scales, after its matrices were scaled to a largest value."""
+    state = load_file(f"{source}.safetensors")
+    for key, value in state.items():
+        if value.ndim == 2 and key.endswith("weight"):
+            factor = most / value.float().abs().max() if most else 1.0
+            state[key] = (value.float() * factor).to(torch.float8_e4m3fn)
+    save_file(state, f"{name}.safetensors")
+
+
 def diffusion_model(name: str):
     return load_diffusion_model(*paths([name]))
 
@@ -154,7 +170,7 @@ def states(clip) -> torch.Tensor:
 def refusal(load, *names: str, **config) -> str | None:
     try:
         load(*names, **config)
-    except FormatError as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -167,6 +183,8 @@ def main() -> None:
     qwen("head", 1024, lm_head=random(64, 1024))
     qwen("padded", 1024, queries=250)
     open_clip("clip")
+    fp8("clip fp8", "clip", None)
+    fp8("clip fp8 scaled", "clip", 448.0)
     text = "cond_stage_model.transformer.encoder.layers.0"
     checkpoint("sd1", {f"{text}.mlp.fc1": (3072, 768), f"{text}.self_attn.q_proj": (768, 768)})
     checkpoint("vae", {"first_stage_model.down_blocks.0.channelwise.0": (768, 192)})
@@ -190,7 +208,11 @@ def main() -> None:
             "renamed, accelerated": refusal(accelerated, "clip-mxfp8", **alone),
             "head": refusal(ours, "head-mxfp8", lm_head=True, **alone),
             "unused head": refusal(ours, "head-mxfp8", lm_head=False, **alone),
+            "unknown file": refusal(unknown, "clip-mxfp8"),
             "BF16": refusal(accelerated, "clip", **alone),
+            "unknown BF16": refusal(unknown, "clip"),
+            "unknown FP8": refusal(unknown, "clip fp8"),
+            "unknown scaled FP8": refusal(unknown, "clip fp8 scaled"),
             "checkpoint": refusal(checkpoint_of, "sd1-mxfp8"),
             "checkpoint, accelerated": refusal(accelerated_part, "sd1-mxfp8", part=1),
             "VAE": refusal(checkpoint_of, "vae-mxfp8"),

@@ -1,0 +1,128 @@
+"""Whether ComfyUI uses the codes of MXFP8 layers as weights, in a model that stock built.
+
+Stock builds some parts of models without quantized layers, and renames, splits or reshapes some
+tensors without their markers. It then loads the codes as plain weights, without an error. Where the
+file is known, its layers are found in the model by the codes of their first row. Layers that the
+model lacks, such as those of parts that were not asked for, do no harm. Where it is not known, the
+rule that made the codes tells them from weights (see `quant.checks.scan`).
+
+Rejected: finding layers by name, which stock changes in many ways, and asking whether a module can
+be quantized, which misses markers that were lost.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ...kernels.layout import BLOCK
+from ...quant import format
+from ...quant.checks import scan
+from ...quant.container.header import quoted
+from ...quant.format import Header
+from ...quant.sources.file import as_bytes
+
+_SAMPLE = 256  # codes, of the first row, by which a layer is known
+_ROWS_SAMPLE = 1 << 12  # values by which codes are told from weights
+
+
+def check_layers(header: Header, model: torch.nn.Module, remedy: str = "") -> None:
+    """Check that no layer of an MXFP8 file became a plain weight of a model.
+
+    Args:
+        remedy: what may help, for the message.
+
+    Raises:
+        FormatError: a plain weight holds a layer's codes, or a layer has another shape in the model
+            than its marker says.
+    """
+    layers = _by_sample(header)
+    plain: dict[str, str] = {}  # layer -> where its codes are
+    for name, module in model.named_modules() if layers else ():
+        for parameter in module.parameters(recurse=False):
+            same = layers.get(_sample(parameter), [])
+            if isinstance(parameter, QuantizedTensor):
+                _check_shape(header, same, module)
+            else:
+                plain |= {layer.name: f"{name!r}, a {type(module).__name__}" for layer in same}
+    if not plain:
+        return
+    first = next(iter(plain))
+    more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
+    prefix = os.path.commonprefix(list(plain))  # noqa: RUF071 (of names, not paths)
+    advice = "use the original of this file, which is not quantized"
+    if not all(layer.startswith(prefix) for layer in header.layers):
+        advice = f"convert the original again, excluding {quoted(f'^{prefix}')}"
+    raise format.FormatError(
+        f"{header.path.name}: MXFP8 layer {quoted(first)}{more} would be used as raw codes by this "
+        f"{type(model).__name__} ({plain[first]}): ComfyUI does not run this part quantized; "
+        f"{remedy}{advice}"
+    )
+
+
+def _check_shape(header: Header, layers: list[format.Layer], module: torch.nn.Module) -> None:
+    """Check the shape of an MXFP8 linear that is one of these layers of a file; they are equal."""
+    shape = [getattr(module, "out_features", 0), getattr(module, "in_features", 0)]
+    if layers and module.weight.ndim == 2 and not any(layer.holds(shape) for layer in layers):
+        layer = layers[0]
+        raise format.FormatError(
+            f"{header.path.name}: MXFP8 layer {quoted(layer.name)} is {list(layer.shape)}, but "
+            f"{shape} in the model that ComfyUI takes this file for; convert the original again, "
+            f"excluding {quoted(f'^{layer.name}')}"
+        )
+
+
+def _by_sample(header: Header) -> dict[bytes, list[format.Layer]]:
+    """The MXFP8 layers and banks of experts of a file by their sample; layers may be equal."""
+    found: dict[bytes, list[format.Layer]] = {}
+    with header.path.open("rb", buffering=0) as file:
+        for layer in (*header.layers.values(), *header.experts.values()):
+            file.seek(layer.weight.begin)
+            sample = file.read(min(layer.weight.nbytes // layer.weight.shape[0], _SAMPLE))
+            if any(sample):  # zeros are zeros without their scales too
+                found.setdefault(sample, []).append(layer)
+    return found
+
+
+def _sample(parameter: torch.Tensor) -> bytes:
+    """The sample of a parameter whose values are codes; of any other, bytes that fit no layer."""
+    value = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter.detach()
+    if not _is_matrix(value):
+        return b""
+    return bytes(as_bytes(value[0].reshape(-1)[:_SAMPLE].cpu().to(torch.float8_e4m3fn)))
+
+
+def _is_matrix(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.ndim > 1 and value.numel() > 0 and not value.is_meta
+
+
+def check_weights(model: torch.nn.Module) -> None:
+    """Check that no plain weight of a model looks like MXFP8 codes, if its file is not known.
+
+    Only those in ComfyUI's and torch's own modules: those of others may know how to read them.
+
+    Raises:
+        ValueError: one does.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] not in ("comfy", "torch"):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, QuantizedTensor) and _holds_codes(parameter.detach()):
+                raise ValueError(
+                    f"{quoted(name)} {list(parameter.shape)} of this {type(model).__name__} holds "
+                    "MXFP8 codes, which ComfyUI uses as weights; load its file with a loader of "
+                    "this pack, which tells what is wrong"
+                )
+
+
+def _holds_codes(value: torch.Tensor) -> bool:
+    """Whether a sample of the first rows are MXFP8 codes, by `scan.is_marked`."""
+    if not _is_matrix(value) or value[0].numel() % BLOCK:
+        return False
+    rows = -(-_ROWS_SAMPLE // value[0].numel())
+    sample = value[:rows].reshape(-1)[:_ROWS_SAMPLE].cpu()
+    code = sample.to(torch.float8_e4m3fn)
+    return torch.equal(code.float(), sample.float()) and scan.is_marked(code.view(torch.uint8))
