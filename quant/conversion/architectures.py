@@ -35,8 +35,8 @@ class Architecture:
         blocks: what holds the layers to quantize. Outside of it are the embedders of inputs, text,
             time and guidance and the final layers: few bytes, and an error there reaches all.
         classes: ComfyUI's model classes.
-        plain: patterns of layers that stock does not build with its quantizing operations, or
-            changes when loading; "#" is any number.
+        plain: layers that stock does not build with its quantizing operations, or changes when
+            loading; "#" is any number.
         identifying: layers whose shapes detection reads: padded, they would be another model's.
     """
 
@@ -52,7 +52,7 @@ class Architecture:
         """Why stock cannot run a layer of the model quantized, or None if it can."""
         if self._plain.fullmatch(layer):
             return f"not quantized in {self.name}: stock ComfyUI would run raw codes"
-        if layer in self.identifying and any(size % BLOCK for size in shape):
+        if self._identifying.fullmatch(layer) and any(size % BLOCK for size in shape):
             return (
                 f"its shape tells ComfyUI which {self.name} this is, and {list(shape)} would be "
                 f"padded to multiples of {BLOCK}"
@@ -65,11 +65,19 @@ class Architecture:
 
     @cached_property
     def _plain(self) -> re.Pattern:
-        return re.compile("|".join(re.escape(p).replace(r"\#", r"\d+") for p in self.plain) or "$.")
+        return _any_of(self.plain)
+
+    @cached_property
+    def _identifying(self) -> re.Pattern:
+        return _any_of(self.identifying)
 
     @cached_property
     def _blocks(self) -> re.Pattern:
         return re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, self.blocks))})\.")
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(re.escape(p).replace(r"\#", r"\d+") for p in patterns) or "$.")
 
 
 @cache

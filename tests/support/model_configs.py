@@ -111,6 +111,14 @@ _ZIMAGE = _lumina(
     z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
 )  # fmt: skip
 
+# Whose defaults are real sizes; detection counts their layers.
+_SHALLOW = (
+    "WAN22_T2V", "WAN21_CausalAR_T2V", "WAN21_T2V", "WAN21_I2V", "WAN21_FunControl2V",
+    "WAN21_Camera", "WAN22_Camera", "WAN21_HuMo", "WAN21_FlowRVS", "WAN21_SCAIL", "WAN21_SCAIL2",
+    "LTXV", "LTXAV", "QwenImage", "MageFlow", "Lens", "JoyImage", "Omnigen2", "CogVideoX_T2V",
+    "CogVideoX_I2V", "CogVideoX_Inpaint",
+)  # fmt: skip
+
 CONFIGS: dict[str, dict] = {
     "LotusD": _unet(adm_in_channels=4),
     "Stable_Zero123": _unet(in_channels=8, context_dim=768, use_linear_in_transformer=False),
@@ -153,10 +161,9 @@ CONFIGS: dict[str, dict] = {
     "StableAudio": {"num_memory_tokens": 0},
     "PixArtSigma": {"micro_condition": False, "model_max_length": 300},
     "PixArtAlpha": {"micro_condition": True},
-    "HunyuanDiT": {"depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637},
+    "HunyuanDiT": {"depth": 4, "hidden_size": 1408},
     "HunyuanDiT1": {
-        "depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637, "size_cond": True,
-        "use_style_cond": True,
+        "depth": 4, "hidden_size": 1408, "size_cond": True, "use_style_cond": True,
     },
     "FluxInpaint": _flux(),
     "Flux": _flux(),
@@ -198,7 +205,7 @@ CONFIGS: dict[str, dict] = {
     },
     "ZImage": _ZIMAGE,
     "Lumina2": _lumina(),
-    "WAN21_Vace": {"vace_layers": 2, "vace_in_dim": 96},
+    "WAN21_Vace": {"num_layers": 2, "vace_layers": 2, "vace_in_dim": 96},
     "HiDream": {
         "attention_head_dim": 128, "axes_dims_rope": [64, 32, 32], "caption_channels": [4096, 4096],
         "max_resolution": [128, 128], "in_channels": 16, "llama_layers": [*range(32)],
@@ -213,6 +220,10 @@ CONFIGS: dict[str, dict] = {
         nerf_embedder_dtype=None, use_x0=False, use_sequential_txt_ids=False,
     ),
     "ACEStep15": {"num_dit_layers": 2},
+    **{name: {"num_layers": 2} for name in _SHALLOW},
+    "Boogu": {"num_layers": 2, "num_double_stream_layers": 2},
+    "Kandinsky5": {"num_visual_blocks": 2},
+    "Kandinsky5Image": {"num_visual_blocks": 2},
     "SeedVR2": {
         "vid_dim": 2560, "heads": 20, "num_layers": 32, "norm_eps": 1e-5, "mlp_type": "swiglu",
         "vid_out_norm": True,
