@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import comfy.model_management
-import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels import layout
@@ -22,6 +21,7 @@ from ...quant.format import WEIGHT
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
 from ..host import paths
+from .load import load_diffusion_model
 from .source import ModelSource
 from .transfer import check_movable, give_model
 
@@ -90,8 +90,7 @@ def quantize_model(
 
 
 def _load_temporary(file: paths.TemporaryFile, disable_dynamic: bool = False):
-    """Load a temporary file with stock; also ComfyUI's factory for deep clones."""
-    path = str(file.restored())
-    patcher = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+    """Load a temporary file; also ComfyUI's factory for deep clones."""
+    patcher = load_diffusion_model(str(file.restored()), disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (_load_temporary, (file,))
     return patcher

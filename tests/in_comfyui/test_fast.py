@@ -103,7 +103,7 @@ def test_prepared_weights_go_when_stock_takes_the_model_over(comfy):
     )
     kept = graph.add("TestReuse", model=model, samples=second)
     left, prepared, _ = comfy.run(graph)[kept[0]]["result"]
-    assert prepared > 10
+    assert prepared >= 10
     assert left == 0
 
 

@@ -184,6 +184,32 @@ def deltas(lora: dict) -> dict[str, torch.Tensor]:
     return result
 
 
+def test_control_models_are_built_from_the_values_of_the_model_they_control(comfy):
+    graph = Graph()
+    node = graph.add("TestControl")
+    measured = json.loads(comfy.run(graph)[node[0]]["result"][0])
+    assert measured["stock"] > 0.05  # it takes codes
+    assert measured["without"] > 0.05
+    assert measured["ours"] < SAME
+    assert measured["embedder"] == 0
+    assert measured["stored"] == "torch.float8_e4m3fn"
+
+
+def test_what_is_saved_of_offloaded_layers_is_what_stock_saves(comfy, other):
+    graph = Graph()
+    loaders = {"ours": ours(graph, "flux-mxfp8"), "stock": graph.loader("flux-mxfp8.safetensors")}
+    for name, model in loaders.items():
+        model = graph.add("TestLowVRAM", model=with_lora(graph, model))
+        graph.add("ModelSave", model=model, filename_prefix=f"offloaded/{name}")
+    comfy.run(graph)
+    saved, wanted = (
+        load(next((comfy.base / "output" / "offloaded").glob(f"{name}_*")))[0] for name in loaders
+    )
+    assert saved.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(saved[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
 def hooked(graph: Graph, hooks: list) -> list:
     return graph.add(
         "ConditioningSetProperties", cond_NEW=graph.add("LotusConditioning"), hooks=hooks,

@@ -18,7 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from . import recording
+from . import controls, recording
 
 
 class _Node:
@@ -553,4 +553,4 @@ NODE_CLASS_MAPPINGS = {
         TestReuse, TestKeeping, TestForeignForward,
     )
 }  # fmt: skip
-NODE_CLASS_MAPPINGS |= recording.NODES
+NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES
