@@ -115,7 +115,7 @@ _ZIMAGE = _lumina(
 _SHALLOW = (
     "WAN22_T2V", "WAN21_CausalAR_T2V", "WAN21_T2V", "WAN21_I2V", "WAN21_FunControl2V",
     "WAN21_Camera", "WAN22_Camera", "WAN21_HuMo", "WAN21_FlowRVS", "WAN21_SCAIL", "WAN21_SCAIL2",
-    "LTXV", "LTXAV", "QwenImage", "MageFlow", "Lens", "JoyImage", "Omnigen2", "CogVideoX_T2V",
+    "LTXV", "QwenImage", "MageFlow", "Lens", "JoyImage", "Omnigen2", "CogVideoX_T2V",
     "CogVideoX_I2V", "CogVideoX_Inpaint",
 )  # fmt: skip
 
@@ -221,6 +221,7 @@ CONFIGS: dict[str, dict] = {
     ),
     "ACEStep15": {"num_dit_layers": 2},
     **{name: {"num_layers": 2} for name in _SHALLOW},
+    "LTXAV": {"num_layers": 4},  # its preset keeps the first two
     "Boogu": {"num_layers": 2, "num_double_stream_layers": 2},
     "Kandinsky5": {"num_visual_blocks": 2},
     "Kandinsky5Image": {"num_visual_blocks": 2},
