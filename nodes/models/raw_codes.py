@@ -3,8 +3,9 @@
 Stock builds some parts of models without quantized layers, and renames, splits or reshapes some
 tensors without their markers. It then loads the codes as plain weights, without an error. Where the
 file is known, its layers are found in the model by the codes of their first row. Layers that the
-model lacks, such as those of parts that were not asked for, do no harm. Where it is not known, the
-rule that made the codes tells them from weights (see `quant.checks.scan`).
+model lacks, such as those of parts that were not asked for, do no harm. Where it is not known, or
+the model is to be quantized or saved, the rule that made the codes tells them from weights (see
+`quant.checks.scan`).
 
 Rejected: finding layers by name, which stock changes in many ways, and asking whether a module can
 be quantized, which misses markers that were lost.
@@ -99,7 +100,7 @@ def _is_matrix(value: torch.Tensor) -> bool:
 
 
 def check_weights(model: torch.nn.Module) -> None:
-    """Check that no plain weight of a model looks like MXFP8 codes, if its file is not known.
+    """Check that no plain weight of a model looks like MXFP8 codes.
 
     Only those in ComfyUI's and torch's own modules: those of others may know how to read them.
 

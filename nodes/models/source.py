@@ -24,6 +24,7 @@ from ...quant.format import WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
 from ..runtime.patch import PREFIX
 from .baking import BakingError, bake, fits
+from .raw_codes import check_weights
 
 _MOST_NAMED = 4  # weights in an error
 
@@ -44,6 +45,9 @@ class ModelSource:
     Args:
         patcher: the MODEL. It is only read.
 
+    Raises:
+        ValueError: a plain weight holds MXFP8 codes.
+
     A weight held in float32 whose values are all exact in bfloat16 or float16 counts as that: on a
     CPU, ComfyUI holds 16-bit checkpoints in float32, and files should not double in size for it.
     """
@@ -55,6 +59,7 @@ class ModelSource:
         self._cached: tuple[str, torch.Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
         self.quantized: dict[str, torch.nn.Module] = {}
+        check_weights(patcher.model)
         model = patcher.model.diffusion_model
         modules = dict(model.named_modules())
         for key in model.state_dict():

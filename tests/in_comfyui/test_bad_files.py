@@ -117,3 +117,16 @@ def test_accelerating_what_stock_loaded_checks_its_file(comfy, bad, defect):
     message = error["exception_message"]
     assert re.search(BAD_FILES[defect].rule, message), message
     assert ADVICE.search(message), message
+
+
+@pytest.mark.parametrize("node", ["MXFP8QuantizeModel", "MXFP8SaveModel"])
+def test_raw_codes_that_stock_loaded_are_not_taken_for_weights(comfy, bad, node):
+    graph = Graph()
+    model = graph.loader(bad("lost markers"))
+    if node == "MXFP8QuantizeModel":
+        model = graph.add(node, model=model, preset="auto", precision="exact")
+    graph.add("MXFP8SaveModel", model=model, filename_prefix="diffusion_models/raw")
+    error = dialog(comfy, graph)
+    assert error["node_type"] == node
+    assert "holds MXFP8 codes, which ComfyUI uses as weights" in error["exception_message"]
+    assert not list((comfy.base / "output").rglob("raw*"))
