@@ -9,7 +9,7 @@ formats first, which would pass off their loss as that of a new original.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +94,72 @@ def check_file(path: Path) -> None:
             raise FormatError(f"{path.name}: not a safetensors file but {text}")
 
 
-_LORA = re.compile(r"(^|[._])lora_(up|down|A|B)\.(\w+\.)?weight$|\.lora\.(up|down)\.weight$")
+_LORA = re.compile(
+    r"(^|[._])lora_(up|down|A|B)(\.(\w+\.)?weight)?$"
+    r"|[._]lora(_linear_layer)?\.(up|down)\.weight$"
+    r"|\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_(blocks|diag)|dora_scale"
+    r"|diff(_b)?|set_weight|[wb]_norm|[ab][12]\.weight)$"
+)
+# Files that are no model to quantize -> expressions for a tensor that only they have. Parts of a
+# checkpoint have prefixes, so none of these is found in one that merely contains such a part.
+_NO_MODELS = {
+    "a ControlNet": (
+        r"controlnet_(cond_embedding\.conv_in|blocks\.0(\.linear|\.y_rms)?|x_embedder"
+        r"|patch_embedding)\.weight",
+        r"(model\.)?(control_model\.)?(zero_convs\.0\.0|input_hint_block\.0)\.weight",
+        r"control_blocks\.0\.after_proj\.weight|control_(img_in|all_x_embedder\.2-1)\.weight",
+        r"after_proj_list\.18\.bias|lora_controlnet|lllite_.*",
+    ),
+    "a T2I-Adapter": (
+        r"(adapter\.)?body\.0\.(in_conv|block[12]|resnets\.0\.block1)\.weight",
+        r"backbone\.(0\.0|10\.blocks\.0)\.weight",
+    ),
+    "an IP-Adapter": (
+        r"ip_adapter\..*|image_proj\..*|ip_adapter_proj_model\..*|pulid_(ca|encoder)\..*",
+        r"(double|single)_blocks\.\d+\.processor\.ip_adapter_.*",
+        r"id_encoder\..*",
+    ),
+    "a style model": (r"redux_(up|down)\.weight|style_embedding",),
+    "a GLIGEN model": (r"position_net\..*|(in|out)put_blocks\..*\.fuser\.linear\.weight",),
+    "a model patch": (r"feature_embedder\.mid_layer_norm\.bias|audio_proj\.proj1\.weight",),
+    "an embedding (textual inversion)": (r"emb_params|string_to_param\..*|clip_[lg]|t5xxl",),
+    "a CLIP vision model": (
+        r"vision_model\.encoder\.layers\.0\.layer_norm1\.weight",
+        r"visual\.transformer\.resblocks\.0\.attn\.in_proj_weight",
+        r"encoder\.layer\.0\.layer_scale2\.lambda1|layer\.0\.mlp\.gate_proj\.weight",
+    ),
+    "an audio encoder": (
+        r"(wav2vec2\.)?encoder\.layers\.0\.final_layer_norm\.bias",
+        r"(model\.)?encoder\.embed_positions\.weight",
+    ),
+    "an upscaler": (
+        r"((params(_ema)?|module)\.)?(conv_first|ft_layers\.0\.linear1)\.weight",
+        r"model\.1\.sub\.0\..*|body\.0\.rdb1\..*|((params(_ema)?|module)\.)?stylegan_decoder\..*",
+    ),
+    "a latent upscaler": (
+        r"blocks\.0\.block\.0\.conv\.weight|up\.0\.block\.0\.conv1\.conv\.weight",
+        r"post_upsample_res_blocks\.0\.conv2\.bias",
+    ),
+    "a depth model": (r"encoder\.output_projections\.0\.weight|head\.upsample_blocks\..*",),
+    "a background removal model": (r"bb\.layers\.\d+\.blocks\.0\.attn\.relative_position.*",),
+    "a VAE": (
+        r"(decoder|encoder)\.conv_in(\.conv)?\.weight",
+        r"(post_quant_conv|taesd_decoder\.1|vquantizer\.codebook)\.weight",
+        r"decoder\.(layers\.1\.layers\.0\.beta|middle\.0\.residual\.0\.gamma"
+        r"|layers\.3\.transformers\.0\.pre_norm\.alpha|transformer_blocks\.0\.scale1"
+        r"|up_blocks\.0\.res(nets|_blocks)\.0\..*|unpatcher3d\.wavelets)",
+        r"geo_decoder\.cross_attn_decoder\.ln_1\.bias|vocoder\..*",
+        r"student\.dconv_encoder\.proj_out\.weight|pre_block\.attn\.zero_k_bias"
+        r"|gs\.base_offset_scale",
+        r"((decoder|encoder)\.)?blocks\.2\.blocks\.3\.stack\.5\.weight",
+    ),
+}
+# What shows a model, of which those are parts.
+_CHECKPOINT = re.compile(r"model\.diffusion_model\.(?!project_modules\.)")
+_UNLESS = {
+    "a CLIP vision model": r"(model\.)?(language_model\.)?layers\..*|text_model\..*",
+    "a model patch": r"head\.modulation",
+}
 
 
 def check_kind(source: Source) -> None:
@@ -105,6 +170,19 @@ def check_kind(source: Source) -> None:
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
             "it on an MXFP8 or any other model"
         )
+    if any(map(_CHECKPOINT.match, source.tensors)):
+        return
+    for kind, patterns in _NO_MODELS.items():
+        key = _first("|".join(patterns), source.tensors)
+        if key is not None and _first(_UNLESS.get(kind, "$."), source.tensors) is None:
+            raise FormatError(
+                f"{source.name}: {kind}, not a diffusion model or text encoder ({quoted(key)}); "
+                "ComfyUI runs it only unquantized: use the file as it is"
+            )
+
+
+def _first(pattern: str, keys: Iterable[str]) -> str | None:
+    return next(filter(re.compile(pattern).fullmatch, keys), None)
 
 
 @dataclass(frozen=True)

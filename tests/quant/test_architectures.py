@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from comfyui import ROOT, comfyui_path
@@ -14,6 +15,7 @@ from model_configs import configs
 
 from mxfp8.quant.conversion.architectures import architectures, detect
 from mxfp8.quant.conversion.policy import NONE, Selection, plan
+from mxfp8.quant.sources.unsupported import check_kind
 
 MATRIX = ("BF16", (64, 64))
 CLASSES = {kind: row for row in architectures() for kind in row.classes}
@@ -59,6 +61,7 @@ def test_every_class_of_comfyui_is_planned(comfyui, kind):
     assert len(found) == len(configs(kind))
     for entry in found:
         tensors = {key: ("BF16", tuple(shape)) for key, shape in entry["tensors"].items()}
+        check_kind(SimpleNamespace(name=kind, tensors=tensors))
         planned = plan(tensors)
         layers = {decision.layer for decision in planned.quantized}
         assert planned.architecture == CLASSES[kind].name

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 
@@ -363,16 +364,84 @@ class InMemory:
         yield as_bytes(self.state[key])
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "diffusion_model.blocks.0.attn.q.lora_up.weight",
-        "lora_unet_blocks_0_attn_q.lora_down.weight",
-        "transformer.blocks.0.attn.to_q.lora_A.weight",
-        "transformer.blocks.0.attn.to_q.lora_B.default.weight",
-    ],
-)
+# What is no model
+
+LORAS = [
+    "diffusion_model.blocks.0.attn.q.lora_up.weight",
+    "lora_unet_blocks_0_attn_q.lora_down.weight",
+    "transformer.blocks.0.attn.to_q.lora_A.weight",
+    "transformer.blocks.0.attn.to_q.lora_B.default.weight",
+    "unet.mid_block.attentions.0.attn1.processor.to_q_lora.down.weight",
+    "unet.blocks.0.to_q.lora_linear_layer.up.weight",
+    "lora_unet_blocks_0_attn_q.hada_w1_a",
+    "lora_unet_blocks_0_attn_q.lokr_w1",
+    "lora_unet_blocks_0_attn_q.lokr_w2_b",
+    "lora_unet_blocks_0_attn_q.oft_blocks",
+    "lora_unet_blocks_0_attn_q.a1.weight",
+    "lora_unet_blocks_0_attn_q.dora_scale",
+    "diffusion_model.blocks.0.attn.q.diff",
+    "diffusion_model.blocks.0.attn.q.diff_b",
+    "diffusion_model.blocks.0.attn.q.set_weight",
+]
+
+
+@pytest.mark.parametrize("key", LORAS)
 def test_a_lora_is_no_model(tmp_path, key):
-    save_file({key: torch.zeros(64, 32)}, tmp_path / "lora.safetensors")
+    tensors = {key: torch.zeros(64, 32), "a.weight": torch.ones(32, 32)}
+    save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(FormatError, match=r"lora.safetensors: a LoRA, not a model \("):
         convert_file(tmp_path / "lora.safetensors", tmp_path / "out")
+
+
+# Those whose classes are not ComfyUI's, or that it renames; tests/in_comfyui/test_other_kinds.py
+# has those that it builds.
+OTHERS = {
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "control_model.zero_convs.0.0.weight": "a ControlNet",
+    "model.control_model.input_hint_block.0.weight": "a ControlNet",
+    "controlnet_patch_embedding.weight": "a ControlNet",
+    "control_blocks.0.after_proj.weight": "a ControlNet",
+    "lora_controlnet": "a ControlNet",
+    "lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": "a ControlNet",
+    "adapter.body.0.resnets.0.block1.weight": "a T2I-Adapter",
+    "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
+    "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "an IP-Adapter",
+    "pulid_ca.0.to_q.weight": "an IP-Adapter",
+    "input_blocks.1.1.transformer_blocks.0.fuser.linear.weight": "a GLIGEN model",
+    "feature_embedder.mid_layer_norm.bias": "a model patch",
+    "emb_params": "an embedding",
+    "visual.transformer.resblocks.0.attn.in_proj_weight": "a CLIP vision model",
+    "layer.0.mlp.gate_proj.weight": "a CLIP vision model",
+    "model.encoder.embed_positions.weight": "an audio encoder",
+    "encoder.output_projections.0.weight": "a depth model",
+    "params_ema.conv_first.weight": "an upscaler",
+    "up.0.block.0.conv1.conv.weight": "a latent upscaler",
+    "bb.layers.1.blocks.0.attn.relative_position_index": "a background removal model",
+    "decoder.up_blocks.0.resnets.0.norm1.weight": "a VAE",
+    "vocoder.resblocks.0.convs1.0.weight": "a VAE",
+}
+
+
+@pytest.mark.parametrize(("key", "kind"), OTHERS.items(), ids=OTHERS)
+def test_other_kinds_of_files_are_refused_unless_they_are_parts(tmp_path, key, kind):
+    tensors = {key: torch.zeros(8), "blocks.0.attn.q.weight": torch.ones(32, 32)}
+    save_file(tensors, tmp_path / "source")
+    with pytest.raises(
+        FormatError, match=rf"source: {kind}.* not a diffusion .*'{re.escape(key)}'"
+    ):
+        convert_file(tmp_path / "source", tmp_path / "out")
+    checkpoint = {**tensors, "model.diffusion_model.blocks.0.attn.q.weight": torch.ones(32, 32)}
+    for state in (checkpoint, {f"part.{k}": value for k, value in tensors.items()}):
+        save_file(state, tmp_path / "source")
+        assert convert_file(tmp_path / "source", tmp_path / "out", overwrite=True).quantized
+
+
+@pytest.mark.parametrize(("part", "whole"), [
+    ("vision_model.encoder.layers.0.layer_norm1.weight", "model.layers.0.self_attn.q_proj.weight"),
+    ("audio_proj.proj1.weight", "head.modulation"),
+])  # fmt: skip
+def test_a_model_with_such_a_part_is_converted(tmp_path, part, whole):
+    tensors = {part: torch.zeros(8), whole: torch.ones(32, 32)}
+    tensors["blocks.0.self_attn.q.weight"] = torch.ones(32, 32)
+    save_file(tensors, tmp_path / "source")
+    assert convert_file(tmp_path / "source", tmp_path / "out").quantized
