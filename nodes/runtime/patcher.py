@@ -21,6 +21,8 @@ from ...quant.format import MARKER
 from . import forward, values
 from .cache import model_state
 
+_FORWARDS = "mxfp8_forwards"  # key of the names of our patches that are on a model
+
 
 @cache
 def patcher_class(base: type) -> type:
@@ -102,25 +104,33 @@ class _QuantizedWeights:
         """Hide from stock the patches of ours whose layer has a forward from elsewhere.
 
         Stock sets every object patch again on every load. A forward that was set in between, to
-        train or to apply a LoRA, calls ours, and would be lost.
+        train or to apply a LoRA, calls ours, and would be lost. It is told from an object patch of
+        another patcher of this model by what stock restores on unloading, which they share: beside
+        that, the names of our patches that are on the model are noted there.
         """
-        foreign = []
-        for name in our_patches(self):
-            module = comfy.utils.get_attr(self.model, name.removesuffix(".forward"))
-            now = vars(module).get("forward")
-            function = getattr(now, "__func__", None)
-            known = now is None or function in (*forward.PRECISION_OF, type(module).forward)
-            if not known:
-                foreign.append(name)
+        backup = self.object_patches_backup
+        ours = backup.pop(_FORWARDS, ())
+        foreign = [
+            name
+            for name in our_patches(self)
+            if (name in ours or name not in backup) and self._has_foreign_forward(name)
+        ]
         hidden = [
             (patches, {name: patches.pop(name) for name in foreign if name in patches})
-            for patches in (self.object_patches, self.object_patches_backup)
+            for patches in (self.object_patches, backup)
         ]
         try:
             yield
         finally:
             for patches, items in hidden:
                 patches.update(items)
+            if backup:
+                backup[_FORWARDS] = [name for name in our_patches(self) if name in backup]
+
+    def _has_foreign_forward(self, name: str) -> bool:
+        module = comfy.utils.get_attr(self.model, name.removesuffix(".forward"))
+        function = getattr(module.forward, "__func__", None)
+        return function is not type(module).forward and function not in forward.PRECISION_OF
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **options):
         freed = model_state(self.model).drop()

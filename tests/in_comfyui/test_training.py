@@ -73,5 +73,8 @@ def test_a_forward_set_on_a_loaded_model_outlasts_reloading_it(comfy):
         "taken back, loaded again": "ours",
         "unloaded without it": "stock",
         "set, unloaded, taken back, loaded in stock": "stock",
-        "loaded at last": "ours",
+        "loaded again in ours": "ours",
+        "an object patch": "foreign",
+        "loaded after 1 object patches": "ours",
+        "loaded after 13 object patches": "ours",
     }

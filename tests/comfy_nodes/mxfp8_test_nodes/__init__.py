@@ -381,7 +381,13 @@ class TestForeignForward(_Node):
         load([stock])
         note("set, unloaded, taken back, loaded in stock")
         load([model])
-        note("loaded at last")
+        note("loaded again in ours")
+        for other in (stock.clone(), model.clone()):
+            other.add_object_patch(name, foreign)
+            load([other])
+            note("an object patch")
+            load([model])
+            note(f"loaded after {len(other.object_patches)} object patches")
         return {"ui": {"result": [json.dumps(result)]}}
 
 
