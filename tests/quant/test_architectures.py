@@ -76,7 +76,14 @@ def test_every_class_of_comfyui_is_planned(comfyui, kind):
             assert all(size % 32 == 0 for size in entry["tensors"][f"{layer}.weight"])
 
 
-SMALL = ("pixeldit", "stable audio", "kandinsky 5 video", "wan of width 260", "hunyuan 3d")
+SMALL = (
+    "pixeldit",
+    "stable audio",
+    "stable audio 3",
+    "kandinsky 5 video",
+    "wan of width 260",
+    "hunyuan 3d",
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,16 @@ SMALL = {
         "model.model.", BESIDE["StableAudio"],
         {"x": (1, 64, 32), "context": (1, 8, 768), "global_embed": (1, 1536)},
     ),
+    "stable audio 3": (
+        "StableAudio3",
+        {"timestep_features_type": "expo", "io_channels": 64, "embed_dim": 256, "num_heads": 4,
+         "global_cond_dim": 768, "project_cond_tokens": True, "depth": 1, "num_memory_tokens": 8,
+         "global_cond_type": "adaLN", "local_add_cond_dim": 257, "norm_type": "rms_norm",
+         "attn_kwargs": {"qk_norm": "rms", "differential": True}},
+        "model.model.", BESIDE["StableAudio3"],
+        {"x": (1, 64, 32), "context": (1, 8, 768), "global_embed": (1, 768),
+         "local_add_cond": (1, 257, 32)},
+    ),
     "kandinsky 5 video": (
         "Kandinsky5",
         {"model_dim": 128, "ff_dim": 256, "time_dim": 64, "num_text_blocks": 1,
