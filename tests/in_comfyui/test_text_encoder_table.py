@@ -1,4 +1,4 @@
-"""The table of text encoders against ComfyUI, asked again."""
+"""The table of text encoders against ComfyUI: asked again, and by what small ones put out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from comfyui import ROOT
+from comfyui import ROOT, TESTS, comfyui_path
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -18,3 +18,17 @@ def test_the_table_is_what_comfyui_says(tmp_path):
     subprocess.run([sys.executable, script, fresh], check=True)
     stored = ROOT / "quant" / "conversion" / "text_encoders.json"
     assert json.loads(fresh.read_text()) == json.loads(stored.read_text())
+
+
+def test_text_encoders_of_converted_checkpoints_put_out_the_same(tmp_path):
+    """Where raw codes were run, they were off by 0.5 to 1.1."""
+    script = TESTS / "support" / "small_encoders.py"
+    done = subprocess.run(
+        [sys.executable, script, comfyui_path(), tmp_path], capture_output=True, check=True
+    )
+    results = json.loads(done.stdout.splitlines()[-1])
+    language = results.pop("qwen3_2b")
+    assert language["marked"] and 0.003 < language["difference"] < 0.1  # rounding to E4M3
+    plain = {"marked": False, "difference": 0.0}
+    encoders = ("clip_l", "t5gemma", "hydit_clip", "mt5xl", "qwen3_06b")
+    assert results == dict.fromkeys(encoders, plain)

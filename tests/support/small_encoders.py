@@ -1,0 +1,118 @@
+"""Convert checkpoints with small text encoders, and run these in stock beside their sources.
+
+    python tests/support/small_encoders.py COMFYUI FOLDER
+
+Prints a JSON object: encoder -> whether its layers are marked in the file, and the relative
+difference of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+COMFYUI, FOLDER = sys.argv[1], Path(sys.argv[2])
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, COMFYUI)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.supported_models  # noqa: E402
+import comfy.text_encoders.sa3 as sa3  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
+from mxfp8.quant.format import read_header  # noqa: E402
+
+_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 99}
+_HEADS = {"num_attention_heads": 2}
+_T5 = {"d_model": 64, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 1, "vocab_size": 99}
+# Model class -> (prefix of its encoders in a file, their prefix in ComfyUI, sizes).
+MODELS = {
+    "SD15": (
+        "cond_stage_model.transformer.", "clip_l.transformer.text_model.",
+        {"clip_l_model_config": {**_SIZES, **_HEADS}},
+    ),
+    "StableAudio3": ("text_encoders.", "", {}),
+    "HunyuanDiT": (
+        "text_encoders.", "",
+        {"hydit_clip_model_config": {**_SIZES, **_HEADS}, "mt5xl_model_config": _T5},
+    ),
+    "ACEStep15": (
+        "text_encoders.", "", {"_model_config": {**_SIZES, **_HEADS, "num_key_value_heads": 2}},
+    ),
+}  # fmt: skip
+ENCODERS = ("clip_l", "t5gemma", "hydit_clip", "mt5xl", "qwen3_06b", "qwen3_2b")
+BESIDE = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
+
+
+class T5GemmaConfig(sa3.T5GemmaEncoderConfig):
+    def __init__(self):
+        super().__init__()
+        vars(self).update(_SIZES, **_HEADS, num_key_value_heads=2, head_dim=32)
+
+
+sa3.T5GemmaEncoderConfig = T5GemmaConfig
+
+
+def build(name: str, state: dict) -> torch.nn.Module:
+    target = object.__new__(getattr(comfy.supported_models, name)).clip_target(state_dict=state)
+    return target.clip(device="cpu", dtype=torch.float32, model_options=MODELS[name][2])
+
+
+def make(name: str) -> Path:
+    prefix, inside, _ = MODELS[name]
+    hint = {"text_encoders.qwen3_2b.transformer.model.norm.weight": torch.ones(1)}
+    state = {BESIDE: torch.randn(64, 64).bfloat16()}
+    for key, value in build(name, hint).state_dict().items():
+        if key.startswith(inside):
+            value = torch.randn(value.shape)
+            value = value * value[0].numel() ** -0.5 if value.ndim > 1 else 1 + 0.1 * value
+            state[prefix + key.removeprefix(inside)] = value.bfloat16()
+    path = FOLDER / f"{name}.safetensors"
+    save_file(state, path)
+    return path
+
+
+def outputs(name: str, path: Path) -> dict[str, torch.Tensor]:
+    """What each encoder in a checkpoint makes of the same tokens, loaded as stock does."""
+    state, _ = comfy.utils.convert_old_quants(load_file(path), "", metadata={})
+    model = build(name, state)
+    config = object.__new__(getattr(comfy.supported_models, name))
+    model.load_state_dict(config.process_clip_state_dict(state), strict=False)
+    tokens = [[token % 97 for token in range(77)]]
+    with torch.inference_mode():
+        return {
+            part: getattr(model, part)(tokens)[0].float()
+            for part in ENCODERS
+            if hasattr(model, part)
+        }
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    torch.manual_seed(0)
+    results = {}
+    for name, (prefix, _, _) in MODELS.items():
+        source = make(name)
+        target = source.with_suffix(".mxfp8.safetensors")
+        convert_file(source, target)
+        marked = {layer for layer in read_header(target).layers if layer.startswith(prefix)}
+        expected, got = outputs(name, source), outputs(name, target)
+        for part in expected:
+            difference = (got[part] - expected[part]).norm() / expected[part].norm()
+            results[part] = {
+                "marked": any(part in layer or prefix[0] == "c" for layer in marked),
+                "difference": float(difference),
+            }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
