@@ -80,25 +80,25 @@ def card(monkeypatch, forget):
     return insert
 
 
-# Rooms whose tests talk to the one server, and files that take minutes.
-SERVER = ("tests/in_comfyui/", "tests/web/")
+# Rooms whose tests share a server, and files that take minutes.
+SERVER_ROOMS = ("tests/in_comfyui/", "tests/web/")
 SLOW = ("tests/release/test_versions.py", "tests/kernels/test_triton.py")
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Who gets which tests where pytest-xdist has workers: all that talk to the one server are for
-    one of them, so that it starts once and they keep their order; other files, slow ones first, for
-    whoever is free."""
+    """Who gets which tests where pytest-xdist has workers: a room that talks to a server is for one
+    of them, so that its server starts once and its tests keep their order; other files, slow ones
+    first, for whoever is free."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "server" if file.startswith(SERVER) else file
+            return next((room for room in SERVER_ROOMS if file.startswith(room)), file)
 
         def _assign_work_unit(self, node) -> None:
-            for scope in ("server", *SLOW):
+            for scope in (*SERVER_ROOMS, *SLOW):
                 if scope in self.workqueue:
                     self.workqueue.move_to_end(scope, last=False)
                     break
