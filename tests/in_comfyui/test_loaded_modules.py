@@ -23,7 +23,7 @@ def results(tmp_path_factory):
 def test_files_come_in_the_order_that_comfyui_needs(results):
     """ACE-Step 1.5 has two language models, and ComfyUI asks the first if both are quantized."""
     assert set(results["off"]) == {"small first", "large first", "accelerated"}
-    # Seven layers in a row, each off by 0.03; raw codes are off by more than 1.
+    # Seven layers in a row, each off by 0.03.
     assert all(0.01 < off < 0.1 for off in results["off"].values())
 
 
