@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from . import format
 from .container.header import plain
 from .conversion import policy
 from .memory import is_out_of_memory
+from .reports.conversion import listed
 
 _MODEL = (
     "a safetensors file, the index of a sharded one (.safetensors.index.json), or a model folder"
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     _wait_passively()
     _prepare_streams()
+    policy.logger.addHandler(logging.NullHandler())  # results have its warnings
     arguments = _parser().parse_args(argv)
     try:
         with _termination_as_interrupt():
@@ -73,11 +76,12 @@ def _wait_passively() -> None:
 
 def _prepare_streams() -> None:
     """Have prints succeed on every console, and no file get a closed one's number."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # as they are numbered
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_what_cannot_be_printed() -> None:
@@ -346,7 +350,9 @@ def _listing(plan: policy.Plan) -> str:
         lines.append(f"{name}  {decision.dtype} {shape}  {decision.reason}")
     return "\n".join([
         *lines,
-        f"\n{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
+        "",
+        *listed("WARNING", plan.warnings),
+        f"{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
         f"(preset {plan.preset}, {plan.architecture or 'architecture not recognized'})",
     ])  # fmt: skip
 

@@ -532,6 +532,7 @@ def test_several_expressions_keep_their_flags_and_groups(source, run):
     excluded = {line.split()[1]: line for line in out.splitlines() if "excluded by" in line}
     assert (status, excluded.keys()) == (0, {"a.weight", "zero.weight"})
     assert excluded["a.weight"].endswith("excluded by '(?i)^(A)'")
+    assert "WARNING: exclude 'nothing' matches no key" in out
 
 
 REFUSED = {
