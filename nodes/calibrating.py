@@ -76,7 +76,7 @@ class MXFP8Calibrate(io.ComfyNode):
         settings = SamplerSettings(**sampling)
         # What Quantize Model (MXFP8) would reject after hours of this is rejected now.
         source, plan = plan_model(model, Selection(preset, include, exclude))
-        widths = {d.layer: d.shape[1] for d in plan.quantized}
+        widths = {d.layer.removeprefix(source.prefix): d.shape[1] for d in plan.quantized}
         groups = list(make_groups(widths, int(memory_gb * _GB)))
         check_disk(source.name, groups)
         work = _announce(groups, settings)
@@ -98,8 +98,10 @@ class MXFP8Calibrate(io.ComfyNode):
         if not layers:
             why = "received usable (finite) inputs" if groups else "is to be quantized"
             raise ValueError(f"calibration is empty: no layer of this {source.name} {why}")
+        keys = [f"{source.prefix}{name}{WEIGHT}" for name in layers]
         mark = calibration.fingerprint(
-            (n, source.tensors[n + WEIGHT][1], source.rows(n + WEIGHT, 0, 1)[0]) for n in layers
+            (key.removesuffix(WEIGHT), source.tensors[key][1], source.rows(key, 0, 1)[0])
+            for key in keys
         )
         about = {
             "first_seed": settings.first_seed, "seeds": settings.seeds, "steps": settings.steps,

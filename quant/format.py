@@ -43,8 +43,10 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 MARKER = ".comfy_quant"
 SCALE = ".weight_scale"
 WEIGHT = ".weight"
-# Key prefixes under which a diffusion model's tensors are found.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
+# Key prefixes under which a diffusion model's tensors are found; PixelDiT's files have "core.".
+PREFIXES = (
+    "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "core.", "model.", "",
+)  # fmt: skip
 MAX_MARKER = 65_536  # bytes of JSON in one layer's marker
 
 # Formats that a marker may name in ComfyUI 0.30; all but the first are left to stock.

@@ -36,8 +36,8 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
     """A MODEL as a source, and which of its layers to quantize.
 
     Raises:
-        ValueError: the model is quantized or cast to FP8, or something on it cannot move to
-            another model.
+        ValueError: the model is quantized or cast to FP8, ComfyUI would not recognize it in a file,
+            or something on it cannot move to another model.
     """
     check_movable(patcher)
     source = ModelSource(patcher)
@@ -48,7 +48,11 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
             "connect the BF16, FP16 or FP32 original"
         )
     _check_not_cast(source)
-    return source, plan_source(source, selection, is_linear=source.is_linear)
+    plan = plan_source(source, selection, is_linear=source.is_linear)
+    source.metadata = source.detection_metadata(
+        {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
+    )
+    return source, plan
 
 
 def _check_not_cast(source: ModelSource) -> None:
@@ -74,9 +78,6 @@ def quantize_model(
         ValueError: as `plan_model`.
     """
     source, plan = plan_model(patcher, selection)
-    source.metadata = source.detection_metadata(
-        {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
-    )
     file = paths.TemporaryFile()
     report = convert(
         source, file.path, plan, progress=progress, device=device(),

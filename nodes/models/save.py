@@ -13,7 +13,6 @@ from ...quant.container.writer import Writer
 from ...quant.format import MARKER, SCALE, WEIGHT
 from ...quant.progress import VERIFY, Meter, Progress
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
-from ..runtime.patch import PREFIX
 from .source import ModelSource
 from .transfer import check_movable
 
@@ -83,7 +82,7 @@ def _marker(module) -> dict:
 def _stored(source: ModelSource, name: str, module, marker: dict) -> dict[str, torch.Tensor]:
     """The tensors of one quantized layer, LoRAs baked in."""
     weight = source.weight(name)  # float32 if patches change it
-    original = source.original(f"{PREFIX}{name}{WEIGHT}")
+    original = source.original(source.full(name + WEIGHT))
     if module.quant_format != "mxfp8":
         if weight is not None:
             original = original.requantize_from_float(weight, scale="recalculate")

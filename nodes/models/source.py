@@ -15,7 +15,7 @@ import comfy.lora
 import comfy.utils
 import torch
 from comfy.model_base import ModelType
-from comfy.model_detection import detect_unet_config
+from comfy.model_detection import detect_unet_config, model_config_from_unet
 from comfy.model_sampling import V_PREDICTION, ModelSamplingContinuousEDM
 from comfy.quant_ops import QuantizedTensor
 
@@ -27,6 +27,8 @@ from .baking import BakingError, bake, fits
 from .raw_codes import check_weights
 
 _MOST_NAMED = 4  # weights in an error
+# What files have before the names in memory where ComfyUI recognizes them by it, by `image_model`.
+_FILE_PREFIXES = {"pixeldit_t2i": "core."}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,20 @@ class _Entry:
 
 
 class ModelSource:
-    """The diffusion model inside a MODEL, keys without prefix, for `quant.conversion.convert`.
+    """The diffusion model inside a MODEL as a file of its own, for `quant.conversion.convert`.
+
+    Names are those by which ComfyUI recognizes such a file. What it needs beside the model's layers
+    to build the model is part of it.
 
     Args:
         patcher: the MODEL. It is only read.
 
+    Attributes:
+        prefix: what names begin with, and not in memory.
+        quantized: the linears that are quantized already, by layer.
+
     Raises:
-        ValueError: a plain weight holds MXFP8 codes.
+        ValueError: a plain weight holds MXFP8 codes, or a LoRA cannot be merged.
 
     A weight held in float32 whose values are all exact in bfloat16 or float16 counts as that: on a
     CPU, ComfyUI holds 16-bit checkpoints in float32, and files should not double in size for it.
@@ -58,6 +67,8 @@ class ModelSource:
         self._patcher = patcher
         self._cached: tuple[str, torch.Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
+        image_model = patcher.model.model_config.unet_config.get("image_model")
+        self.prefix = _FILE_PREFIXES.get(image_model, "")
         self.quantized: dict[str, torch.nn.Module] = {}
         check_weights(patcher.model)
         model = patcher.model.diffusion_model
@@ -66,11 +77,11 @@ class ModelSource:
             owner, _, leaf = key.rpartition(".")
             module = modules.get(owner)
             if isinstance(getattr(module, "weight", None), QuantizedTensor):
-                self.quantized[owner] = module
+                self.quantized[self.prefix + owner] = module
                 if leaf != "bias":
                     continue
             self._add(key)
-        for key, tensor in _prediction_keys(patcher).items():
+        for key, tensor in {**_beside(patcher), **_prediction_keys(patcher)}.items():
             self._entries[key] = _Entry(key, tensor.dtype, tuple(tensor.shape), tensor)
         self._check_patches()
 
@@ -80,7 +91,10 @@ class ModelSource:
 
     def is_linear(self, layer: str) -> bool:
         """Whether a layer is one of ComfyUI's linears (an Embedding's weight is 2-D too)."""
-        module = comfy.utils.get_attr(self._patcher.model, PREFIX + layer)
+        entry = self._entries.get(layer + WEIGHT)
+        if entry is None or entry.tensor is not None:
+            return False
+        module = comfy.utils.get_attr(self._patcher.model, entry.full.removesuffix(WEIGHT))
         return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
 
     def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -93,12 +107,23 @@ class ModelSource:
             stored: shapes in the file, of tensors whose shape there may differ.
 
         Raises:
-            ValueError: with those shapes ComfyUI would take it for another model.
+            ValueError: ComfyUI would not recognize it, or take it for another model.
         """
-        entries = [entry for entry in self._entries.values() if entry.tensor is None]
-        state = {e.full.removeprefix(PREFIX): self.original(e.full) for e in entries}
+        state = {
+            key: self.original(entry.full) if entry.tensor is None else entry.tensor
+            for key, entry in self._entries.items()
+        }
         state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
+        config = self._patcher.model.model_config
         detected = detect_unet_config(state, "")
+        metadata = _undetected(config, detected)
+        found = model_config_from_unet(state, "", metadata=metadata)
+        if type(found) is not type(config):
+            what = f"take it for {type(found).__name__}" if found else "not recognize it"
+            raise ValueError(
+                f"loading a file of this {self.name}, ComfyUI would {what}: its checkpoint has "
+                "more than its layers show. Convert that file with Convert File (MXFP8)"
+            )
         for key, shape in stored.items():
             if key in state and tuple(state[key].shape) != tuple(shape):
                 state[key] = torch.empty(shape, dtype=state[key].dtype, device="meta")
@@ -107,15 +132,7 @@ class ModelSource:
                 f"padded to multiples of 32, this {self.name} would be taken for another model; "
                 "exclude its layers of other sizes"
             )
-        config = self._patcher.model.model_config
-        undetected = {
-            key: value
-            for key, value in config.unet_config.items()
-            if key not in config.unet_extra_config
-            and isinstance(value, (bool, int, float, str, list, tuple))
-            and (detected is None or detected.get(key) != value)
-        }
-        return {"config": json.dumps({"transformer": undetected})} if undetected else {}
+        return metadata
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
         """Rows of a weight with its patches, unrounded."""
@@ -131,10 +148,14 @@ class ModelSource:
 
     def weight(self, layer: str) -> torch.Tensor | None:
         """A quantized layer's weight in float32 if patches change it, else None."""
-        full = f"{PREFIX}{layer}{WEIGHT}"
+        full = self.full(layer + WEIGHT)
         if full not in self._patcher.patches:
             return None
         return self._patched(full)
+
+    def full(self, key: str) -> str:
+        """The name in the MODEL of one of its parameters."""
+        return PREFIX + key.removeprefix(self.prefix)
 
     def original(self, full: str) -> torch.Tensor:
         """A parameter as loaded, without what is merged into it now."""
@@ -161,7 +182,7 @@ class ModelSource:
         if dtype == torch.float32 and not patches:
             narrow = (torch.bfloat16, torch.float16)
             dtype = next((d for d in narrow if torch.equal(value.to(d).float(), value)), dtype)
-        self._entries[key] = _Entry(full, dtype, tuple(value.shape))
+        self._entries[self.prefix + key] = _Entry(full, dtype, tuple(value.shape))
 
     def _value(self, key: str) -> torch.Tensor:
         entry = self._entries[key]
@@ -210,6 +231,31 @@ class ModelSource:
             f"LoRAs or patches on this {self.name} cannot be merged into {len(failed)} of its "
             f"weights: {', '.join(named)}{more}; remove them, or use ones made for this model"
         )
+
+
+def _undetected(config, detected: Mapping | None) -> dict[str, str]:
+    """The settings of a model that its tensors do not show, as a file's metadata."""
+    # The class's own settings are what detection compares; some classes change them when built.
+    settings = {**config.unet_config, **type(config).unet_config}
+    undetected = {
+        key: value
+        for key, value in settings.items()
+        if key not in config.unet_extra_config
+        and isinstance(value, (bool, int, float, str, list, tuple))
+        and (detected is None or detected.get(key) != value)
+    }
+    return {"config": json.dumps({"transformer": undetected})} if undetected else {}
+
+
+def _beside(patcher) -> dict[str, torch.Tensor]:
+    """What ComfyUI builds a model from besides its layers, by the names in a file.
+
+    Most have nothing; Stable Audio has embedders of seconds, Stable Zero123 a projection.
+    """
+    tensors = dict(patcher.model.state_dict_for_saving({}))
+    state = patcher.model.state_dict()
+    required = patcher.model.model_config.required_keys
+    return tensors | {key: state[key] for key in required if key in state}
 
 
 def _prediction_keys(patcher) -> dict[str, torch.Tensor]:

@@ -18,8 +18,7 @@ from pathlib import Path
 from ...kernels.layout import BLOCK
 from ..format import PREFIXES
 
-# PixelDiT's files have "core."; the language model of a vision model has the last one.
-_PREFIXES = (*PREFIXES[:-1], "core.", "model.language_model.", "")
+_PREFIXES = (*PREFIXES[:-1], "model.language_model.", "")  # as in a vision model
 # Where checkpoints have their text encoders.
 TEXT_ENCODERS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.embedders.")
 
