@@ -3,13 +3,15 @@
     python tests/support/small_encoders.py COMFYUI FOLDER
 
 Prints a JSON object: encoder -> whether its layers are marked in the file, and the relative
-difference of its output.
+difference of its output. Further, for a BF16 Flux with a T5 in each kind of FP8: the difference of
+the T5's output, and how many layers of the model became quantized modules.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -21,10 +23,15 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.text_encoders.sa3 as sa3  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
+from comfy.ldm.flux.model import Flux  # noqa: E402
+from comfy.quant_ops import QuantizedTensor  # noqa: E402
+from comfy.text_encoders.flux import flux_clip  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
@@ -66,15 +73,19 @@ def build(name: str, state: dict) -> torch.nn.Module:
     return target.clip(device="cpu", dtype=torch.float32, model_options=MODELS[name][2])
 
 
+def random(like: torch.Tensor) -> torch.Tensor:
+    value = torch.randn(like.shape)
+    value = value * value[0].numel() ** -0.5 if value.ndim > 1 else 1 + 0.1 * value
+    return value.bfloat16()
+
+
 def make(name: str) -> Path:
     prefix, inside, _ = MODELS[name]
     hint = {"text_encoders.qwen3_2b.transformer.model.norm.weight": torch.ones(1)}
     state = {BESIDE: torch.randn(64, 64).bfloat16()}
     for key, value in build(name, hint).state_dict().items():
         if key.startswith(inside):
-            value = torch.randn(value.shape)
-            value = value * value[0].numel() ** -0.5 if value.ndim > 1 else 1 + 0.1 * value
-            state[prefix + key.removeprefix(inside)] = value.bfloat16()
+            state[prefix + key.removeprefix(inside)] = random(value)
     path = FOLDER / f"{name}.safetensors"
     save_file(state, path)
     return path
@@ -95,6 +106,55 @@ def outputs(name: str, path: Path) -> dict[str, torch.Tensor]:
         }
 
 
+T5 = {"t5xxl_model_config": _T5, "clip_l_model_config": {**_SIZES, **_HEADS}}
+FP8 = ("cast", "scaled", "marked", "marked in the header")
+
+
+def fp8_state(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """A BF16 Flux with a T5 in a kind of FP8, and the file's metadata."""
+    model = Flux(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=None, context_in_dim=64,
+        hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1,
+        axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False,
+        txt_ids_dims=[], operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    encoder = flux_clip()(device="cpu", dtype=torch.float32, model_options=T5)
+    state = {f"model.diffusion_model.{key}": value for key, value in model.state_dict().items()}
+    state |= {f"text_encoders.{key}": value for key, value in encoder.state_dict().items()}
+    state = {key: random(value) for key, value in state.items()}
+    conf = {"format": "float8_e4m3fn"}
+    layers = [k.removesuffix(".weight") for k in state if re.search(r"t5xxl.*(q|k|v|o|wi_.)\.w", k)]
+    for layer in layers:
+        value = state[f"{layer}.weight"].float()
+        scale = torch.tensor(1.0) if kind == "cast" else value.abs().max() / 448
+        state[f"{layer}.weight"] = (value / scale).to(torch.float8_e4m3fn)
+        if kind == "scaled":
+            state[f"{layer}.scale_weight"] = scale
+        elif kind != "cast":
+            state[f"{layer}.weight_scale"] = scale
+        if kind == "marked":
+            marker = list(json.dumps(conf).encode())
+            state[f"{layer}.comfy_quant"] = torch.tensor(marker, dtype=torch.uint8)
+    if kind == "scaled":
+        legacy = torch.zeros(2).to(torch.float8_e4m3fn)
+        state["text_encoders.t5xxl.transformer.scaled_fp8"] = legacy
+    if kind == "marked in the header":
+        marked = json.dumps({"layers": dict.fromkeys(layers, conf)})
+        return state, {"_quantization_metadata": marked}
+    return state, None
+
+
+def fp8_outputs(path: Path) -> tuple[torch.Tensor, int]:
+    """What stock's T5 of a checkpoint puts out, and the model's quantized layers."""
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=False, te_model_options=T5
+    )
+    modules = model.model.diffusion_model.modules()
+    count = sum(isinstance(getattr(m, "weight", None), QuantizedTensor) for m in modules)
+    with torch.inference_mode():
+        return clip.cond_stage_model.t5xxl([[*range(20)]])[0].float(), count
+
+
 def main() -> None:
     logging.disable(logging.CRITICAL)
     torch.manual_seed(0)
@@ -111,6 +171,16 @@ def main() -> None:
                 "marked": any(part in layer or prefix[0] == "c" for layer in marked),
                 "difference": float(difference),
             }
+    for kind in FP8:
+        source, target = FOLDER / f"{kind}.safetensors", FOLDER / f"{kind}.mxfp8.safetensors"
+        state, metadata = fp8_state(kind)
+        save_file(state, source, metadata)
+        convert_file(source, target)
+        (expected, before), (got, after) = fp8_outputs(source), fp8_outputs(target)
+        results[kind] = {
+            "difference": float((got - expected).norm() / expected.norm()),
+            "quantized": [before, after],
+        }
     print(json.dumps(results))
 
 
