@@ -139,7 +139,8 @@ class Plan:
     """Decisions for every tensor, in the order given.
 
     Attributes:
-        preset: the one used, with "auto" resolved; "default" if no architecture was recognized.
+        preset: the one used, with "auto" resolved; "default" if the architecture has none or was
+            not recognized.
         architecture: what the keys showed, or None.
         selection: what was asked for.
         warnings: what the user should know; they are logged too.
