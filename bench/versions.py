@@ -46,7 +46,7 @@ FULL_WIDTH = "908 or interrupt_stops"  # about memory and time, not about versio
 # What an older ComfyUI lacks -> the tests that need it, as pytest's -k selects them.
 LACKING = {
     # ModelPatcher.clone(force_deepcopy=True)
-    "deepcopy": "force_deepcopy or deep_clone or temporary_file_lives",
+    "deepcopy": "force_deepcopy or deep_clone or temporary_file_lives or needs_no_file",
     # ModelPatcher.deepclone_multigpu
     "multigpu": "deepclone_multigpu or deep_clones",
     # A Flux that takes a conditioning without a pooled output, as the test workflows have it. What

@@ -124,6 +124,7 @@ class Report:
             f"({100 * self.bytes_after / max(self.bytes_before, 1):.1f}%) in {self.seconds:.1f} s",
             f"{len(self.quantized)} layers MXFP8, {kept} kept (preset {self.preset}, "
             f"{self.architecture or 'architecture not recognized'})",
+            *(f"WARNING: {warning}" for warning in self.warnings),
         ]
         if self.sqnr_db is not None and self.worst is not None:
             lines.append(
@@ -133,7 +134,6 @@ class Report:
         lines += self._output_errors()
         if self.calibration is not None:
             lines.append(_calibrated_on(self.calibration))
-        lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def _output_errors(self) -> list[str]:
