@@ -299,6 +299,8 @@ def test_a_file_is_inspected(comfy, every_byte):
     assert {layer["reason"] for layer in kept} == {"BF16 in the file"}
     assert layers["img_in"]["bytes"] == 128 * 128 * 2
     assert f"kept: {len(kept)} matrices, BF16 in the file" in text
+    header = [] if every_byte else [" in the header"]
+    assert text.splitlines()[-1] == "".join(["OK: no problem found", *header])
 
 
 def test_what_is_wrong_in_a_file_is_shown_and_is_no_error(comfy):
@@ -312,6 +314,7 @@ def test_what_is_wrong_in_a_file_is_shown_and_is_no_error(comfy):
     path.unlink()
     assert len(report["problems"]) == 1
     assert f"PROBLEM: '{LAYER}': 1 codes are NaN" in text
+    assert text.splitlines()[-1] == "NOT OK: 1 problem; do not use this file"
 
 
 def test_a_model_is_inspected(comfy):
