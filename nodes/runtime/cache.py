@@ -4,8 +4,9 @@ A prepared weight (`kernels.to_rowwise`) is as large as the weight, and ComfyUI 
 its memory. So weights are kept only in memory that is free before a run, less what is still to be
 loaded and a reserve for activations and other models: a quarter of the card, at least 4 GiB. That
 budget is the device's: all models on it draw on the same one. A model's prepared weights are freed
-when ComfyUI unloads it or a part of it, and with its last fast patcher. Where they are not kept, or
-the user turned that off (`settings`), each forward prepares its weight anew.
+when ComfyUI unloads it or a part of it, or has its own patcher take it over, and with its last fast
+patcher. Where they are not kept, or the user turned that off (`settings`), each forward prepares
+its weight anew.
 
 A prepared weight belongs to a module's weight as an object, and to what is merged into the model:
 stock replaces the object when it merges a LoRA, except under dynamic VRAM, where it merges into a
@@ -22,7 +23,7 @@ torch.compile traces neither; it merges equal operations itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -46,6 +47,7 @@ SIBLINGS = (
 )
 
 _STATE = "mxfp8_state"  # the attribute of a model, and of its linears, that holds its ModelState
+RELEASED = f"{_STATE}.released"  # as ComfyUI names that attribute of a model
 _budget: dict[torch.device, int] = {}  # bytes that prepared weights may still take on a device
 
 
@@ -98,15 +100,16 @@ class ModelState:
     Attributes:
         prepared: linear -> its prepared weight.
         shared_inputs: linear -> the input that it shares with its siblings.
+        forwards: names of our object patches that are on the model now.
     """
 
     def __init__(self) -> None:
         self.prepared: dict[torch.nn.Module, PreparedWeight] = weakref.WeakKeyDictionary()
         self.shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()
+        self.forwards: Sequence[str] = ()
         self._keeps = False
         self._patches = None  # what is merged into the weights, as the patcher identifies it
         self._users: set[int] = set()  # ids of the patchers that run the model fast
-        self._runner: int | None = None  # the id of that which ran it last
 
     def __reduce__(self):
         return ModelState, ()  # also for copy.deepcopy
@@ -129,24 +132,31 @@ class ModelState:
             return
         if id(patcher) not in self._users:
             self._users.add(id(patcher))
-            weakref.finalize(patcher, self._forget, id(patcher))
-        self._runner = id(patcher)
+            weakref.finalize(patcher, self._leave, id(patcher))
         device = patcher.load_device
         free = comfy.model_management.get_free_memory(device)
         total = comfy.model_management.get_total_memory(device)
         to_come = max(0, patcher.model_size() - patcher.loaded_size())
         _budget[device] = int(free - to_come - max(RESERVE, total // SHARE))
 
-    def leave(self, patcher) -> None:
-        """Drop prepared weights if it was this patcher that ran the model last."""
-        if id(patcher) == self._runner:
-            self._runner = None
-            self.drop()
-
-    def _forget(self, user: int) -> None:
+    def _leave(self, user: int) -> None:
         self._users.discard(user)
         if not self._users:
             self.drop()
+
+    @property
+    def released(self) -> bool:
+        """Whether none of our patches is on the model.
+
+        Stock's patcher, which does not know of prepared weights, sets this as it sets back what
+        object patches replaced.
+        """
+        return not self.forwards
+
+    @released.setter
+    def released(self, _: bool) -> None:
+        self.forwards = ()
+        self.drop()
 
     @property
     def nbytes(self) -> int:

@@ -19,9 +19,7 @@ from ... import kernels
 from ...kernels.ops import FLOATS
 from ...quant.format import MARKER
 from . import forward, values
-from .cache import model_state
-
-_FORWARDS = "mxfp8_forwards"  # key of the names of our patches that are on a model
+from .cache import RELEASED, model_state
 
 
 @cache
@@ -104,16 +102,16 @@ class _QuantizedWeights:
         """Hide from stock the patches of ours whose layer has a forward from elsewhere.
 
         Stock sets every object patch again on every load. A forward that was set in between, to
-        train or to apply a LoRA, calls ours, and would be lost. It is told from an object patch of
-        another patcher of this model by what stock restores on unloading, which they share: beside
-        that, the names of our patches that are on the model are noted there.
+        train or to apply a LoRA, calls ours, and would be lost. Another patcher's object patch on
+        a layer is no such forward: stock has a backup of what it replaced, as it has of our
+        patches, and the model's state says which those are.
         """
-        backup = self.object_patches_backup
-        ours = backup.pop(_FORWARDS, ())
+        state, backup = model_state(self.model), self.object_patches_backup
+        backup.pop(RELEASED, None)
         foreign = [
             name
             for name in our_patches(self)
-            if (name in ours or name not in backup) and self._has_foreign_forward(name)
+            if (name in state.forwards or name not in backup) and self._has_foreign_forward(name)
         ]
         hidden = [
             (patches, {name: patches.pop(name) for name in foreign if name in patches})
@@ -124,8 +122,9 @@ class _QuantizedWeights:
         finally:
             for patches, items in hidden:
                 patches.update(items)
-            if backup:
-                backup[_FORWARDS] = [name for name in our_patches(self) if name in backup]
+            state.forwards = [name for name in our_patches(self) if name in backup]
+            if state.forwards:
+                backup[RELEASED] = True  # what stock's own patcher sets that takes the model over
 
     def _has_foreign_forward(self, name: str) -> bool:
         module = comfy.utils.get_attr(self.model, name.removesuffix(".forward"))
@@ -146,11 +145,6 @@ class _QuantizedWeights:
         self.eject_model()
         with self._foreign_forwards_left_alone():
             return super().unpatch_model(device_to, unpatch_weights)
-
-    def detach(self, unpatch_all=True):
-        # Stock's own patcher, if that takes the model over, does not know of prepared weights.
-        model_state(self.model).leave(self)
-        return super().detach(unpatch_all)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         marker = next((key for key in patches or () if key.endswith(MARKER)), None)

@@ -92,6 +92,18 @@ def test_unloading_drops_prepared_weights_and_loading_makes_them_again(comfy):
     assert difference(*(latents(outputs, node, comfy.base) for node in saved)) == 0
 
 
+def test_prepared_weights_outlast_a_run(comfy):
+    graph = Graph()
+    model = fast(graph, "flux")
+    first, second = graph.sample(model, "flux"), graph.sample(model, "flux")
+    graph[second[0]]["inputs"]["latent_image"] = graph.add(
+        "TestEmptyAfter", samples=first, like=graph[first[0]]["inputs"]["latent_image"]
+    )
+    counted = graph.add("TestReuse", model=model, samples=second)
+    kept, prepared, _ = comfy.run(graph)[counted[0]]["result"]
+    assert kept == prepared >= 10
+
+
 def test_prepared_weights_go_when_stock_takes_the_model_over(comfy):
     graph = Graph()
     stock = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"), keep=True)
