@@ -46,7 +46,7 @@ from ..reports.conversion import (
 )
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
-from ..sources.unsupported import Quantized, quantized
+from ..sources.unsupported import SCALED_FP8, Quantized, quantized
 from . import gptq, policy
 from .architectures import TEXT_ENCODERS
 from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
@@ -128,8 +128,13 @@ def plan_source(
     wanted = {d.layer for d in plan.quantized}
     others = wanted - found.keys()
     for layer in evidence:
-        if layer.layer in wanted and not (others and layer.layer.startswith(TEXT_ENCODERS)):
+        if others and layer.layer.startswith(TEXT_ENCODERS):
+            continue
+        # ComfyUI reads no "scaled_fp8" of a model beside the markers that a conversion adds.
+        if layer.format == SCALED_FP8:
             raise layer.error(source)
+        if layer.layer in wanted:
+            raise layer.error(source, ", or exclude what is quantized" if others else "")
     plan = replace(
         plan,
         decisions=tuple(

@@ -63,7 +63,7 @@ _NEVER = {
     r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\.": "part of the VAE",
     r"(^|\.)(text_model|vision_model)\.encoder\.": "part of a CLIP encoder",
     r"(^|\.)transformer\.resblocks\.": "part of a CLIP encoder",
-    r"(^|\.)text_projection$": "a projection that is not a linear layer",
+    r"(^|\.)(text|visual)_projection$": "a projection that is not a quantized layer",
     r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features)$": "a bare parameter",
     r"(^|\.)point_embeddings\.\d+$": "a bare parameter",
     r"(^|\.)motion_encoder\.(enc\.fc|dec)\.": "a bare parameter",

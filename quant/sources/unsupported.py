@@ -50,6 +50,7 @@ _FORMATS = {
     "int8_tensorwise": "INT8",
     "convrot_w4a4": "INT4 with ConvRot",
 }
+SCALED_FP8 = "scaled FP8"  # of a whole model, which one tensor says
 # Tensors that only a quantized model has, by their names.
 _TRACES = {
     r"\.quant_state\.bitsandbytes__nf4$": "NF4 (bitsandbytes)",
@@ -63,7 +64,7 @@ _TRACES = {
     r"\.weight_packed$": "compressed-tensors",
     r"\.weight_scale_2$": "NVFP4",
     r"\.weight_scale_inv$": "block-scaled FP8",
-    r"(^|\.)scaled_fp8$": "scaled FP8",
+    r"(^|\.)scaled_fp8$": SCALED_FP8,
 }
 _CODES = {
     "F8_E4M3": "FP8 (E4M3)",
@@ -193,8 +194,8 @@ class Quantized:
     format: str
     evidence: str
 
-    def error(self, source: Source) -> FormatError:
-        advice = _ORIGINAL
+    def error(self, source: Source, remedy: str = "") -> FormatError:
+        advice = _ORIGINAL + remedy
         if self.format == "MXFP8" and not self.evidence.endswith("says so"):
             advice = "its markers are missing, and `mxfp8 repair` puts them back"
         return FormatError(

@@ -68,6 +68,7 @@ IMPOSSIBLE = [
     ("label_emb.weight", *MATRIX, "embedding"),
     ("audio_vae.encoder.q.weight", *MATRIX, "VAE"),
     ("text_projection.weight", *MATRIX, "projection"),
+    ("visual_projection.weight", *MATRIX, "projection"),
     ("double_stream_blocks.0.block.ff_i.gate.weight", *MATRIX, "bare parameter"),
     ("blocks.0.moe.gate.weight", *MATRIX, "bare parameter"),
     ("model.layers.0.mlp.router.weight", *MATRIX, "bare parameter"),

@@ -229,6 +229,17 @@ def test_a_quantized_layer_that_was_asked_for_is_refused(tmp_path, rest):
         convert_file(tmp_path / "source", tmp_path / "target")
 
 
+def test_a_scaled_fp8_model_is_refused_whatever_is_excluded(tmp_path):
+    """ComfyUI would no longer scale it: our markers in the header take the place of its own."""
+    tensors = {
+        f"{MODEL}x.weight": codes(E4M3), f"{MODEL}x.scale_weight": ONE,
+        "model.diffusion_model.scaled_fp8": codes(E4M3, 2), f"{ENCODER}.weight": matrix(4096, 4096),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "source")
+    with pytest.raises(FormatError, match="already quantized as scaled FP8"):
+        convert_file(tmp_path / "source", tmp_path / "target", Selection(exclude="diffusion_model"))
+
+
 # Reading
 
 
