@@ -1,7 +1,9 @@
-"""A ModelPatcher that hook LoRAs, merging nodes and unloading work on where weights are quantized.
+"""A ModelPatcher for a model whose weights are quantized and whose linears have our forward.
 
 In stock, merging models and hook LoRAs fail on a quantized weight: they look for its scales on the
-module and write into it in place. `patch.accelerate` gives a clone this class in front of its own.
+module and write into it in place. Whoever asks for weights gets their codes (`values`). Loading sets
+our forward over one that was set since, and unloading does not free prepared weights. So
+`patch.accelerate` gives a clone this class in front of its own.
 """
 
 from __future__ import annotations
