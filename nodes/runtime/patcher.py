@@ -1,8 +1,8 @@
 """A ModelPatcher for a model whose weights are quantized and whose linears have our forward.
 
 In stock, merging models and hook LoRAs fail on a quantized weight: they look for its scales on the
-module and write into it in place. Whoever asks for weights gets their codes (`values`). Loading sets
-our forward over one that was set since, and unloading does not free prepared weights. So
+module and write into it in place. Whoever asks for weights gets their codes (`values`). Loading
+sets our forward over one that was set since, and unloading does not free prepared weights. So
 `patch.accelerate` gives a clone this class in front of its own.
 """
 

@@ -1,10 +1,11 @@
 """The values of quantized weights, for code that takes a state dict's entries for values.
 
 Stock's state dicts hold a quantized weight as its codes, with scales and a marker beside them: what
-is written to a file. Nodes that extract a LoRA from a model, or build a control model from one, take
-the codes for the weight, which are thousands of times as large, and no error follows. So a patcher's `model_state_dict` holds values (`StateDict`), and so does the model's own
-`state_dict` while the model is sampled (`show`), when nothing saves it. At other times that is left
-to those who save.
+is written to a file. Nodes that extract a LoRA from a model, or build a control model from one,
+take the codes for the weight, which are thousands of times as large, and no error follows. So a
+patcher's `model_state_dict` holds values (`StateDict`), and so does the model's own `state_dict`
+while the model is sampled (`show`), when nothing saves it. At other times that is left to those who
+save.
 
 Both are lazy. Stock lists the keys of a model at every switch of hooks, and ControlLora would
 otherwise take the memory of a whole dequantized model.
