@@ -5,8 +5,8 @@
 Every class of comfy.supported_models is built on torch's meta device, from the configurations in
 tests/support/model_configs.py, with operations of our own in place of the quantizing ones. For each
 matrix in a file of that class, this shows whether loading brings the weight, its scales and its
-marker to one layer made by those operations; if not, the layer is `plain`. Detection runs on
-shapes that note who reads them: those layers are `identifying`.
+marker to one layer made by those operations; if not, the layer is `plain`. Detection and loading
+run on tensors that note whose shapes they read: those layers are `identifying`.
 
 Writes the table; with --check, exits with 1 if it differs. --json writes, per class, the tensors of
 its file and the layers that run quantized. Takes 13 s on one core.
@@ -76,6 +76,22 @@ class _Shape:
         return self.shape[dim]
 
 
+class _Noting(torch.Tensor):
+    """A tensor that notes when its shape is read from Python."""
+
+    @property
+    def shape(self) -> torch.Size:
+        if hasattr(self, "note"):  # not on what is made of it
+            self.note()
+        return super().shape
+
+
+def _noting(tensor: torch.Tensor, key: str, readers: set[str]) -> _Noting:
+    result = tensor.as_subclass(_Noting)
+    result.note = lambda: readers.add(key)
+    return result
+
+
 def models() -> list[type]:
     """ComfyUI's model classes, in the order of its detection."""
     # ComfyUI parses the command line when it is imported.
@@ -114,6 +130,7 @@ def ask(kind: type, config: Mapping) -> Asked:
     found = comfy.model_detection.model_config_from_unet(shapes, "", metadata=METADATA.get(name))
     if type(found) is not kind:
         raise AssertionError(f"{name} is detected as {type(found).__name__}")
+    config.process_unet_state_dict({k: _noting(v, k, readers) for k, v in stored.items()})
 
     layers = [
         k.removesuffix(WEIGHT) for k, v in stored.items() if k.endswith(WEIGHT) and v.ndim == 2
