@@ -135,6 +135,9 @@ def plan_source(
             raise layer.error(source)
         if layer.layer in wanted:
             raise layer.error(source, ", or exclude what is quantized" if others else "")
+    header = getattr(source, "header", None)  # of one file
+    if evidence and header is not None:
+        header.check_layers()  # what is copied must be sound
     plan = replace(
         plan,
         decisions=tuple(

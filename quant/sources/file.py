@@ -158,6 +158,7 @@ class PartSource(StoredSource):
 
     def __init__(self, source: StoredSource, parts: Mapping[str, tuple[Part, ...]]):
         self.name, self.files, self.metadata = source.name, source.files, source.metadata
+        self.header = getattr(source, "header", None)
         self._source = source
         self._parts: dict[str, tuple[Part, ...]] = {}
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}

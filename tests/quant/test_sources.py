@@ -240,6 +240,17 @@ def test_a_scaled_fp8_model_is_refused_whatever_is_excluded(tmp_path):
         convert_file(tmp_path / "source", tmp_path / "target", Selection(exclude="diffusion_model"))
 
 
+def test_an_unsound_quantized_part_is_refused_by_the_name_of_the_source(tmp_path):
+    tensors = {
+        f"{MODEL}img_attn.qkv.weight": matrix(64, 32),
+        f"{MODEL}x.weight": torch.ones(2, 32, 32, dtype=torch.bfloat16),
+        f"{MODEL}x.comfy_quant": marker(format="mxfp8", num_experts=2),
+    }
+    save_file(tensors, tmp_path / "source")
+    with pytest.raises(FormatError, match=r"source: bank of MXFP8 experts .*its weight is BF16"):
+        convert_file(tmp_path / "source", tmp_path / "target")
+
+
 # Reading
 
 
