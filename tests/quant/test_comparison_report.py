@@ -411,7 +411,7 @@ def test_inspect_reads_a_comparison_under_its_former_name(capsys):
     certificate["mxfp8_comparison"] = certificate.pop("mxfp8_certificate")
     inspection = inspect_file(path)
     assert inspection.warnings == inspection.problems == []  # nor another fingerprint
-    assert json.loads(inspection.report.to_json()) == report
+    assert json.loads(inspection.report.to_json()) == {**report, "warnings": []}  # a later field
     assert json.loads(inspection.comparison.to_json()) == certificate
     assert inspection.comparison.model.paths == {"triton, exact": 52, "fp8, fast": 3}
     assert main(["inspect", str(path)]) == 0
