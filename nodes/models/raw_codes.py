@@ -83,7 +83,8 @@ def _by_sample(header: Header) -> dict[bytes, list[format.Layer]]:
             file.seek(layer.weight.begin)
             sample = file.read(min(layer.weight.nbytes // layer.weight.shape[0], _SAMPLE))
             if any(sample):  # zeros are zeros without their scales too
-                found.setdefault(sample, []).append(layer)
+                codes = torch.frombuffer(bytearray(sample), dtype=torch.float8_e4m3fn)
+                found.setdefault(_rounded(codes), []).append(layer)
     return found
 
 
@@ -92,7 +93,12 @@ def _sample(parameter: torch.Tensor) -> bytes:
     value = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter.detach()
     if not _is_matrix(value):
         return b""
-    return bytes(as_bytes(value[0].reshape(-1)[:_SAMPLE].cpu().to(torch.float8_e4m3fn)))
+    return _rounded(value[0].reshape(-1)[:_SAMPLE].cpu())
+
+
+def _rounded(codes: torch.Tensor) -> bytes:
+    """Codes in E5M2, the coarsest dtype that ComfyUI casts weights to (--fp8_e5m2-text-enc)."""
+    return bytes(as_bytes(codes.float().to(torch.float8_e5m2)))
 
 
 def _is_matrix(value: torch.Tensor) -> bool:

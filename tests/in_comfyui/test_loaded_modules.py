@@ -40,6 +40,7 @@ ORIGINAL = "use the original of this file"
         ("sibling", QUERIES, ORIGINAL),
         ("sibling, accelerated", QUERIES, ORIGINAL),
         ("renamed", "transformer.resblocks.0.attn.out_proj", ORIGINAL),
+        ("renamed, in E5M2", "transformer.resblocks.0.attn.out_proj", ORIGINAL),
         ("renamed, accelerated", "transformer.resblocks.0.attn.out_proj", ORIGINAL),
         ("head", "lm_head", "excluding '^lm_head'"),
         ("checkpoint", f"{TEXT}self_attn.q_proj", f"excluding '^{TEXT}'"),

@@ -120,8 +120,9 @@ def paths(names) -> list[str]:
     return [os.path.abspath(f"{name}.safetensors") for name in names]
 
 
-def ours(*names: str, kind: CLIPType = CLIPType.ACE, **config):
-    return load_text_encoder(paths(names), [], kind, options(config))
+def ours(*names: str, kind: CLIPType = CLIPType.ACE, dtype: torch.dtype | None = None, **config):
+    """From our loader; the dtype is for plain weights, as --fp8_e5m2-text-enc asks for one."""
+    return load_text_encoder(paths(names), [], kind, {"dtype": dtype, **options(config)})
 
 
 def accelerated(*names: str, kind: CLIPType = CLIPType.ACE, **config):
@@ -205,6 +206,7 @@ def main() -> None:
             "sibling": refusal(ours, "large-mxfp8", "small-mxfp8"),
             "sibling, accelerated": refusal(accelerated, "large-mxfp8", "small-mxfp8"),
             "renamed": refusal(ours, "clip-mxfp8", **alone),
+            "renamed, in E5M2": refusal(ours, "clip-mxfp8", dtype=torch.float8_e5m2, **alone),
             "renamed, accelerated": refusal(accelerated, "clip-mxfp8", **alone),
             "head": refusal(ours, "head-mxfp8", lm_head=True, **alone),
             "unused head": refusal(ours, "head-mxfp8", lm_head=False, **alone),
