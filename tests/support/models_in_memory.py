@@ -19,7 +19,7 @@ import comfy.sd
 import comfy.supported_models
 import folder_paths
 import torch
-from model_configs import BESIDE, CONFIGS, METADATA
+from model_configs import METADATA
 from safetensors.torch import load_file, save_file
 
 from mxfp8.nodes.models.gathering import gather
@@ -31,12 +31,6 @@ from mxfp8.quant.conversion.policy import DEFAULT
 
 WAN = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 1, "in_dim": 16, "out_dim": 16}
 SMALL |= {
-    "stable audio 3": (
-        "StableAudio3", {**CONFIGS["StableAudio3"], "embed_dim": 256, "num_heads": 4, "depth": 1},
-        "model.model.", BESIDE["StableAudio3"],
-        {"x": (1, 256, 32), "context": (1, 8, 768), "global_embed": (1, 768),
-         "local_add_cond": (1, 257, 32)},
-    ),
     "causal wan": ("WAN21_CausalAR_T2V", WAN, "", {}, None),
     "flow wan": ("WAN21_FlowRVS", WAN, "", {}, None),
 }  # fmt: skip

@@ -28,7 +28,7 @@ import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QuantizedTensor  # noqa: E402
-from model_configs import BESIDE, as_stored  # noqa: E402
+from model_configs import BESIDE, CONFIGS, as_stored  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
@@ -48,13 +48,9 @@ SMALL = {
         {"x": (1, 64, 32), "context": (1, 8, 768), "global_embed": (1, 1536)},
     ),
     "stable audio 3": (
-        "StableAudio3",
-        {"timestep_features_type": "expo", "io_channels": 64, "embed_dim": 256, "num_heads": 4,
-         "global_cond_dim": 768, "project_cond_tokens": True, "depth": 1, "num_memory_tokens": 8,
-         "global_cond_type": "adaLN", "local_add_cond_dim": 257, "norm_type": "rms_norm",
-         "attn_kwargs": {"qk_norm": "rms", "differential": True}},
+        "StableAudio3", {**CONFIGS["StableAudio3"], "embed_dim": 256, "num_heads": 4, "depth": 1},
         "model.model.", BESIDE["StableAudio3"],
-        {"x": (1, 64, 32), "context": (1, 8, 768), "global_embed": (1, 768),
+        {"x": (1, 256, 32), "context": (1, 8, 768), "global_embed": (1, 768),
          "local_add_cond": (1, 257, 32)},
     ),
     "kandinsky 5 video": (
