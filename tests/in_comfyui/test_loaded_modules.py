@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
-from comfyui import TESTS, comfyui_path
+from comfyui import ask
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    script = TESTS / "support" / "loaded_modules.py"
-    folder = tmp_path_factory.mktemp("encoders")
-    command = [str(x) for x in (sys.executable, script, comfyui_path(), folder)]
-    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return ask("loaded_modules.py", tmp_path_factory.mktemp("encoders"))
 
 
 def test_files_come_in_the_order_that_comfyui_needs(results):

@@ -3,24 +3,16 @@ stock ComfyUI recognizes and runs what was written."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
-from comfyui import TESTS, comfyui_path
+from comfyui import ask
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the process found, by model."""
-    script = TESTS / "support" / "models_in_memory.py"
-    command = [sys.executable, script, comfyui_path(), tmp_path_factory.mktemp("memory")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What became of each model."""
+    return ask("models_in_memory.py", tmp_path_factory.mktemp("memory"))
 
 
 @pytest.mark.parametrize("name", ["pixeldit", "stable audio", "stable audio 3"])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from comfyui import ROOT, TESTS, comfyui_path
+from comfyui import ROOT, ask
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -22,11 +22,7 @@ def test_the_table_is_what_comfyui_says(tmp_path):
 
 def test_text_encoders_of_converted_checkpoints_put_out_the_same(tmp_path):
     """Where raw codes were run, they were off by 0.5 to 1.1."""
-    script = TESTS / "support" / "small_encoders.py"
-    done = subprocess.run(
-        [sys.executable, script, comfyui_path(), tmp_path], capture_output=True, check=True
-    )
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = ask("small_encoders.py", tmp_path)
     for kind in ("cast", "scaled", "marked", "marked in the header"):  # FP8 in a BF16 checkpoint
         assert results.pop(kind) == {"difference": 0.0, "quantized": [0, 13]}
     language = results.pop("qwen3_2b")

@@ -10,7 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from comfyui import ROOT, comfyui_path
+from comfyui import ROOT, ask
 from model_configs import configs
 
 from mxfp8.quant.conversion.architectures import architectures, detect
@@ -89,14 +89,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Small models of these classes, converted, and run in stock beside their sources."""
-    script = ROOT / "tests" / "support" / "small_classes.py"
-    done = subprocess.run(
-        [sys.executable, script, comfyui_path(), tmp_path_factory.mktemp("small")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = ask("small_classes.py", tmp_path_factory.mktemp("small"))
     assert results.keys() == set(SMALL)
     return results
 

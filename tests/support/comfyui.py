@@ -147,6 +147,14 @@ def make_models(base: Path, *names: str) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
+def ask(script: str, *arguments):
+    """What a script in tests/support finds in a process of its own: the JSON it prints last."""
+    command = [sys.executable, TESTS / "support" / script, comfyui_path(), *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def _free_port() -> int:
     """A port below those that systems give to clients: none takes it before the server does."""
     while True:
