@@ -149,7 +149,7 @@ def test_what_cannot_be_probed_is_refused_in_words(model, tmp_path, capsys):
     source = str(model / "model.safetensors")
     before = (model / "model.safetensors").read_bytes()
     for option, path, message in (
-        ("--csv", source, "--csv"),
+        ("--csv", source, "would replace"),
         ("--json", str(model / "calibration.safetensors"), "would replace"),
         ("--json", str(model), "is a folder"),
         ("--csv", str(model / "none" / "p.csv"), "there is no folder"),
