@@ -1,8 +1,8 @@
 """What an MXFP8Linear shows as its weight: dequantized when an operator reads it, never written.
 
 The plain dequantized tensor would do, but for two things. T5 reads `weight.dtype` three times per
-call, and each would dequantize it (4096 x 10240 in BF16 on one CPU core: 0.2 s; here 5 us; 2026-11).
-And `weight.data.normal_()` would change a copy, without a word.
+call, and each would dequantize it (4096 x 10240 in BF16 on one CPU core: 0.2 s; here 5 us; measured
+2026-11). And `weight.data.normal_()` would change a copy, without a word.
 """
 
 from __future__ import annotations
