@@ -30,8 +30,7 @@ import torch
 
 from ... import kernels
 from ..container.header import FormatError, nbytes, quoted
-from ..conversion import gptq, policy
-from ..conversion.architectures import TEXT_ENCODERS
+from ..conversion import gptq, policy, text_encoders
 from ..conversion.calibration import Calibration, check_model
 from ..format import FLOATS, WEIGHT, bare
 from ..progress import Meter, Progress
@@ -165,7 +164,7 @@ def probe_file(
         OSError: it cannot be read.
     """
     with open_source(path) as source:
-        check_unquantized(source, copied=lambda layer: layer.startswith(TEXT_ENCODERS))
+        check_unquantized(source, copied=lambda layer: layer.startswith(text_encoders.PREFIXES))
         if calibration is not None:
             check_model(calibration, source)
         places = {key: place for key in source.tensors if (place := _place(key, source))}

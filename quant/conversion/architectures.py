@@ -19,8 +19,6 @@ from ...kernels.layout import BLOCK
 from ..format import PREFIXES
 
 _PREFIXES = (*PREFIXES[:-1], "model.language_model.", "")  # as in a vision model
-# Where checkpoints have their text encoders.
-TEXT_ENCODERS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.embedders.")
 
 
 @dataclass(frozen=True)

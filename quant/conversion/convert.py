@@ -47,8 +47,7 @@ from ..reports.conversion import (
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
 from ..sources.unsupported import SCALED_FP8, Quantized, quantized
-from . import gptq, policy
-from .architectures import TEXT_ENCODERS
+from . import gptq, policy, text_encoders
 from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
 from .policy import Decision, Plan, Selection
 
@@ -128,7 +127,7 @@ def plan_source(
     wanted = {d.layer for d in plan.quantized}
     others = wanted - found.keys()
     for layer in evidence:
-        if others and layer.layer.startswith(TEXT_ENCODERS):
+        if others and layer.layer.startswith(text_encoders.PREFIXES):
             continue
         # ComfyUI reads no "scaled_fp8" of a model beside the markers that a conversion adds.
         if layer.format == SCALED_FP8:

@@ -23,7 +23,7 @@ from pathlib import Path
 from ..container.header import nbytes, quoted
 from ..format import FLOATS, WEIGHT, bare
 from . import architectures, text_encoders
-from .architectures import TEXT_ENCODERS, Architecture
+from .architectures import Architecture
 
 try:
     import regex
@@ -239,14 +239,14 @@ def _unsupported(architecture: Architecture, prefix: str, key: str, shape) -> st
     if key.startswith(prefix):
         layer = key.removeprefix(prefix).removesuffix(WEIGHT)
         return architecture.unsupported_reason(layer, shape)
-    if architecture.blocks and not key.startswith(TEXT_ENCODERS):
+    if architecture.blocks and not key.startswith(text_encoders.PREFIXES):
         return f"not a part of {architecture.name}'s diffusion model that ComfyUI runs quantized"
     return None
 
 
 def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
     """Why "auto" keeps a layer that is outside of the architecture's blocks; else None."""
-    if not key.startswith(prefix) or key.startswith(TEXT_ENCODERS):
+    if not key.startswith(prefix) or key.startswith(text_encoders.PREFIXES):
         return None
     if architecture.in_blocks(key.removeprefix(prefix)):
         return None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 # Where checkpoints of Stable Diffusion have their text encoders, which all are CLIP's.
 _CLIP = ("cond_stage_model.", "conditioner.embedders.")
+PREFIXES = ("text_encoders.", "text_encoder.", *_CLIP)  # of text encoders in any checkpoint
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 

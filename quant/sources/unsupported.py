@@ -1,6 +1,7 @@
 """What cannot become MXFP8: files of other kinds, and models that are quantized already.
 
-Both are recognized by content, since names can be wrong: a file by its first bytes, a model by its
+All are recognized by content, since names can be wrong: files of other formats by their first
+bytes, LoRAs, ControlNets, VAEs and the like by a tensor that only they have, quantized models by
 markers, dtypes and the tensors that other quantizers put beside a weight. Quantizing codes as if
 they were weights makes a file that loads and is silently wrong. Rejected: decoding the known
 formats first, which would pass off their loss as that of a new original.
