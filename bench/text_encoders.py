@@ -128,6 +128,12 @@ _SIBLINGS: tuple[tuple[str, CLIPType, TEModel, Shapes], ...] = (
         "text_embedding_projection.audio_aggregate_embed.bias": (2048,),
     }),
 )  # fmt: skip
+# Encoders with the layers of another one, from which ComfyUI tells them by the files beside them:
+# (name, its encoder in a type of CLIP, the other encoder in that type, whose layers it has).
+_TWINS: tuple[tuple[str, str, CLIPType, TEModel, TEModel], ...] = (
+    ("Qwen3-0.6B of ACE-Step 1.5", "qwen3_06b", CLIPType.ACE, TEModel.QWEN3_2B, TEModel.QWEN3_06B),
+)
+_VOCABULARY = "model.embed_tokens.weight"
 # Names in published files that differ from the names of ComfyUI's layers.
 _PUBLISHED = (
     ("model.lm_head.", "lm_head."), ("model.", "model.language_model."),
@@ -217,6 +223,11 @@ def marked(shapes: Shapes) -> dict[str, torch.Tensor]:
     return state
 
 
+def is_quantizing(model: torch.nn.Module) -> bool:
+    """Whether ComfyUI built some part of a model with quantizing operations."""
+    return any("mixed_precision_ops" in type(module).__qualname__ for module in model.modules())
+
+
 def arriving(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> set[int]:
     """Which of the tensors ComfyUI puts, marked, into quantizing linear layers: their ids."""
     found: set[int] = set()
@@ -293,6 +304,19 @@ def quantized(builder: Builder, file: Shapes) -> set[str]:
     return found
 
 
+def vocabularies() -> dict[str, list[int]]:
+    """Encoder -> the shape of its vocabulary, which alone shows that it never runs quantized."""
+    found = {}
+    for name, part, clip_type, sibling, twin in _TWINS:
+        files = [file_of(Builder(), kind) for kind in (sibling, twin)]
+        model = Builder().for_files([marked(file) for file in files], clip_type)
+        encoder = encoders_in(model)[part]
+        assert is_quantizing(model) and not is_quantizing(encoder), name
+        found[name] = list(shapes_of(encoder)[_VOCABULARY])
+        assert found[name] != list(files[1][_VOCABULARY]), name
+    return found
+
+
 def checkpoints() -> dict[str, dict]:
     """Where encoders are in a checkpoint -> model classes that run them quantized, or plain."""
     builder = Builder()
@@ -324,8 +348,7 @@ def _encoders_of(config, builder: Builder, names: set[str]) -> dict[str, bool]:
         if not fresh:
             return found
         for name, transformer in fresh.items():
-            kinds = {type(module).__qualname__ for module in transformer.modules()}
-            found[name] = any("mixed_precision_ops" in kind for kind in kinds)
+            found[name] = is_quantizing(transformer)
 
 
 def _target(config, prefix: str, names: set[str]):
@@ -346,7 +369,7 @@ def _target(config, prefix: str, names: set[str]):
 def table() -> dict:
     """What quant/conversion/text_encoders.json holds."""
     comfy.sd.CLIP = _Chosen
-    return {"layers": layers(), "checkpoints": checkpoints()}
+    return {"layers": layers(), "vocabularies": vocabularies(), "checkpoints": checkpoints()}
 
 
 if __name__ == "__main__":

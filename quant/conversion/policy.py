@@ -205,12 +205,13 @@ def plan(
     if preset == AUTO:
         preset = (architecture and architecture.preset) or "default"
     classes = architecture.classes if architecture else ()
+    plain_encoder = text_encoders.plain_encoder(tensors)
     kept = _kept_by(preset, tensors)
     included = _matching("include", selection.include, tensors, warnings)
     excluded = _matching("exclude", selection.exclude, tensors, warnings)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
-        reason = _impossible(key, dtype, shape, is_linear)
+        reason = _impossible(key, dtype, shape, is_linear) or plain_encoder
         if reason is None:
             reason = text_encoders.unsupported_reason(key.removesuffix(WEIGHT), shape, classes)
         if reason is None and architecture is not None:

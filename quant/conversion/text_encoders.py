@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 
+_VOCABULARY = "model.embed_tokens.weight"
 # Where checkpoints of Stable Diffusion have their text encoders, which all are CLIP's.
 _CLIP = ("cond_stage_model.", "conditioner.embedders.")
 PREFIXES = ("text_encoders.", "text_encoder.", *_CLIP)  # of text encoders in any checkpoint
@@ -56,3 +57,18 @@ def unsupported_reason(
         return None
     encoders = ", ".join(known["encoders"][:3]) + ", ..." * (len(known["encoders"]) > 3)
     return f"stock ComfyUI runs this layer of a text encoder ({encoders}) unquantized"
+
+
+def plain_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    """Why stock ComfyUI runs no layer of a text encoder's file quantized; None if it may.
+
+    Such an encoder has the layers of one that runs quantized, and another vocabulary.
+
+    Args:
+        tensors: key -> (header dtype, shape), of the whole file.
+    """
+    _, shape = tensors.get(_VOCABULARY, (None, ()))
+    for encoder, vocabulary in _table()["vocabularies"].items():
+        if list(shape) == vocabulary:
+            return f"stock ComfyUI runs this text encoder ({encoder}) unquantized"
+    return None

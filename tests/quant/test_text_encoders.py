@@ -67,6 +67,13 @@ def test_what_it_runs_quantized_or_is_unknown_is_quantized(key, shape):
     assert quantized({key: shape, BLOCK: (32, 32)}) == {key, BLOCK}
 
 
+def test_an_encoder_with_the_layers_of_another_is_known_by_its_vocabulary():
+    """ACE-Step 1.5's small Qwen3, which ComfyUI never runs quantized; Anima's it does."""
+    for vocabulary, expected in ((151936, {QWEN3}), (151669, set())):
+        shapes = {"model.embed_tokens.weight": (vocabulary, 1024), QWEN3: (2048, 1024)}
+        assert quantized(shapes) == expected
+
+
 def test_a_file_of_only_such_layers_is_refused_with_the_reason(tmp_path):
     save_file({T5_GEMMA: matrix(768, 768)}, tmp_path / "t5gemma")
     with pytest.raises(ValueError, match=r"no layer to quantize.*T5_GEMMA.*as it is"):
