@@ -122,6 +122,7 @@ _NO_MODELS = {
         r"id_encoder\..*",
     ),
     "a style model": (r"redux_(up|down)\.weight|style_embedding",),
+    "a motion module (AnimateDiff)": (r"(module\.)?(down|up|mid)_blocks?\..*motion_modules\..*",),
     "a GLIGEN model": (r"position_net\..*|(in|out)put_blocks\..*\.fuser\.linear\.weight",),
     "a model patch": (r"feature_embedder\.mid_layer_norm\.bias|audio_proj\.proj1\.weight",),
     "an embedding (textual inversion)": (r"emb_params|string_to_param\..*|clip_[lg]|t5xxl",),

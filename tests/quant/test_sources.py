@@ -430,6 +430,7 @@ OTHERS = {
     "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "an IP-Adapter",
     "pulid_ca.0.to_q.weight": "an IP-Adapter",
     "input_blocks.1.1.transformer_blocks.0.fuser.linear.weight": "a GLIGEN model",
+    "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight": "a motion module",
     "feature_embedder.mid_layer_norm.bias": "a model patch",
     "emb_params": "an embedding",
     "visual.transformer.resblocks.0.attn.in_proj_weight": "a CLIP vision model",
