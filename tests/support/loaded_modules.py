@@ -10,30 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
-COMFYUI, FOLDER = sys.argv[1:3]
-sys.argv[1:] = ["--cpu"]
-sys.path.insert(0, COMFYUI)
+from comfyui_modules import FOLDER
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.ops
+import comfy.sd
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.sd import CLIPType
+from quantized_files import model
+from safetensors.torch import load_file, save_file
 
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from comfy.sd import CLIPType  # noqa: E402
-from quantized_files import model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from mxfp8.nodes.accelerating import check_loaded  # noqa: E402
-from mxfp8.nodes.models.load import (  # noqa: E402
-    load_checkpoint,
-    load_diffusion_model,
-    load_text_encoder,
-)
+from mxfp8.nodes.accelerating import check_loaded
+from mxfp8.nodes.models.load import load_checkpoint, load_diffusion_model, load_text_encoder
 
 GENERATOR = torch.Generator().manual_seed(0)
 QWEN = {

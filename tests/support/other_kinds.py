@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import warnings
 
-COMFYUI = sys.argv[1]
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, COMFYUI)
+from comfyui_modules import COMFYUI
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-
-import comfy.audio_encoders.audio_encoders  # noqa: E402
-import comfy.cldm.cldm  # noqa: E402
-import comfy.cldm.dit_embedder  # noqa: E402
-import comfy.clip_vision  # noqa: E402
-import comfy.ldm.cascade.controlnet  # noqa: E402
-import comfy.ldm.flux.controlnet  # noqa: E402
-import comfy.ldm.flux.redux  # noqa: E402
-import comfy.ldm.hunyuan_video.upsampler  # noqa: E402
-import comfy.ldm.hydit.controlnet  # noqa: E402
-import comfy.ldm.lumina.controlnet  # noqa: E402
-import comfy.ldm.models.autoencoder  # noqa: E402
-import comfy.ldm.qwen_image.controlnet  # noqa: E402
-import comfy.ldm.wan.vae  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.t2i_adapter.adapter  # noqa: E402
-import comfy_extras.nodes_model_patch as patches  # noqa: E402
-import spandrel.architectures as upscalers  # noqa: E402
-import torch  # noqa: E402
+# isort: split
+import comfy.audio_encoders.audio_encoders
+import comfy.cldm.cldm
+import comfy.cldm.dit_embedder
+import comfy.clip_vision
+import comfy.ldm.cascade.controlnet
+import comfy.ldm.flux.controlnet
+import comfy.ldm.flux.redux
+import comfy.ldm.hunyuan_video.upsampler
+import comfy.ldm.hydit.controlnet
+import comfy.ldm.lumina.controlnet
+import comfy.ldm.models.autoencoder
+import comfy.ldm.qwen_image.controlnet
+import comfy.ldm.wan.vae
+import comfy.ops
+import comfy.t2i_adapter.adapter
+import comfy_extras.nodes_model_patch as patches
+import spandrel.architectures as upscalers
+import torch
 
 OPERATIONS = {"operations": comfy.ops.manual_cast}
 BUILD = {"device": "meta", "dtype": torch.float16, **OPERATIONS}

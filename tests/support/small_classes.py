@@ -11,28 +11,22 @@ file, those that became quantized modules, and the tensors beside the model that
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-COMFYUI, FOLDER = sys.argv[1], Path(sys.argv[2])
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, COMFYUI)
+from comfyui_modules import FOLDER
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedTensor
+from model_configs import BESIDE, CONFIGS, as_stored
+from safetensors.torch import load_file, save_file
 
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import comfy.utils  # noqa: E402
-import torch  # noqa: E402
-from comfy.quant_ops import QuantizedTensor  # noqa: E402
-from model_configs import BESIDE, CONFIGS, as_stored  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
-from mxfp8.quant.format import read_header  # noqa: E402
+from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.format import read_header
 
 # Name -> ComfyUI's class, its configuration, prefix in a file, tensors beside the model, inputs.
 SMALL = {

@@ -12,30 +12,24 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 
-COMFYUI, FOLDER = sys.argv[1], Path(sys.argv[2])
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, COMFYUI)
+from comfyui_modules import FOLDER
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.text_encoders.sa3 as sa3
+import comfy.utils
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.quant_ops import QuantizedTensor
+from comfy.text_encoders.flux import flux_clip
+from safetensors.torch import load_file, save_file
 
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import comfy.text_encoders.sa3 as sa3  # noqa: E402
-import comfy.utils  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.flux.model import Flux  # noqa: E402
-from comfy.quant_ops import QuantizedTensor  # noqa: E402
-from comfy.text_encoders.flux import flux_clip  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
-from mxfp8.quant.format import read_header  # noqa: E402
+from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.format import read_header
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 99}
 _HEADS = {"num_attention_heads": 2}

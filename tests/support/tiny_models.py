@@ -12,20 +12,13 @@ have their real widths: ComfyUI recognizes no others.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-COMFYUI, FOLDER, NAMES = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, COMFYUI)
+from comfyui_modules import FOLDER, NAMES
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+# isort: split
+import comfy.ops
+import torch
+from safetensors.torch import save_file
 
 OPERATIONS = comfy.ops.disable_weight_init
 
