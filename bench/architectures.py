@@ -5,7 +5,8 @@
 Every class of comfy.supported_models is built on torch's meta device, from the configurations in
 tests/support/model_configs.py, with operations of our own in place of the quantizing ones. For each
 matrix in a file of that class, this shows whether loading brings the weight, its scales and its
-marker to one layer made by those operations; if not, the layer is `plain`. Detection and loading
+marker to one layer made by those operations; if not, the layer is `plain`, as are matrices of the
+file beside the model. Detection and loading
 run on tensors that note whose shapes they read: those layers are `identifying`.
 
 Writes the table; with --check, exits with 1 if it differs. --json writes, per class, the tensors of
@@ -121,7 +122,7 @@ def ask(kind: type, config: Mapping) -> Asked:
     config.custom_operations = Operations
     beside = {k: torch.empty(shape) for k, shape in BESIDE.get(name, {}).items()}
     device = "cpu" if name in IN_MEMORY else "meta"
-    model = config.get_model(beside, "", device=device).diffusion_model
+    model = config.get_model(dict(beside), "", device=device).diffusion_model
     quantizing = {n for n, m in model.named_modules() if type(m) is Operations.Linear}
     stored = as_stored(name, {k: v.to("meta") for k, v in model.state_dict().items()})
 
@@ -132,15 +133,16 @@ def ask(kind: type, config: Mapping) -> Asked:
         raise AssertionError(f"{name} is detected as {type(found).__name__}")
     config.process_unet_state_dict({k: _noting(v, k, readers) for k, v in stored.items()})
 
-    layers = [
-        k.removesuffix(WEIGHT) for k, v in stored.items() if k.endswith(WEIGHT) and v.ndim == 2
-    ]
+    layers, others = (
+        [k.removesuffix(WEIGHT) for k, v in state.items() if k.endswith(WEIGHT) and v.ndim == 2]
+        for state in (stored, beside)
+    )
     linear = sorted(_arriving(config, stored, layers, quantizing))
     return Asked(
         name,
         {k: tuple(v.shape) for k, v in stored.items()},
         linear,
-        sorted(set(layers) - set(linear)),
+        sorted({*layers, *others} - set(linear)),
         sorted(k.removesuffix(WEIGHT) for k in readers if k.removesuffix(WEIGHT) in linear),
     )
 

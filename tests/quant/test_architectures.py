@@ -124,6 +124,8 @@ ALL = {"preset": NONE, "include": "."}
     ("PiD", "net.", "net.pixel_blocks.12.adaLN_modulation.0"),
     ("Stable Audio", "model.model.",
      "conditioner.conditioners.seconds_total.embedder.embedding.1"),
+    ("Stable Audio", "", "conditioner.conditioners.seconds_total.embedder.embedding.1"),
+    ("Stable Diffusion", "", "cc_projection"),
     ("Hunyuan3D 2", "model.", "conditioner.main_image_encoder.model.encoder.layer.0.mlp.fc1"),
 ])  # fmt: skip
 def test_what_stock_builds_plain_is_never_quantized(name, prefix, layer):
