@@ -6,8 +6,8 @@ Every class of comfy.supported_models is built on torch's meta device, from the 
 tests/support/model_configs.py, with operations of our own in place of the quantizing ones. For each
 matrix in a file of that class, this shows whether loading brings the weight, its scales and its
 marker to one layer made by those operations; if not, the layer is `plain`, as are matrices of the
-file beside the model. Detection and loading
-run on tensors that note whose shapes they read: those layers are `identifying`.
+file beside the model. Detection and loading run on tensors that note whose shapes they read: those
+layers are `identifying`.
 
 Writes the table; with --check, exits with 1 if it differs. --json writes, per class, the tensors of
 its file and the layers that run quantized. Takes 13 s on one core.
