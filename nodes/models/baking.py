@@ -75,7 +75,7 @@ def _logged_errors_raised() -> Iterator[None]:
     handler = _Raise(threading.get_ident())
     root.setLevel(min(level, logging.WARNING))
     root.manager.disable = min(disabled, logging.INFO)
-    root.addHandler(handler)
+    root.handlers.insert(0, handler)  # before those that show what it raises
     try:
         yield
     finally:

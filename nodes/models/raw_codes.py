@@ -2,9 +2,9 @@
 
 Stock builds some parts of models without quantized layers, and renames, splits or reshapes some
 tensors without their markers. It then loads the codes as plain weights, without an error. Where the
-file is known, its layers are found in the model by the codes of their first row. Layers that the
-model lacks, such as those of parts that were not asked for, do no harm. Where it is not known, or
-the model is to be quantized or saved, the rule that made the codes tells them from weights (see
+file is known, its layers are found in the model by the codes of one row. Layers that the model
+lacks, such as those of parts that were not asked for, do no harm. Where it is not known, or the
+model is to be quantized or saved, the rule that made the codes tells them from weights (see
 `quant.checks.scan`).
 
 Rejected: finding layers by name, which stock changes in many ways, and asking whether a module can
@@ -25,7 +25,7 @@ from ...quant.container.header import quoted
 from ...quant.format import Header
 from ...quant.sources.file import as_bytes
 
-_SAMPLE = 256  # codes, of the first row, by which a layer is known
+_SAMPLE = 256  # codes of a row by which a layer is known
 _ROWS_SAMPLE = 1 << 12  # values by which codes are told from weights
 
 
@@ -40,10 +40,13 @@ def check_layers(header: Header, model: torch.nn.Module, remedy: str = "") -> No
             than its marker says.
     """
     layers = _by_sample(header)
+    rows = {row for row, _ in layers}  # mostly the first alone
     plain: dict[str, str] = {}  # layer -> where its codes are
     for name, module in model.named_modules() if layers else ():
         for parameter in module.parameters(recurse=False):
-            same = layers.get(_sample(parameter), [])
+            same = [
+                layer for row in rows for layer in layers.get((row, _sample(parameter, row)), [])
+            ]
             if isinstance(parameter, QuantizedTensor):
                 _check_shape(header, same, module)
             else:
@@ -75,25 +78,32 @@ def _check_shape(header: Header, layers: list[format.Layer], module: torch.nn.Mo
         )
 
 
-def _by_sample(header: Header) -> dict[bytes, list[format.Layer]]:
-    """The MXFP8 layers and banks of experts of a file by their sample; layers may be equal."""
-    found: dict[bytes, list[format.Layer]] = {}
+def _by_sample(header: Header) -> dict[tuple[int, bytes], list[format.Layer]]:
+    """The MXFP8 layers and banks of experts of a file by the number of a row and its sample.
+
+    It is the first row whose sample is not zero: zeros are zeros without their scales too. Layers
+    may be equal.
+    """
+    found: dict[tuple[int, bytes], list[format.Layer]] = {}
     with header.path.open("rb", buffering=0) as file:
         for layer in (*header.layers.values(), *header.experts.values()):
-            file.seek(layer.weight.begin)
-            sample = file.read(min(layer.weight.nbytes // layer.weight.shape[0], _SAMPLE))
-            if any(sample):  # zeros are zeros without their scales too
-                codes = torch.frombuffer(bytearray(sample), dtype=torch.float8_e4m3fn)
-                found.setdefault(_rounded(codes), []).append(layer)
+            size = layer.weight.nbytes // layer.weight.shape[0]
+            for row in range(layer.weight.shape[0]):
+                file.seek(layer.weight.begin + row * size)
+                sample = file.read(min(size, _SAMPLE))
+                if any(sample):
+                    codes = torch.frombuffer(bytearray(sample), dtype=torch.float8_e4m3fn)
+                    found.setdefault((row, _rounded(codes)), []).append(layer)
+                    break
     return found
 
 
-def _sample(parameter: torch.Tensor) -> bytes:
-    """The sample of a parameter whose values are codes; of any other, bytes that fit no layer."""
+def _sample(parameter: torch.Tensor, row: int) -> bytes:
+    """A row's sample of a parameter whose values are codes; of any other, bytes that fit none."""
     value = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter.detach()
-    if not _is_matrix(value):
+    if not _is_matrix(value) or row >= len(value):
         return b""
-    return _rounded(value[0].reshape(-1)[:_SAMPLE].cpu())
+    return _rounded(value[row].reshape(-1)[:_SAMPLE].cpu())
 
 
 def _rounded(codes: torch.Tensor) -> bytes:

@@ -102,14 +102,18 @@ def _open_original(source, stored: FileSource):
 
 
 def _check_original(stored: FileSource, original: StoredSource) -> None:
-    """Raise FormatError if a layer is quantized in the source and another one in the file."""
+    """Raise FormatError if a layer is quantized in the source and another one in the file.
+
+    Quantized layers that are the same in both were copied, unless nothing but those is in the file.
+    """
     same = {(bare(key), *info) for key, info in stored.tensors.items()}
     changed = {
         bare(key).removesuffix(WEIGHT)
         for key, info in original.tensors.items()
         if (bare(key), *info) not in same
     }
-    check_unquantized(original, copied=lambda layer: bare(layer) not in changed)
+    made = changed.intersection(map(bare, stored.header.layers))
+    check_unquantized(original, copied=lambda layer: bool(made) and bare(layer) not in changed)
 
 
 def _match(stored: FileSource, original: StoredSource, result: Verification) -> dict[str, str]:

@@ -46,8 +46,8 @@ from ..reports.conversion import (
 )
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
-from ..sources.unsupported import SCALED_FP8, Quantized, quantized
-from . import gptq, policy, text_encoders
+from ..sources.unsupported import SCALED_FP8, Quantized, check_kind, quantized
+from . import architectures, gptq, policy, text_encoders
 from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
 from .policy import Decision, Plan, Selection
 
@@ -115,9 +115,12 @@ def plan_source(
     copied.
 
     Raises:
-        FormatError: a layer to quantize is quantized already, or the source has a tensor where
-            scales or markers would go; else as `plan`.
+        FormatError: the source is no model to quantize (`sources.unsupported`), a layer to quantize
+            is quantized already, or there is a tensor where scales or markers would go; else as
+            `plan`.
     """
+    detected = architectures.detect(source.tensors)
+    check_kind(source, recognized=detected is not None and bool(detected[0].classes))
     evidence = [*quantized(source)]
     found = {layer.layer: layer for layer in reversed(evidence)}
     assumed = {f"{layer}{WEIGHT}": _ASSUMED for layer in found}  # to ask what would become of it

@@ -224,4 +224,4 @@ class PartSource(StoredSource):
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

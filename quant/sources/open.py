@@ -33,7 +33,7 @@ def open_source(path) -> StoredSource:
             of these; or a diffusers pipeline, whose transformer or UNet is taken.
 
     Raises:
-        FormatError: it is none of these, damaged, or no model.
+        FormatError: it is none of these, damaged, or a LoRA.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -44,7 +44,7 @@ def open_source(path) -> StoredSource:
         shards.check_not_shard(place)
         source = FileSource(place)
     try:
-        unsupported.check_kind(source)
+        unsupported.check_no_lora(source)
         return _renamed(_unshared(source))
     except BaseException:
         source.close()

@@ -98,14 +98,15 @@ def check_file(path: Path) -> None:
 
 _LORA = re.compile(
     r"(^|[._])lora_(up|down|A|B)(\.(\w+\.)?weight)?$"
-    r"|[._]lora(_linear_layer)?\.(up|down)\.weight$"
-    r"|\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_(blocks|diag)|dora_scale"
+    r"|[._](\w*_)?loras?\d*(_linear_layer)?\.(up|down)\.weight$"
+    r"|\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_(blocks|diag|R)|dora_scale|on_input"
     r"|diff(_b)?|set_weight|[wb]_norm|[ab][12]\.weight)$"
 )
+_CONTROLNET = "a ControlNet"
 # Files that are no model to quantize -> expressions for a tensor that only they have. Parts of a
 # checkpoint have prefixes, so none of these is found in one that merely contains such a part.
 _NO_MODELS = {
-    "a ControlNet": (
+    _CONTROLNET: (
         r"controlnet_(cond_embedding\.conv_in|blocks\.0(\.linear|\.y_rms)?|x_embedder"
         r"|patch_embedding)\.weight",
         r"(model\.)?(control_model\.)?(zero_convs\.0\.0|input_hint_block\.0)\.weight",
@@ -157,7 +158,8 @@ _NO_MODELS = {
         r"((decoder|encoder)\.)?blocks\.2\.blocks\.3\.stack\.5\.weight",
     ),
 }
-# What shows a model, of which those are parts.
+# A file that holds a diffusion model may hold such parts as well; but a ControlNet has layers of that
+# model itself.
 _CHECKPOINT = re.compile(r"model\.diffusion_model\.(?!project_modules\.)")
 _UNLESS = {
     "a CLIP vision model": r"(model\.)?(language_model\.)?layers\..*|text_model\..*",
@@ -165,18 +167,26 @@ _UNLESS = {
 }
 
 
-def check_kind(source: Source) -> None:
-    """Raise FormatError if a source is no model, naming what it is and the tensor that shows it."""
+def check_no_lora(source: Source) -> None:
+    """Raise FormatError if a source is a LoRA."""
     lora = next(filter(_LORA.search, source.tensors), None)
     if lora is not None:
         raise FormatError(
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
             "it on an MXFP8 or any other model"
         )
+
+
+def check_kind(source: Source, recognized: bool) -> None:
+    """Raise FormatError if a source is no model, naming what it is and the tensor that shows it.
+
+    Args:
+        recognized: whether its tensors show the architecture of a diffusion model.
+    """
     if any(map(_CHECKPOINT.match, source.tensors)):
         return
-    for kind, patterns in _NO_MODELS.items():
-        key = _first("|".join(patterns), source.tensors)
+    for kind in (_CONTROLNET,) if recognized else _NO_MODELS:
+        key = _first("|".join(_NO_MODELS[kind]), source.tensors)
         if key is not None and _first(_UNLESS.get(kind, "$."), source.tensors) is None:
             raise FormatError(
                 f"{source.name}: {kind}, not a diffusion model or text encoder ({quoted(key)}); "

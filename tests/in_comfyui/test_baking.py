@@ -135,3 +135,45 @@ def test_a_lora_for_some_layers_is_baked_in(comfy):
         qdata, scale = kernels.quantize(wanted)
         assert torch.equal(saved[f"{layer}.weight"].view(torch.uint8), qdata.view(torch.uint8))
         assert torch.equal(saved[f"{layer}.weight_scale"], scale)
+
+
+def test_a_lora_that_fits_logs_no_error(comfy):
+    """OFT looks at values, so that it cannot be tried on shapes alone, and its error is no news."""
+    path = comfy.base / "models" / "loras" / "baking-oft-fits.safetensors"
+    key = f"diffusion_model.{LAYER}"
+    save_file({f"{key}.oft_blocks": torch.zeros(16, 8, 8), f"{key}.alpha": torch.ones(())}, path)
+    logged = comfy.log.stat().st_size
+    graph = Graph()
+    model = graph.add(
+        "LoraLoaderModelOnly", model=graph.loader("flux.safetensors"), lora_name=path.name,
+        strength_model=1.0,
+    )  # fmt: skip
+    graph.add("TestConfig", model=quantized(graph, model))
+    comfy.run(graph)
+    new = comfy.log.read_bytes()[logged:].decode(errors="replace")
+    assert "MXFP8: " in new and "ERROR" not in new
+
+
+def test_a_model_in_another_format_is_saved_as_it_is(comfy):
+    """FP8's scale of a tensor has no dimensions."""
+    folder = comfy.base / "models" / "diffusion_models"
+    state = load_file(folder / "flux.safetensors")
+    weight = state[f"{LAYER}.weight"].float()
+    scale = weight.abs().max() / 448
+    marker = bytearray(b'{"format": "float8_e4m3fn"}')
+    stored = {
+        f"{LAYER}.weight": (weight / scale).to(torch.float8_e4m3fn),
+        f"{LAYER}.weight_scale": scale,
+        f"{LAYER}.comfy_quant": torch.frombuffer(marker, dtype=torch.uint8),
+    }
+    save_file({**state, **stored}, folder / "baking-fp8.safetensors")
+    graph = Graph()
+    saving = graph.add(
+        "MXFP8SaveModel",
+        model=graph.loader("baking-fp8.safetensors"),
+        filename_prefix="diffusion_models/fp8",
+    )
+    name = comfy.run(graph)[saving[0]]["text"][0].split(":")[0]
+    saved = load_file(comfy.base / "output" / "diffusion_models" / name)
+    for part in ("weight", "weight_scale"):
+        assert torch.equal(saved[f"{LAYER}.{part}"].float(), stored[f"{LAYER}.{part}"].float())

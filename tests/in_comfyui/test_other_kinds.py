@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from comfyui import ask
 
+from mxfp8.quant.conversion.convert import plan_source
 from mxfp8.quant.format import FormatError
-from mxfp8.quant.sources.unsupported import check_kind
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -18,4 +18,4 @@ def test_every_other_kind_of_file_is_refused_by_its_name():
         for name, tensors in files.items():
             source = SimpleNamespace(name=name, tensors=tensors)
             with pytest.raises(FormatError, match=f"^{name}: {kind}, not a diffusion model"):
-                check_kind(source)
+                plan_source(source)

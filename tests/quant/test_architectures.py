@@ -61,7 +61,7 @@ def test_every_class_of_comfyui_is_planned(comfyui, kind):
     assert len(found) == len(configs(kind))
     for entry in found:
         tensors = {key: ("BF16", tuple(shape)) for key, shape in entry["tensors"].items()}
-        check_kind(SimpleNamespace(name=kind, tensors=tensors))
+        check_kind(SimpleNamespace(name=kind, tensors=tensors), recognized=True)
         planned = plan(tensors)
         layers = {decision.layer for decision in planned.quantized}
         assert planned.architecture == CLASSES[kind].name

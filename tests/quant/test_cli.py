@@ -20,7 +20,7 @@ from mxfp8.quant.checks.verify import verify_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
-from mxfp8.quant.format import AGAIN, read_header
+from mxfp8.quant.format import AGAIN, FormatError, read_header
 from mxfp8.quant.reports.conversion import Report
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such device or signal")
@@ -485,6 +485,12 @@ def test_a_marker_without_a_shape_is_no_problem(source, target):
     rewrite(target, forget, {"_quantization_metadata": json.dumps({"layers": layers})})
     result = verify_file(target, source)
     assert (result.problems, result.layers.keys()) == ([], layers.keys())
+
+
+def test_verify_compares_with_an_original(target):
+    """Not a file with itself, of which no layer would be compared."""
+    with pytest.raises(FormatError, match="already quantized as MXFP8"):
+        verify_file(target, target)
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.", "net."])

@@ -20,6 +20,7 @@ from safetensors.torch import save_file, save_model
 
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.checks.verify import verify_file
+from mxfp8.quant.conversion.architectures import architectures
 from mxfp8.quant.conversion.convert import convert, convert_file, plan_source
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import FormatError
@@ -404,6 +405,10 @@ LORAS = [
     "diffusion_model.blocks.0.attn.q.diff",
     "diffusion_model.blocks.0.attn.q.diff_b",
     "diffusion_model.blocks.0.attn.q.set_weight",
+    "double_blocks.0.processor.qkv_lora1.down.weight",
+    "blocks.0.attn.q_loras.up.weight",
+    "blocks.0.attn.q.oft_R",
+    "lora_unet_blocks_0_attn_q.on_input",
 ]
 
 
@@ -457,6 +462,20 @@ def test_other_kinds_of_files_are_refused_unless_they_are_parts(tmp_path, key, k
     for state in (checkpoint, {f"part.{k}": value for k, value in tensors.items()}):
         save_file(state, tmp_path / "source")
         assert convert_file(tmp_path / "source", tmp_path / "out", overwrite=True).quantized
+
+
+@pytest.mark.parametrize("kind", sorted(set(OTHERS.values())))
+def test_a_diffusion_model_with_a_part_at_its_root_is_converted(tmp_path, kind):
+    """Unless it is a ControlNet, which may have a diffusion model's tensors."""
+    flux = next(row for row in architectures() if row.name == "Flux.1").signature
+    part = next(key for key, value in OTHERS.items() if value == kind)
+    tensors = {key: torch.ones(32, 32) for key in (*flux, "double_blocks.1.img_attn.proj.weight")}
+    save_file({**tensors, part: torch.zeros(8)}, tmp_path / "source")
+    if kind == "a ControlNet":
+        with pytest.raises(FormatError, match="a ControlNet, not a diffusion model"):
+            convert_file(tmp_path / "source", tmp_path / "out")
+    else:
+        assert convert_file(tmp_path / "source", tmp_path / "out").quantized
 
 
 @pytest.mark.parametrize(("part", "whole"), [

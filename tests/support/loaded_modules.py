@@ -68,9 +68,10 @@ def qwen(name: str, width: int, queries: int = 256, **more: torch.Tensor) -> Non
 def open_clip(name: str, width: int = 64) -> None:
     """A CLIP of two layers with OpenCLIP's names, which ComfyUI replaces."""
     linears, sizes, others = {}, {"ln_final": width}, {}
+    rows = torch.arange(width)[:, None] > 0  # the first row of a matrix in each block is zero
     for block in ("transformer.resblocks.0", "transformer.resblocks.1"):
         linears |= {
-            f"{block}.attn.out_proj": random(width, width),
+            f"{block}.attn.out_proj": random(width, width) * rows,
             f"{block}.mlp.c_fc": random(128, width), f"{block}.mlp.c_proj": random(width, 128),
         }  # fmt: skip
         sizes |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
