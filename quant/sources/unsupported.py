@@ -158,8 +158,8 @@ _NO_MODELS = {
         r"((decoder|encoder)\.)?blocks\.2\.blocks\.3\.stack\.5\.weight",
     ),
 }
-# A file that holds a diffusion model may hold such parts as well; but a ControlNet has layers of that
-# model itself.
+# A file that holds a diffusion model may hold such parts as well, but a ControlNet has layers of
+# that model itself.
 _CHECKPOINT = re.compile(r"model\.diffusion_model\.(?!project_modules\.)")
 _UNLESS = {
     "a CLIP vision model": r"(model\.)?(language_model\.)?layers\..*|text_model\..*",
