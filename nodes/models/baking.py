@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +18,8 @@ import comfy.lora
 import torch
 
 from ...quant.memory import is_out_of_memory
+
+_COMFY = os.path.dirname(comfy.lora.__file__)
 
 
 class BakingError(ValueError):
@@ -85,10 +88,12 @@ def _logged_errors_raised() -> Iterator[None]:
 
 
 class _Raise(logging.Handler):
+    """Raises what a thread logs in ComfyUI's own modules; a patch may call those of other packs."""
+
     def __init__(self, thread: int):
         super().__init__(logging.WARNING)
         self._thread = thread
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
+        if record.thread == self._thread and record.pathname.startswith(_COMFY):
             raise _LoggedError(record.getMessage())

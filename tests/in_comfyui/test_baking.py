@@ -154,6 +154,14 @@ def test_a_lora_that_fits_logs_no_error(comfy):
     assert "MXFP8: " in new and "ERROR" not in new
 
 
+def test_a_warning_of_another_pack_is_no_error_of_stock(comfy):
+    graph = Graph()
+    key = f"diffusion_model.{LAYER}.weight"
+    model = graph.add("TestLora", model=graph.loader("flux.safetensors"), key=key, how="warning")
+    graph.add("TestConfig", model=quantized(graph, model))
+    comfy.run(graph)
+
+
 def test_a_model_in_another_format_is_saved_as_it_is(comfy):
     """FP8's scale of a tensor has no dimensions."""
     folder = comfy.base / "models" / "diffusion_models"

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import logging
 import sys
 import time
 import types
@@ -268,15 +269,19 @@ class TestFail(_Node):
 
 class TestLora(_Node):
     """A clone with one of stock's LoRA adapters on a weight, in which something goes wrong: memory
-    runs out, or the result is too large for float16, in which the weight then is held."""
+    runs out, or the result is too large for float16, in which the weight then is held. Or its
+    function logs a warning and changes nothing."""
 
-    INPUTS = {"model": "MODEL", "key": "STRING", "how": (["memory", "large"],)}
+    INPUTS = {"model": "MODEL", "key": "STRING", "how": (["memory", "large", "warning"],)}
     RETURN_TYPES = ("MODEL",)
 
     def run(self, model, key, how):
         def function(difference):  # called where stock catches every exception
             if how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory")
+            if how == "warning":
+                logging.warning("a pack's own warning")
+                return difference
             return difference * 1e6
 
         layer = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
