@@ -18,7 +18,7 @@ from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
-from ..reports.conversion import KEPT, MXFP8, Report, format_size, listed, verdict
+from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, listed, verdict
 from ..sources import unsupported
 
 KEY = "mxfp8_inspection"
@@ -110,9 +110,9 @@ class Inspection:
             return "the header"
         layers = len(self.mxfp8)
         banks = self.formats.get(MXFP8, 0) - layers
-        read = [f"every byte of {layers} MXFP8 layers"] if layers else []
+        read = [f"every byte of {format_count(layers, 'MXFP8 layer')}"] if layers else []
         if banks:
-            read.append(f"the scales of {banks} MXFP8 banks of experts")
+            read.append(f"the scales of {format_count(banks, 'bank')} of MXFP8 experts")
         return ", ".join(["the header", *read]) if read else "the header; no layer is MXFP8"
 
     def contents(self) -> list[str]:
@@ -120,13 +120,19 @@ class Inspection:
 
         Kept are matrices that are not quantized, here by reason.
         """
-        formats = [f"{name}: {count} layers" for name, count in sorted(self.formats.items())]
+        formats = [
+            f"{k}: {format_count(count, 'layer')}" for k, count in sorted(self.formats.items())
+        ]
         mxfp8, other = format_size(self.mxfp8_bytes), format_size(self.other_bytes)
         reasons = Counter(layer.reason for layer in self.layers if layer.decision == KEPT)
+        kept = [
+            f"kept: {format_count(count, 'matrix', 'matrices')}, {reason}"
+            for reason, count in reasons.most_common()
+        ]
         return [
             *(formats or ["no quantized layers"]),
             f"MXFP8 {mxfp8}, everything else {other}",
-            *(f"kept: {count} matrices, {reason}" for reason, count in reasons.most_common()),
+            *kept,
         ]
 
 

@@ -122,8 +122,8 @@ class Report:
             f"{self.source} -> {self.target}",
             f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)} "
             f"({100 * self.bytes_after / max(self.bytes_before, 1):.1f}%) in {self.seconds:.1f} s",
-            f"{len(self.quantized)} layers MXFP8, {kept} kept (preset {self.preset}, "
-            f"{self.architecture or 'architecture not recognized'})",
+            f"{format_count(len(self.quantized), 'layer')} MXFP8, {kept} kept "
+            f"(preset {self.preset}, {self.architecture or 'architecture not recognized'})",
             *(f"WARNING: {warning}" for warning in self.warnings),
         ]
         if self.sqnr_db is not None and self.worst is not None:
@@ -179,12 +179,13 @@ def verdict(sound: str, problems: Sequence[str] = (), warnings: Sequence[str] = 
         sound: what is so if there are no problems.
     """
     if problems:
-        return f"NOT OK: {format_count(problems, 'problem')}; do not use this file"
-    return f"OK: {sound}" + (f"; {format_count(warnings, 'warning')} above" if warnings else "")
+        return f"NOT OK: {format_count(len(problems), 'problem')}; do not use this file"
+    above = f"; {format_count(len(warnings), 'warning')} above" if warnings else ""
+    return f"OK: {sound}{above}"
 
 
-def format_count(things: Sequence, name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+def format_count(count: int, name: str, plural: str | None = None) -> str:
+    return f"{count} {name if count == 1 else plural or f'{name}s'}"
 
 
 def format_size(count: int) -> str:

@@ -148,7 +148,7 @@ def test_inspect_says_what_a_file_holds(target, run):
 def test_inspect_says_what_it_read_where_no_layer_is_mxfp8(source, run):
     status, out, _ = run("inspect", source)
     assert status == 0
-    assert "kept: 1 matrices, BF16 in the file" in out
+    assert "kept: 1 matrix, BF16 in the file" in out
     assert out.splitlines()[-2:] == ["read: the header; no layer is MXFP8", "OK: no problem found"]
     assert run("inspect", source, "--header")[1].splitlines()[-2] == "read: the header"
 

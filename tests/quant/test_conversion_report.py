@@ -180,7 +180,7 @@ def test_the_summary_says_what_matters():
 def test_the_summary_of_a_lossless_unrecognized_model():
     report = replace(REPORT, architecture=None, sqnr_db=None, layers=(LOSSLESS,))
     assert report.summary().splitlines()[2:] == [
-        "1 layers MXFP8, 0 kept (preset zimage, architecture not recognized)"
+        "1 layer MXFP8, 0 kept (preset zimage, architecture not recognized)"
     ]
 
 
