@@ -36,20 +36,14 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
     """A MODEL as a source, and which of its layers to quantize.
 
     Raises:
-        ValueError: the model is quantized or cast to FP8, ComfyUI would not recognize it in a file,
-            or something on it cannot move to another model.
+        ValueError: a layer to quantize is quantized already, or the model is cast to FP8, ComfyUI
+            would not recognize it in a file, or something on it cannot move to another model.
     """
     check_movable(patcher)
     source = ModelSource(patcher)
-    if source.quantized:
-        name, module = next(iter(source.quantized.items()))
-        raise ValueError(
-            f"this {source.name} is already quantized ({name!r} is {module.quant_format}); "
-            "connect the BF16, FP16 or FP32 original"
-        )
     _check_not_cast(source)
     plan = plan_source(source, selection, is_linear=source.is_linear)
-    source.metadata = source.detection_metadata(
+    source.metadata |= source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
     return source, plan
@@ -57,7 +51,10 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
 
 def _check_not_cast(source: ModelSource) -> None:
     for key, (dtype, shape) in source.tensors.items():
-        if key.endswith(WEIGHT) and len(shape) > 1 and dtype.startswith("F8_"):
+        layer = key.removesuffix(WEIGHT)
+        if layer in source.quantized or layer == key:
+            continue
+        if len(shape) > 1 and dtype.startswith("F8_"):
             raise ValueError(
                 f"this {source.name} is FP8 in memory ({quoted(key)} is {dtype}): its file is, or "
                 "it was cast on loading. Load the BF16, FP16 or FP32 original with weight_dtype "

@@ -19,12 +19,14 @@ from comfy.model_detection import detect_unet_config, model_config_from_unet
 from comfy.model_sampling import V_PREDICTION, ModelSamplingContinuousEDM
 from comfy.quant_ops import QuantizedTensor
 
+from ...quant import format
 from ...quant.container.header import quoted
-from ...quant.format import WEIGHT
+from ...quant.format import MARKER, WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
 from ..runtime.patch import PREFIX
 from .baking import BakingError, bake, fits
 from .raw_codes import check_weights
+from .stored_layers import stored_tensors
 
 _MOST_NAMED = 4  # weights in an error
 # What files have before the names in memory where ComfyUI recognizes them by it, by `image_model`.
@@ -41,6 +43,15 @@ class _Entry:
     tensor: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of a quantized layer."""
+
+    layer: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class ModelSource:
     """The diffusion model inside a MODEL as a file of its own, for `quant.conversion.convert`.
 
@@ -52,7 +63,8 @@ class ModelSource:
 
     Attributes:
         prefix: what names begin with, and not in memory.
-        quantized: the linears that are quantized already, by layer.
+        quantized: the linears that are quantized already, by layer; their tensors are those of the
+            file format, MXFP8 as this pack writes it.
 
     Raises:
         ValueError: a plain weight holds MXFP8 codes, or a LoRA cannot be merged.
@@ -63,10 +75,11 @@ class ModelSource:
 
     def __init__(self, patcher):
         self.name = type(patcher.model).__name__
-        self.metadata: dict[str, str] = {}
         self._patcher = patcher
-        self._cached: tuple[str, torch.Tensor] | None = None
+        # The tensor, or the tensors of the quantized layer, that was computed last.
+        self._cached: tuple[str, torch.Tensor | dict[str, torch.Tensor]] | None = None
         self._entries: dict[str, _Entry] = {}
+        self._parts: dict[str, _Part] = {}  # of quantized layers
         image_model = patcher.model.model_config.unet_config.get("image_model")
         self.prefix = _FILE_PREFIXES.get(image_model, "")
         self.quantized: dict[str, torch.nn.Module] = {}
@@ -83,18 +96,29 @@ class ModelSource:
             self._add(key)
         for key, tensor in {**_beside(patcher), **_prediction_keys(patcher)}.items():
             self._entries[key] = _Entry(key, tensor.dtype, tuple(tensor.shape), tensor)
+        markers = {}
+        for name, module in self.quantized.items():
+            parts = stored_tensors(name, module, module.weight)
+            marker = parts.pop(name + MARKER)
+            self._entries[name + MARKER] = _Entry("", marker.dtype, tuple(marker.shape), marker)
+            self._parts |= {k: _Part(name, v.dtype, tuple(v.shape)) for k, v in parts.items()}
+            markers[name] = json.loads(bytes(marker.tolist()))
+        self.metadata = format.with_markers({}, markers) if markers else {}
         self._check_patches()
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {k: (HEADER_DTYPES[e.dtype], e.shape) for k, e in self._entries.items()}
+        entries = (*self._entries.items(), *self._parts.items())
+        return {key: (HEADER_DTYPES[entry.dtype], entry.shape) for key, entry in entries}
 
     def is_linear(self, layer: str) -> bool:
         """Whether a layer is one of ComfyUI's linears (an Embedding's weight is 2-D too)."""
-        entry = self._entries.get(layer + WEIGHT)
-        if entry is None or entry.tensor is not None:
-            return False
-        module = comfy.utils.get_attr(self._patcher.model, entry.full.removesuffix(WEIGHT))
+        module = self.quantized.get(layer)
+        if module is None:
+            entry = self._entries.get(layer + WEIGHT)
+            if entry is None or entry.tensor is not None:
+                return False
+            module = comfy.utils.get_attr(self._patcher.model, entry.full.removesuffix(WEIGHT))
         return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
 
     def detection_metadata(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -104,7 +128,7 @@ class ModelSource:
         Wan) it reads the rest from metadata, which a loaded model no longer has.
 
         Args:
-            stored: shapes in the file, of tensors whose shape there may differ.
+            stored: shapes in the file, of plain tensors whose shape there differs.
 
         Raises:
             ValueError: ComfyUI would not recognize it, or take it for another model.
@@ -124,7 +148,7 @@ class ModelSource:
                 f"loading a file of this {self.name}, ComfyUI would {what}: its checkpoint has "
                 "more than its layers show. Convert that file with Convert File (MXFP8)"
             )
-        for key, shape in stored.items():
+        for key, shape in {**{k: part.shape for k, part in self._parts.items()}, **stored}.items():
             if key in state and tuple(state[key].shape) != tuple(shape):
                 state[key] = torch.empty(shape, dtype=state[key].dtype, device="meta")
         if detect_unet_config(state, "") != detected:
@@ -139,23 +163,15 @@ class ModelSource:
         return self._value(key)[first:last].to("cpu").contiguous()
 
     def pieces(self, key: str) -> Iterator[memoryview]:
+        if key in self._parts:
+            yield as_bytes(self._part(key).to("cpu").contiguous())
+            return
         entry = self._entries[key]
         value = self._value(key).to("cpu", entry.dtype).contiguous()
         if entry.full in self._patcher.patches and not value.isfinite().all():
             reason = f"it gets too large for {HEADER_DTYPES[entry.dtype]}"
             raise ValueError(self._unmergeable({entry.full: reason}))
         yield as_bytes(value.reshape(-1))
-
-    def weight(self, layer: str) -> torch.Tensor | None:
-        """A quantized layer's weight in float32 if patches change it, else None."""
-        full = self.full(layer + WEIGHT)
-        if full not in self._patcher.patches:
-            return None
-        return self._patched(full)
-
-    def full(self, key: str) -> str:
-        """The name in the MODEL of one of its parameters."""
-        return PREFIX + key.removeprefix(self.prefix)
 
     def original(self, full: str) -> torch.Tensor:
         """A parameter as loaded, without what is merged into it now."""
@@ -183,6 +199,16 @@ class ModelSource:
             narrow = (torch.bfloat16, torch.float16)
             dtype = next((d for d in narrow if torch.equal(value.to(d).float(), value)), dtype)
         self._entries[self.prefix + key] = _Entry(full, dtype, tuple(value.shape))
+
+    def _part(self, key: str) -> torch.Tensor:
+        layer = self._parts[key].layer
+        if self._cached is None or self._cached[0] != layer:
+            self._cached = None  # free the last one first
+            full = PREFIX + (layer + WEIGHT).removeprefix(self.prefix)
+            baked = self._patched(full) if full in self._patcher.patches else None
+            original = self.original(full)
+            self._cached = layer, stored_tensors(layer, self.quantized[layer], original, baked)
+        return self._cached[1][key]
 
     def _value(self, key: str) -> torch.Tensor:
         entry = self._entries[key]

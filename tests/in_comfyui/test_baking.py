@@ -3,6 +3,10 @@ where stock only logs the error. In the real ComfyUI."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+
 import pytest
 import torch
 from comfyui import PromptError
@@ -162,7 +166,8 @@ def test_a_warning_of_another_pack_is_no_error_of_stock(comfy):
     comfy.run(graph)
 
 
-def test_a_model_in_another_format_is_saved_as_it_is(comfy):
+@pytest.mark.parametrize("action", ["save", "quantize the rest"])
+def test_a_layer_in_another_format_is_saved_as_it_is(comfy, action):
     """FP8's scale of a tensor has no dimensions."""
     folder = comfy.base / "models" / "diffusion_models"
     state = load_file(folder / "flux.safetensors")
@@ -176,12 +181,24 @@ def test_a_model_in_another_format_is_saved_as_it_is(comfy):
     }
     save_file({**state, **stored}, folder / "baking-fp8.safetensors")
     graph = Graph()
-    saving = graph.add(
-        "MXFP8SaveModel",
-        model=graph.loader("baking-fp8.safetensors"),
-        filename_prefix="diffusion_models/fp8",
-    )
+    model = graph.loader("baking-fp8.safetensors")
+    if action != "save":
+        model = quantized(graph, model, exclude=re.escape(LAYER))
+    saving = graph.add("MXFP8SaveModel", model=model, filename_prefix="diffusion_models/fp8")
     name = comfy.run(graph)[saving[0]]["text"][0].split(":")[0]
     saved = load_file(comfy.base / "output" / "diffusion_models" / name)
     for part in ("weight", "weight_scale"):
         assert torch.equal(saved[f"{LAYER}.{part}"].float(), stored[f"{LAYER}.{part}"].float())
+    formats = Counter(
+        json.loads(bytes(value.tolist()))["format"]
+        for key, value in saved.items()
+        if key.endswith(".comfy_quant")
+    )
+    assert formats == {"float8_e4m3fn": 1, **({"mxfp8": 12} if action != "save" else {})}
+
+
+def test_a_layer_in_another_format_is_not_quantized_again(comfy):
+    graph = Graph()
+    graph.add("TestConfig", model=quantized(graph, graph.loader("baking-fp8.safetensors")))
+    with pytest.raises(PromptError, match=rf"already quantized as .*FP8.*'{LAYER}'.*or exclude"):
+        comfy.run(graph)

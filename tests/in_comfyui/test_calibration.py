@@ -170,7 +170,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(comfy):
     graph = Graph()
     node = calibrated(graph, graph.loader("flux-mxfp8.safetensors"), "flux")
     graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/never")
-    with pytest.raises(PromptError, match=r"already quantized .*; connect the BF16"):
+    with pytest.raises(PromptError, match=r"already quantized .*; convert the BF16"):
         comfy.run(graph)
     graph = Graph()
     node = calibrated(graph, graph.loader("flux.safetensors"), "flux", exclude=".")
