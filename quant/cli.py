@@ -37,7 +37,6 @@ _MODEL = (
     "a safetensors file, the index of a sharded one (.safetensors.index.json), or a model folder"
 )
 _SUFFIXES = (".safetensors", ".sft")  # of files that are written; readers go by them
-_OVERWRITE = "replace {} if it exists"
 _SIGPIPE = 13  # Windows has no name for it
 
 
@@ -190,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep tensors whose names RE matches, whatever else is given; may be repeated",
     )
     convert.add_argument(
-        "--overwrite", action="store_true", help=_OVERWRITE.format("DST and the report")
+        "--overwrite", action="store_true", help="replace an existing DST or report"
     )
     convert.add_argument(
         "--device",
@@ -238,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         default=format.AUTO,
         help="order of scales whose shape fits both; default: auto, by padding and statistics",
     )
-    repair.add_argument("--overwrite", action="store_true", help=_OVERWRITE.format("DST"))
+    repair.add_argument("--overwrite", action="store_true", help="replace an existing DST")
 
     verify = command("verify", _verify, "compare an MXFP8 file with its original")
     verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
@@ -258,9 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--json", metavar="FILE.json", type=Path, help="write the result as JSON")
     probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the result as a table")
-    probe.add_argument(
-        "--overwrite", action="store_true", help=_OVERWRITE.format("the files to write")
-    )
+    probe.add_argument("--overwrite", action="store_true", help="replace existing files")
 
     command("backends", _backends, "list the backends, and which of them run on this machine")
     return parser
@@ -397,7 +394,12 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _check_output(label: str, path: Path, overwrite: bool) -> None:
-    """Raise for an output that is a folder, exists, or cannot be made; leaves nothing."""
+    """Raise for an output that is a folder, exists, or cannot be made; leaves nothing.
+
+    A model's name is refused even where existing files may be replaced.
+    """
+    if path.suffix.lower() in _SUFFIXES:
+        raise ValueError(f"{label} {path} has a model's name; give another suffix")
     if path.is_dir():
         raise ValueError(f"{label}: {str(path)!r} is a folder; give a file name")
     if not path.parent.is_dir():

@@ -229,6 +229,20 @@ def check_calibrations(
         )
     for given in filter(None, (calibration, held_out)):
         check_model(given, source)
+    if held_out is not None and _same_data(calibration, held_out):
+        raise ValueError(
+            f"{source.name}: held_out is the calibration itself; errors on the data that the "
+            "rounding was chosen for are too low. Give a calibration on other data"
+        )
+
+
+def _same_data(one: Calibration, other: Calibration) -> bool:
+    """Whether two calibrations have the same moments, judged by a layer of both."""
+    layer = next((name for name in one.layers if name in other.layers), None)
+    if layer is None:
+        return False
+    first, second = one.layers[layer], other.layers[layer]
+    return first.rows == second.rows and torch.equal(first.hessian, second.hessian)
 
 
 def _lines(expressions: str | tuple[str, ...] | None) -> str | None:

@@ -547,6 +547,14 @@ REFUSED = {
     "one CPU": (("--device", "cpu:7"), "device 'cpu:7' cannot be used here"),
     "no held-out": (("--calibration", "calibration", "--held-out", "no"), "no: No such file"),
     "held-out alone": (("--held-out", "calibration"), "give a calibration as well"),
+    "the same held-out": (
+        ("--calibration", "calibration", "--held-out", "calibration"),
+        "held_out is the calibration itself",
+    ),
+    "a report with a model's name": (
+        ("--report", "old.safetensors", "--overwrite"),
+        "old.safetensors has a model's name",
+    ),
     "another model's held-out": (
         ("--calibration", "calibration", "--held-out", "other"),
         "made with other weights",
