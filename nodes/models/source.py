@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import comfy.lora
 import comfy.utils
@@ -106,7 +107,7 @@ class ModelSource:
         self.metadata = format.with_markers({}, markers) if markers else {}
         self._check_patches()
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         entries = (*self._entries.items(), *self._parts.items())
         return {key: (HEADER_DTYPES[entry.dtype], entry.shape) for key, entry in entries}
