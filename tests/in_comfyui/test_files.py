@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy
 import pytest
 from comfyui import TESTS, PromptError, Server, make_models
-from graphs import Graph, convert, difference, latents, output_files, unload, watch
+from graphs import Graph, convert, difference, interrupt, latents, output_files, unload, watch
 from PIL import Image
 
 from mxfp8.quant.format import read_header
@@ -127,18 +126,9 @@ def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
     assert numpy.asarray(Image.open(picture)).std() > 1
 
 
-def test_an_interrupt_stops_a_conversion_within_a_second(zimage):
+def test_an_interrupt_stops_a_conversion_before_more_is_read_than_it_holds(zimage):
+    """Of 1.8 GB, 128 MB may be in memory, in slabs of 3.9 MB."""
     graph, _ = convert("diffusion_models/zimage.safetensors", target="interrupted")
-    prompt = zimage.submit(graph)
-    deadline = time.monotonic() + 60
-    while not leftovers(zimage):  # it has begun to write
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.5)
-    start = time.monotonic()
-    zimage.post("/interrupt", {})
-    with pytest.raises(PromptError, match="interrupted"):
-        zimage.wait(prompt)
-    assert time.monotonic() - start < 1
+    assert interrupt(zimage, graph, "kernels", "quantize_and_measure", call=100) <= 128 / 3.9
     assert leftovers(zimage) == []
     assert not list(zimage.base.rglob("interrupted*"))

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import aiohttp
+import pytest
 import torch
+from comfyui import PromptError
 from safetensors.torch import load_file
 
 LATENTS = {
@@ -113,6 +115,21 @@ def watch(comfy, graph: Graph, seconds: float = 120) -> tuple[dict[str, list], d
 
     asyncio.run(asyncio.wait_for(listen(), seconds))
     return bars, texts
+
+
+def interrupt(comfy, graph: Graph, module: str, name: str, call: int) -> int:
+    """Run a workflow that is interrupted within a call of one of the pack's functions: how often
+    that was called afterwards. A clock would time the machine, too, and what else it does."""
+
+    def node(number: int) -> list:
+        armed = Graph()
+        key, _ = armed.add("TestInterrupt", module=module, name=name, call=number)
+        return comfy.run(armed).get(key, {}).get("result")
+
+    node(call)
+    with pytest.raises(PromptError, match="interrupted"):
+        comfy.run(graph)
+    return node(0)[0]
 
 
 def unload(comfy) -> None:

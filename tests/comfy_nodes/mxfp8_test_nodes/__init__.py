@@ -2,12 +2,13 @@
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -296,12 +297,12 @@ class TestLora(_Node):
 
 
 class TestForward(_Node):
-    """A clone whose linears misbehave: run out of memory on a call, take their time, give NaN from
-    the first block on or from a call on, or huge values inside an MLP; say how many layers' moments
-    have memory on a call; or whose single blocks are skipped."""
+    """A clone whose linears misbehave: run out of memory on a call, give NaN from the first block
+    on or from a call on, or huge values inside an MLP; say how many layers' moments have memory on
+    a call; or whose single blocks are skipped."""
 
     INPUTS = {
-        "model": "MODEL", "how": (["memory", "slow", "nan", "late", "huge", "moments", "skip"],),
+        "model": "MODEL", "how": (["memory", "nan", "late", "huge", "moments", "skip"],),
         "call": ("INT", {"default": 0}),  # the one that fails, over all layers
     }  # fmt: skip
     RETURN_TYPES = ("MODEL",)
@@ -325,8 +326,6 @@ class TestForward(_Node):
                     torch.empty(1 << 60, dtype=torch.uint8)
                 if how == "moments" and len(calls) == call:
                     raise RuntimeError(f"{_reserved()} layers have memory")
-                if how == "slow":
-                    time.sleep(0.3)
                 out = forward(x, *args, **options)
                 if how == "nan" or (how == "late" and len(calls) >= call):
                     return out * float("nan")
@@ -500,6 +499,36 @@ def _count(module, name: str) -> None:
     setattr(module, name, counting)
 
 
+class TestInterrupt(_Node):
+    """Interrupts ComfyUI within a call of one of the pack's functions, the `call`-th from now on.
+    With 0: how often it was called after that one, and it is as before."""
+
+    INPUTS = {"module": "STRING", "name": "STRING", "call": "INT"}
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def run(self, module, name, call):
+        *path, name = name.split(".")
+        owner = functools.reduce(getattr, path, _pack(module))
+        function = getattr(owner, name)
+        if not call:
+            setattr(owner, name, function.interrupted)
+            return {"ui": {"result": [next(function.calls) - function.call - 1]}}
+
+        def interrupting(*args, **options):
+            if next(interrupting.calls) == call:
+                comfy.model_management.interrupt_current_processing()
+            return function(*args, **options)
+
+        interrupting.calls, interrupting.call = itertools.count(1), call  # counts in one step
+        interrupting.interrupted = function
+        setattr(owner, name, interrupting)
+        return {}
+
+
 class TestBackend(_Node):
     """Has the pack run everything on one backend, or again on what it chooses."""
 
@@ -560,8 +589,8 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
         TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
-        TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast, TestBackend,
-        TestReuse, TestKeeping, TestForeignForward,
+        TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast,
+        TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward,
     )
 }  # fmt: skip
 NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES
