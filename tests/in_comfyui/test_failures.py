@@ -87,7 +87,7 @@ def contents(comfy) -> set:
 def check_files(comfy, before: set) -> None:
     """No file came or went since `before`, but for temporary ones: they go with their models, which
     the server drops when it gets to it, those of an earlier test too."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while new := contents(comfy) - before:
         assert time.monotonic() < deadline, new
         time.sleep(0.05)

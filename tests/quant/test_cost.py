@@ -243,7 +243,7 @@ def test_a_pipeline_keeps_its_budget_and_the_order():
 
 
 def test_a_pipeline_works_on_jobs_that_fit_at_once():
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=300)
     with Pipeline(lambda job: together.wait(), 2, 10) as pipeline:
         results = [result for _, result in pipeline.run(map(Sized, (5, 5)))]
     assert sorted(results) == [0, 1]

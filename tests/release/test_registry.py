@@ -348,7 +348,9 @@ sys.path.insert(0, comfyui)
 import comfy.options
 comfy.options.enable_args_parsing()
 import nodes
+begin = time.process_time()
 asyncio.run(nodes.init_builtin_extra_nodes())
+print("ComfyUI", time.process_time() - begin, flush=True)
 for _ in range(7):
     if not (child := os.fork()):
         begin = time.process_time()
@@ -361,14 +363,14 @@ for _ in range(7):
 
 @pytest.mark.comfy
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_the_packs_part_of_the_start_is_at_most_0_3_seconds(installed, tools):
-    """CPU time, as other programs slow the clock; the median of seven starts. The first compiles
-    the pack to bytecode, which the others find."""
+def test_the_pack_starts_in_a_sixth_of_the_time_of_comfyuis_own_extra_nodes(installed, tools):
+    """Of their CPU time, as other programs slow the clock: 0.3 s where those take 1.9 s. The median
+    of seven starts. The first compiles the pack to bytecode, which the others find."""
     pack = installed.base / "custom_nodes" / REGISTRY_FOLDER
     output = run(
         "-c", START, comfyui_path(), pack,
         tools=tools, cwd=installed.base, python=installed.python,
     )  # fmt: skip
-    times = [float(seconds) for seconds in re.findall(r"^MXFP8 (\S+)$", output, re.MULTILINE)]
+    stock, *times = map(float, re.findall(r"^(?:ComfyUI|MXFP8) (\S+)$", output, re.MULTILINE))
     assert len(times) == 7
-    assert statistics.median(times) <= 0.3, times
+    assert statistics.median(times) <= stock / 6, (stock, times)

@@ -65,6 +65,7 @@ class ComfyPage:
         )
         self.complaints: list[str] = []
         self.page: Page = browser.new_page(viewport=SIZE)
+        self.page.set_default_timeout(120_000)  # a busy machine takes its time
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.url)
@@ -73,8 +74,7 @@ class ComfyPage:
     def _wait_until_ready(self) -> None:
         self.page.wait_for_function(
             "window.app?.extensions?.some(e => e.name === 'mxfp8.report')"
-            " && window.LiteGraph && app.extensionManager?.workflow?.activeWorkflow",
-            timeout=60_000,
+            " && window.LiteGraph && app.extensionManager?.workflow?.activeWorkflow"
         )
 
     def reload(self) -> None:
@@ -128,7 +128,7 @@ class ComfyPage:
             [source, slot, target, name],
         )
 
-    def queue(self, seconds: float = 120, ends: str = "execution_success") -> None:
+    def queue(self, ends: str = "execution_success") -> None:
         """Run the workflow on the canvas, wait for its end, and check that it ended with this."""
         self.page.evaluate(
             """() => {
@@ -141,7 +141,6 @@ class ComfyPage:
                 return app.queuePrompt(0, 1);
             }"""
         )
-        self.page.set_default_timeout(seconds * 1000)
         ended = self.page.evaluate("() => window.ended")
         assert ended == ends, ended
 

@@ -91,7 +91,7 @@ def run(comfy, graph: Graph, saved: dict[str, list]) -> dict:
     return {name: latents(outputs, node, comfy.base) for name, node in saved.items()}
 
 
-def watch(comfy, graph: Graph, seconds: float = 120) -> tuple[dict[str, list], dict[str, list]]:
+def watch(comfy, graph: Graph) -> tuple[dict[str, list], dict[str, list]]:
     """Run a workflow as the browser does, on its websocket: (bars, texts), each by node."""
     bars, texts = {node: [] for node in graph}, {node: [] for node in graph}
 
@@ -113,7 +113,7 @@ def watch(comfy, graph: Graph, seconds: float = 120) -> tuple[dict[str, list], d
                 if event.get("type") in ("execution_success", "execution_error"):
                     return
 
-    asyncio.run(asyncio.wait_for(listen(), seconds))
+    asyncio.run(listen())
     return bars, texts
 
 
@@ -136,7 +136,7 @@ def unload(comfy) -> None:
     """Have the server drop every model, and wait until their temporary files are gone."""
     comfy.post("/history", {"clear": True})  # it keeps every workflow and report
     comfy.free()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while list((comfy.base / "temp").glob("mxfp8-*")):
         assert time.monotonic() < deadline, "a temporary file stays"
         time.sleep(0.02)

@@ -41,7 +41,7 @@ from mxfp8.quant.format import DTYPES, FormatError, read_header
 
 READING = 32 << 20  # bytes; files have 20 kB
 WRITING = 1 << 30  # stacks and heaps of threads: reserved, not used
-SLOWEST = 5.0  # seconds of CPU time; most take a millisecond
+SLOWEST = 5.0  # seconds of CPU time; of 10,000 on a busy machine, the slowest took 0.11
 NUMBERS = (0, 1, -1, 2, 31, 33, 64, 127, 128, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63,
            2**64, 10**30, 0.5, 1e400, None, True, "32", [], {})  # fmt: skip
 NAMES = ("", "a.weight", "a.weight_scale", "a.comfy_quant", "__metadata__", "b", "\0", "../x",

@@ -39,12 +39,12 @@ def test_a_page_names_every_input_and_output_of_its_node(ours):
 
 def test_pages_and_their_pictures_are_served(comfy, ours):
     for name in ours:
-        with urllib.request.urlopen(f"{comfy.url}{URL}{name}.md", timeout=10) as answer:
+        with urllib.request.urlopen(f"{comfy.url}{URL}{name}.md", timeout=60) as answer:
             page = answer.read().decode()
         pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
         assert pictures, name
         for picture in pictures:
-            with urllib.request.urlopen(f"{comfy.url}{URL}{picture}", timeout=10) as answer:
+            with urllib.request.urlopen(f"{comfy.url}{URL}{picture}", timeout=60) as answer:
                 assert answer.headers["Content-Type"] == "image/png"
                 assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
 

@@ -75,7 +75,7 @@ def watch(comfy, graph: Graph, interrupt_at: int | None = None) -> Seen:
                     return seen
         raise AssertionError("the socket was closed")
 
-    return asyncio.run(asyncio.wait_for(listen(), 120))
+    return asyncio.run(listen())
 
 
 def percent(text: str) -> int | None:
