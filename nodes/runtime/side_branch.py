@@ -1,0 +1,283 @@
+"""What runs beside a linear layer, made by `adapters`, whose docstring says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Span = tuple[int, int]  # start, length
+
+
+@dataclass
+class LowRank:
+    """up @ down, on some of the rows."""
+
+    up: Tensor  # [rows[1], r]
+    down: Tensor  # [r, K]
+    rows: Span
+    owner: int
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return (self.up.numel() + self.down.numel()) * dtype.itemsize
+
+
+@dataclass
+class Dense:
+    delta: Tensor  # [rows[1], columns[1]]
+    rows: Span
+    columns: Span
+    owners: list[int]
+    roundoff: float  # of what it was read from
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return self.delta.numel() * dtype.itemsize
+
+
+def scaled_rows(matrix: Tensor, span: Span, rows: Span, factor: Tensor) -> Tensor:
+    """`matrix`, whose rows are `span` of a layer's, with the layer's `rows` scaled."""
+    start, stop = max(span[0], rows[0]), min(sum(span), sum(rows))
+    if start >= stop:
+        return matrix
+    matrix = matrix.clone()
+    matrix[start - span[0] : stop - span[0]] *= factor[start - rows[0] : stop - rows[0], None]
+    return matrix
+
+
+def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    with torch.inference_mode(False):  # autograd cannot save a tensor that was made in it
+        held = torch.empty(tensor.shape, dtype=dtype)
+        held.copy_(tensor)
+        return nn.Parameter(held, requires_grad=False)
+
+
+def _linear(matrix: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A linear of ComfyUI's, which accounts for its weight, moves it and streams it."""
+    n, k = matrix.shape
+    linear = comfy.ops.manual_cast.Linear(k, n, bias=False, device="meta", dtype=dtype)
+    linear.weight = _parameter(matrix, dtype)
+    return linear
+
+
+def _borrow(linear: nn.Module, x: Tensor):
+    """(weight on x's device in its dtype, what `_return` needs)."""
+    weight = linear.weight
+    here = weight.device == x.device and weight.dtype == x.dtype
+    if here and not hasattr(linear, "_v") and not linear.weight_function:
+        return weight, None
+    weight, _, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
+    return weight, stream
+
+
+def _return(linear: nn.Module, weight: Tensor, stream) -> None:
+    if stream is not None:
+        comfy.ops.uncast_bias_weight(linear, weight, None, stream)
+
+
+def _like(parameter: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return parameter.to(device=x.device, dtype=dtype or x.dtype)
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of `up` and rows of `down` of one size, by powers of two: FP16 holds both then."""
+    _, high = torch.frexp(up.abs().amax(0))
+    _, low = torch.frexp(down.abs().amax(1))
+    shift = (high - low).div(2, rounding_mode="floor")
+    return torch.ldexp(up, -shift), torch.ldexp(down, shift[:, None])
+
+
+class RowScales(nn.Module):
+    """Held in float32: a vector costs little, and its rounding would be the whole layer's."""
+
+    def __init__(self, rows: int, owner: int):
+        super().__init__()
+        self.scales, self.owner = torch.ones(rows), owner
+
+    def nbytes(self, _) -> int:
+        return self.scales.numel() * 4
+
+    def hold(self, _) -> None:
+        self.scales = _parameter(self.scales, torch.float32)
+
+    def add_to(self, out: Tensor, _) -> None:
+        out.mul_(_like(self.scales, out, torch.float32))
+
+
+class Rotation(nn.Module):
+    """y -> keep y + gain E(y), E(y) being what rotations of blocks of y, in stages, add to it.
+
+    E is held, not I + E: rounding it then costs what the adapter does, not the layer.
+    """
+
+    def __init__(self, stages, keep: Tensor, gain: Tensor, rows: Span, owner: int):
+        super().__init__()
+        self.rows, self.owner = rows, owner
+        self.strides = tuple(stride for _, stride in stages)
+        self.stages = [stage for stage, _ in stages]  # [blocks, size, size], output index first
+        self.keep = None if bool((keep == 1).all()) else keep
+        self.gain = None if bool((gain == 1).all()) else gain
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        vectors = sum(4 * v.numel() for v in (self.keep, self.gain) if v is not None)
+        return vectors + sum(stage.numel() * dtype.itemsize for stage in self.stages)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        self.stages = nn.ParameterList([_parameter(stage, dtype) for stage in self.stages])
+        for name in ("keep", "gain"):
+            vector = getattr(self, name)
+            if vector is not None:
+                setattr(self, name, _parameter(vector, torch.float32))
+
+    def add_to(self, out: Tensor, _) -> None:
+        self.turn_(out.narrow(1, *self.rows))
+
+    def turn_(self, y: Tensor) -> None:
+        added = None
+        for stage, stride in zip(self.stages, self.strides, strict=True):
+            turned = _turned(y if added is None else y + added, _like(stage, y), stride)
+            added = turned if added is None else added + turned
+        if self.gain is not None:
+            added = added.mul_(_like(self.gain, y, torch.float32))
+        if self.keep is not None:
+            y.mul_(_like(self.keep, y, torch.float32))
+        y.add_(added)
+
+
+def _turned(y: Tensor, blocks: Tensor, stride: int) -> Tensor:
+    """Block-diagonal times y [M, n]; with a stride, of elements that far apart (a butterfly)."""
+    if stride:
+        y = y.unflatten(-1, (-1, 2, stride)).transpose(-2, -1).flatten(-3)
+    y = torch.einsum("bij,mbj->mbi", blocks, y.unflatten(-1, blocks.shape[:2])).flatten(-2)
+    if stride:
+        y = y.unflatten(-1, (-1, stride, 2)).transpose(-2, -1).flatten(-3)
+    return y
+
+
+class Kronecker(nn.Module):
+    """kron(w1, w2) x by two small matmuls."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, rows: Span, columns: Span, owner: int):
+        super().__init__()
+        self.w1, self.w2, self.rows, self.columns, self.owner = w1, w2, rows, columns, owner
+        self.row_gain: Tensor | None = None
+        self.column_gain: Tensor | None = None
+
+    def scale_columns(self, columns: Span, factor: Tensor) -> None:
+        gain = torch.ones(self.columns[1]) if self.column_gain is None else self.column_gain
+        self.column_gain = scaled_rows(gain[:, None], self.columns, columns, factor)[:, 0]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        vectors = sum(4 * v.numel() for v in (self.row_gain, self.column_gain) if v is not None)
+        return vectors + (self.w1.numel() + self.w2.numel()) * dtype.itemsize
+
+    def hold(self, dtype: torch.dtype) -> None:
+        _, high = torch.frexp(self.w1.abs().amax())
+        _, low = torch.frexp(self.w2.abs().amax())
+        shift = (high - low).div(2, rounding_mode="floor")
+        factors = {"w1": torch.ldexp(self.w1, -shift), "w2": torch.ldexp(self.w2, shift)}
+        for name, factor in factors.items():
+            setattr(self, name, _parameter(factor, dtype))
+        for name in ("row_gain", "column_gain"):
+            vector = getattr(self, name)
+            if vector is not None:
+                setattr(self, name, _parameter(vector, torch.float32))
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        (a, b), (c, d) = self.w1.shape, self.w2.shape
+        x = x.narrow(1, *self.columns)
+        if self.column_gain is not None:
+            x = x.clone().mul_(_like(self.column_gain, x, torch.float32))
+        inner = functional.linear(x.reshape(-1, b, d), _like(self.w2, x))  # [M, b, c]
+        added = functional.linear(inner.transpose(1, 2), _like(self.w1, x))  # [M, c, a]
+        if self.row_gain is not None:
+            added = added.mul_(_like(self.row_gain, x, torch.float32).view(a, c).T)
+        out.narrow(1, *self.rows).unflatten(1, (a, c)).transpose(1, 2).add_(added)
+
+
+class SideBranch(nn.Module):
+    """What a layer's patches make of its output: see `build`.
+
+    A layer that `rescales` is called without its bias and with `adjust_input(x)`; the caller adds
+    the bias after `add_to`. A change of the bias is part of `add_to`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        applied: tuple,
+        steps: list[RowScales | Rotation | Kronecker],
+        columns: Tensor | None,
+        low_rank: list[LowRank],
+        dense: list[Dense],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.applied = applied
+        for step in steps:
+            step.hold(dtype)
+        self.steps = nn.ModuleList(steps)
+        self.columns = None if columns is None else _parameter(columns, torch.float32)
+        scaling = any(not isinstance(step, Kronecker) for step in steps)
+        self.rescales = scaling or columns is not None
+
+        groups: dict[Span, list[tuple[Tensor, Tensor]]] = {}
+        for term in low_rank:
+            groups.setdefault(term.rows, []).append(_balanced(term.up, term.down))
+        self.down, self.ups, places, start = None, nn.ModuleList(), [], 0
+        for rows, products in groups.items():
+            self.ups.append(_linear(torch.cat([up for up, _ in products], 1), dtype))
+            places.append((rows, (start, self.ups[-1].in_features)))
+            start += self.ups[-1].in_features
+        self.places = tuple(places)
+        if groups:
+            downs = [down for products in groups.values() for _, down in products]
+            self.down = _linear(torch.cat(downs), dtype)
+
+        self.dense, places = nn.ModuleList(), []
+        for term in dense:
+            exponent = 0
+            if dtype == torch.float16:  # small deltas would be subnormal numbers
+                _, exponent = torch.frexp(term.delta.abs().amax())
+                exponent = min(0, int(exponent))
+            self.dense.append(_linear(term.delta * 2.0**-exponent, dtype))
+            places.append((term.rows, term.columns, 2.0**exponent))
+        self.dense_places = tuple(places)
+        self.bias = None if bias is None else _parameter(bias, torch.float32)
+
+    def adjust_input(self, x: Tensor) -> Tensor:
+        """c * x; x itself if no columns are scaled."""
+        if self.columns is None:
+            return x
+        return x.clone().mul_(_like(self.columns, x, torch.float32))
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """The patched layer's output, from the base's `out` [..., N] for x [..., K], in its place.
+
+        Autograd may need the base's output as it was, so it gets a copy.
+        """
+        y = out.reshape(-1, self.out_features)
+        x = x.reshape(-1, self.in_features).to(y.dtype)
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
+            y = y.clone()
+        for step in self.steps:
+            step.add_to(y, x)
+        if self.down is not None:
+            weight, stream = _borrow(self.down, x)
+            hidden = functional.linear(x, weight)
+            _return(self.down, weight, stream)
+            for up, (rows, part) in zip(self.ups, self.places, strict=True):
+                weight, stream = _borrow(up, x)
+                y.narrow(1, *rows).addmm_(hidden.narrow(1, *part), weight.t())
+                _return(up, weight, stream)
+        for dense, (rows, columns, factor) in zip(self.dense, self.dense_places, strict=True):
+            weight, stream = _borrow(dense, x)
+            y.narrow(1, *rows).addmm_(x.narrow(1, *columns), weight.t(), alpha=factor)
+            _return(dense, weight, stream)
+        if self.bias is not None:
+            y.add_(_like(self.bias, y, torch.float32))
+        return y.reshape(out.shape)
