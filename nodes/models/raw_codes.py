@@ -3,9 +3,9 @@
 Stock builds some parts of models without quantized layers, and renames, splits or reshapes some
 tensors without their markers. It then loads the codes as plain weights, without an error. Where the
 file is known, its layers are found in the model by the codes of one row. Layers that the model
-lacks, such as those of parts that were not asked for, do no harm. Where it is not known, or the
-model is to be quantized or saved, the rule that made the codes tells them from weights (see
-`quant.checks.scan`).
+lacks, such as those of parts that were not asked for, do no harm unless they are what a layer of it
+should have been. Where the file is not known, or the model is to be quantized or saved, the rule
+that made the codes tells them from weights (see `quant.checks.scan`).
 
 Rejected: finding layers by name, which stock changes in many ways, and asking whether a module can
 be quantized, which misses markers that were lost.
@@ -30,18 +30,20 @@ _ROWS_SAMPLE = 1 << 12  # values by which codes are told from weights
 
 
 def check_layers(header: Header, model: torch.nn.Module, remedy: str = "") -> None:
-    """Check that no layer of an MXFP8 file became a plain weight of a model.
+    """Check that no layer of an MXFP8 file became a plain weight of a model, and that the model
+    has a weight in each layer that one of the file's fits.
 
     Args:
         remedy: what may help, for the message.
 
     Raises:
-        FormatError: a plain weight holds a layer's codes, or a layer has another shape in the model
-            than its marker says.
+        FormatError: a plain weight holds a layer's codes, a layer has another shape in the model
+            than its marker says, or the model lacks it and has one of its shape without a weight.
     """
     layers = _by_sample(header)
     rows = {row for row, _ in layers}  # mostly the first alone
     plain: dict[str, str] = {}  # layer -> where its codes are
+    lacking = dict(header.layers)
     for name, module in model.named_modules() if layers else ():
         for parameter in module.parameters(recurse=False):
             same = [
@@ -49,9 +51,12 @@ def check_layers(header: Header, model: torch.nn.Module, remedy: str = "") -> No
             ]
             if isinstance(parameter, QuantizedTensor):
                 _check_shape(header, same, module)
+                for layer in same:
+                    lacking.pop(layer.name, None)
             else:
                 plain |= {layer.name: f"{name!r}, a {type(module).__name__}" for layer in same}
     if not plain:
+        _check_weightless(header, list(lacking.values()), model)
         return
     first = next(iter(plain))
     more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
@@ -76,6 +81,25 @@ def _check_shape(header: Header, layers: list[format.Layer], module: torch.nn.Mo
             f"{shape} in the model that ComfyUI takes this file for; convert the original again, "
             f"excluding {quoted(f'^{layer.name}')}"
         )
+
+
+def _check_weightless(header: Header, lacking: list[format.Layer], model: torch.nn.Module) -> None:
+    """Check that none of these layers, which a model lacks, fits a linear of it without a weight.
+
+    Stock only logs that a weight is missing, and such a linear fails when it runs. Not every one
+    does, so those that no layer fits are left to stock.
+    """
+    for name, module in model.named_modules() if lacking else ():
+        if not hasattr(module, "in_features") or getattr(module, "weight", None) is not None:
+            continue
+        shape = [module.out_features, module.in_features]
+        for layer in lacking:
+            if layer.holds(shape):
+                raise format.FormatError(
+                    f"{header.path.name}: MXFP8 layer {quoted(layer.name)} {shape} is not in this "
+                    f"{type(model).__name__}, whose layer {quoted(name)} of that shape gets no "
+                    f"weight from the file; {format.AGAIN}"
+                )
 
 
 def _by_sample(header: Header) -> dict[tuple[int, bytes], list[format.Layer]]:

@@ -58,6 +58,22 @@ def test_another_shape_than_the_marker_says_is_refused(results):
     assert QUERIES in message and "[250, 1024], but [256, 1024]" in message
 
 
+BLOCK = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("unknown name", ("model.layers.0.mlp.up", "model.layers.0.mlp.up_proj")),
+        ("unknown name, accelerated", ("model.layers.0.mlp.up", "model.layers.0.mlp.up_proj")),
+        ("unknown name in a UNet", (f"{BLOCK}.attn2.to_out", f"{BLOCK}.attn2.to_out.0")),
+    ],
+)
+def test_a_layer_that_leaves_one_of_the_model_without_a_weight_is_refused(results, case, names):
+    """ComfyUI would load it, and fail when it samples: 'NoneType' has no attribute 'device'."""
+    assert all(f"{name}' " in results["refused"][case] for name in names)
+
+
 @pytest.mark.parametrize(
     "case",
     ["BF16", "unknown BF16", "unknown FP8", "unknown scaled FP8", "unused head",

@@ -20,6 +20,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd import CLIPType
 from quantized_files import model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mxfp8.nodes.accelerating import check_loaded
@@ -102,6 +103,17 @@ def checkpoint(name: str, linears: dict[str, tuple[int, int]]) -> None:
     save(name, inside | {key: random(*shape) for key, shape in linears.items()}, others)
 
 
+def rename(name: str, source: str, old: str, new: str) -> None:
+    """SOURCE-mxfp8.safetensors with another name for a layer."""
+    with safe_open(f"{source}-mxfp8.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file(f"{source}-mxfp8.safetensors")
+    metadata["_quantization_metadata"] = metadata["_quantization_metadata"].replace(old, new)
+    save_file(
+        {key.replace(old, new): v for key, v in state.items()}, f"{name}.safetensors", metadata
+    )
+
+
 def options(config: dict) -> dict:
     sizes = {f"{name}_model_config": {**QWEN, **config} for name in ("", "qwen3_06b")}
     return {**sizes, "model_config": dict(CLIP)}
@@ -180,6 +192,8 @@ def main() -> None:
     text = "cond_stage_model.transformer.encoder.layers.0"
     checkpoint("sd1", {f"{text}.mlp.fc1": (3072, 768), f"{text}.self_attn.q_proj": (768, 768)})
     checkpoint("vae", {"first_stage_model.down_blocks.0.channelwise.0": (768, 192)})
+    rename("small unknown", "small", "mlp.up_proj", "mlp.up")
+    rename("sd1 unknown", "sd1", "attn2.to_out.0", "attn2.to_out")
     wanted = states(ours("small", "large"))
 
     def off(clip) -> float:
@@ -213,6 +227,9 @@ def main() -> None:
             "model of it, accelerated": refusal(accelerated_part, "sd1-mxfp8", part=0),
             "as a diffusion model": refusal(diffusion_model, "sd1-mxfp8"),
             "shape": refusal(ours, "padded-mxfp8", **alone),
+            "unknown name": refusal(ours, "small unknown", **alone),
+            "unknown name, accelerated": refusal(accelerated, "small unknown", **alone),
+            "unknown name in a UNet": refusal(diffusion_model, "sd1 unknown"),
         },
     }))  # fmt: skip
 
