@@ -444,7 +444,7 @@ def _repair(arguments) -> int:
             progress=progress,
         )
     print(result.summary(check_file(arguments.target)))
-    return 0
+    return 1 if result.problems else 0
 
 
 def _verify(arguments) -> int:

@@ -1,4 +1,5 @@
-"""Repairs a file: lost markers, row-major scales, scales as F8_E8M0. Codes stay as they are.
+"""Repairs a file: lost markers, row-major scales, scales as F8_E8M0. Codes stay as they are; NaN
+among them is a problem of the new file too.
 
 A matrix counts as an MXFP8 layer if it is F8_E4M3 with a shape that fits, has scales as U8 or
 F8_E8M0 with a shape that fits, and if its codes have the mark of the format (see `scan`). Existing
@@ -39,6 +40,7 @@ class Repair:
         marked: with new markers; tiled: with scales reordered to tiled; retyped: with scales
             rewritten as U8.
         layers: the number of MXFP8 layers in the new file.
+        problems: sentences on what cannot be repaired.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Repair:
     tiled: list[str] = field(default_factory=list)
     retyped: list[str] = field(default_factory=list)
     layers: int = 0
+    problems: list[str] = field(default_factory=list)
 
     def summary(self, warnings: Sequence[str] = ()) -> str:
         """A few lines for a terminal or a node.
@@ -68,7 +71,8 @@ class Repair:
             f"{self.source} -> {self.target}",
             *repairs,
             *listed("WARNING", warnings),
-            verdict(sound, warnings=warnings),
+            *listed("PROBLEM", self.problems),
+            verdict(sound, self.problems, warnings),
         ])  # fmt: skip
 
 
@@ -116,7 +120,10 @@ def repair_file(
                 "markers and tiled U8 scales; `mxfp8 inspect` shows other damage, such as NaN "
                 "codes, for which only a good copy of the file helps"
             )
-        _write(opened, target, layers, row_major, overwrite, progress)
+        nan_codes = _write(opened, target, layers, row_major, overwrite, progress)
+        for name, count in nan_codes.items():
+            found = scan.LayerScan(nan_codes=count).problems
+            result.problems += [f"{quoted(name)}: {problem}" for problem in found]
         return result
 
 
@@ -200,9 +207,22 @@ def _tiled_scale(source: FileSource, layer: Layer, row_major: bool) -> Iterator[
         yield scale
 
 
-def _write(source: FileSource, target, layers, row_major, overwrite, progress) -> None:
-    """Write the target: everything is copied but the scales and markers of these layers."""
+def _codes(source: FileSource, layer: Layer) -> Iterator[tuple[torch.Tensor, int]]:
+    """A layer's codes, in slabs of rows, and the number of NaN codes in each."""
+    for first, last in layout.slabs(*layer.weight.shape, 1 << 22):
+        codes = source.rows(layer.weight.name, first, last)
+        yield codes, scan.count_nan(layer, first, codes)
+
+
+def _write(source: FileSource, target, layers, row_major, overwrite, progress) -> dict[str, int]:
+    """Write the target: everything is copied but the scales and markers of these layers.
+
+    Returns:
+        Layer -> the number of its NaN codes.
+    """
     by_scale = {layer.scale.name: layer for layer in layers.values()}
+    by_weight = {layer.weight.name: layer for layer in layers.values()}
+    nan_codes = dict.fromkeys(layers, 0)
     markers = {name: format.marker_bytes(layer.conf) for name, layer in layers.items()}
     dropped = {name + MARKER for name in layers}
     tensors = []
@@ -223,9 +243,16 @@ def _write(source: FileSource, target, layers, row_major, overwrite, progress) -
                 for scale in _tiled_scale(source, layer, layer.name in row_major):
                     writer.write(key, as_bytes(scale.contiguous()))
                 advance(info.nbytes, key)
+            elif key in by_weight:
+                layer = by_weight[key]
+                for codes, nan in _codes(source, layer):
+                    writer.write(key, as_bytes(codes))
+                    nan_codes[layer.name] += nan
+                    advance(codes.nbytes, key)
             elif key not in dropped:
                 for piece in source.pieces(key):
                     writer.write(key, piece)
                     advance(len(piece), key)
         for name, text in markers.items():
             writer.write(name + MARKER, text)
+    return nan_codes

@@ -368,6 +368,13 @@ def _order_warnings(source: FileSource) -> list[str]:
 # ---- every byte ------------------------------------------------------------------------------
 
 
+def count_nan(layer: Layer, first: int, codes: torch.Tensor) -> int:
+    """How many codes are NaN in these rows of a layer, from row `first` on, without padding."""
+    rows, cols = layer.shape
+    used = codes.view(torch.uint8)[: max(0, rows - first), :cols]
+    return int(((used & 0x7F) == 0x7F).sum())
+
+
 def scan_layer(
     source: FileSource, layer: Layer, advance: Callable[[int], object] | None = None
 ) -> LayerScan:
@@ -387,7 +394,7 @@ def scan_layer(
         used = max(0, min(last, rows) - first)
         outside.append(_outside(layer, first, scale))
         plain = layout.untile(scale, tiles - first, scale.shape[1])
-        result.nan_codes += int(((code[:used, :cols] & 0x7F) == 0x7F).sum())
+        result.nan_codes += count_nan(layer, first, code)
         result.nan_scales += int((plain[:used, :blocks] == E8M0_NAN).sum())
         for matrix, inner in ((code, code[:used, :cols]), (plain, plain[:used, :blocks])):
             result.padding += int(matrix.count_nonzero() - inner.count_nonzero())

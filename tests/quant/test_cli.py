@@ -213,6 +213,10 @@ def test_a_file_without_markers_is_inspected_repaired_and_verified(source, targe
     assert run("verify", new, "--source", source)[0] == 0
     status, _, err = run("repair", new, lost, "--overwrite")
     assert (status, "nothing to repair" in err) == (1, True)
+    kept["b.weight"].view(torch.uint8)[0, 0] = 0x7F  # NaN
+    save_file(kept, lost)
+    status, out, _ = run("repair", lost, new, "--overwrite")
+    assert (status, out.splitlines()[-1][:6]) == (1, "NOT OK")
 
 
 def test_inspect_recognizes_an_architecture(run):

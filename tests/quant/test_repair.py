@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from mxfp8.kernels import layout
 from mxfp8.quant.checks import scan
+from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.checks.repair import repair_file
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.format import FormatError, read_header
@@ -184,6 +185,21 @@ def test_what_cannot_be_repaired_is_refused(tmp_path, sound, damage, marked, wor
     with pytest.raises(FormatError, match=words):
         repair_file(path, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_nan_codes_stay_and_are_a_problem_of_the_new_file_too(tmp_path, sound):
+    tensors, metadata = dict(sound[0]), sound[1]
+    codes = tensors["blocks.1.lin.weight"].view(torch.uint8).clone()
+    codes[3, 70], codes[199, 95] = 0x7F, 0xFF
+    codes[201, 0] = 0x7F  # padding: no part of the layer
+    tensors["blocks.1.lin.weight"] = codes.view(torch.float8_e4m3fn)
+    result = repair_file(save(tmp_path, as_e8m0(tensors), metadata), tmp_path / "new")
+    assert same(load(tmp_path / "new")[0]["blocks.1.lin.weight"], tensors["blocks.1.lin.weight"])
+    assert result.problems == inspect_file(tmp_path / "new").problems
+    (problem,) = result.problems
+    assert problem.startswith("'blocks.1.lin': 2 codes are NaN")
+    *_, line, verdict = result.summary().splitlines()
+    assert line == f"PROBLEM: {problem}" and verdict.startswith("NOT OK: 1 problem")
 
 
 def test_a_plain_fp8_file_is_not_taken_for_mxfp8(tmp_path):
