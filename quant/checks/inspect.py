@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .. import format
 from ..container.header import quoted
-from ..conversion import policy
+from ..conversion import architectures
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
 from ..progress import Meter, Progress
 from ..reports import document, metadata
@@ -30,7 +30,8 @@ class LayerInspection:
 
     Attributes:
         shape: unpadded (N, K); bytes: of codes and scales; scale_dtype: "U8" or "F8_E8M0".
-        decision: "mxfp8", the name of another format, or "kept", with the reason.
+        decision: "mxfp8", another format, as its marker or its tensors name it, or "kept", with the
+            reason.
         dtype: of the weight in the file.
         nan_codes, nan_scales: counts within the shape; padding: non-zero bytes of padding;
             scale_order: "tiled" or "row-major", None without evidence. Of MXFP8 layers, and only if
@@ -56,11 +57,12 @@ class Inspection:
     """A whole file.
 
     Attributes:
-        formats: format in the markers -> number of layers.
+        formats: format in the markers, or that dtypes and names show -> number of layers.
         metadata: names of the entries in the header.
         every_byte: whether the layers were read, or only the header.
         problems, warnings: sentences; a file with problems should not be used.
         report, comparison: as kept in the header; None if missing or damaged.
+        kind: what it is and the tensor that shows it, if no diffusion model or text encoder.
     """
 
     file: str
@@ -77,6 +79,7 @@ class Inspection:
     layers: list[LayerInspection] = field(default_factory=list, repr=False)
     report: Report | None = None
     comparison: Comparison | None = None
+    kind: str | None = None
 
     @property
     def mxfp8(self) -> list[LayerInspection]:
@@ -90,6 +93,7 @@ class Inspection:
         """A few lines for a terminal or a node."""
         return "\n".join([
             f"{self.file}: {format_size(self.bytes)}, {self.tensors} tensors",
+            *([f"kind: {self.kind}"] if self.kind else []),
             f"architecture: {self.architecture or 'not recognized'}",
             *self.contents(),
             f"metadata: {', '.join(self.metadata) or 'none'}",
@@ -157,7 +161,8 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
 
 
 def _from_header(header: Header, every_byte: bool) -> Inspection:
-    architecture, _ = policy.detect_architecture(header.tensors) or (None, None)
+    detected = architectures.detect(header.tensors)
+    marked, formats = (conf["format"] for conf in header.markers.values()), _unmarked(header)
     report, comparison, warnings = metadata.read(header.metadata)
     parts = {n + p for n in (*header.layers, *header.experts) for p in (WEIGHT, SCALE, MARKER)}
     sizes = Counter()
@@ -167,21 +172,41 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
         file=header.path.name,
         bytes=header.file_size,
         tensors=len(header.tensors),
-        architecture=architecture,
-        formats=dict(Counter(conf["format"] for conf in header.markers.values())),
+        architecture=detected and detected[0].name,
+        formats=dict(Counter([*marked, *formats.values()])),
         mxfp8_bytes=sizes[True],
         other_bytes=sizes[False],
         metadata=sorted(header.metadata),
         every_byte=every_byte,
-        layers=[*_layers(header)],
+        layers=[*_layers(header, formats)],
         warnings=warnings,
         report=report,
         comparison=comparison,
+        kind=_kind(header, recognized=detected is not None and bool(detected[0].classes)),
     )
 
 
-def _layers(header: Header) -> Iterator[LayerInspection]:
-    """Every 2-D weight, in the order of the file."""
+def _kind(header: Header, recognized: bool) -> str | None:
+    lora = unsupported.find_lora(header.tensors)
+    found = ("a LoRA", lora) if lora else unsupported.find_kind(header.tensors, recognized)
+    return found and f"{found[0]} ({quoted(found[1])})"
+
+
+def _unmarked(header: Header) -> dict[str, str]:
+    """Layer -> format, of those that are quantized without a marker."""
+    tensors = {t.name: (t.dtype, t.shape) for t in header.tensors.values()}
+    named, formats = tensors.keys() | header.markers.keys(), {}
+    for found in unsupported.unmarked(tensors):
+        _, shape = tensors.get(found.layer + WEIGHT, (None, (0, 0)))  # of GPTQ it is a `qweight`
+        whole = found.format == unsupported.SCALED_FP8
+        if len(shape) == 2 and not whole and found.layer not in named:
+            lost = " without markers" if found.format == "MXFP8" else ""
+            formats.setdefault(found.layer, found.format + lost)
+    return formats
+
+
+def _layers(header: Header, formats: Mapping[str, str]) -> Iterator[LayerInspection]:
+    """Every 2-D weight, in the order of the file; `formats` of those without a marker."""
     for tensor in header.tensors.values():
         name = tensor.name.removesuffix(WEIGHT)
         if name == tensor.name:
@@ -197,13 +222,13 @@ def _layers(header: Header) -> Iterator[LayerInspection]:
                 dtype=tensor.dtype,
             )
         elif len(tensor.shape) == 2:
-            other = header.markers.get(name, {}).get("format")
+            marked = header.markers.get(name, {}).get("format")
             yield LayerInspection(
                 name=name,
                 shape=tensor.shape,
                 bytes=tensor.nbytes,
-                decision=other or KEPT,
-                reason=f"marked as {other}" if other else f"{tensor.dtype} in the file",
+                decision=marked or formats.get(name, KEPT),
+                reason=f"marked as {marked}" if marked else f"{tensor.dtype} in the file",
                 dtype=tensor.dtype,
             )
 

@@ -10,7 +10,7 @@ formats first, which would pass off their loss as that of a new original.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,9 +167,14 @@ _UNLESS = {
 }
 
 
+def find_lora(keys: Iterable[str]) -> str | None:
+    """A key that only LoRAs have, or None."""
+    return next(filter(_LORA.search, keys), None)
+
+
 def check_no_lora(source: Source) -> None:
     """Raise FormatError if a source is a LoRA."""
-    lora = next(filter(_LORA.search, source.tensors), None)
+    lora = find_lora(source.tensors)
     if lora is not None:
         raise FormatError(
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
@@ -177,21 +182,30 @@ def check_no_lora(source: Source) -> None:
         )
 
 
-def check_kind(source: Source, recognized: bool) -> None:
-    """Raise FormatError if a source is no model, naming what it is and the tensor that shows it.
+def find_kind(keys: Collection[str], recognized: bool) -> tuple[str, str] | None:
+    """What a file with these keys is, if no model and no LoRA, and the key that shows it, or None.
 
     Args:
-        recognized: whether its tensors show the architecture of a diffusion model.
+        recognized: whether they show the architecture of a diffusion model.
     """
-    if any(map(_CHECKPOINT.match, source.tensors)):
-        return
+    if any(map(_CHECKPOINT.match, keys)):
+        return None
     for kind in (_CONTROLNET,) if recognized else _NO_MODELS:
-        key = _first("|".join(_NO_MODELS[kind]), source.tensors)
-        if key is not None and _first(_UNLESS.get(kind, "$."), source.tensors) is None:
-            raise FormatError(
-                f"{source.name}: {kind}, not a diffusion model or text encoder ({quoted(key)}); "
-                "ComfyUI runs it only unquantized: use the file as it is"
-            )
+        key = _first("|".join(_NO_MODELS[kind]), keys)
+        if key is not None and _first(_UNLESS.get(kind, "$."), keys) is None:
+            return kind, key
+    return None
+
+
+def check_kind(source: Source, recognized: bool) -> None:
+    """Raise FormatError if a source is no model, naming what it is; as `find_kind`."""
+    found = find_kind(source.tensors, recognized)
+    if found is not None:
+        kind, key = found
+        raise FormatError(
+            f"{source.name}: {kind}, not a diffusion model or text encoder ({quoted(key)}); "
+            "ComfyUI runs it only unquantized: use the file as it is"
+        )
 
 
 def _first(pattern: str, keys: Iterable[str]) -> str | None:
@@ -237,6 +251,11 @@ def quantized(source: Source) -> Iterator[Quantized]:
             conf = _read_marker(source, key)
             layer = key.removesuffix(MARKER)
             yield Quantized(layer, _marked(conf), f"the marker {quoted(key)} says so")
+    yield from unmarked(tensors)
+
+
+def unmarked(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[Quantized]:
+    """What dtypes and the tensors beside weights show, as `quantized`."""
     for key, (dtype, shape) in tensors.items():
         if dtype == "F8_E4M3" and _scale(tensors, key) in ("U8", "F8_E8M0"):
             evidence = f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"

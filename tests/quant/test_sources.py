@@ -170,6 +170,23 @@ def test_a_quantized_model_is_refused_by_the_name_of_its_format(tmp_path, tensor
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    {
+        "FP8 E4M3": "FP8 (E4M3)", "scaled_fp8": "FP8 (E4M3)", "scale_weight": "scaled FP8 (E4M3)",
+        "MXFP8 without markers": "MXFP8 without markers", "NVFP4 without markers": "NVFP4",
+        "MXFP8 without markers, E8M0": "MXFP8 without markers", "int8": "int8_tensorwise",
+        "bitsandbytes nf4": "NF4 (bitsandbytes)", "GPTQ": "GPTQ or AWQ", "HQQ": "HQQ",
+    }.items(),
+)  # fmt: skip
+def test_inspect_counts_no_quantized_layer_among_those_that_are_kept(tmp_path, name, found):
+    save_file({"a.weight": matrix(32, 32), **QUANTIZED[name][0]}, tmp_path / "source")
+    inspection = inspect_file(tmp_path / "source", every_byte=False)
+    assert inspection.formats == {found: 1}
+    decisions = {layer.name: layer.decision for layer in inspection.layers}
+    assert decisions in ({"a": "kept"}, {"a": "kept", "w": found})
+
+
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
 def test_fewer_bits_are_refused_by_name_too(tmp_path, dtype):
     bits = 4 if dtype == "F4" else 6
@@ -418,6 +435,7 @@ def test_a_lora_is_no_model(tmp_path, key):
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(FormatError, match=r"lora.safetensors: a LoRA, not a model \("):
         convert_file(tmp_path / "lora.safetensors", tmp_path / "out")
+    assert f"kind: a LoRA ({key!r})" in inspect_file(tmp_path / "lora.safetensors").summary()
 
 
 # Those whose classes are not ComfyUI's, or that it renames; tests/in_comfyui/test_other_kinds.py
@@ -458,10 +476,12 @@ def test_other_kinds_of_files_are_refused_unless_they_are_parts(tmp_path, key, k
         FormatError, match=rf"source: {kind}.* not a diffusion .*'{re.escape(key)}'"
     ):
         convert_file(tmp_path / "source", tmp_path / "out")
+    assert inspect_file(tmp_path / "source").kind.startswith(kind)
     checkpoint = {**tensors, "model.diffusion_model.blocks.0.attn.q.weight": torch.ones(32, 32)}
     for state in (checkpoint, {f"part.{k}": value for k, value in tensors.items()}):
         save_file(state, tmp_path / "source")
         assert convert_file(tmp_path / "source", tmp_path / "out", overwrite=True).quantized
+        assert inspect_file(tmp_path / "source").kind is None
 
 
 @pytest.mark.parametrize("kind", sorted(set(OTHERS.values())))
