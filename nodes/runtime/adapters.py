@@ -296,7 +296,7 @@ class _Terms:
         strength, value, strength_model, _, function = patch
 
         def scaled() -> Tensor:
-            return self._slice(rows, columns) * strength_model
+            return self._slice(rows, columns, strength_model)
 
         n, k = rows[1], columns[1]
         factors = FACTORS[type(value)](value.weights, n, k, scaled)
@@ -368,7 +368,8 @@ class _Terms:
             if scale.shape != (n, 1):
                 self._change(patch, rows, columns)
                 return
-            norms = (self._slice(rows, columns) * strength_model).norm(dim=1, keepdim=True).cpu()
+            weight = self._slice(rows, columns, strength_model)
+            norms = weight.norm(dim=1, keepdim=True).cpu()
             g = (scale / (norms + torch.finfo(torch.float32).eps))[:, 0]
             keep = 1 - strength + strength * g * (1 + alpha * a)
             gain = strength * g * alpha * r
@@ -392,8 +393,9 @@ class _Terms:
     def _owner(self) -> int:
         return len(self.notes) - 1
 
-    def _slice(self, rows: Span, columns: Span) -> Tensor:
-        return self.current.weight().narrow(0, *rows).narrow(1, *columns)
+    def _slice(self, rows: Span, columns: Span, strength_model: float) -> Tensor:
+        weight = self.current.weight().narrow(0, *rows).narrow(1, *columns)
+        return weight if strength_model == 1 else weight * strength_model
 
     def _strength_model(self, factor: float, rows: Span, columns: Span) -> None:
         if factor == 1:

@@ -31,7 +31,7 @@ PLACES = {
     "columns": ((1, 16, 32), None),
     "halves swapped": (None, comfy.utils.swap_scale_shift),
     "rows, halves swapped": ((0, 32, 48), comfy.utils.swap_scale_shift),
-    "no permutation": (None, lambda delta: delta.flip(1) * -2),
+    "columns reversed": (None, lambda delta: delta.flip(1)),
 }
 STRENGTHS = (1.0, -0.7, 0.01)
 
@@ -70,8 +70,9 @@ def shape_of(place: str):
 def ours(patches, x, dtype, bias=(), weight=WEIGHT):
     """(branch, the layer's output) with the base's weight in x's dtype."""
     assert merged_by_stock(patches, weight.shape) == 0
-    branch = build(patches, list(bias), weight.clone, BIAS, KEY, weight.shape, dtype, 2**30)
-    w, b = weight.to(x.dtype), BIAS.to(x.dtype)
+    b = BIAS[: len(weight)]
+    branch = build(patches, list(bias), weight.clone, b, KEY, weight.shape, dtype, 2**30)
+    w, b = weight.to(x.dtype), b.to(x.dtype)
     out = functional.linear(branch.adjust_input(x), w, None if branch.rescales else b)
     out = branch.add_to(out, x)
     return branch, out + b if branch.rescales else out
@@ -79,13 +80,14 @@ def ours(patches, x, dtype, bias=(), weight=WEIGHT):
 
 def expected(patches, x, bias=(), weight=WEIGHT):
     """(the patched layer's output, what the patches changed of it) by ComfyUI, in float64."""
-    originals = {KEY: ((weight.double(),),), "layer.bias": ((BIAS.double(),),)}
+    base = BIAS[: len(weight)].double()
+    originals = {KEY: ((weight.double(),),), "layer.bias": ((base,),)}
     w, b = (
         comfy.lora.calculate_weight(list(patched), tensor.double(), key, torch.float32, originals)
-        for patched, tensor, key in ((patches, weight, KEY), (bias, BIAS, "layer.bias"))
+        for patched, tensor, key in ((patches, weight, KEY), (bias, base.clone(), "layer.bias"))
     )
     out = functional.linear(x.double(), w, b)
-    return out, out - functional.linear(x.double(), weight.double(), BIAS.double())
+    return out, out - functional.linear(x.double(), weight.double(), base)
 
 
 def share(out, wanted, effect, of_effect: float, of_layer: float) -> float:
@@ -114,7 +116,7 @@ def cases():
             yield f"{name}, {strength}", ([patch(value, strength)], [])
     chance = random.Random(0)
     for count in (2, 3, 6):
-        for _ in range(24):
+        for _ in range(16):
             patches, names = [], []
             for seed in range(count):
                 kind, place = chance.choice(KINDS), chance.choice(list(PLACES))
@@ -134,7 +136,12 @@ def exact():
     what scales or turns the layer is rounded with it; the rest is as exact as its effect is small.
     A low rank that was found in a dense delta may miss 2^-20 of it.
     """
-    results = {}
+    results, square = {}, random_tensor(K, K) / 8
+    for old in (False, True):  # the layouts of GLoRA look alike here
+        patches, x = [patch(glora((K, K), old))], random_tensor(M, K)
+        _, out = ours(patches, x, torch.float32, weight=square)
+        found = expected(patches, x, weight=square)
+        results[f"glora, square, old layout: {old}"] = share(out, *found, 2**-19, 2**-22)
     for name, (patches, bias) in cases():
         for dtype in (torch.float32, torch.float64):
             x = random_tensor(2, M // 2, K).to(dtype)
@@ -216,6 +223,10 @@ def special():
     butterfly = random_tensor(3, 24, 4, 4) / 64
     values["boft, constrained"] = stock.BOFTAdapter(set(), (butterfly, None, 0.1, None))
     values["boft, constrained, scaled"] = stock.BOFTAdapter(set(), (butterfly, None, 0.1, rows))
+    rescale = torch.linspace(0.9, 1.1, N)[:, None]
+    values["boft, constrained, rescaled, scaled"] = stock.BOFTAdapter(
+        set(), (butterfly, rescale, 0.1, rows)
+    )
     rescale = torch.linspace(0.9, 1.1, K)[None]
     values["boft, columns rescaled"] = stock.BOFTAdapter(set(), (butterfly, rescale, 0.0, None))
     values["glora of the old layout"] = glora((N, K), old=True)
