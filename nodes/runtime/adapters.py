@@ -68,7 +68,8 @@ SHORT_NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP
 class Applied:
     """One patch, as reports show it.
 
-    `group` is the same for all patches of one LoRA file, and 0 for what no adapter holds.
+    `nbytes` is what it adds to the branch (a dense delta that several patches share counts for the
+    first). `group` is the same for all patches of one LoRA file, and 0 for what no adapter holds.
     `problem` says why a patch was left out.
     """
 
@@ -312,7 +313,7 @@ class _Terms:
         if scale.shape[0] == n:  # as stock tells: by the norms before this patch
             norms = weight.norm(dim=1, keepdim=True)
         else:  # by the norms with it
-            delta = moved.alpha * moved.matrix().to(weight.device)
+            delta = moved.alpha * moved.matrix(weight.device)
             norms = (weight + delta).norm(dim=0, keepdim=True)
         gain = scale / (norms.cpu() + torch.finfo(torch.float32).eps)
         if torch.broadcast_shapes(gain.shape, (n, k)) != (n, k):

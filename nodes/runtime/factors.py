@@ -28,12 +28,12 @@ class Factors:
     alpha: float = 1.0
     rank: int | None = None
 
-    def matrix(self) -> Tensor:
+    def matrix(self, device: torch.device | None = None) -> Tensor:
         if self.dense is not None:
-            return self.dense
+            return self.dense.to(device)
         if self.kron is not None:
-            return torch.kron(*self.kron)
-        return self.up @ self.down
+            return torch.kron(*(factor.to(device) for factor in self.kron))
+        return self.up.to(device) @ self.down.to(device)
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -1,4 +1,13 @@
-"""What runs beside a linear layer, made by `adapters`, whose docstring says why."""
+"""What runs beside a linear layer; `adapters` makes it, and says why.
+
+Matrices are weights of ComfyUI's linears, so that ComfyUI accounts for them, moves and streams them
+like the model's own. Vectors are held in float32: they cost little, and where they scale the layer
+its own precision depends on theirs. Everything is added into the base's output: beside it, a LoRA
+needs M x rank values and no M x N.
+
+Rejected: one `up` for all LoRAs of a layer, padded with zeros where they belong to a slice (a third
+of a fused q, k, v), which multiplies and holds three times as much.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +99,6 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RowScales(nn.Module):
-    """Held in float32: a vector costs little, and its rounding would be the whole layer's."""
-
     def __init__(self, rows: int, owner: int):
         super().__init__()
         self.scales, self.owner = torch.ones(rows), owner
