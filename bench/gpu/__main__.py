@@ -31,7 +31,7 @@ from gpu import ceilings, report  # noqa: E402
 from gpu.clock import Clock, reason  # noqa: E402
 from gpu.shapes import plan  # noqa: E402
 
-SECTIONS = ("check", "casts", "linears", "host", "blocks")
+SECTIONS = ("check", "casts", "linears", "loras", "host", "blocks")
 
 
 class Run:
@@ -111,7 +111,7 @@ class Run:
         print(f"{len(self.result['checks'])} checks, {wrong} failed", flush=True)
 
     def measure(self, section: str, bench) -> None:
-        from gpu import blocks, rows
+        from gpu import blocks, loras, rows
 
         if section == "casts":
             for shape in self.plan.shapes:
@@ -119,6 +119,10 @@ class Run:
         elif section == "linears":
             for problem in self.plan.problems:
                 self.rows(f"linear {problem}", rows.linears(bench, *problem))
+        elif section == "loras":
+            for shape in self.plan.lora_shapes:
+                problem = (self.plan.tokens, *shape)
+                self.rows(f"LoRA beside {problem}", loras.loras(bench, *problem))
         elif section == "host":
             self.rows("host", rows.host(bench))
         elif section == "blocks":

@@ -57,6 +57,12 @@ class Ceilings:
             return max(moved, 2 * M * N * K / self.bf16_flops * 1e6)
         return self.unpack(N, K) + self.matmul(M, N, K, 2)
 
+    def low_rank(self, M: int, N: int, K: int, rank: int) -> float:
+        """What two thin matmuls in BF16 move that add to an output, in place."""
+        first = M * K + rank * K + M * rank
+        second = M * rank + N * rank + 2 * M * N
+        return self.moved(2 * (first + second))
+
     def fast(self, M: int, N: int, K: int, cached: bool) -> float:
         spent = self.quantize_rowwise(M, K) + self.matmul(M, N, K, 1, fp8=True)
         return spent if cached else spent + self.to_rowwise(N, K)

@@ -107,6 +107,19 @@ class Clock:
         self.wait()
         return statistics.median(measured)
 
+    def launches(self, run: Callable[[], object]) -> int:
+        """Kernels that a call starts on a GPU; on a CPU, the matmuls in it."""
+        gpu = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(
+            activities=[activity.CUDA if gpu else activity.CPU], acc_events=True
+        ) as seen:
+            run()
+            self.wait()
+        if gpu:
+            return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
+        return sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_") for e in seen.events())
+
     def wait(self) -> None:
         """Wait until the device has finished its work."""
         if self.device.type == "cuda":

@@ -143,7 +143,9 @@ def markdown(result: dict) -> str:
     for model, shapes in MODELS.items():
         lines += [f"## Linears of {model}", ""]
         lines += _table(result["rows"], lambda r, s=shapes: _is_of(r, s), _LINEAR)
-    others = [r for r in result["rows"] if not _is_cast(r) and not _is_of(r, SHAPES)]
+    lines += ["## Linears with a LoRA", "", *_table(result["rows"], _is_lora, _LORA)]
+    known = (_is_cast, _is_lora, lambda r: _is_of(r, SHAPES))
+    others = [r for r in result["rows"] if not any(kind(r) for kind in known)]
     lines += ["## Blocks and launches", "", *_table(others, lambda r: True, _LINEAR)]
     lines += _peaks(result["peak_memory"])
     if result["left_out"]:
@@ -172,11 +174,21 @@ def _ceilings(ceilings: dict) -> list[str]:
 _CAST = ("op", "backend", "M", "N", "K", "us", "stock_us", "roofline_us")
 _LINEAR = ("op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
            "roofline_us", "error")  # fmt: skip
-_RATIOS = {"stock_us": "/ stock", "roofline_us": "of roofline", "bf16_us": "/ bf16"}
+_LORA = (*_LINEAR[:-2], "without_us", "added_launches", *_LINEAR[-2:])
+_RATIOS = {
+    "without_us": "/ without",
+    "stock_us": "/ stock",
+    "roofline_us": "of roofline",
+    "bf16_us": "/ bf16",
+}
 
 
 def _is_cast(r: dict) -> bool:
     return r["precision"] is None and r["op"] != "host_us" and r["K"] is not None
+
+
+def _is_lora(r: dict) -> bool:
+    return r["op"] == "linear, LoRA"
 
 
 def _is_of(r: dict, shapes) -> bool:

@@ -29,12 +29,15 @@ from mxfp8 import kernels
 from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import fp8_rowwise
 
-_SAMPLE = 128  # rows at either end of an output whose error is measured
+SAMPLE = 128  # rows at either end of an output whose error is measured
 
 
 def row(op: str, precision, backend, cached, M, N, K, us, **rest) -> dict:
-    """A row of the results; None where a column does not apply."""
-    names = ("bf16_us", "stock_us", "roofline_us", "error")
+    """A row of the results; None where a column does not apply.
+
+    `without_us` and `added_launches` are those of a layer without a LoRA, and of a LoRA beside it.
+    """
+    names = ("bf16_us", "stock_us", "without_us", "added_launches", "roofline_us", "error")
     assert rest.keys() <= set(names), rest
     columns = {"op": op, "precision": precision, "backend": backend, "cached": cached}
     columns |= {"M": M, "N": N, "K": K, "us": us} | {name: rest.get(name) for name in names}
@@ -126,7 +129,7 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
 
     rivals = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
     sample = torch.arange(M, device=bench.device)
-    sample = torch.cat([sample[:_SAMPLE], sample[_SAMPLE:][-_SAMPLE:]])
+    sample = torch.cat([sample[:SAMPLE], sample[SAMPLE:][-SAMPLE:]])
     expected = xs[0][sample].double() @ exact_weight(*stored["exact"][0]).t()
 
     def measured(op, method, backend, name, limit):

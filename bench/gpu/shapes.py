@@ -28,12 +28,14 @@ class Plan:
     Attributes:
         problems: (M, N, K) of linears, the most important first.
         shapes: (N, K) of the casts.
+        lora_shapes: (N, K) of linears with a LoRA, whose M is `tokens`.
         tokens: image tokens of a block.
         shrink: a divisor of the widths of blocks.
     """
 
     problems: tuple[tuple[int, int, int], ...]
     shapes: tuple[tuple[int, int], ...]
+    lora_shapes: tuple[tuple[int, int], ...]
     tokens: int
     shrink: int = 1
 
@@ -42,10 +44,10 @@ def plan(quick: bool) -> Plan:
     """The whole plan, or with `quick` sizes that a CPU computes in a second, to try the script."""
     if quick:
         problems = ((1, 96, 256), (16, 96, 256), (128, 96, 256), (130, 160, 96))
-        return Plan(problems, ((256, 192), (96, 256)), 48, 16)
+        return Plan(problems, ((256, 192), (96, 256)), ((96, 256),), 48, 16)
     problems = [(m, *shape) for m in EVERY_M for shape in SHAPES]
     problems += [(m, *shape) for m in SOME_M for shape in SOME]
-    return Plan(tuple(problems), SHAPES, 4096)
+    return Plan(tuple(problems), SHAPES, SOME, 4096)
 
 
 def numbers(device, *size: int, seed: int = 0, scale: float = 1.0, dtype=torch.bfloat16):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 COLUMNS = [
     "op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
-    "roofline_us", "error",
+    "without_us", "added_launches", "roofline_us", "error",
 ]  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
     assert [list(row) for row in kernels["rows"]] == [COLUMNS] * len(kernels["rows"])
     ops = {row["op"] for row in kernels["rows"]}
     assert ops == {
-        "dequantize", "quantize", "to_rowwise", "quantize_rowwise", "linear", "host_us",
-        "block_matmul",
+        "dequantize", "quantize", "to_rowwise", "quantize_rowwise", "linear",
+        "linear, LoRA", "host_us", "block_matmul",
         "Z-Image block", "Flux double block",
     }  # fmt: skip
     linears = {(r["precision"], r["cached"]) for r in kernels["rows"] if r["op"] == "linear"}
@@ -61,6 +61,16 @@ def test_times_are_times_and_errors_those_of_eight_bits(kernels):
             # BF16 rounds by 2**-9 at most; activations in E4M3 cost 2 to 3%.
             least, most = (5e-4, 2.5e-3) if row["precision"] == "exact" else (5e-3, 6e-2)
             assert least < row["error"] < most, row
+
+
+def test_a_lora_beside_a_layer_adds_two_matmuls(kernels):
+    rows = [row for row in kernels["rows"] if row["op"] == "linear, LoRA"]
+    assert [row["precision"] for row in rows] == ["exact", "fast"]
+    for row in rows:
+        assert min(row["us"], row["without_us"], row["bf16_us"], row["stock_us"]) > 0
+        assert row["added_launches"] == 2
+        least, most = (5e-4, 4e-3) if row["precision"] == "exact" else (5e-3, 6e-2)
+        assert least < row["error"] < most  # one BF16 rounding more
 
 
 def test_checks_were_made_and_hold(kernels):
