@@ -30,7 +30,7 @@ TABLE = ROOT / "quant" / "conversion" / "architectures.json"
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import torch  # noqa: E402
-from comfyui import comfyui_path  # noqa: E402
+from comfyui import import_modules  # noqa: E402
 from model_configs import BESIDE, IN_MEMORY, METADATA, as_stored, configs  # noqa: E402
 
 from mxfp8.quant.conversion import architectures  # noqa: E402
@@ -95,12 +95,7 @@ def _noting(tensor: torch.Tensor, key: str, readers: set[str]) -> _Noting:
 
 def models() -> list[type]:
     """ComfyUI's model classes, in the order of its detection."""
-    # ComfyUI parses the command line when it is imported.
-    sys.argv = ["main.py", "--cpu"]
-    sys.path.insert(0, str(comfyui_path()))
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    import_modules()
     import comfy.supported_models
 
     logging.disable(logging.ERROR)

@@ -155,6 +155,15 @@ def ask(script: str, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def import_modules() -> None:
+    """Make ComfyUI's modules importable in this process, on a CPU with static memory."""
+    sys.argv = ["main.py", "--cpu"]  # which they parse when they are imported
+    sys.path.insert(0, str(comfyui_path()))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+
 def _free_port() -> int:
     """A port below those that systems give to clients: none takes it before the server does."""
     while True:
