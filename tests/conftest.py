@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from comfyui import KINDS, TESTS, Server, make_models
 from hypothesis import HealthCheck, settings
+from quantized_files import plain
+from safetensors.torch import save_file
 
 from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import fp8_rowwise
@@ -17,13 +19,15 @@ settings.load_profile("steady")
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
-    """A server with tiny Flux, Flux.2 and Wan models, each in BF16 and converted to MXFP8."""
+    """A server with tiny Flux, Flux.2 and Wan models: in BF16, MXFP8, and that dequantized."""
     base = tmp_path_factory.mktemp("comfyui")
     make_models(base, *KINDS, "ltxv", "checkpoint", "vae", "lora")
     models = base / "models"
     for kind in KINDS:
         folder = models / "diffusion_models"
-        convert_file(folder / f"{kind}.safetensors", folder / f"{kind}-mxfp8.safetensors")
+        target = folder / f"{kind}-mxfp8.safetensors"
+        convert_file(folder / f"{kind}.safetensors", target)
+        save_file(plain(target), folder / f"{kind}-plain.safetensors")
     checkpoint = models / "checkpoints" / "checkpoint.safetensors"
     convert_file(checkpoint, checkpoint.with_name("checkpoint-mxfp8.safetensors"))
     with Server(base, (TESTS / "comfy_nodes" / "mxfp8_test_nodes",)) as server:

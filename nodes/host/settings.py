@@ -20,28 +20,35 @@ from comfy.cli_args import args
 
 logger = logging.getLogger(__name__)
 
-_SETTING = "MXFP8.KeepPreparedWeights"
-_VARIABLE = "MXFP8_KEEP_PREPARED_WEIGHTS"
-
 
 def keep_prepared_weights() -> bool:
-    """Whether prepared weights may be kept between runs (`runtime.cache`); by default they are."""
-    variable = os.environ.get(_VARIABLE, "").strip().lower()
-    if variable:
-        return variable not in ("0", "false", "no", "off")
+    """Whether prepared weights may be kept between runs (`runtime.cache`)."""
+    return _chosen("MXFP8.KeepPreparedWeights", "MXFP8_KEEP_PREPARED_WEIGHTS")
+
+
+def loras_beside() -> bool:
+    """Whether LoRAs run beside the weights (`runtime.lora`), or ComfyUI merges them."""
+    return _chosen("MXFP8.LoRAsBesideWeights", "MXFP8_LORAS_BESIDE_WEIGHTS")
+
+
+def _chosen(setting: str, variable: str) -> bool:
+    """A choice that is on by default."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value:
+        return value not in ("0", "false", "no", "off")
     if args.multi_user:
-        _notice_ignored()
+        _notice_ignored(setting, variable)
         return True
-    return _stored().get(_SETTING) is not False
+    return _stored().get(setting) is not False
 
 
 @cache
-def _notice_ignored() -> None:
+def _notice_ignored(setting: str, variable: str) -> None:
     """Log once that the users' choice is ignored."""
     logger.warning(
         "MXFP8: ComfyUI serves several users, so the setting %s is ignored; set %s=0 or 1 for all.",
-        _SETTING,
-        _VARIABLE,
+        setting,
+        variable,
     )
 
 

@@ -24,6 +24,7 @@ from ...quant import format
 from ...quant.container.header import quoted
 from ...quant.format import MARKER, WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
+from ..runtime import lora
 from ..runtime.patch import PREFIX
 from .baking import BakingError, bake, fits
 from .raw_codes import check_weights
@@ -135,7 +136,7 @@ class ModelSource:
             ValueError: ComfyUI would not recognize it, or take it for another model.
         """
         state = {
-            key: self.original(entry.full) if entry.tensor is None else entry.tensor
+            key: lora.original(self._patcher, entry.full) if entry.tensor is None else entry.tensor
             for key, entry in self._entries.items()
         }
         state |= {f"{name}{WEIGHT}": m.weight for name, m in self.quantized.items()}
@@ -174,22 +175,9 @@ class ModelSource:
             raise ValueError(self._unmergeable({entry.full: reason}))
         yield as_bytes(value.reshape(-1))
 
-    def original(self, full: str) -> torch.Tensor:
-        """A parameter as loaded, without what is merged into it now."""
-        # In this order: what hooks backed up may have LoRAs merged into it.
-        if full in self._patcher.backup:
-            return self._patcher.backup[full].weight
-        if full in self._patcher.hook_backup:
-            return self._patcher.hook_backup[full][0]
-        if full in self._patcher.backup_buffers:
-            return self._patcher.backup_buffers[full]
-        value = comfy.utils.get_attr(self._patcher.model, full)
-        # A parameter that is not in the checkpoint: ComfyUI makes it zero when it is first used.
-        return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
-
     def _add(self, key: str) -> None:
         full = PREFIX + key
-        value = self.original(full)
+        value = lora.original(self._patcher, full)
         dtype = value.dtype
         patches = self._patcher.patches.get(full, [])
         if tuple(comfy.lora.calculate_shape(patches, value, full)) != tuple(value.shape):
@@ -207,7 +195,7 @@ class ModelSource:
             self._cached = None  # free the last one first
             full = PREFIX + (layer + WEIGHT).removeprefix(self.prefix)
             baked = self._patched(full) if full in self._patcher.patches else None
-            original = self.original(full)
+            original = lora.original(self._patcher, full)
             self._cached = layer, stored_tensors(layer, self.quantized[layer], original, baked)
         return self._cached[1][key]
 
@@ -216,17 +204,14 @@ class ModelSource:
         if entry.tensor is not None:
             return entry.tensor
         if entry.full not in self._patcher.patches:
-            return self.original(entry.full)
+            return lora.original(self._patcher, entry.full)
         if self._cached is None or self._cached[0] != key:
             self._cached = None  # free the last one first
             self._cached = key, self._patched(entry.full)
         return self._cached[1]
 
     def _patched(self, full: str) -> torch.Tensor:
-        weight = self.original(full)
-        if isinstance(weight, QuantizedTensor):
-            weight = weight.dequantize()
-        weight = weight.to(self._patcher.load_device, torch.float32, copy=True)
+        weight = lora.patched(self._patcher, full, [])
         try:
             return bake(self._patcher.patches[full], weight, full)
         except BakingError as error:
@@ -240,7 +225,9 @@ class ModelSource:
         """
         failed = {}
         for full, patches in self._patcher.patches.items():
-            if full.startswith(PREFIX) and not fits(patches, self.original(full), full):
+            if full.startswith(PREFIX) and not fits(
+                patches, lora.original(self._patcher, full), full
+            ):
                 try:
                     self._patched(full)
                 except ValueError as error:

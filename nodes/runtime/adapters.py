@@ -151,6 +151,7 @@ def build(
             terms.columns,
             terms.low_rank,
             terms.dense,
+            None if bias is None else bias.float().cpu(),
             terms.bias,
             dtype,
         )

@@ -8,9 +8,9 @@ when ComfyUI unloads it or a part of it, or has its own patcher take it over, an
 patcher. Where they are not kept, or the user turned that off (`settings`), each forward prepares
 its weight anew.
 
-A prepared weight belongs to a module's weight as an object, and to what is merged into the model:
-stock replaces the object when it merges a LoRA, except under dynamic VRAM, where it merges into a
-copy. There, nothing is kept while there is a LoRA.
+A prepared weight belongs to a module's weight as an object: stock replaces it when it merges a
+patch into it, except under dynamic VRAM, where it merges into a copy. There, nothing is kept while
+there is a patch to merge.
 
 An input is quantized once for layers to which a block gives the same tensor, one after the other:
 the siblings q, k and v, or the two halves of a gated feed-forward. Nothing shows whether a tensor
@@ -101,31 +101,41 @@ class ModelState:
         prepared: linear -> its prepared weight.
         shared_inputs: linear -> the input that it shares with its siblings.
         forwards: names of our object patches that are on the model now.
+        side: the branches of the patcher that asked for them last, and what they were made for
+            (`lora.side_branches`).
+        hooked: groups of hooks -> their strengths, and their branches.
+        sides: the branches that the layers run now; `bound` are the layers.
+        merged: what stock merged when a patcher of ours loaded the model, and that patcher's
+            `patches_uuid`.
     """
 
     def __init__(self) -> None:
         self.prepared: dict[torch.nn.Module, PreparedWeight] = weakref.WeakKeyDictionary()
         self.shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()
         self.forwards: Sequence[str] = ()
+        self.side: tuple | None = None
+        self.hooked: dict[object, tuple] = {}
+        self.sides: tuple = ()
+        self.bound: list[torch.nn.Module] = []
+        self.merged: tuple | None = None
         self._keeps = False
-        self._patches = None  # what is merged into the weights, as the patcher identifies it
         self._users: set[int] = set()  # ids of the patchers that run the model fast
 
     def __reduce__(self):
         return ModelState, ()  # also for copy.deepcopy
 
-    def keep(self, patcher, wanted: bool) -> None:
+    def keep(self, patcher, wanted: bool, merged: bool) -> None:
         """Before a run: keep prepared weights, as far as memory allows, or drop them.
 
         Args:
             wanted: whether any layer of this patcher runs on a prepared weight.
+            merged: whether stock merges patches into weights.
         """
-        # Under dynamic VRAM a LoRA is merged into what a layer is given, not into its weight.
-        merged_unseen = patcher.is_dynamic() and patcher.patches
+        # Under dynamic VRAM they are merged into what a layer is given, not into its weight.
+        merged_unseen = patcher.is_dynamic() and merged
         keeps = wanted and not merged_unseen and settings.keep_prepared_weights()
-        if not keeps or self._patches != patcher.patches_uuid:
+        if not keeps:
             self.drop()
-        self._patches = patcher.patches_uuid
         if wanted:
             self._keeps = keeps
         if not keeps:
@@ -156,7 +166,14 @@ class ModelState:
     @released.setter
     def released(self, _: bool) -> None:
         self.forwards = ()
+        self.unbind()
         self.drop()
+
+    def unbind(self) -> None:
+        """Take the branches off the layers."""
+        for module in self.bound:
+            vars(module).pop("mxfp8_branches", None)
+        self.sides, self.bound = (), []
 
     @property
     def nbytes(self) -> int:

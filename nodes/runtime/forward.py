@@ -1,7 +1,8 @@
 """The forward of an MXFP8 linear, and what decides how it runs.
 
-`_forward` and the backend report (`describe`) ask the same functions, so that they cannot disagree.
-Which backend multiplies, `kernels.execution_path` decides.
+`_linear` and the backend report (`describe`) ask the same functions, so that they cannot disagree.
+Which backend multiplies, `kernels.execution_path` decides. The branches of a layer (`lora`) are run
+after it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,26 @@ from ...kernels.ops import FLOATS
 from .cache import model_state
 
 
+def is_mxfp8_linear(module: torch.nn.Module) -> bool:
+    """Whether stock loaded this module as a linear layer with an MXFP8 weight."""
+    return (
+        getattr(module, "quant_format", None) == "mxfp8"
+        and hasattr(module, "in_features")
+        and isinstance(getattr(module, "weight", None), QuantizedTensor)
+        and module.weight.ndim == 2
+    )
+
+
+def compute_dtype(patcher) -> torch.dtype:
+    """The dtype of a model's activations; bfloat16 where the model does not say."""
+    dtype = getattr(patcher.model, "get_dtype_inference", lambda: None)()
+    return dtype if dtype in FLOATS else torch.bfloat16
+
+
 def left_to_stock(module) -> str | None:
     """Why a layer runs stock's forward now, or None."""
     if module.weight_function or module.bias_function:
-        return "ComfyUI applies a LoRA on the fly, as it does to offloaded layers"
+        return "ComfyUI applies a patch on the fly, as it does to offloaded layers"
     if getattr(module, "pre_quant_scale", None) is not None:
         return "ComfyUI scales its input (pre_quant_scale)"
     return None
@@ -33,12 +50,31 @@ def held_exact(module) -> str | None:
     return None
 
 
-def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
+def _forward(module, x: torch.Tensor, precision: str | None) -> torch.Tensor:
+    """A linear's output, with its branches: those of the model's patches, then those of hooks.
+
+    Args:
+        precision: None for stock's forward.
+    """
+    branches = getattr(module, "mxfp8_branches", ())
+    if branches and isinstance(x, QuantizedTensor):
+        x = x.dequantize()
+    inputs = [x]
+    for branch in reversed(branches):
+        inputs.append(branch.adjust_input(inputs[-1]))
+    x = inputs.pop()
+    out = type(module).forward(module, x) if precision is None else _linear(module, x, precision)
+    for branch in branches:
+        out = branch.add_to(out, inputs.pop())
+    return out
+
+
+def _linear(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     """The forward of stock's quantized Linear, with `kernels.linear` as its matmul.
 
-    Everything else stays with stock: training, weights that it patches on the fly (a LoRA on an
-    offloaded layer), scaled inputs. Under dynamic VRAM stock applies that patch while it casts the
-    weight, which then comes back unquantized.
+    Everything else stays with stock: training, scaled inputs, and weights that it patches on the
+    fly: a merged model on an offloaded layer. Under dynamic VRAM stock applies that patch while it
+    casts the weight, which then comes back unquantized.
     """
     stock = (
         x.requires_grad
@@ -80,7 +116,7 @@ def _forward(module, x: torch.Tensor, precision: str) -> torch.Tensor:
             prepared_weight=prepared,
             quantized_input=quantized,
         )
-    else:  # a LoRA was merged into it on the way
+    else:  # a patch was merged into it on the way
         out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     return out
@@ -103,10 +139,29 @@ def _forward_unfit(module, x, *_, **__):
     return _forward(module, x, "exact")
 
 
+def _forward_plain(module, x, *_, **__):
+    """For a layer that is not quantized, and has branches."""
+    return _forward(module, x, None)
+
+
 # Separate functions, not one with an argument: torch.compile inlines bound methods.
 FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}
 UNFIT = _forward_unfit
+PLAIN = _forward_plain
 PRECISION_OF = {
     **{function: precision for precision, function in FORWARDS.items()},
     UNFIT: "exact",
 }
+OURS = {*PRECISION_OF, PLAIN}
+
+
+def our_patches(patcher) -> list[str]:
+    """Names of the object patches on a patcher that are ours."""
+    patches = patcher.object_patches.items()
+    return [n for n, p in patches if getattr(p, "__func__", None) in OURS]
+
+
+def is_foreign(module) -> bool:
+    """Whether a linear has a forward from elsewhere: neither its class's nor ours."""
+    function = getattr(module.forward, "__func__", None)
+    return function is not type(module).forward and function not in OURS

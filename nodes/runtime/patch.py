@@ -16,20 +16,21 @@ file's header, and a file that has only those runs raw codes without an error.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from types import MethodType
 
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
-from comfy.quant_ops import QuantizedTensor
 
 from ... import kernels
 from ...kernels import layout
 from ...quant.container.header import quoted
 from ...quant.format import AGAIN
 from . import cache, forward
-from .patcher import compute_dtype, our_patches, patcher_class
+from .forward import compute_dtype, is_mxfp8_linear, our_patches
+from .patcher import patcher_class
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +38,6 @@ PREFIX = "diffusion_model."  # prefix of the diffusion model's parameters in a M
 _KEY = "mxfp8"
 # A layer runs exact if row-wise scaling could change its weights by more; MXFP8 rounds by 0.027.
 MAX_ROWWISE_CHANGE = 0.01
-
-
-def is_mxfp8_linear(module: torch.nn.Module) -> bool:
-    """Whether stock loaded this module as a linear layer with an MXFP8 weight."""
-    return (
-        getattr(module, "quant_format", None) == "mxfp8"
-        and hasattr(module, "in_features")
-        and isinstance(getattr(module, "weight", None), QuantizedTensor)
-        and module.weight.ndim == 2
-    )
 
 
 def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -106,6 +97,8 @@ def accelerate(patcher, precision: str):
             ours = forward.UNFIT if name in unfit else forward.FORWARDS[precision]
             clone.add_object_patch(f"{name}.forward", MethodType(ours, module))
     clone.__class__ = patcher_class(type(clone))
+    if clone.patches:  # stock, which merges them, must not take its weights for ours
+        clone.patches_uuid = uuid.uuid4()
     if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
     cache.attach(clone.model, [module for _, module in linears])
@@ -147,8 +140,7 @@ def _rebind(old, new) -> None:
         return
     for name in our_patches(new):
         module = comfy.utils.get_attr(new.model, name.removesuffix(".forward"))
-        if is_mxfp8_linear(module):
-            new.object_patches[name] = MethodType(new.object_patches[name].__func__, module)
-        else:
-            del new.object_patches[name]
+        function = new.object_patches.pop(name).__func__
+        if function is forward.PLAIN or is_mxfp8_linear(module):
+            new.object_patches[name] = MethodType(function, module)
     cache.attach(new.model, [module for _, module in mxfp8_linears(new.model)])

@@ -2,8 +2,8 @@
 
 In stock, merging models and hook LoRAs fail on a quantized weight: they look for its scales on the
 module and write into it in place. Whoever asks for weights gets their codes (`values`). Loading
-sets our forward over one that was set since, and unloading does not free prepared weights. So
-`patch.accelerate` gives a clone this class in front of its own.
+merges LoRAs into codes (`lora`), sets our forward over one that was set since, and unloading does
+not free prepared weights. So `patch.accelerate` gives a clone this class in front of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ... import kernels
-from ...kernels.ops import FLOATS
 from ...quant.format import MARKER
-from . import forward, values
+from . import forward, lora, values
 from .cache import RELEASED, model_state
+from .forward import compute_dtype, our_patches
 
 
 @cache
@@ -32,24 +32,13 @@ def patcher_class(base: type) -> type:
     return type(f"MXFP8{base.__name__}", (_QuantizedWeights, base), {})
 
 
-def compute_dtype(patcher) -> torch.dtype:
-    """The dtype of a model's activations; bfloat16 where the model does not say."""
-    dtype = getattr(patcher.model, "get_dtype_inference", lambda: None)()
-    return dtype if dtype in FLOATS else torch.bfloat16
-
-
-def our_patches(patcher) -> list[str]:
-    """Names of the object patches on a patcher that are ours."""
-    patches = patcher.object_patches.items()
-    return [n for n, p in patches if getattr(p, "__func__", None) in forward.PRECISION_OF]
-
-
 def keep_prepared_weights(patcher) -> None:
     """Before a run: let the fast layers of a model keep their prepared weights (`cache`)."""
     fast = forward.FORWARDS["auto"], forward.FORWARDS["fast"]
     patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
     path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), "auto")
-    model_state(patcher.model).keep(patcher, bool(patches) and path.input_form == "rowwise")
+    wanted = bool(patches) and path.input_form == "rowwise"
+    model_state(patcher.model).keep(patcher, wanted, bool(lora.side_branches(patcher).merged))
 
 
 class _QuantizedWeights:
@@ -66,7 +55,7 @@ class _QuantizedWeights:
         every key for its value, would fail.
         """
         modules = dict(self.model.named_modules())
-        state = values.StateDict()
+        state = values.StateDict(lora.bound_patches(self.model))
         for key, value in super().model_state_dict(filter_prefix).items():
             owner, _, leaf = key.rpartition(".")
             module = modules.get(owner)
@@ -79,23 +68,63 @@ class _QuantizedWeights:
 
     def patch_weight_to_device(self, key, *args, return_weight=False, **options):
         """The values of a weight for who asks; stock's savers ask for the `state_dict` of it."""
-        weight = super().patch_weight_to_device(key, *args, return_weight=return_weight, **options)
-        if not return_weight or not isinstance(weight, QuantizedTensor):
+        if not return_weight:
+            return super().patch_weight_to_device(key, *args, **options)
+        with self._showing(lora.unmerged(self, key)):
+            weight = super().patch_weight_to_device(key, *args, return_weight=True, **options)
+        if not isinstance(weight, QuantizedTensor):
             return weight
         dense = weight.dequantize()
         dense.state_dict = weight.state_dict
         return dense
 
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        # Stock takes the weights of loaded layers for merged ones, and these are beside their LoRA.
+        bound = model_state(self.model).bound
+        merged = [m for m in bound if getattr(m, "comfy_patched_weights", False)]
+        for module in merged:
+            module.comfy_patched_weights = False
+        try:
+            return super().model_state_dict_for_saving(model, prefix)
+        finally:
+            for module in merged:
+                module.comfy_patched_weights = True
+
+    def model_patches_models(self):
+        side = lora.side_branches(self).patcher
+        return [*super().model_patches_models(), *([] if side is None else [side])]
+
+    @contextmanager
+    def _showing(self, patches):
+        """Show stock other patches than there are."""
+        kept, self.patches = self.patches, patches
+        try:
+            yield
+        finally:
+            self.patches = kept
+
+    def partially_load(self, *args, **options):
+        lora.keep_loaded(self)
+        return super().partially_load(*args, **options)
+
+    def load(self, *args, **options):
+        side = lora.side_branches(self)
+        with self._showing(side.merged):
+            super().load(*args, **options)
+        lora.remember_merged(self)
+
     def pre_run(self):
         super().pre_run()
         keep_prepared_weights(self)
-        values.show(self.model)
+        values.show(self.model, lora.bound_patches(self.model))
 
     def cleanup(self):
         values.hide(self.model)
         super().cleanup()
 
     def patch_model(self, *args, **options):
+        side = lora.side_branches(self)
+        lora.bind(self.model, side)
         with self.use_ejected(), self._foreign_forwards_left_alone():
             return super().patch_model(*args, **options)
 
@@ -129,21 +158,21 @@ class _QuantizedWeights:
                 backup[RELEASED] = True  # what stock's own patcher sets that takes the model over
 
     def _has_foreign_forward(self, name: str) -> bool:
-        module = comfy.utils.get_attr(self.model, name.removesuffix(".forward"))
-        function = getattr(module.forward, "__func__", None)
-        return function is not type(module).forward and function not in forward.PRECISION_OF
+        return forward.is_foreign(comfy.utils.get_attr(self.model, name.removesuffix(".forward")))
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **options):
         freed = model_state(self.model).drop()
         if freed >= memory_to_free > 0:
             return freed
-        return freed + super().partially_unload(
-            device_to, max(0, memory_to_free - freed), *args, **options
-        )
+        with self._showing(lora.side_branches(self).merged):
+            return freed + super().partially_unload(
+                device_to, max(0, memory_to_free - freed), *args, **options
+            )
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:  # else they stay, and only object patches go
             model_state(self.model).drop()
+        lora.bind(self.model)
         self.eject_model()
         with self._foreign_forwards_left_alone():
             return super().unpatch_model(device_to, unpatch_weights)
@@ -155,7 +184,26 @@ class _QuantizedWeights:
                 f"the checkpoint of this model-as-LoRA hook is quantized (it holds {marker!r}), "
                 "and its raw codes would be used as weights; use its BF16 original"
             )
-        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+        added = super().add_hook_patches(hook, patches, strength_patch, strength_model)
+        lora.add_plain_forwards(self, self.hook_patches[hook.hook_ref])
+        return added
+
+    def get_combined_hook_patches(self, hooks):
+        """Those that stock merges; the others are bound in `patch_hooks`."""
+        combined = super().get_combined_hook_patches(hooks)
+        return lora.hook_branches(self, hooks, combined).merged if combined else combined
+
+    def patch_hooks(self, hooks):
+        super().patch_hooks(hooks)
+        side = [lora.side_branches(self)]
+        combined = super().get_combined_hook_patches(hooks)
+        if combined:
+            side.append(lora.hook_branches(self, hooks, combined))
+        lora.bind(self.model, *side)
+
+    def clear_cached_hook_weights(self):
+        model_state(self.model).hooked.clear()
+        super().clear_cached_hook_weights()
 
     def patch_hook_weight_to_device(
         self, hooks, combined_patches, key, original_weights, memory_counter

@@ -207,8 +207,8 @@ class Kronecker(nn.Module):
 class SideBranch(nn.Module):
     """What a layer's patches make of its output: see `build`.
 
-    A layer that `rescales` is called without its bias and with `adjust_input(x)`; the caller adds
-    the bias after `add_to`. A change of the bias is part of `add_to`.
+    The layer is called with `adjust_input(x)`. Its bias is scaled and turned with its output, so
+    what that does to it is taken back with the change of the bias.
     """
 
     def __init__(
@@ -220,6 +220,7 @@ class SideBranch(nn.Module):
         low_rank: list[LowRank],
         dense: list[Dense],
         bias: Tensor | None,
+        bias_change: Tensor | None,
         dtype: torch.dtype,
     ):
         super().__init__()
@@ -229,8 +230,6 @@ class SideBranch(nn.Module):
             step.hold(dtype)
         self.steps = nn.ModuleList(steps)
         self.columns = None if columns is None else _parameter(columns, torch.float32)
-        scaling = any(not isinstance(step, Kronecker) for step in steps)
-        self.rescales = scaling or columns is not None
 
         groups: dict[Span, list[tuple[Tensor, Tensor]]] = {}
         for term in low_rank:
@@ -254,7 +253,19 @@ class SideBranch(nn.Module):
             self.dense.append(_linear(term.delta * 2.0**-exponent, dtype))
             places.append((term.rows, term.columns, 2.0**exponent))
         self.dense_places = tuple(places)
-        self.bias = None if bias is None else _parameter(bias, torch.float32)
+        scaling = [step for step in steps if not isinstance(step, Kronecker)]
+        if bias is not None and scaling:
+            scaled = bias.clone()[None]
+            for step in scaling:
+                step.add_to(scaled, scaled)
+            back = bias - scaled[0]
+            bias_change = back if bias_change is None else bias_change + back
+        self.bias = None if bias_change is None else _parameter(bias_change, torch.float32)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the deltas that are neither thin products nor small factors."""
+        return sum(parameter.nbytes for parameter in self.dense.parameters())
 
     def adjust_input(self, x: Tensor) -> Tensor:
         """c * x; x itself if no columns are scaled."""

@@ -7,25 +7,34 @@ patcher's `model_state_dict` holds values (`StateDict`), and so does the model's
 while the model is sampled (`show`), when nothing saves it. At other times that is left to those who
 save.
 
+Values include the LoRAs that run beside a weight (`lora`), as they include merged ones.
+
 Both are lazy. Stock lists the keys of a model at every switch of hooks, and ControlLora would
 otherwise take the memory of a whole dequantized model.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from types import MethodType
+from collections.abc import Mapping, MutableMapping
 
+import comfy.lora
 import torch
 from comfy.quant_ops import QuantizedTensor
 
 
 class StateDict(MutableMapping, dict):
-    """A dict whose quantized tensors come out dequantized, each time they are read."""
+    """A dict whose tensors come out dequantized and with patches, each time they are read.
+
+    Args:
+        patches: of the tensors that have some, by key.
+    """
+
+    def __init__(self, patches: Mapping[str, list[tuple]]):
+        super().__init__()
+        self._patches = patches
 
     def __getitem__(self, key):
-        value = dict.__getitem__(self, key)
-        return value.dequantize() if isinstance(value, QuantizedTensor) else value
+        return _value(dict.__getitem__(self, key), key, self._patches.get(key))
 
     def __iter__(self):
         return dict.__iter__(self)
@@ -34,32 +43,68 @@ class StateDict(MutableMapping, dict):
     __len__, __contains__ = dict.__len__, dict.__contains__
 
 
+def _value(tensor: torch.Tensor, key: str, patches: list[tuple] | None) -> torch.Tensor:
+    value = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+    if not patches:
+        return value
+    weight = value.to(torch.float32, copy=True)
+    return comfy.lora.calculate_weight(patches, weight, key).to(value.dtype)
+
+
 class _Values(QuantizedTensor):
     """A quantized tensor that is dequantized by every operation, copying it elsewhere included."""
+
+    key, patches = "", None
+
+    def dequantize(self):
+        tensor = QuantizedTensor(self._qdata, self._layout_cls, self._params)
+        return _value(tensor, self.key, self.patches)
+
+    @classmethod
+    def of(cls, tensor: QuantizedTensor, key: str, patches: list[tuple] | None) -> _Values:
+        values = cls(tensor._qdata, tensor._layout_cls, tensor._params)
+        values.key, values.patches = key, patches
+        return values
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:  # what makes it a parameter
-            return cls(args[0]._qdata, args[0]._layout_cls, args[0]._params)
+            return cls.of(args[0], args[0].key, args[0].patches)
         return cls._dequant_and_fallback(func, args, kwargs or {})
 
 
-def _state_dict(module, *args, prefix="", **options):
-    state = type(module).state_dict(module, *args, prefix=prefix, **options)
-    weight = module.weight
-    state[f"{prefix}weight"] = _Values(weight._qdata, weight._layout_cls, weight._params)
-    return state
+class _StateDictOf:
+    """The `state_dict` of a linear that holds values."""
+
+    def __init__(self, module: torch.nn.Module, name: str, patches: Mapping[str, list[tuple]]):
+        self._module, self._name, self._patches = module, name, patches
+
+    def __call__(self, *args, prefix="", **options):
+        state = type(self._module).state_dict(self._module, *args, prefix=prefix, **options)
+        for leaf in ("weight", "bias"):
+            tensor, key = getattr(self._module, leaf, None), f"{self._name}.{leaf}"
+            patches = self._patches.get(key)
+            if isinstance(tensor, QuantizedTensor):
+                state[prefix + leaf] = _Values.of(tensor, key, patches)
+            elif patches:
+                state[prefix + leaf] = _value(tensor, key, patches)
+        return state
 
 
-def show(model: torch.nn.Module) -> None:
-    """Have the state dict of a model, and of its parts, hold the values of quantized weights."""
-    for module in model.modules():
-        if isinstance(getattr(module, "weight", None), QuantizedTensor):
-            module.state_dict = MethodType(_state_dict, module)
+def show(model: torch.nn.Module, patches: Mapping[str, list[tuple]]) -> None:
+    """Have the state dict of a model, and of its parts, hold the values of weights.
+
+    Args:
+        patches: what branches do to weights, by key (`lora.bound_patches`).
+    """
+    layers = {key.rpartition(".")[0] for key in patches}
+    for name, module in model.named_modules():
+        if name in layers or isinstance(getattr(module, "weight", None), QuantizedTensor):
+            module.state_dict = _StateDictOf(module, name, patches)
 
 
 def hide(model: torch.nn.Module) -> None:
     """Undo `show`."""
     for module in model.modules():
-        if getattr(vars(module).get("state_dict"), "__func__", None) is _state_dict:
+        if isinstance(vars(module).get("state_dict"), _StateDictOf):
             del module.state_dict

@@ -63,14 +63,14 @@ def test_fast_is_close_to_exact_and_the_same_whether_prepared_weights_are_kept(c
     assert 1e-4 < difference(kept, exact[kind]) < 0.1
 
 
-def test_a_merged_lora_is_in_the_prepared_weights_until_it_is_removed(comfy):
+def test_a_lora_leaves_prepared_weights_alone(comfy):
     plain, _ = sampled(comfy, "flux")
-    merged, count = sampled(comfy, "flux", lora=True)
+    beside, count = sampled(comfy, "flux", lora=True)
     again, _ = sampled(comfy, "flux")
     wanted, _ = sampled(comfy, "flux", lora=True, keep=False)
     assert count == PREPARED["flux"]
-    assert difference(merged, wanted) == 0
-    assert difference(merged, plain) > 1e-3
+    assert difference(beside, wanted) == 0
+    assert difference(beside, plain) > 1e-3
     assert difference(again, plain) == 0
 
 

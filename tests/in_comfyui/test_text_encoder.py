@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from checkpoints import load as load_file
 from comfyui import make_models
 from graphs import SAME, Graph, difference, load_ours, run, saved_tensor
 from safetensors.torch import save_file
 
+from mxfp8 import kernels
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.conversion.convert import convert_file
 
@@ -102,7 +104,25 @@ def test_text_encoders_merge(comfy, encoder):
     assert difference(embedding["merged"], embedding["one"]) < 0.02
 
 
-def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
+@pytest.fixture
+def partly_plain(comfy, encoder):
+    """The encoder with the layer that has the LoRA in float32, for stock to merge it into."""
+    folder = comfy.base / "models" / "text_encoders"
+    layer = "model.layers.3.mlp.down_proj"
+    state, metadata = load_file(folder / NAME)
+    markers = json.loads(metadata["_quantization_metadata"])
+    del markers["layers"][layer], state[f"{layer}.comfy_quant"]
+    weight, scale = f"{layer}.weight", state.pop(f"{layer}.weight_scale")
+    state[weight] = kernels.dequantize(state[weight], scale, torch.float32)
+    path = folder / "partly-plain.safetensors"
+    save_file(state, path, {"_quantization_metadata": json.dumps(markers)})
+    yield path.name
+    path.unlink()
+
+
+def test_a_lora_on_a_text_encoder_runs_beside_its_weight_and_as_a_hook(
+    comfy, encoder, partly_plain
+):
     layer = "qwen3_06b.transformer.model.layers.3.mlp.down_proj"
     generator = torch.Generator().manual_seed(5)
     lora = {
@@ -111,7 +131,7 @@ def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
     }
     save_file(lora, comfy.base / "models" / "loras" / "text.safetensors")
     graph = Graph()
-    stock = graph.add("CLIPLoader", clip_name=NAME, type="stable_diffusion")
+    stock = graph.add("CLIPLoader", clip_name=partly_plain, type="stable_diffusion")
     clip = load(graph)
     options = {"lora_name": "text.safetensors", "strength_clip": 1.0}
     hooks = graph.add("CreateHookLora", strength_model=0.0, **options)
@@ -124,15 +144,16 @@ def test_a_lora_on_a_text_encoder_merges_and_hooks(comfy, encoder):
     embedding = encoded(comfy, graph, {
         "plain": clip,
         "stock": with_lora(stock),
-        "merged": with_lora(clip),
+        "beside": with_lora(clip),
         "hook": graph.add(
             "SetClipHooks", clip=clip, hooks=hooks, apply_to_conds=True, schedule_clip=False
         ),
         "after": load(graph),
     })  # fmt: skip
-    assert difference(embedding["merged"], embedding["plain"]) > 1e-3
-    assert difference(embedding["merged"], embedding["stock"]) < 1e-4
-    assert difference(embedding["hook"], embedding["stock"]) < 1e-4
+    assert difference(embedding["beside"], embedding["plain"]) > 1e-3
+    # Stock rounds the sum of weight and LoRA to BF16.
+    assert difference(embedding["beside"], embedding["stock"]) < 1e-3
+    assert difference(embedding["hook"], embedding["beside"]) < SAME
     assert difference(embedding["after"], embedding["plain"]) < 1e-4
 
 

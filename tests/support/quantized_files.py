@@ -6,7 +6,7 @@ import json
 
 import torch
 from bad_files import Draft, draft
-from checkpoints import matrix
+from checkpoints import load, matrix
 from safetensors.torch import save_file
 
 from mxfp8 import kernels
@@ -75,3 +75,19 @@ def write(comfy, name: str, edit, folder: str = "diffusion_models", source="flux
     file = f"form {name}.safetensors".replace(",", "").replace(" ", "-")
     (base / file).write_bytes(whole.encode())
     return file
+
+
+def plain(path) -> dict[str, torch.Tensor]:
+    """The tensors of an MXFP8 file, dequantized, in float32."""
+    stored, _ = load(path)
+    state = {}
+    for key, tensor in stored.items():
+        layer, _, leaf = key.rpartition(".")
+        marker = stored.get(f"{layer}.comfy_quant")
+        if marker is None or leaf == "bias":
+            state[key] = tensor.float()
+        elif leaf == "weight":
+            shape = json.loads(bytes(marker.tolist())).get("orig_shape", tensor.shape)
+            scale = stored[f"{key}_scale"].view(torch.uint8)
+            state[key] = kernels.dequantize(tensor, scale, torch.float32, tuple(shape))
+    return state

@@ -62,11 +62,12 @@ class _LowVRAM:
     def load(self, device_to=None, lowvram_model_memory=0, full_load=False, **options):
         super().load(device_to, lowvram_model_memory=1, full_load=False, **options)
         functions = [getattr(m, "weight_function", ()) for m in self.model.modules()]
-        assert not self.patches or any(functions), "no patch waits for its weight"
+        beside = any(hasattr(module, "mxfp8_branches") for module in self.model.modules())
+        assert not self.patches or any(functions) or beside, "no patch waits for its weight"
 
 
 class TestLowVRAM(_Node):
-    """A clone that loads as on a card with no memory to spare: LoRAs are applied on the fly."""
+    """A clone that loads as on a card with no memory to spare: patches are applied on the fly."""
 
     INPUTS = {"model": "MODEL"}
     RETURN_TYPES = ("MODEL",)
@@ -74,6 +75,19 @@ class TestLowVRAM(_Node):
     def run(self, model):
         clone = model.clone()
         clone.__class__ = type("LowVRAM", (_LowVRAM, type(clone)), {})
+        return (clone,)
+
+
+class TestOffloadedLoras(_Node):
+    """A clone whose LoRAs beside the weights are loaded as on a card with no memory to spare."""
+
+    INPUTS = {"model": "MODEL"}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model):
+        clone = model.clone()
+        (side,) = clone.model_patches_models()
+        side.__class__ = type("LowVRAM", (_LowVRAM, type(side)), {})
         return (clone,)
 
 
@@ -113,6 +127,49 @@ class TestEmptyAfter(_Node):
 
     def run(self, samples, like):
         return (like,)
+
+
+class TestAfter(_Node):
+    """`model`, but not before `samples` are there."""
+
+    INPUTS = {"model": "MODEL", "samples": "LATENT"}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model, samples):
+        return (model,)
+
+
+class TestMoved(_Node):
+    """What loading did to a model since this node ran last: the number of its modules that ComfyUI
+    loaded anew, and of weights whose codes are other objects or have other values."""
+
+    INPUTS = {"model": "MODEL", "samples": "LATENT"}
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_NODE = True
+    seen: list[dict] = []
+
+    def run(self, model, samples):
+        modules = [m for m in model.model.modules() if hasattr(m, "comfy_patched_weights")]
+        # ComfyUI sets the mark to True when it loads a module; 1 is equal to it.
+        seen = {"moved": sum(m.comfy_patched_weights is True for m in modules)}
+        for module in modules:
+            module.comfy_patched_weights = 1
+        weights = [
+            m.weight for m in modules if isinstance(getattr(m, "weight", 0), QuantizedTensor)
+        ]
+        seen["codes"] = [
+            (id(w), hash(w._qdata.view(torch.uint8).numpy().tobytes())) for w in weights
+        ]
+        last = self.seen[-1] if self.seen else seen
+        seen["changed"] = sum(a != b for a, b in zip(seen["codes"], last["codes"], strict=True))
+        self.seen.append(seen)
+        later = self.seen[1:]
+        result = {
+            "moved": [s["moved"] for s in later],
+            "codes changed": [s["changed"] for s in later],
+            "modules": len(modules),
+        }
+        return {"ui": {"result": [json.dumps(result)]}, "result": (samples,)}
 
 
 class TestSaveTensor(_Node):
@@ -575,7 +632,7 @@ class TestKeeping(_Node):
         for name, members in (("static", {}), ("dynamic", {"is_dynamic": lambda self: True})):
             clone = model.clone()
             clone.__class__ = type(name, (type(clone),), members)
-            state.keep(clone, wanted=True)
+            state.keep(clone, wanted=True, merged=bool(clone.patches))
             prepared = [state.prepared_weight(m, m.weight) for m in linears]
             kept[name] = sum(weight is not None for weight in prepared)
             del clone, prepared
@@ -587,8 +644,9 @@ class TestKeeping(_Node):
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
-        TestWideConditioning, TestClone, TestLowVRAM, TestPatch, TestUnload, TestEmptyAfter,
-        TestSaveTensor, TestCompile, TestGraphBreaks, TestLayers, TestDigest, TestConfig,
+        TestWideConditioning, TestClone, TestLowVRAM, TestOffloadedLoras, TestPatch, TestUnload,
+        TestEmptyAfter, TestAfter, TestMoved, TestSaveTensor, TestCompile, TestGraphBreaks,
+        TestLayers, TestDigest, TestConfig,
         TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast,
         TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward,
     )
