@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import operator
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
@@ -71,12 +71,16 @@ class SideBranches:
     offload_device: torch.device
 
     @cached_property
+    def model(self) -> MXFP8Adapters:
+        return MXFP8Adapters(list(self.branches.values()))
+
+    @cached_property
     def patcher(self):
         """What ComfyUI loads the branches with, or None if there are none."""
         if not self.branches:
             return None
-        model = MXFP8Adapters(list(self.branches.values()))
-        return comfy.model_patcher.CoreModelPatcher(model, self.load_device, self.offload_device)
+        devices = self.load_device, self.offload_device
+        return comfy.model_patcher.CoreModelPatcher(self.model, *devices)
 
     @property
     def applied(self) -> dict[str, tuple[Applied, ...]]:
@@ -91,9 +95,7 @@ class SideBranches:
 def side_branches(patcher) -> SideBranches:
     """How a patcher's patches are applied; branches are made when they are first asked for."""
     state, on = model_state(patcher.model), settings.loras_beside()
-    if on:
-        add_plain_forwards(patcher, patcher.patches)
-    known = patcher.patches_uuid, patcher.load_device, on, frozenset(forward.our_patches(patcher))
+    known = patcher.patches_uuid, patcher.load_device, on, _object_patches(patcher)
     if state.side is None or state.side[0] != known:
         state.side = None
         state.unbind()  # free the last ones before there are others
@@ -109,7 +111,8 @@ def hook_branches(patcher, hooks, patches: Patches) -> SideBranches:
         below = side_branches(patcher).patches  # while loading, a patcher shows only a part of them
         side = _make(patcher, patches if settings.loras_beside() else {}, below, patches)
         if side.branches:
-            side.patcher.model.to(_spare_device(patcher, side.patcher.model_size()))
+            size = comfy.model_management.module_size(side.model)
+            side.model.to(_spare_device(patcher, size))
         hooked[hooks] = known, side
     return hooked[hooks][1]
 
@@ -209,16 +212,29 @@ def patched(patcher, full: str, patches: list[tuple]) -> torch.Tensor:
     return comfy.lora.calculate_weight(patches, weight, full, intermediate_dtype=torch.float32)
 
 
-def add_plain_forwards(patcher, patches: Patches) -> None:
-    """Patch the forward of plain linears that patches are on, so that they can have branches."""
+def add_plain_forwards(patcher, layers: Iterable[str]) -> None:
+    """Patch the forward of those of these linears that are not quantized: they have branches."""
+    for layer in layers:
+        if f"{layer}.forward" not in patcher.object_patches:
+            module = comfy.utils.get_attr(patcher.model, layer)
+            patcher.add_object_patch(f"{layer}.forward", MethodType(forward.PLAIN, module))
+
+
+def plain_linears(patcher, patches: Patches) -> list[str]:
+    """Names of the linears that patches are on, are not quantized, and can have branches."""
     with patcher.use_ejected():
-        for layer in _layers(patches):
-            name = f"{layer}.forward"
-            module = None if name in patcher.object_patches else _linear(patcher.model, layer)
-            if module is None or forward.is_mxfp8_linear(module):
-                continue
-            if not forward.is_foreign(module):
-                patcher.add_object_patch(name, MethodType(forward.PLAIN, module))
+        return [
+            layer
+            for layer in _layers(patches)
+            if f"{layer}.forward" not in patcher.object_patches
+            and _linear(patcher, layer) is not None
+        ]
+
+
+def _object_patches(patcher) -> frozenset:
+    """What decides which layers can have branches."""
+    patches = ((n, getattr(p, "__func__", None)) for n, p in patcher.object_patches.items())
+    return frozenset((name, f in forward.OURS) for name, f in patches if f is not forward.PLAIN)
 
 
 def _layers(patches: Patches) -> list[str]:
@@ -227,23 +243,25 @@ def _layers(patches: Patches) -> list[str]:
     return list(dict.fromkeys(owner for owner, _, leaf in owners if leaf in ("weight", "bias")))
 
 
-def _linear(model: torch.nn.Module, layer: str) -> torch.nn.Module | None:
-    """The module of this name if it can have a branch: a linear, plain or MXFP8."""
+def _linear(patcher, layer: str) -> torch.nn.Module | None:
+    """The module of this name if it can have a branch: a linear whose forward is ours or can be."""
     try:
-        module = comfy.utils.get_attr(model, layer)
+        module = comfy.utils.get_attr(patcher.model, layer)
     except AttributeError:
         return None
     weight = getattr(module, "weight", None)
     linear = hasattr(module, "in_features") and hasattr(module, "comfy_cast_weights")
     if not linear or weight is None or weight.ndim != 2:
         return None
+    patch = patcher.object_patches.get(f"{layer}.forward")
+    if patch is not None:
+        return module if getattr(patch, "__func__", None) in forward.OURS else None
     plain = not isinstance(weight, QuantizedTensor) and weight.is_floating_point()
-    return module if plain or forward.is_mxfp8_linear(module) else None
+    return module if plain and not forward.is_foreign(module) else None
 
 
 def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBranches:
     """Branches for the wanted ones of these patches, which come on top of those below."""
-    functions = set(forward.our_patches(patcher))
     merged = {key: list(value) for key, value in patches.items()}
     branches: dict[str, SideBranch] = {}
     # A text encoder's activations are float32.
@@ -251,9 +269,10 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
     dtype = torch.float32 if encoder else forward.compute_dtype(patcher)
     room = patcher.model_size() // DENSE_SHARE
     too_large = []
-    for layer in _layers(wanted):
-        module = _linear(patcher.model, layer)
-        if module is None or f"{layer}.forward" not in functions:
+    with patcher.use_ejected():
+        linears = {layer: _linear(patcher, layer) for layer in _layers(wanted)}
+    for layer, module in linears.items():
+        if module is None:
             continue
         key, bias_key = f"{layer}.weight", f"{layer}.bias"
         first = adapters.merged_by_stock(patches.get(key, []), tuple(module.weight.shape))

@@ -124,6 +124,7 @@ class _QuantizedWeights:
 
     def patch_model(self, *args, **options):
         side = lora.side_branches(self)
+        lora.add_plain_forwards(self, side.branches)
         lora.bind(self.model, side)
         with self.use_ejected(), self._foreign_forwards_left_alone():
             return super().patch_model(*args, **options)
@@ -185,7 +186,7 @@ class _QuantizedWeights:
                 "and its raw codes would be used as weights; use its BF16 original"
             )
         added = super().add_hook_patches(hook, patches, strength_patch, strength_model)
-        lora.add_plain_forwards(self, self.hook_patches[hook.hook_ref])
+        lora.add_plain_forwards(self, lora.plain_linears(self, self.hook_patches[hook.hook_ref]))
         return added
 
     def get_combined_hook_patches(self, hooks):
