@@ -332,6 +332,7 @@ def _side(patcher, seconds: list[list[float]], before: Side | None, notes: list[
         dtype=report.dtype,
         seconds=statistics.median(warm or [s for loading in seconds for s in loading]),
         peak_bytes=peak,
+        adapters=report.adapters,
     )
 
 

@@ -59,6 +59,7 @@ ADAPTERS = {
     stock.BOFTAdapter: "BOFT",
 }
 PATCH_TYPES = ("diff", "set", "model_as_lora")
+MERGED_MODEL = "merged model"  # the kind of a patch that holds another model's weight
 # What rounding to a dtype changes values by, root mean square (at most: 2^-8, 2^-11).
 ROUNDOFF = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 SHORT_NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
@@ -80,6 +81,15 @@ class Applied:
     nbytes: int
     group: int
     problem: str | None = None
+
+
+def merged(patch: tuple) -> Applied:
+    """A patch that ComfyUI merges."""
+    note, value = _note(patch), patch[1]
+    if type(value) is stock.LoRAAdapter:
+        note["rank"] = value.weights[1].shape[0]
+    del note["forms"]
+    return Applied(form="", **note)
 
 
 def merged_by_stock(patches: list[tuple], shape: Iterable[int]) -> int:
@@ -531,6 +541,8 @@ class _Terms:
 
 
 def _kind(value) -> str:
+    if isinstance(value, list):
+        return MERGED_MODEL
     if isinstance(value, tuple):
         return "diff" if len(value) == 1 else value[0]
     name = ADAPTERS.get(type(value), type(value).__name__)

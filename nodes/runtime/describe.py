@@ -23,6 +23,8 @@ from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Mem
 from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from . import cache, forward
+from .adapter_uses import adapter_uses, applied_patches
+from .lora import SideBranches
 from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, rowwise_changes
 from .patcher import compute_dtype, keep_prepared_weights, our_patches
 from .timer import median_microseconds
@@ -57,9 +59,10 @@ def describe(patcher, rows: int = ROWS, changes: bool = False) -> BackendReport:
     device, dtype = patcher.load_device, compute_dtype(patcher)
     quantized = list(mxfp8_linears(patcher.model)) if changes else []
     change_of = rowwise_changes(patcher, quantized, "auto")
+    side, modules = applied_patches(patcher), dict(linears(patcher.model))
     layers = [
-        _layer(patcher, name, module, rows, change_of.get(name))
-        for name, module in linears(patcher.model)
+        _layer(patcher, side, name, module, rows, change_of.get(name))
+        for name, module in modules.items()
     ]
     asked = _asked(patcher)
     many = kernels.execution_path(device, dtype, asked)
@@ -77,8 +80,9 @@ def describe(patcher, rows: int = ROWS, changes: bool = False) -> BackendReport:
         else STOCK,
         unsupported=tuple(f"{name}: {reason}" for name, reason in many.unsupported),
         limited_by=limited_by if ours else None,
-        memory=_memory(patcher),
+        memory=_memory(patcher, side),
         layers=tuple(layers),
+        adapters=adapter_uses(patcher, side, modules),
     )
 
 
@@ -94,16 +98,21 @@ def _is_encoder(patcher) -> bool:
     return not isinstance(patcher.model, BaseModel)
 
 
-def _layer(patcher, name: str, module, rows: int, change: float | None) -> LayerExecution:
+def _layer(
+    patcher, side: SideBranches, name: str, module, rows: int, change: float | None
+) -> LayerExecution:
     weight = module.weight
     dtype = dtype_name(weight.dtype)
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
     reason = f"not MXFP8: {kind or dtype}"
     backend, precision = STOCK, None
     if kind == MXFP8:
-        backend, precision, reason = _path(patcher, name, module, rows, change)
-    elif f"{name}.forward" in patcher.object_patches:
+        backend, precision, reason = _path(patcher, side, name, module, rows, change)
+    elif f"{name}.forward" in patcher.object_patches and not _is_ours(patcher, name):
         reason = f"{reason}, patched by another node"
+    branch = side.branches.get(name)
+    if branch is not None and any(applied.problem is None for applied in branch.applied):
+        reason = f"{reason}; LoRA beside the weight"
     return LayerExecution(
         name=name.removeprefix(PREFIX),
         shape=tuple(weight.shape),
@@ -117,7 +126,13 @@ def _layer(patcher, name: str, module, rows: int, change: float | None) -> Layer
     )
 
 
-def _path(patcher, name: str, module, rows: int, change: float | None) -> tuple:
+def _is_ours(patcher, name: str) -> bool:
+    """Whether the patch of a layer's forward is ours."""
+    patch = patcher.object_patches[f"{name}.forward"]
+    return getattr(patch, "__func__", None) in forward.OURS
+
+
+def _path(patcher, side: SideBranches, name: str, module, rows: int, change: float | None) -> tuple:
     """(backend, precision, reason) of an MXFP8 linear, by the patch that is on it."""
     patch = patcher.object_patches.get(f"{name}.forward")
     function = getattr(patch, "__func__", None)
@@ -126,8 +141,8 @@ def _path(patcher, name: str, module, rows: int, change: float | None) -> tuple:
     if function not in forward.PRECISION_OF:
         return STOCK, None, "patched by another node"
     left = forward.left_to_stock(module)
-    if left is None and patcher.is_dynamic() and f"{name}.weight" in patcher.patches:
-        left = "ComfyUI applies a LoRA while it casts the weight, as it does under dynamic VRAM"
+    if left is None and patcher.is_dynamic() and f"{name}.weight" in side.merged:
+        left = "ComfyUI applies a patch while it casts the weight, as it does under dynamic VRAM"
     if left is not None:
         return STOCK, None, left
     asked = forward.PRECISION_OF[function]
@@ -156,7 +171,7 @@ def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
     return [("other weights", tensor)]
 
 
-def _memory(patcher) -> dict[str, Memory]:
+def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
     """Bytes by kind, of the weights as they are now."""
     sizes = {kind: [0, 0] for kind in ("codes", "scales", "other weights")}
     model = patcher.model
@@ -165,7 +180,8 @@ def _memory(patcher) -> dict[str, Memory]:
             sizes[kind][_is_away(part, patcher)] += part.nbytes
     sizes["prepared weights"] = [cache.prepared_nbytes(model), 0]
     sizes["LoRA patches"] = [0, 0]
-    for part in _tensors(list(patcher.patches.values())):
+    beside = (t for b in side.branches.values() for t in (*b.parameters(), *b.buffers()))
+    for part in (*beside, *_tensors(list(side.merged.values()))):
         sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
     return {kind: Memory(*size) for kind, size in sizes.items()}
 
@@ -215,8 +231,9 @@ def measure(patcher, report: BackendReport, progress: Progress) -> BackendReport
         timing = _time(patcher, name, report.rows, len(layers), key, step)
         timings.append(timing)
         times |= {layer.name: timing.microseconds for layer in layers}
+    memory = _memory(patcher, applied_patches(patcher))
     layers = tuple(replace(x, microseconds=times.get(x.name)) for x in report.layers)
-    return replace(report, layers=layers, timings=tuple(timings), memory=_memory(patcher))
+    return replace(report, layers=layers, timings=tuple(timings), memory=memory)
 
 
 def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing:

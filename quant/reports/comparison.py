@@ -20,6 +20,7 @@ from statistics import fmean
 
 from ..format import bare
 from . import document
+from .adapters import AdapterUse
 from .conversion import format_size
 
 KEY = "mxfp8_comparison"
@@ -93,6 +94,7 @@ class Side:
         seconds: median time of a run in the sampler, recording of the steps included, without
             loading and, if there are others, without the first run.
         peak_bytes: the most that torch had allocated on the device during a run, with weights.
+        adapters: the LoRAs on it.
     """
 
     model: str
@@ -101,10 +103,14 @@ class Side:
     dtype: str
     seconds: float | None = None
     peak_bytes: int | None = None
+    adapters: tuple[AdapterUse, ...] = ()
 
     def title(self) -> str:
-        paths = [f"{count} MXFP8 layers on {path}" for path, count in self.paths.items()]
-        return f"{self.model} ({'; '.join([*paths, self.dtype])})"
+        parts = [f"{count} MXFP8 layers on {path}" for path, count in self.paths.items()]
+        parts.append(self.dtype)
+        if self.adapters:
+            parts.append("1 LoRA" if len(self.adapters) == 1 else f"{len(self.adapters)} LoRAs")
+        return f"{self.model} ({'; '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -257,6 +263,7 @@ class Comparison:
                 parts.append(f"peak memory {format_size(side.peak_bytes)}")
             if parts:
                 lines.append(f"{name}: {', '.join(parts)}")
+            lines += [f"{name}: {adapter.line()}" for adapter in side.adapters]
         return lines
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
 from . import document
+from .adapters import AdapterUse
 from .conversion import MXFP8, format_size
 
 KEY = "mxfp8_backend_report"
@@ -94,7 +95,8 @@ class BackendReport:
         limited_by: why nothing faster runs, in a few words; None if this is the fastest path, or
             if ComfyUI runs everything.
         memory: kind ("codes", "scales", "other weights", "prepared weights", "LoRA patches") ->
-            bytes.
+            bytes. Of LoRAs, what runs beside the weights and what ComfyUI merges into them.
+        adapters: the LoRAs on the model.
     """
 
     model: str
@@ -108,6 +110,7 @@ class BackendReport:
     memory: dict[str, Memory]
     layers: tuple[LayerExecution, ...] = field(repr=False)
     timings: tuple[Timing, ...] = ()
+    adapters: tuple[AdapterUse, ...] = ()
 
     @property
     def mxfp8(self) -> list[LayerExecution]:
@@ -132,6 +135,7 @@ class BackendReport:
     def summary(self) -> str:
         """A few lines for a node."""
         lines = [f"{self.model} on {self.device}: {self.line()}"]
+        lines += [adapter.line() for adapter in self.adapters]
         reasons = Counter(layer.reason for layer in self.layers)
         lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
         lines.append(f"inputs with few rows: {self.small_m}")

@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from bad_files import LAYER, draft
+from checkpoints import load
 from comfyui import PromptError, comfyui_path
-from graphs import Graph, fp8_card, unload, with_lora
+from graphs import Graph, fp8_card, unload
+from lora_kinds import lora_file
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
 
@@ -176,13 +180,131 @@ def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
     assert recorded_path(ran[LAYER]) == "stock"
 
 
-def lora_on_offloaded(graph: Graph) -> list:
-    return graph.add("TestLowVRAM", model=with_lora(graph, ours(graph)))
+@pytest.fixture(scope="module")
+def loras(comfy):
+    """Names of LoRA files for the Flux model, by what is done with them."""
+    models = comfy.base / "models"
+    state, _ = load(models / "diffusion_models" / "flux-plain.safetensors")
+    weights = {k: w for k, w in state.items() if w.ndim == 2 and k.endswith(".weight")}
+    (first, weight), *others = weights.items()
+    longer = {first: torch.cat([weight, weight])}
+    norm = next(key.removesuffix(".weight") for key in state if "query_norm." in key)
+    scale = torch.ones(state[f"{norm}.weight"].shape)
+    files = {
+        "rank 4": lora_file(weights, "lora"),
+        "rank 2": lora_file({LAYER + ".weight": weights[LAYER + ".weight"]}, "lora", rank=2),
+        "Kronecker": lora_file(weights, "lokr"),
+        "large": lora_file(weights, "diff"),
+        "longer": lora_file(longer | dict(others), "lora", seed=1),
+        "norm": {f"diffusion_model.{norm}.diff": scale},
+    }
+    for name, file in files.items():
+        save_file(file, models / "loras" / f"report {name}.safetensors")
+    yield {name: f"report {name}.safetensors" for name in files}
+    for name in files:
+        (models / "loras" / f"report {name}.safetensors").unlink()
 
 
-def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
+def with_loras(graph: Graph, model: list, *loras: tuple[str, float]) -> list:
+    for name, strength in loras:
+        model = graph.add(
+            "LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength
+        )
+    return model
+
+
+def merged_model(graph: Graph, model: list) -> list:
+    return graph.add("ModelMergeSimple", model1=model, model2=ours(graph), ratio=0.5)
+
+
+def test_loras_are_listed_with_what_became_of_them(comfy, loras):
     graph = Graph()
-    model = lora_on_offloaded(graph)
+    first = with_loras(graph, ours(graph), (loras["rank 4"], 0.8), (loras["rank 2"], 0.8))
+    models = {
+        "beside": with_loras(graph, first, (loras["Kronecker"], -0.5)),
+        "large": with_loras(graph, ours(graph), (loras["large"], 1.0)),
+        "longer": with_loras(graph, ours(graph), (loras["longer"], 1.0), (loras["norm"], 0.5)),
+        "merged": with_loras(graph, merged_model(graph, first), (loras["Kronecker"], 1.0)),
+        "stock": with_loras(graph, graph.loader("flux.safetensors"), (loras["rank 4"], 0.8)),
+        "none": ours(graph),
+    }
+    nodes = {name: backend_report(graph, model) for name, model in models.items()}
+    outputs = comfy.run(graph)
+    reports = {name: document(outputs, node) for name, node in nodes.items()}
+    layers = {name: by_name(report) for name, report in reports.items()}
+    uses = {name: report["adapters"] for name, report in reports.items()}
+    count = len(layers["none"])
+    assert uses["none"] == []
+
+    shapes = [layer["shape"] for layer in layers["none"].values()]
+    rank4, rank2, kronecker = uses["beside"]
+    assert rank4 == {
+        "kinds": ["LoRA"], "ranks": [4, 4], "strength": 0.8, "hit": count, "missed": 0,
+        "applied": {"beside the weight: low rank": count},
+        "bytes": sum(4 * 4 * (n + k) for n, k in shapes),  # float32 on a CPU
+    }  # fmt: skip
+    assert (rank2["ranks"], rank2["hit"], rank2["missed"]) == ([2, 2], 1, count - 1)
+    assert (kronecker["kinds"], kronecker["strength"]) == (["LoKr"], -0.5)
+    assert kronecker["applied"] == {"beside the weight: Kronecker factors": count}
+    size = reports["beside"]["memory"]["LoRA patches"]
+    assert size == {"device": sum(use["bytes"] for use in uses["beside"]), "offloaded": 0}
+    for layer in layers["beside"].values():
+        assert layer["reason"].endswith("; LoRA beside the weight")
+        assert "another node" not in layer["reason"]
+    text = outputs[nodes["beside"][0]]["text"][0].splitlines()
+    assert text[1].startswith(f"LoRA of rank 4 at 0.8: {count} of {count} linears ({count} beside")
+
+    (large,) = uses["large"]
+    assert large["kinds"] == ["diff"] and large["hit"] == count
+    assert large["applied"].keys() == {
+        "beside the weight: FP32 delta", "merged by ComfyUI: too large beside the weight"
+    }  # fmt: skip
+    beside = [x for x in layers["large"].values() if "LoRA beside the weight" in x["reason"]]
+    assert large["applied"]["beside the weight: FP32 delta"] == len(beside) < count
+    assert sum(large["applied"].values()) == count
+
+    longer, norm = uses["longer"]
+    (left_out,) = (how for how in longer["applied"] if how.startswith("left out: its tensors ["))
+    assert longer["applied"] == {"beside the weight: low rank": count - 1, left_out: 1}
+    assert (longer["hit"], longer["missed"]) == (count - 1, 1)
+    assert sum("LoRA" in layer["reason"] for layer in layers["longer"].values()) == count - 1
+    assert norm["applied"] == {"merged by ComfyUI: no linear layer": 1}
+    assert (norm["hit"], norm["missed"], norm["bytes"]) == (0, count, 0)
+
+    under, _, merged, kronecker = uses["merged"]
+    assert under["applied"] == {"merged by ComfyUI: under one that has to be merged": count}
+    assert under["ranks"] == [4, 4]
+    assert merged["kinds"] == ["merged model"] and merged["hit"] == count
+    assert merged["applied"].keys() >= {"merged by ComfyUI: other weights"}
+    assert kronecker["applied"] == {"beside the weight: Kronecker factors": count}
+    (stock,) = uses["stock"]
+    assert stock == rank4 | {"applied": {"merged by ComfyUI": count}, "bytes": 0}
+
+
+def test_with_the_setting_off_loras_are_said_to_be_merged(comfy, loras):
+    comfy.post("/api/settings", {"MXFP8.LoRAsBesideWeights": False})
+    try:
+        graph = Graph()
+        node = backend_report(graph, with_loras(graph, ours(graph), (loras["rank 4"], 1.0)))
+        report = document(comfy.run(graph), node)
+    finally:
+        comfy.post("/api/settings", {"MXFP8.LoRAsBesideWeights": True})
+    (use,) = report["adapters"]
+    count = len(report["layers"])
+    assert use["applied"] == {
+        "merged by ComfyUI: the setting LoRAs beside weights is off": count
+    }  # fmt: skip
+    assert not any("LoRA" in layer["reason"] for layer in report["layers"])
+
+
+def merged_on_offloaded(graph: Graph) -> list:
+    """A model that stock merges into on every forward."""
+    return graph.add("TestLowVRAM", model=merged_model(graph, ours(graph)))
+
+
+def test_a_merged_model_on_offloaded_layers_is_left_to_stock(comfy):
+    graph = Graph()
+    model = merged_on_offloaded(graph)
     recording = graph.add("TestRecord", model=model, name="offloaded")
     samples = graph.sample(recording, "flux", steps=1)
     recorded = graph.add("TestRecorded", samples=samples, name="offloaded")
@@ -190,21 +312,20 @@ def test_a_lora_on_offloaded_layers_is_left_to_stock(comfy):
     node = backend_report(graph, model)  # now that it is loaded
     report = document(comfy.run(graph), node)
     unload(comfy)
+    assert left_to_stock(report)
     layers = by_name(report)
-    left = [n for n, layer in layers.items() if "applies a LoRA on the fly" in layer["reason"]]
-    assert left
     for name, entry in ran.items():
         assert reported(layers[name]) == recorded_path(entry), name
     assert report["memory"]["LoRA patches"]["device"] > 0
 
 
 def left_to_stock(report: dict) -> bool:
-    return any("applies a LoRA on the fly" in layer["reason"] for layer in report["layers"])
+    return any("applies a patch on the fly" in layer["reason"] for layer in report["layers"])
 
 
 def test_what_is_said_is_asked_anew_in_every_run(comfy):
     graph = Graph()
-    model = lora_on_offloaded(graph)
+    model = merged_on_offloaded(graph)
     nodes = [
         backend_report(graph, model),
         graph.add("MXFP8Inspect", file="none", every_byte=True, model=model),
@@ -221,7 +342,7 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
 
 def test_a_model_is_loaded_before_it_is_described_and_measured(comfy):
     graph = Graph()
-    node = backend_report(graph, lora_on_offloaded(graph), measure=True, rows=1)
+    node = backend_report(graph, merged_on_offloaded(graph), measure=True, rows=1)
     report = document(comfy.run(graph), node)
     unload(comfy)
     assert left_to_stock(report)

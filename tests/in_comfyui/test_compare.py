@@ -259,6 +259,23 @@ def test_a_reference_is_known_again_by_its_weights(comfy):
     assert len(plain.reference.fingerprint) == 64 and patched.reference.fingerprint is None
 
 
+def test_the_loras_of_both_models_are_listed(comfy):
+    graph = Graph()
+    original, model = graph.loader("flux.safetensors"), load_ours(graph, "flux")
+    node = compare(graph, with_lora(graph, original), with_lora(graph, model), steps=1)
+    outputs = comfy.run(graph)
+    result = comparison(outputs, node)
+    (merged,), (beside,) = result.reference.adapters, result.model.adapters
+    assert merged.applied == {"merged by ComfyUI": merged.hit}
+    assert beside.applied == {"beside the weight: low rank": beside.hit}
+    assert (merged.kinds, merged.ranks, merged.hit, merged.missed) == (
+        beside.kinds, beside.ranks, beside.hit, beside.missed
+    )  # fmt: skip
+    text = outputs[node[0]]["text"][0]
+    assert f"reference: {merged.line()}" in text and f"model: {beside.line()}" in text
+    assert result.model.title().endswith("; 1 LoRA)")
+
+
 def refused(comfy, graph: Graph, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         comfy.run(graph)

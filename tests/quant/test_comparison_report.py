@@ -19,6 +19,7 @@ from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.reports import comparison, metadata, metrics, plot
+from mxfp8.quant.reports.adapters import AdapterUse
 from mxfp8.quant.reports.comparison import (
     Comparison,
     Floor,
@@ -145,11 +146,32 @@ def test_psnr_and_ssim_are_those_of_their_papers():
         metrics.quality(image[:, :8], image[:, :8])
 
 
+LORAS = (
+    AdapterUse(("LoRA", "diff"), (4, 32), 0.5, 30, 6, {"beside the weight: low rank": 30}, 9000),
+    AdapterUse(("merged model",), (), None, 36, 0, {"merged by ComfyUI: other weights": 36}, 0),
+)
+WITH_LORAS = replace(COMPARISON, model=replace(COMPARISON.model, adapters=LORAS))
+
+
 @pytest.mark.parametrize(
-    "record", [COMPARISON, SAME, replace(COMPARISON, floor=None, notes=("a", "b"))]
+    "record", [COMPARISON, SAME, WITH_LORAS, replace(COMPARISON, floor=None, notes=("a", "b"))]
 )
 def test_json_comes_back_as_it_was(record):
     assert Comparison.from_json(record.to_json()) == record
+
+
+def test_a_comparison_from_before_loras_were_listed_is_read():
+    data = json.loads(COMPARISON.to_json())
+    for side in ("reference", "model"):
+        assert data[side].pop("adapters") == []
+    assert Comparison.from_json(json.dumps(data)) == COMPARISON
+
+
+def test_the_loras_of_each_side_are_said():
+    lines = WITH_LORAS.summary().splitlines()
+    assert lines[0].startswith("Flux (52 MXFP8 layers on triton, exact; BF16; 2 LoRAs) against ")
+    said = [line for line in lines if " linears (" in line]
+    assert said == [f"model: {use.line()}" for use in LORAS]
 
 
 def test_json_names_its_version_its_steps_and_its_seeds():
@@ -408,6 +430,7 @@ def test_inspect_reads_a_comparison_under_its_former_name(capsys):
     report, certificate = (json.loads(header[f"mxfp8_{key}"]) for key in ("report", "certificate"))
     for side in (certificate["reference"], certificate["model"]):
         side["paths"] = side.pop("ways")
+        side["adapters"] = []  # a later field
     certificate["mxfp8_comparison"] = certificate.pop("mxfp8_certificate")
     inspection = inspect_file(path)
     assert inspection.warnings == inspection.problems == []  # nor another fingerprint

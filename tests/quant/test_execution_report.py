@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mxfp8 import kernels
 from mxfp8.kernels import dispatch
 from mxfp8.kernels.backends import fp8_rowwise
 from mxfp8.quant.reports import execution
+from mxfp8.quant.reports.adapters import AdapterUse
 from mxfp8.quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
 
 CUDA = torch.device("cuda", 0)
@@ -142,6 +144,33 @@ def made(*layers, **options) -> BackendReport:
 )
 def test_a_line_for_a_loader(report, line):
     assert report.line() == line
+
+
+LORA = AdapterUse(
+    ("LoRA", "LoKr"), (4, 32), 0.8, 34, 2, {"beside the weight: low rank": 34, "left out: x": 1},
+    2_500_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({}, "LoRA, LoKr of rank 4 to 32 at 0.8: 34 of 36 linears (34 beside the weight: low rank; "
+         "1 left out: x), 2.50 MB"),
+        ({"ranks": (4, 4), "bytes": 0, "applied": {"merged by ComfyUI": 34}},
+         "LoRA, LoKr of rank 4 at 0.8: 34 of 36 linears (34 merged by ComfyUI)"),
+        ({"kinds": ("merged model",), "ranks": (), "strength": None, "bytes": 0,
+          "applied": {f"left out: {i}": 9 - i for i in range(6)}},
+         "merged model: 34 of 36 linears (9 left out: 0; 8 left out: 1; 7 left out: 2; "
+         "6 left out: 3; 9 others)"),
+    ],
+)  # fmt: skip
+def test_a_lora_is_one_line(change, line):
+    use = replace(LORA, **change)
+    assert use.line() == line
+    report = made(layer("a"), adapters=(use,))
+    assert report.summary().splitlines()[1] == line
+    assert json.loads(report.to_json())["adapters"] == [json.loads(json.dumps(asdict(use)))]
 
 
 def test_json_and_words_have_everything():

@@ -1,0 +1,139 @@
+"""What became of each LoRA on a model, for reports: which layers it is on, and how it is applied.
+
+ComfyUI keeps a list of patches for each weight and not what they belong to. The adapters of one
+LoRA file share one object (`Applied.group`), so a file at one strength is one entry. Whole tensors
+(`diff`, `set`) name no file; those of one strength are one entry, and so is a merged model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ...quant.reports.adapters import BESIDE, LEFT_OUT, MERGED, AdapterUse
+from ..host import settings
+from . import adapters, lora
+from .forward import is_foreign, is_mxfp8_linear, our_patches
+from .lora import SideBranches
+
+_LEAVES = "weight", "bias"
+
+
+def applied_patches(patcher) -> SideBranches:
+    """How the patches of any ModelPatcher are applied."""
+    if our_patches(patcher):
+        return lora.side_branches(patcher)
+    devices = patcher.load_device, patcher.offload_device
+    return SideBranches(patcher.patches, patcher.patches, {}, *devices)
+
+
+@dataclass
+class _Use:
+    """An `AdapterUse` under construction."""
+
+    kinds: dict[str, None] = field(default_factory=dict)  # in order
+    ranks: set[int] = field(default_factory=set)
+    strengths: set[float] = field(default_factory=set)
+    layers: set[str] = field(default_factory=set)
+    applied: dict[tuple[str, str], None] = field(default_factory=dict)  # (how, layer)
+    nbytes: int = 0
+
+    def add(self, layer: str, how: str, applied: adapters.Applied) -> None:
+        self.kinds[applied.kind] = None
+        self.strengths.add(applied.strength)
+        self.applied[how, layer] = None
+        self.nbytes += applied.nbytes
+        if applied.rank is not None:
+            self.ranks.add(applied.rank)
+        if applied.problem is None:
+            self.layers.add(layer)
+
+    def finished(self, linears: dict[str, torch.nn.Module]) -> AdapterUse:
+        hit = len(self.layers & linears.keys())
+        return AdapterUse(
+            kinds=tuple(self.kinds),
+            ranks=(min(self.ranks), max(self.ranks)) if self.ranks else (),
+            strength=next(iter(self.strengths)) if len(self.strengths) == 1 else None,
+            hit=hit,
+            missed=len(linears) - hit,
+            applied=dict(Counter(how for how, _ in self.applied).most_common()),
+            bytes=self.nbytes,
+        )
+
+
+def adapter_uses(
+    patcher, side: SideBranches, linears: dict[str, torch.nn.Module]
+) -> tuple[AdapterUse, ...]:
+    """An entry for each LoRA on a ModelPatcher.
+
+    Args:
+        side: what `applied_patches` says of it.
+        linears: those of its model, by name.
+    """
+    uses = {entry: _Use() for entry in _in_order(side.patches)}
+    with patcher.use_ejected():  # of forwards that are set while it is loaded
+        for key, merged in side.merged.items():
+            layer = key.rpartition(".")[0]
+            for index, patch in enumerate(merged):
+                applied = adapters.merged(patch)
+                if patch[0] != 0 or patch[2] != 1 or applied.kind == "set":
+                    why = _why_merged(patcher, linears.get(layer), key, side.patches[key], index)
+                    uses[_entry(applied)].add(layer, f"{MERGED}: {why}" if why else MERGED, applied)
+    for layer, branch in side.branches.items():
+        for applied in branch.applied:
+            how = f"{BESIDE}: {applied.form}" if applied.form else BESIDE
+            if applied.problem is not None:
+                how = f"{LEFT_OUT}: {applied.problem}"
+            uses[_entry(applied)].add(layer, how, applied)
+    return tuple(use.finished(linears) for use in uses.values() if use.applied)
+
+
+def _in_order(patches: lora.Patches) -> list[tuple]:
+    """The entries of patches in the order of loading, as far as the weights' lists show it."""
+    order: list[tuple] = []
+    for of_weight in patches.values():
+        place = len(order)
+        for entry in map(_entry, map(adapters.merged, reversed(of_weight))):
+            if entry in order:
+                place = order.index(entry)
+            else:
+                order.insert(place, entry)
+    return order
+
+
+def _entry(applied: adapters.Applied) -> tuple:
+    if applied.kind == adapters.MERGED_MODEL:
+        return (applied.kind,)
+    return applied.group, applied.strength
+
+
+def _why_merged(
+    patcher, module: torch.nn.Module | None, key: str, patches: list[tuple], index: int
+) -> str | None:
+    """Why ComfyUI merges a patch; None if nothing of ours is on the model."""
+    ours = our_patches(patcher)
+    if not ours:
+        return None
+    if isinstance(patches[index][1], list):
+        return "other weights"
+    if not settings.loras_beside():
+        return "the setting LoRAs beside weights is off"
+    layer, _, leaf = key.rpartition(".")
+    if module is None or not hasattr(module, "comfy_cast_weights") or leaf not in _LEAVES:
+        return "no linear layer"
+    if isinstance(module.weight, QuantizedTensor) and not is_mxfp8_linear(module):
+        return "a layer of another format"
+    name = f"{layer}.forward"
+    if name not in ours and (name in patcher.object_patches or is_foreign(module)):
+        return "a layer with another node's forward"
+    shape = tuple(module.weight.shape)
+    if leaf == "weight" and adapters.merged_by_stock([patches[index]], shape):
+        return "of a kind that only ComfyUI applies"
+    if leaf == "weight" and index < adapters.merged_by_stock(patches, shape):
+        return "under one that has to be merged"
+    if any(isinstance(patch[1], list) for patch in patches):
+        return "with a merged model"
+    return "too large beside the weight"
