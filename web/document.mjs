@@ -46,6 +46,7 @@ const MEASURES = [
   { key: "psnr_db", label: "PSNR", rows: "seeds", format: decibels, higher: true,
     floating: true },
   { key: "ssim", label: "SSIM", rows: "seeds", format: ratio, higher: true },
+  { key: "hit", label: "Linears with the LoRA", rows: "adapters", format: String, higher: true },
 ];
 
 /**
@@ -65,9 +66,22 @@ export function read(text) {
     layers: data.layers ?? [],
     steps: (data.steps ?? []).map((step) => ({ ...step, name: `step ${step.step}` })),
     seeds: (data.seeds ?? []).map((seed) => ({ ...seed, name: `seed ${seed.seed}` })),
+    adapters: [
+      ...adapters(data),
+      ...adapters(data.reference, "reference: "),
+      ...adapters(data.model, "model: "),
+    ],
   };
   const measures = MEASURES.filter((m) => rows[m.rows].some((row) => isFinite(value(row, m))));
   return { kind: KINDS[key], measures, rows, data };
+}
+
+/** The LoRAs of a model as rows. */
+function adapters(model, side = "") {
+  return (model?.adapters ?? []).map((adapter) => {
+    const strength = adapter.strength === null ? "" : ` at ${+adapter.strength.toPrecision(6)}`;
+    return { ...adapter, name: `${side}${adapter.kinds.join(", ")}${strength}` };
+  });
 }
 
 /** Seeds beyond the integers that JavaScript represents exactly stay text. */
@@ -139,6 +153,9 @@ export function describe(row) {
   add("Shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
   add("Format", [row.decision, row.backend, row.precision].filter(Boolean).join(", "));
   add("Reason", row.reason);
+  add("Rank", row.ranks && [...new Set(row.ranks)].join(" to "));
+  for (const [how, count] of Object.entries(row.applied ?? {})) add("Layers", `${count} ${how}`);
+  add("Linears without it", row.missed?.toString());
   if (row.decision === "mxfp8" && row.sqnr_db === null) add("SQNR", "lossless");
   for (const measure of MEASURES) {
     if (!isFinite(value(row, measure))) continue;

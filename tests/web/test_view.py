@@ -170,6 +170,38 @@ def test_a_comparison_is_drawn_by_step_and_by_seed(view, key):
     assert second["height"] == pytest.approx(2 * first["height"])
 
 
+LORA = {
+    "kinds": ["LoRA", "DoRA"], "ranks": [4, 16], "strength": 0.8, "hit": 30, "missed": 4,
+    "applied": {"beside the weight: low rank": 30, "merged by ComfyUI: no linear layer": 2},
+    "bytes": 1_200_000,
+}  # fmt: skip
+
+
+def test_the_loras_of_a_report_are_drawn_and_described(view):
+    layer = {"name": "a", "shape": [1, 1], "bytes": 9, "decision": "kept", "backend": "stock"}
+    merged = {**LORA, "kinds": ["merged model"], "ranks": [], "strength": None, "hit": 10}
+    text = json.dumps({"mxfp8_backend_report": 1, "layers": [layer], "adapters": [LORA, merged]})
+    assert view("(t) => read(t).measures.map((m) => m.key)", text) == ["bytes", "hit"]
+    first, second = drawn(view, text, "hit")["bars"]
+    assert first["height"] == pytest.approx(3 * second["height"])
+    assert first["label"] == "LoRA, DoRA at 0.8, Linears with the LoRA 30"
+    assert view("(t) => documents.describe(read(t).rows.adapters[0])", text) == [
+        ["Rank", "4 to 16"],
+        ["Layers", "30 beside the weight: low rank"],
+        ["Layers", "2 merged by ComfyUI: no linear layer"],
+        ["Linears without it", "4"],
+        ["Size", "1.20 MB"],
+        ["Linears with the LoRA", "30"],
+    ]
+
+
+def test_the_loras_of_both_sides_of_a_comparison_are_drawn(view):
+    sides = {"reference": {"adapters": [LORA]}, "model": {"adapters": [LORA, LORA]}}
+    text = json.dumps({"mxfp8_comparison": 1, "seeds": [], **sides})
+    names = view("(t) => read(t).rows.adapters.map((row) => row.name)", text)
+    assert names == ["reference: LoRA, DoRA at 0.8", *["model: LoRA, DoRA at 0.8"] * 2]
+
+
 def test_a_large_seed_keeps_its_digits(view):
     text = '{"mxfp8_comparison": 1, "seeds": [{"seed": 18446744073709551615, "psnr_db": 1.0}]}'
     assert view("(t) => read(t).rows.seeds[0].name", text) == "seed 18446744073709551615"
