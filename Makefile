@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/quality.py --layer
+	$(BIN)/python bench/lora.py
 
 gallery: setup
 	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py
