@@ -2,6 +2,9 @@
 
     python bench/cpu.py [--rounds 7] [--threads 2] [--check]
 
+The last measurement is a layer with LoRAs of rank 32 in sum, in the real ComfyUI: beside the
+weight, and in stock's ways: merged before, merged on the fly as in offloaded layers, and bypass.
+
 In each round all contestants run in turn, so that a change in the machine's speed affects all of
 them; a figure is the median over the rounds of the ratio within a round. Results go to
 bench/results/cpu.json. --check exits with 1 if one of the bounds below fails.
@@ -20,16 +23,20 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "cpu.json"
 
 WEIGHT = 3840, 10240  # N, K: the largest weight of Z-Image
 LINEAR = 4096, 3840, 3840  # M, N, K
+RANK, LORA = 32, "linear, LoRA"
 
 # (measurement, contestant, rival, bound on time / rival's time)
 BOUNDS = (
     ("quantize", "mxfp8", "comfy-kitchen", 1 / 4),
     ("dequantize", "mxfp8", "comfy-kitchen", 1 / 3),
     ("linear", "mxfp8", "dense BF16", 1.10),
+    (LORA, "mxfp8", "without LoRA", 1.06),
+    (LORA, "four of rank 8", "mxfp8", 1.03),
 )
 
 
@@ -73,6 +80,73 @@ def measurements() -> dict[str, dict[str, Callable]]:
             "dense BF16": lambda: torch.nn.functional.linear(x, dense),
             "comfy-kitchen": stock_linear,
         },
+        LORA: lora_contestants(x, layer, layer_scale),
+    }
+
+
+def lora_contestants(x, qdata, scale) -> dict[str, Callable]:
+    """A diffusion model that is one layer, in BF16: with LoRAs of rank 32 in sum, and without."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from comfyui import import_modules
+
+    import_modules()
+    import comfy.lora
+    import comfy.model_management
+    import comfy.ops
+    import torch
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.weight_adapter import BypassInjectionManager
+
+    from mxfp8.nodes.runtime.patch import accelerate
+    from mxfp8.quant import format
+
+    device, (N, K) = torch.device("cpu"), qdata.shape
+    marker = bytearray(format.marker_bytes(format.marker((N, K), "BF16")))
+    state = {
+        "layer.weight": qdata,
+        "layer.weight_scale": scale,
+        "layer.comfy_quant": torch.frombuffer(marker, dtype=torch.uint8),
+    }
+    operations = comfy.ops.mixed_precision_ops(disabled={"mxfp8"})  # as on a device without MXFP8
+
+    class OneLayer(BaseModel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.layer, self.manual_cast_dtype = operations.Linear(K, N, bias=False), None
+
+        def get_dtype(self):
+            return torch.bfloat16
+
+    def stock() -> ModelPatcher:
+        model = OneLayer()
+        model.load_state_dict(dict(state))
+        return ModelPatcher(model, device, device)
+
+    def lora(rank: int) -> dict:
+        parts = {"up": torch.randn(N, rank) * 1e-3, "down": torch.randn(rank, K)}
+        file = {f"layer.lora_{name}.weight": part for name, part in parts.items()}
+        return comfy.lora.load_lora(file, {"layer": "layer.weight"})
+
+    def forward(patcher, *ranks: int, offloaded: bool = False) -> Callable:
+        for rank in ranks:
+            patcher.add_patches(lora(rank))
+        if offloaded:
+            patcher.patch_model(device, lowvram_model_memory=1)
+        else:
+            comfy.model_management.load_models_gpu([patcher])
+        return lambda: patcher.model.layer(x)
+
+    bypassed, manager = stock(), BypassInjectionManager()
+    manager.add_adapter("layer.weight", lora(RANK)["layer.weight"])
+    bypassed.set_injections("lora", manager.create_injections(bypassed.model))
+    return {
+        "mxfp8": forward(accelerate(stock(), "exact"), RANK),
+        "four of rank 8": forward(accelerate(stock(), "exact"), *[RANK // 4] * 4),
+        "without LoRA": forward(accelerate(stock(), "exact")),
+        "stock, merged": forward(stock(), RANK),
+        "stock, on the fly": forward(stock(), RANK, offloaded=True),
+        "stock, bypass": forward(bypassed),
     }
 
 
