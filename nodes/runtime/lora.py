@@ -262,56 +262,66 @@ def _linear(patcher, layer: str) -> torch.nn.Module | None:
 
 def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBranches:
     """Branches for the wanted ones of these patches, which come on top of those below."""
-    merged = {key: list(value) for key, value in patches.items()}
+    all_of_them = {key: list(value) for key, value in patches.items()}
+    merged = dict(all_of_them)
     branches: dict[str, SideBranch] = {}
-    # A text encoder's activations are float32.
-    encoder = not isinstance(patcher.model, BaseModel)
-    dtype = torch.float32 if encoder else forward.compute_dtype(patcher)
-    room = patcher.model_size() // DENSE_SHARE
     too_large = []
+    room = patcher.model_size() // DENSE_SHARE
     with patcher.use_ejected():
         linears = {layer: _linear(patcher, layer) for layer in _layers(wanted)}
     for layer, module in linears.items():
         if module is None:
             continue
         key, bias_key = f"{layer}.weight", f"{layer}.bias"
-        first = adapters.merged_by_stock(patches.get(key, []), tuple(module.weight.shape))
-        beside = list(patches.get(key, ()))[first:]
-        of_bias = list(patches.get(bias_key, ()))
-        if any(isinstance(patch[1], list) for patch in of_bias):  # a merged model
-            of_bias = []
-        if not beside and not of_bias:
+        of_weight, of_bias = all_of_them.get(key, []), all_of_them.get(bias_key, [])
+        first = adapters.merged_by_stock(of_weight, tuple(module.weight.shape))
+        # A bias is merged or beside as a whole: a merged model has one.
+        whole = any(isinstance(patch[1], list) for patch in of_bias)
+        first_of_bias = len(of_bias) if whole else 0
+        if first == len(of_weight) and first_of_bias == len(of_bias):
             continue
-
-        def weight(key=key, count=first):
-            return patched(patcher, key, [*below.get(key, ()), *patches.get(key, ())[:count]])
-
-        bias = None
-        if module.bias is not None:
-            under = [*below.get(bias_key, ()), *([] if of_bias else patches.get(bias_key, ()))]
-            bias = patched(patcher, bias_key, under)
-        shape = tuple(module.weight.shape)
-        loaded = None  # what a model as LoRA is subtracted from
-        if any(patch[1][0] == "model_as_lora" for patch in beside if isinstance(patch[1], tuple)):
-            loaded = patched(patcher, key, [])
-        branch = adapters.build(beside, of_bias, weight, bias, key, shape, dtype, room, loaded)
+        under = {
+            key: [*below.get(key, ()), *of_weight[:first]],
+            bias_key: [*below.get(bias_key, ()), *of_bias[:first_of_bias]],
+        }
+        beside = of_weight[first:], of_bias[first_of_bias:]
+        branch = _branch(patcher, layer, module, under, *beside, room)
         if branch is None:
             too_large.append(layer)
             continue
         room -= branch.dense_nbytes
         branches[layer] = branch
-        for name, count in ((key, first), (bias_key, 0 if of_bias else None)):
-            if name in merged and count is not None:
-                merged[name] = merged[name][:count]
-                if not merged[name]:
-                    del merged[name]
+        merged[key], merged[bias_key] = of_weight[:first], of_bias[:first_of_bias]
     _report(too_large, branches)
-    return SideBranches(
-        {key: list(value) for key, value in patches.items()},
-        merged,
-        branches,
-        patcher.load_device,
-        patcher.offload_device,
+    merged = {key: value for key, value in merged.items() if value}
+    return SideBranches(all_of_them, merged, branches, patcher.load_device, patcher.offload_device)
+
+
+def _branch(
+    patcher, layer: str, module, under: Patches, of_weight: list, of_bias: list, room: int
+) -> SideBranch | None:
+    """What patches of a layer's weight and bias do on top of others, or None if there is no room.
+
+    Args:
+        room: bytes that it may take for deltas.
+    """
+    key, bias_key = f"{layer}.weight", f"{layer}.bias"
+    bias = None if module.bias is None else patched(patcher, bias_key, under[bias_key])
+    loaded = None  # what a model as LoRA is subtracted from
+    if any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in of_weight):
+        loaded = patched(patcher, key, [])
+    # A text encoder's activations are float32.
+    encoder = not isinstance(patcher.model, BaseModel)
+    return adapters.build(
+        of_weight,
+        of_bias,
+        lambda: patched(patcher, key, under[key]),
+        bias,
+        key,
+        tuple(module.weight.shape),
+        torch.float32 if encoder else forward.compute_dtype(patcher),
+        room,
+        loaded,
     )
 
 
