@@ -63,11 +63,19 @@ def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(held, requires_grad=False)
 
 
-def _linear(matrix: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A linear of ComfyUI's, which accounts for its weight, moves it and streams it."""
-    n, k = matrix.shape
-    linear = comfy.ops.manual_cast.Linear(k, n, bias=False, device="meta", dtype=dtype)
-    linear.weight = _parameter(matrix, dtype)
+def _linear(parts: list[Tensor], dtype: torch.dtype, dim: int = 0) -> nn.Module:
+    """A linear of ComfyUI's, which accounts for its weight, moves it and streams it.
+
+    Args:
+        parts: matrices that are its weight when they are joined along `dim`.
+    """
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    linear = comfy.ops.manual_cast.Linear(*shape[::-1], bias=False, device="meta", dtype=dtype)
+    with torch.inference_mode(False):
+        weight = torch.empty(shape, dtype=dtype)
+        torch.cat([part.to(dtype) for part in parts], dim, out=weight)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
@@ -91,7 +99,7 @@ def _like(parameter: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of `up` and rows of `down` of one size, by powers of two: FP16 holds both then."""
+    """Columns of `up` and rows of `down` of one size, by powers of two, so that FP16 holds both."""
     _, high = torch.frexp(up.abs().amax(0))
     _, low = torch.frexp(down.abs().amax(1))
     shift = (high - low).div(2, rounding_mode="floor")
@@ -233,16 +241,19 @@ class SideBranch(nn.Module):
 
         groups: dict[Span, list[tuple[Tensor, Tensor]]] = {}
         for term in low_rank:
-            groups.setdefault(term.rows, []).append(_balanced(term.up, term.down))
+            product = term.up, term.down
+            if dtype == torch.float16:
+                product = _balanced(*product)
+            groups.setdefault(term.rows, []).append(product)
         self.down, self.ups, places, start = None, nn.ModuleList(), [], 0
         for rows, products in groups.items():
-            self.ups.append(_linear(torch.cat([up for up, _ in products], 1), dtype))
+            self.ups.append(_linear([up for up, _ in products], dtype, dim=1))
             places.append((rows, (start, self.ups[-1].in_features)))
             start += self.ups[-1].in_features
         self.places = tuple(places)
         if groups:
             downs = [down for products in groups.values() for _, down in products]
-            self.down = _linear(torch.cat(downs), dtype)
+            self.down = _linear(downs, dtype)
 
         self.dense, places = nn.ModuleList(), []
         for term in dense:
@@ -250,7 +261,7 @@ class SideBranch(nn.Module):
             if dtype == torch.float16:  # small deltas would be subnormal numbers
                 _, exponent = torch.frexp(term.delta.abs().amax())
                 exponent = min(0, int(exponent))
-            self.dense.append(_linear(term.delta * 2.0**-exponent, dtype))
+            self.dense.append(_linear([term.delta * 2.0**-exponent], dtype))
             places.append((term.rows, term.columns, 2.0**exponent))
         self.dense_places = tuple(places)
         scaling = [step for step in steps if not isinstance(step, Kronecker)]
