@@ -27,8 +27,9 @@ class MXFP8BackendReport(io.ComfyNode):
             description=(
                 "Reports how a model runs on this machine: the backend and precision of every "
                 "layer and why, what faster backends lack here, and the memory of codes, scales, "
-                "other weights, prepared weights and LoRAs. Optionally times the layers against "
-                "unquantized ones and against stock ComfyUI."
+                "other weights, prepared weights and LoRAs. Lists the LoRAs: which layers they are "
+                "on, and what is merged and why. Optionally times the layers against unquantized "
+                "ones and against stock ComfyUI."
             ),
             search_aliases=["mxfp8", "report", "backend", "precision", "memory", "benchmark"],
             inputs=[

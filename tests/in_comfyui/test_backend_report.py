@@ -12,7 +12,7 @@ import torch
 from bad_files import LAYER, draft
 from checkpoints import load
 from comfyui import PromptError, comfyui_path
-from graphs import Graph, fp8_card, unload
+from graphs import Graph, fp8_card, latents, unload
 from lora_kinds import lora_file
 from safetensors.torch import save_file
 
@@ -229,7 +229,10 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
         "none": ours(graph),
     }
     nodes = {name: backend_report(graph, model) for name, model in models.items()}
-    outputs = comfy.run(graph)
+    saved = [graph.save_latent(graph.sample(models["beside"], "flux", steps)) for steps in (1, 2)]
+    before = latents(comfy.run(graph, only=[saved[1][0]]), saved[1], comfy.base)
+    comfy.run(graph, only=[saved[0][0]])  # what is reported now is loaded
+    outputs = comfy.run(graph, only=[node[0] for node in nodes.values()])
     reports = {name: document(outputs, node) for name, node in nodes.items()}
     layers = {name: by_name(report) for name, report in reports.items()}
     uses = {name: report["adapters"] for name, report in reports.items()}
@@ -279,6 +282,14 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
     assert kronecker["applied"] == {"beside the weight: Kronecker factors": count}
     (stock,) = uses["stock"]
     assert stock == rank4 | {"applied": {"merged by ComfyUI": count}, "bytes": 0}
+
+    inputs = graph[graph[saved[1][0]]["inputs"]["samples"][0]]["inputs"]
+    inputs["latent_image"] = graph.add(  # or the samples would be those that ComfyUI has
+        "TestEmptyAfter", samples=graph[saved[0][0]]["inputs"]["samples"],
+        like=inputs["latent_image"],
+    )  # fmt: skip
+    after = latents(comfy.run(graph, only=[saved[1][0]]), saved[1], comfy.base)
+    assert torch.equal(after, before)  # reports of its clones took nothing off a loaded model
 
 
 def test_with_the_setting_off_loras_are_said_to_be_merged(comfy, loras):
