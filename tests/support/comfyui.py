@@ -8,7 +8,9 @@ COMFYUI_PATH names a ComfyUI of your own; its Python environment must then be th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
@@ -24,6 +26,8 @@ import urllib.request
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from warm import Warm
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -147,12 +151,25 @@ def make_models(base: Path, *names: str) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
+@functools.cache
+def _warm() -> Warm:
+    """The parent of all scripts that `run_script` runs."""
+    warm = Warm(comfyui_path()).__enter__()
+    atexit.register(warm.__exit__)
+    return warm
+
+
+def run_script(script: Path, *arguments) -> str:
+    """The output of a script that uses ComfyUI's modules, in a process of its own that has them."""
+    ended = _warm().run(script, *arguments)
+    assert ended.status == 0, ended.output
+    return ended.output
+
+
 def ask(script: str, *arguments):
-    """What a script in tests/support finds in a process of its own: the JSON it prints last."""
-    command = [sys.executable, TESTS / "support" / script, comfyui_path(), *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What a script in tests/support finds with ComfyUI's modules: the JSON it prints last."""
+    output = run_script(TESTS / "support" / script, comfyui_path(), *arguments)
+    return json.loads(output.splitlines()[-1])
 
 
 def import_modules() -> None:

@@ -1,6 +1,7 @@
 """Runs of the command in forked children of a process that has torch already: 20 ms instead of 2 s.
+Or of scripts that use ComfyUI's modules, which take 10 s of CPU time to import.
 
-    python tests/support/warm.py      (by `Warm`, which talks to it in lines of JSON)
+    python tests/support/warm.py FOLDER [COMFYUI]     (by `Warm`, in lines of JSON)
 
 A child can be told to send itself a signal at the n-th call of a function, so that a test can kill,
 stop or interrupt it exactly there, or to live under limits of memory, file size or permission.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,12 +30,19 @@ class Ended:
 
 
 class Warm:
-    """The parent process, a context manager."""
+    """The parent process, a context manager.
+
+    Args:
+        comfyui: where ComfyUI is, to run scripts; else it is the command that runs.
+    """
+
+    def __init__(self, comfyui: Path | None = None):
+        self._comfyui = [] if comfyui is None else [comfyui]
 
     def __enter__(self) -> Warm:
         self._folder = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
-            [sys.executable, __file__, self._folder.name],
+            [sys.executable, __file__, self._folder.name, *self._comfyui],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -53,7 +62,7 @@ class Warm:
         return json.loads(self._process.stdout.readline())
 
     def start(self, *words, at=None, limits=None, user=None) -> int:
-        """Start `mxfp8 words...`; returns the process id.
+        """Start `mxfp8 words...` or `python words...`; returns the process id.
 
         Args:
             at: (function, n, "before" or "after", signal): what the child does to itself.
@@ -78,29 +87,56 @@ class Warm:
         return self.wait(self.start(*words, **how))
 
 
-def _serve(folder: str) -> None:
+def _serve(folder: str, *comfyui: str) -> None:
     import torch
-
-    from mxfp8.kernels import sqnr
-    from mxfp8.quant import cli
-    from mxfp8.quant.conversion import convert
 
     # No threads of torch's own: they would not survive the fork.
     torch.set_num_threads(1)
-    assert sqnr and convert
+    main = _scripts(*comfyui) if comfyui else _command()
     _answer("ready")
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "start":
             child = os.fork()
             if child == 0:
-                _be(cli.main, folder, request)
+                _be(main, folder, request)
             answer = child
         else:
             _, status = os.waitpid(request["child"], os.WUNTRACED)
             stopped = os.WIFSTOPPED(status)
             answer = -os.WSTOPSIG(status) if stopped else os.waitstatus_to_exitcode(status)
         _answer(answer)
+
+
+def _command():
+    from mxfp8.kernels import sqnr
+    from mxfp8.quant import cli
+    from mxfp8.quant.conversion import convert
+
+    assert sqnr and convert
+    return cli.main
+
+
+def _scripts(comfyui: str):
+    sys.argv = ["main.py", "--cpu"]
+    sys.path.insert(0, comfyui)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sd
+
+    assert comfy.sd
+
+    def run(words: list[str]) -> int:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
 
 
 def _answer(value) -> None:
@@ -170,4 +206,4 @@ def _limit(limits: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])
