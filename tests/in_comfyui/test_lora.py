@@ -11,9 +11,9 @@ import pytest
 import torch
 from checkpoints import load
 from comfyui import KINDS
-from graphs import SAME, Graph, difference, load_ours, run
+from graphs import SAME, Graph, after, difference, load_ours, run
 from lora_kinds import KINDS as ADAPTERS
-from lora_kinds import lora_file
+from lora_kinds import linears, lora_file
 from quantized_files import plain
 from safetensors.torch import save_file
 
@@ -27,10 +27,6 @@ def lora(graph: Graph, model: list, name: str, strength: float = 1.0) -> list:
     return graph.add(
         "LoraLoaderModelOnly", model=model, lora_name=f"{name}.safetensors", strength_model=strength
     )
-
-
-def linears(state: dict) -> dict:
-    return {key: value for key, value in state.items() if value.ndim == 2 and "bias" not in key}
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +77,6 @@ def test_stacked_loras_follow_the_order_of_loading(comfy, files, names):
     latent = run(comfy, graph, saved)
     for which in ("one way", "the other"):
         assert difference(latent[f"ours, {which}"], latent[f"exact, {which}"]) < SAME
-
-
-def after(graph: Graph, samples: list, previous: list) -> list:
-    """Samples that are not begun before the previous ones are there."""
-    graph[samples[0]]["inputs"]["latent_image"] = graph.add(
-        "TestEmptyAfter", samples=previous, like=graph[samples[0]]["inputs"]["latent_image"]
-    )
-    return samples
 
 
 def test_another_strength_moves_no_module_and_changes_no_code(comfy, files):

@@ -39,3 +39,11 @@ def test_slices_and_functions_of_fused_weights_run_beside_them(results):
     merged = {key for r in results.values() for stack in r["stacks"] for key in stack["merged"]}
     assert all(key.endswith("ff_i.gate.weight") for key in merged)  # a matrix without a linear
     assert not any(stack["problems"] for r in results.values() for stack in r["stacks"])
+
+
+def test_text_encoders_run_them_too(tmp_path):
+    """Loaded in each way, two LoRAs on a Qwen3 of one layer."""
+    results = ask("lora_encoders.py", tmp_path)
+    assert results["effect"] > 0.01
+    assert len(results["difference"]) == 5
+    assert max(results["difference"].values()) < SAME

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from checkpoints import load
-from graphs import LATENTS, Graph, load_ours
+from graphs import LATENTS, Graph, difference, load_ours, with_lora
+from lora_kinds import linears, lora_file
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
 
@@ -15,13 +18,16 @@ def trained(comfy, model, kind: str, **options) -> dict:
     """A LoRA that stock's node trains on an empty latent, on what `model` adds to a graph."""
     graph = Graph()
     empty, size = LATENTS[kind]
+    options = {
+        "batch_size": 1, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 0.01,
+        "rank": 4, "optimizer": "AdamW", "loss_function": "MSE", "seed": 3,
+        "training_dtype": "none", "lora_dtype": "fp32", "quantized_backward": False,
+        "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 1,
+        "offloading": False, "existing_lora": "[None]", "bucket_mode": False, **options,
+    }  # fmt: skip
     lora = graph.add(
         "TrainLoraNode", model=model(graph), latents=graph.add(empty, **size, batch_size=1),
-        positive=graph.add("LotusConditioning"), batch_size=1, grad_accumulation_steps=1, steps=2,
-        learning_rate=0.01, rank=4, optimizer="AdamW", loss_function="MSE", seed=3,
-        training_dtype="none", lora_dtype="fp32", quantized_backward=False, algorithm="LoRA",
-        gradient_checkpointing=True, checkpoint_depth=1, offloading=False,
-        existing_lora="[None]", bucket_mode=False, **options,
+        positive=graph.add("LotusConditioning"), **options,
     )  # fmt: skip
     graph.add("SaveLoRA", lora=lora, prefix="training/lora")
     comfy.run(graph)
@@ -59,6 +65,38 @@ def test_flux2_is_trained_in_bypass_mode(comfy):
     assert (
         untrained(trained(comfy, lambda g: load_ours(g, "flux2"), "flux2", bypass_mode=True)) == []
     )
+
+
+@pytest.mark.slow
+def test_a_lora_is_trained_on_top_of_another(comfy):
+    """Its gradients are those on the dequantized model with the other one merged."""
+    folder = comfy.base / "models"
+    state = linears(load(folder / "diffusion_models" / "flux-plain.safetensors")[0])
+    other = folder / "loras" / "training.safetensors"
+    save_file(lora_file(state, "lora", norm=0.3), other)
+
+    def gradients(load, patched: bool, bypass_mode: bool) -> torch.Tensor:
+        def model(graph):
+            return with_lora(graph, load(graph), other.name) if patched else load(graph)
+
+        lora = trained(
+            comfy, model, "flux", bypass_mode=bypass_mode, optimizer="SGD", steps=1,
+            learning_rate=1.0,
+        )  # fmt: skip
+        return torch.cat([lora[key].flatten() for key in sorted(lora) if "lora_down" in key])
+
+    def ours(graph):
+        return load_ours(graph, "flux")
+
+    def exact(graph):
+        return graph.loader("flux-plain.safetensors")
+
+    gradients(exact, False, True)  # leaves the random numbers as the others find them
+    wanted = gradients(exact, True, True)
+    for bypass_mode in (True, False):
+        assert difference(gradients(ours, True, bypass_mode), wanted) < 0.05  # of BF16
+    assert difference(gradients(ours, False, True), wanted) > 0.2
+    other.unlink()
 
 
 def test_a_forward_set_on_a_loaded_model_outlasts_reloading_it(comfy):

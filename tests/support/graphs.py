@@ -142,6 +142,14 @@ def unload(comfy) -> None:
         time.sleep(0.02)
 
 
+def after(graph: Graph, samples: list, previous: list) -> list:
+    """Samples that are not begun before the previous ones are there."""
+    graph[samples[0]]["inputs"]["latent_image"] = graph.add(
+        "TestEmptyAfter", samples=previous, like=graph[samples[0]]["inputs"]["latent_image"]
+    )
+    return samples
+
+
 def with_lora(graph: Graph, model: list, file: str = "lora.safetensors") -> list:
     return graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
 

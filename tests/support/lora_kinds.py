@@ -16,6 +16,11 @@ ADDITIVE = ("lora", "lora_alpha_mid", "lokr", "lokr_decomposed", "loha", "diff",
 KINDS = ADDITIVE + ORDERED
 
 
+def linears(state: dict) -> dict:
+    """The weights of linear layers."""
+    return {key: value for key, value in state.items() if value.ndim == 2 and "bias" not in key}
+
+
 def lora_file(
     state: dict[str, torch.Tensor],
     kind: str,

@@ -20,7 +20,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from . import controls, recording
+from . import branches, controls, recording
 
 
 class _Node:
@@ -651,4 +651,4 @@ NODE_CLASS_MAPPINGS = {
         TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward,
     )
 }  # fmt: skip
-NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES
+NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES | branches.NODES
