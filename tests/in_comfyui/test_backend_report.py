@@ -197,6 +197,8 @@ def loras(comfy):
         "large": lora_file(weights, "diff"),
         "longer": lora_file(longer | dict(others), "lora", seed=1),
         "norm": {f"diffusion_model.{norm}.diff": scale},
+        "growing": lora_file({f"{LAYER}.weight": torch.ones(160, 128)}, "lora")
+        | {f"diffusion_model.{LAYER}.reshape_weight": torch.tensor([160, 128])},
     }
     for name, file in files.items():
         save_file(file, models / "loras" / f"report {name}.safetensors")
@@ -225,6 +227,13 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
         "large": with_loras(graph, ours(graph), (loras["large"], 1.0)),
         "longer": with_loras(graph, ours(graph), (loras["longer"], 1.0), (loras["norm"], 0.5)),
         "merged": with_loras(graph, merged_model(graph, first), (loras["Kronecker"], 1.0)),
+        "replaced": with_loras(
+            graph,
+            graph.add("TestPatchLinear", model=ours(graph), layer=LAYER),
+            (loras["rank 4"], 1.0),
+            (loras["growing"], 1.0),
+        ),
+        "growing": with_loras(graph, ours(graph), (loras["growing"], 1.0)),
         "stock": with_loras(graph, graph.loader("flux.safetensors"), (loras["rank 4"], 0.8)),
         "none": ours(graph),
     }
@@ -280,6 +289,12 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
     assert merged["kinds"] == ["merged model"] and merged["hit"] == count
     assert merged["applied"].keys() >= {"merged by ComfyUI: other weights"}
     assert kronecker["applied"] == {"beside the weight: Kronecker factors": count}
+    replaced = {"merged by ComfyUI: a layer with another node's forward": 1}
+    assert [use["applied"] for use in uses["replaced"]] == [
+        {"beside the weight: low rank": count - 1} | replaced, replaced
+    ]  # fmt: skip
+    (growing,) = uses["growing"]
+    assert growing["applied"] == {"merged by ComfyUI: of a kind that only ComfyUI applies": 1}
     (stock,) = uses["stock"]
     assert stock == rank4 | {"applied": {"merged by ComfyUI": count}, "bytes": 0}
 

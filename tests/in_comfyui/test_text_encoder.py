@@ -156,6 +156,11 @@ def test_a_lora_on_a_text_encoder_runs_beside_its_weight_and_as_a_hook(
     assert difference(embedding["hook"], embedding["beside"]) < SAME
     assert difference(embedding["after"], embedding["plain"]) < 1e-4
 
+    node = graph.add("MXFP8BackendReport", clip=with_lora(clip), measure=False, rows=77)
+    report = json.loads(comfy.run(graph, only=[node[0]])[node[0]]["mxfp8_report"][0])
+    (use,) = report["adapters"]
+    assert (use["hit"], use["applied"]) == (1, {"beside the weight: low rank": 1})
+
 
 def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
     """A diffusion model, a text encoder and a VAE by stock's node; the model loads again."""
