@@ -545,7 +545,9 @@ def _kind(value) -> str:
         return MERGED_MODEL
     if isinstance(value, tuple):
         return "diff" if len(value) == 1 else value[0]
-    name = ADAPTERS.get(type(value), type(value).__name__)
+    if type(value) not in ADAPTERS:
+        return type(value).__name__
+    name = ADAPTERS[type(value)]
     if dora_scale(value) is None:
         return name
     return "DoRA" if name == "LoRA" else f"{name} with DoRA"
@@ -559,7 +561,7 @@ def _note(patch: tuple) -> dict:
         "strength": float(patch[0]),
         "forms": [],
         "nbytes": 0,
-        "group": 0 if isinstance(value, tuple | list) else id(value.loaded_keys),
+        "group": id(value.loaded_keys) if hasattr(value, "loaded_keys") else 0,
         "problem": None,
     }
 

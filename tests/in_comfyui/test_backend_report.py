@@ -234,6 +234,9 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
             (loras["growing"], 1.0),
         ),
         "growing": with_loras(graph, ours(graph), (loras["growing"], 1.0)),
+        "other": graph.add(
+            "TestLora", model=ours(graph), key=f"diffusion_model.{LAYER}.weight", how="other"
+        ),
         "stock": with_loras(graph, graph.loader("flux.safetensors"), (loras["rank 4"], 0.8)),
         "none": ours(graph),
     }
@@ -295,6 +298,8 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
     ]  # fmt: skip
     (growing,) = uses["growing"]
     assert growing["applied"] == {"merged by ComfyUI: of a kind that only ComfyUI applies": 1}
+    (other,) = uses["other"]
+    assert other["kinds"] == ["OtherAdapter"] and other["applied"] == growing["applied"]
     (stock,) = uses["stock"]
     assert stock == rank4 | {"applied": {"merged by ComfyUI": count}, "bytes": 0}
 

@@ -325,12 +325,22 @@ class TestFail(_Node):
         return (clone,)
 
 
+class OtherAdapter(comfy.weight_adapter.WeightAdapterBase):
+    """An adapter of another pack's, with no more than ComfyUI uses."""
+
+    name = "other"
+    weights = ()
+
+    def calculate_weight(self, weight, *_, **__):
+        return weight + 1
+
+
 class TestLora(_Node):
     """A clone with one of stock's LoRA adapters on a weight, in which something goes wrong: memory
     runs out, or the result is too large for float16, in which the weight then is held. Or its
-    function logs a warning and changes nothing."""
+    function logs a warning and changes nothing. Or with another pack's adapter."""
 
-    INPUTS = {"model": "MODEL", "key": "STRING", "how": (["memory", "large", "warning"],)}
+    INPUTS = {"model": "MODEL", "key": "STRING", "how": (["memory", "large", "warning", "other"],)}
     RETURN_TYPES = ("MODEL",)
 
     def run(self, model, key, how):
@@ -349,6 +359,9 @@ class TestLora(_Node):
         up, down = torch.ones(rows, 4), torch.ones(4, columns)
         adapter = comfy.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, None))
         clone = model.clone()
+        if how == "other":
+            clone.add_patches({key: OtherAdapter()})
+            return (clone,)
         clone.add_patches({(key, None, function): adapter})
         return (clone,)
 
