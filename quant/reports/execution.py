@@ -54,8 +54,9 @@ class Timing:
 
     Attributes:
         layers: how many there are; rows: of the input that one of them was timed on.
-        dense_microseconds: of an unquantized weight in the model's dtype.
-        stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight.
+        microseconds: with the LoRAs that run beside its weight.
+        dense_microseconds: of an unquantized weight in the model's dtype, without LoRAs.
+        stock_microseconds: of stock ComfyUI's forward on the same MXFP8 weight, without LoRAs.
     """
 
     shape: tuple[int, int]
