@@ -201,6 +201,7 @@ def grouped(graph, model):
     return sampled(graph, model, hooked(graph, hooks))
 
 
+@pytest.mark.slow
 def test_hooks_on_models_with_loras(comfy):
     compare(comfy, {
         "scheduled": scheduled, "masked": masked, "two in a group": grouped,
@@ -208,6 +209,7 @@ def test_hooks_on_models_with_loras(comfy):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_after_hooks_a_model_is_as_it_was(comfy):
     graph = Graph()
     model = load_ours(graph, "flux")
@@ -234,6 +236,7 @@ def test_after_hooks_a_model_is_as_it_was(comfy):
 # Memory.
 
 
+@pytest.mark.slow
 def test_loras_take_their_own_size_and_give_it_back(comfy):
     """Eight of rank 32, in float32, in which ComfyUI computes on a CPU."""
     graph = Graph()
@@ -267,6 +270,7 @@ def test_loras_take_their_own_size_and_give_it_back(comfy):
     assert difference(latent["second"], latent["first"]) < SAME
 
 
+@pytest.mark.slow
 def test_changing_strengths_leaks_nothing(comfy):
     graph = Graph()
     model = load_ours(graph, "flux")
