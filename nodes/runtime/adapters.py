@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...quant.memory import is_out_of_memory
 from .factors import (
-    FACTORS,
     Factors,
     as_float,
     dora_scale,
+    factors_of,
     low_rank_of,
     moved_rows,
     rotations,
@@ -198,10 +199,16 @@ class _Current:
             self.waiting = []
         return self._weight
 
-    def change(self, patch: tuple) -> Tensor:
-        """What one more patch adds: in float64, as small LoRAs would drown in W's rounding."""
+    def change(self, patch: tuple) -> Tensor | None:
+        """What one more patch adds: in float64, as small LoRAs would drown in W's rounding.
+
+        None if its value adds nothing: stock logs an error of an adapter and goes on.
+        """
         before = self.weight().cpu().double()
-        return (self.merge([patch], before.clone()) - before).float()
+        after = self.merge([patch], before.clone())
+        if torch.equal(after, self.merge([_without_value(patch)], before.clone())):
+            return None
+        return (after - before).float()
 
 
 class _MisfitError(ValueError):
@@ -222,7 +229,7 @@ class _Terms:
     notes: list[dict] = field(default_factory=list)  # of each patch: fields of Applied
 
     def apply(self, patch: tuple) -> None:
-        strength, value, strength_model, offset, _ = patch
+        strength, value, strength_model, offset, function = patch
         nothing = strength == 0 and _kind(value) != "set"
         if nothing and strength_model == 1:
             return
@@ -231,6 +238,8 @@ class _Terms:
         if min(*rows, *columns) < 0 or sum(rows) > self.shape[0] or sum(columns) > self.shape[1]:
             self.notes[-1]["problem"] = f"its slice {offset} lies outside of {list(self.shape)}"
             return
+        if function is not None:
+            patch = (*patch[:4], _checked(function, (rows[1], columns[1])))
         try:
             if not nothing:
                 apply = self._tuple if isinstance(value, tuple) else self._adapter
@@ -240,7 +249,7 @@ class _Terms:
             nothing = True
         if nothing:
             self._strength_model(strength_model, rows, columns)
-            patch = (0.0, ("diff", (torch.zeros(()),)), strength_model, offset, None)
+            patch = _without_value(patch)
         self.current.waiting.append(patch)
 
     def apply_to_bias(self, patches: list[tuple], bias: Tensor, key: str) -> None:
@@ -250,19 +259,36 @@ class _Terms:
         for patch in patches:
             self.notes.append(_note(patch))
             try:
-                changed = current.merge([patch], after.clone())
-            except (RuntimeError, IndexError):  # of another shape: stock would stop here
-                changed = after
-            fits = isinstance(patch[1], tuple) and _parts(patch[1])[0].shape == bias.shape
-            left_out = patch[0] != 0 and not fits and torch.equal(changed, after)
-            if changed.shape != bias.shape or left_out:
-                self.notes[-1]["problem"] = _misfit(patch, bias.shape)
+                after = self._bias_after(patch, after, current)
+            except _MisfitError as misfit:
+                self.notes[-1]["problem"] = str(misfit)
                 continue
-            after = changed
             self._form("vector")
             if self.bias is None:
                 self.notes[-1]["nbytes"] += 4 * before.numel()
             self.bias = (after - before).float()
+
+    def _bias_after(self, patch: tuple, before: Tensor, current: _Current) -> Tensor:
+        strength, value, strength_model, offset, function = patch
+        shape = before.shape
+        if offset is not None:
+            dim, start, length = offset
+            if dim not in (0, -1) or start < 0 or length < 0 or start + length > shape[0]:
+                raise _MisfitError(f"its slice {offset} lies outside of {list(shape)}")
+            shape = torch.Size([length])
+        if function is not None:
+            function = _checked(function, shape)
+        kind, given = _kind(value), getattr(_parts(value)[0], "shape", ())
+        fits = isinstance(value, tuple) and given == shape
+        # Stock would stop at another shape of these. One of `diff` it logs and leaves out.
+        whole = kind == "model_as_lora" and not given == shape == before.shape
+        if whole or (kind == "set" and not _expands(given, shape)):
+            raise _MisfitError(_misfit(patch, shape))
+        after = current.merge([(strength, value, strength_model, offset, function)], before.clone())
+        left_out = strength != 0 and not fits and torch.equal(after, before)
+        if after.shape != before.shape or left_out:
+            raise _MisfitError(_misfit(patch, shape))
+        return after
 
     # The kinds of patches.
 
@@ -270,39 +296,30 @@ class _Terms:
         strength, value, strength_model, _, function = patch
         kind, parts = ("diff", value) if len(value) == 1 else value
         given, shape = parts[0], (rows[1], columns[1])
+        if not isinstance(given, Tensor):
+            raise _MisfitError(_misfit(patch, shape))
         if kind == "set":
-            try:
-                values = as_float(given).cpu().expand(shape)
-            except RuntimeError:
-                raise _MisfitError(_misfit(patch, shape)) from None
+            if not _expands(given.shape, shape):
+                raise _MisfitError(_misfit(patch, shape))
+            values = as_float(given).cpu().expand(shape)
             self._strength_model(0.0, rows, columns)
             self._plus(Factors(dense=values), 1.0, rows, columns, roundoff=_roundoff(given))
             return
+        whole = kind == "model_as_lora" and given.shape != self.shape
+        if whole or tuple(given.shape) != shape:
+            raise _MisfitError(_misfit(patch, shape))
         delta = as_float(given).cpu()
         if kind == "model_as_lora":
-            original = self.current.original().cpu()
-            if delta.shape != original.shape:
-                raise _MisfitError(_misfit(patch, shape))
-            delta = delta - original
-        if tuple(delta.shape) != shape:
-            raise _MisfitError(_misfit(patch, shape))
+            delta = delta - self.current.original().cpu()
+        moved = moved_rows(Factors(dense=delta), function, shape, strength)
         self._strength_model(strength_model, rows, columns)
-        self._plus(
-            Factors(dense=delta), strength, rows, columns, function, roundoff=_roundoff(given)
-        )
+        self._plus(moved, strength, rows, columns, roundoff=_roundoff(given))
 
     def _adapter(self, patch: tuple, rows: Span, columns: Span) -> None:
-        value, shape = patch[1], (rows[1], columns[1])
-        try:
-            if isinstance(value, stock.OFTAdapter | stock.BOFTAdapter):
-                self._turn(patch, rows, columns)
-            else:
-                self._add(patch, rows, columns)
-        except (_MisfitError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-            # Factors that are missing, or whose shapes do not make this one.
-            raise _MisfitError(_misfit(patch, shape)) from None
+        if isinstance(patch[1], stock.OFTAdapter | stock.BOFTAdapter):
+            self._turn(patch, rows, columns)
+        else:
+            self._add(patch, rows, columns)
 
     def _add(self, patch: tuple, rows: Span, columns: Span) -> None:
         strength, value, strength_model, _, function = patch
@@ -311,24 +328,26 @@ class _Terms:
             return self._slice(rows, columns, strength_model)
 
         n, k = rows[1], columns[1]
-        factors = FACTORS[type(value)](value.weights, n, k, scaled)
+        factors, scale = factors_of(value, n, k, scaled), dora_scale(value)
+        by_norm_of_rows = scale is not None and scale.shape[:1] == (n,)  # as stock tells
+        scales = scale is None or (scale.ndim and _expands(scale.shape, (n, k)))
+        if factors is None or not scales:
+            raise _MisfitError(_misfit(patch, (n, k)))
         self.notes[-1]["rank"] = factors.rank
-        scale = dora_scale(value)
+        factor = factors.alpha if scale is not None else strength * factors.alpha
+        moved = moved_rows(factors, function, (n, k), factor)
         if scale is None:
             self._strength_model(strength_model, rows, columns)
-            self._plus(factors, strength * factors.alpha, rows, columns, function)
+            self._plus(moved, factor, rows, columns)
             return
 
-        moved = moved_rows(factors, function, (n, k), factors.alpha)
         weight = scaled()
-        if scale.shape[0] == n:  # as stock tells: by the norms before this patch
+        if by_norm_of_rows:  # before this patch
             norms = weight.norm(dim=1, keepdim=True)
         else:  # by the norms with it
             delta = moved.alpha * moved.matrix(weight.device)
             norms = (weight + delta).norm(dim=0, keepdim=True)
         gain = scale / (norms.cpu() + torch.finfo(torch.float32).eps)
-        if torch.broadcast_shapes(gain.shape, (n, k)) != (n, k):
-            raise _MisfitError(_misfit(patch, (n, k)))
         by_row = gain.shape == (n, 1) and columns[1] == self.shape[1]
         by_column = gain.shape == (1, k) and rows[1] == self.shape[0]
         if not by_row and not by_column:
@@ -342,7 +361,7 @@ class _Terms:
         else:
             self._scale_columns(columns, kept[0])
             gains = {"column_gain": strength * gain[0]}
-        self._plus(moved, moved.alpha, rows, columns, **gains)
+        self._plus(moved, factor, rows, columns, **gains)
 
     def _turn(self, patch: tuple, rows: Span, columns: Span) -> None:
         """OFT and BOFT: stock's difference is a W + r E(W), E(W) being what rotations add to W."""
@@ -352,6 +371,8 @@ class _Terms:
         oft = type(value) is stock.OFTAdapter
         if alpha is None and oft:
             alpha = 0.0
+        if blocks is None or blocks.ndim != (3 if oft else 4):
+            raise _MisfitError(_misfit(patch, (n, k)))
         if blocks.shape[-1] != blocks.shape[-2] or blocks.shape[-3] * blocks.shape[-1] != n:
             raise _MisfitError(_misfit(patch, (n, k)))
         if alpha is None:  # stock compares it with 0 and leaves the adapter out
@@ -394,9 +415,12 @@ class _Terms:
     def _change(self, patch: tuple, rows: Span, columns: Span) -> None:
         """A patch that none of the forms holds: what stock's merging of it changes."""
         delta = self.current.change(patch)
+        if delta is None:
+            nothing = torch.zeros(rows[1], columns[1])
+            if patch[4] is not None:
+                patch[4](nothing)  # raises what stock has logged
+            raise _MisfitError(_misfit(patch, nothing.shape))
         delta = delta.narrow(0, *rows).narrow(1, *columns)
-        if not bool(delta.any()):  # stock logs an error and goes on
-            raise _MisfitError(_misfit(patch, delta.shape))
         self._plus(Factors(dense=delta), 1.0, rows, columns)
 
     # What they do to the terms.
@@ -468,12 +492,10 @@ class _Terms:
         factor: float,
         rows: Span,
         columns: Span,
-        function: Callable | None = None,
         row_gain: Tensor | None = None,
         column_gain: Tensor | None = None,
         roundoff: float = 0.0,
     ) -> None:
-        factors = moved_rows(factors, function, (rows[1], columns[1]), factor)
         if factors.kron is not None:
             w1, w2 = factors.kron
             step = Kronecker(w1 * factor, w2, rows, columns, self._owner)
@@ -566,9 +588,38 @@ def _note(patch: tuple) -> dict:
     }
 
 
+def _without_value(patch: tuple) -> tuple:
+    """A patch that applies `strength_model` alone."""
+    return (0.0, ("diff", (torch.zeros(()),)), *patch[2:4], None)
+
+
 def _misfit(patch: tuple, shape: Iterable[int]) -> str:
     shapes = [list(part.shape) for part in _parts(patch[1]) if isinstance(part, Tensor)]
     return f"its tensors {', '.join(map(str, shapes))} do not fit the shape {list(shape)}"
+
+
+def _expands(shape: Iterable[int], to: tuple[int, ...]) -> bool:
+    try:
+        return tuple(torch.broadcast_shapes(tuple(shape), to)) == tuple(to)
+    except RuntimeError:
+        return False
+
+
+def _checked(function: Callable, shape: tuple[int, ...]) -> Callable:
+    """A patch's function, so that what it raises or another shape is a problem of this patch."""
+
+    def checked(delta: Tensor) -> Tensor:
+        try:
+            moved = function(delta)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise _MisfitError(f"its function raises {error!r}") from error
+        if not isinstance(moved, Tensor) or not _expands(moved.shape, shape):
+            raise _MisfitError(f"its function does not keep the shape {list(shape)}")
+        return moved
+
+    return checked
 
 
 def _parts(value) -> tuple:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.weight_adapter as stock
 import torch
@@ -65,7 +66,7 @@ def _product(up: Tensor, down: Tensor, n: int, k: int, **others) -> Factors:
 
 
 def _lora(parts, n: int, k: int, _) -> Factors:
-    up, down, alpha, mid, *_ = _all_float(parts)
+    up, down, alpha, mid, *_ = parts
     rank = down.shape[0]
     if mid is not None:  # LoCon: another convolution in between
         middle = down.transpose(0, 1).flatten(1) @ mid.transpose(0, 1).flatten(1)
@@ -74,7 +75,7 @@ def _lora(parts, n: int, k: int, _) -> Factors:
 
 
 def _loha(parts, n: int, k: int, _) -> Factors:
-    up1, down1, alpha, up2, down2, t1, t2, _ = _all_float(parts)
+    up1, down1, alpha, up2, down2, t1, t2, _ = parts
     others = {"alpha": _alpha(alpha, down1.shape[0]), "rank": down1.shape[0]}
     if t1 is not None:
         if t1.shape[2:].numel() != 1 or t2.shape[2:].numel() != 1:
@@ -96,7 +97,7 @@ def _loha(parts, n: int, k: int, _) -> Factors:
 
 
 def _lokr(parts, n: int, k: int, _) -> Factors:
-    w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, _ = _all_float(parts)
+    w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, _ = parts
     rank = None
     one, two = None, None  # (up, down) of a factor that the file holds decomposed
     if w1 is None:
@@ -113,8 +114,9 @@ def _lokr(parts, n: int, k: int, _) -> Factors:
     if (a * c, b * d) != (n, k):
         return Factors(dense=torch.kron(w1, w2).reshape(n, k), **others)
     # kron(U1 D1, U2 D2) = kron(U1, U2) kron(D1, D2): thin if the factors' ranks are small.
-    one = one or ((torch.eye(a), w1) if a <= b else (w1, torch.eye(b)))
-    two = two or ((torch.eye(c), w2) if c <= d else (w2, torch.eye(d)))
+    eye = partial(torch.eye, device=w1.device)
+    one = one or ((eye(a), w1) if a <= b else (w1, eye(b)))
+    two = two or ((eye(c), w2) if c <= d else (w2, eye(d)))
     thin = one[0].shape[1] * two[0].shape[1]
     if thin * (n + k) <= k * c + n * b:  # multiplications for each row of the input
         return Factors(torch.kron(one[0], two[0]), torch.kron(one[1], two[1]), **others)
@@ -123,7 +125,7 @@ def _lokr(parts, n: int, k: int, _) -> Factors:
 
 def _glora(parts, n: int, k: int, weight: Callable[[], Tensor]) -> Factors:
     """Of either layout; which one it is, stock tells in this way."""
-    a1, a2, b1, b2, alpha, _ = _all_float(parts)
+    a1, a2, b1, b2, alpha, _ = parts
     old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
     rank = a1.shape[0] if old else None
     new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
@@ -133,19 +135,30 @@ def _glora(parts, n: int, k: int, weight: Callable[[], Tensor]) -> Factors:
     if old:
         a1, a2, b1, b2 = a2, a1, b2, b1
     w = weight()
-    left = (w @ a1.to(w.device)).cpu()
+    left = (w @ a1.to(w.device)).to(a1.device)
     if left.shape[0] != n or b1.shape[0] != n or a2.shape[1] != k or b2.shape[1] != k:
         raise IndexError
     up, down = torch.cat([left, b1], 1), torch.cat([a2, b2])
     return _product(up, down, n, k, alpha=_alpha(alpha, rank), rank=rank)
 
 
-FACTORS = {
+_FACTORS = {
     stock.LoRAAdapter: _lora,
     stock.LoHaAdapter: _loha,
     stock.LoKrAdapter: _lokr,
     stock.GLoRAAdapter: _glora,
 }
+
+
+def factors_of(value, n: int, k: int, weight: Callable[[], Tensor]) -> Factors | None:
+    """What an adapter adds to a weight [n, k]; None if its tensors do not make this shape."""
+    make, parts = _FACTORS[type(value)], _all_float(value.weights)
+    shapes = [part.to("meta") if isinstance(part, Tensor) and part.ndim else part for part in parts]
+    try:  # on "meta", where tensors have shapes alone: no other error is taken for a misfit
+        make(shapes, n, k, lambda: torch.empty(n, k, device="meta"))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+    return make(parts, n, k, weight)
 
 
 def rotations(blocks: Tensor, constraint: float) -> Tensor:
