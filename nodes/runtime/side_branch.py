@@ -81,9 +81,9 @@ def _linear(parts: list[Tensor], dtype: torch.dtype, dim: int = 0) -> nn.Module:
 
 def _borrow(linear: nn.Module, x: Tensor):
     """(weight on x's device in its dtype, what `_return` needs)."""
-    weight = linear.weight
+    weight = linear._parameters["weight"]  # without the detour of Module.__getattr__
     here = weight.device == x.device and weight.dtype == x.dtype
-    if here and not hasattr(linear, "_v") and not linear.weight_function:
+    if here and "_v" not in linear.__dict__ and not linear.weight_function:
         return weight, None
     weight, _, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
     return weight, stream
@@ -250,10 +250,16 @@ class SideBranch(nn.Module):
             self.ups.append(_linear([up for up, _ in products], dtype, dim=1))
             places.append((rows, (start, self.ups[-1].in_features)))
             start += self.ups[-1].in_features
-        self.places = tuple(places)
         if groups:
             downs = [down for products in groups.values() for _, down in products]
             self.down = _linear(downs, dtype)
+        # What runs, in plain tuples: looking modules up costs more than a thin matmul.
+        self._steps = tuple(steps)
+        ups = (
+            (up, None if rows == (0, shape[0]) else rows, None if len(places) == 1 else part)
+            for up, (rows, part) in zip(self.ups, places, strict=True)
+        )
+        self._low_rank = (self.down, tuple(ups)) if groups else None
 
         self.dense, places = nn.ModuleList(), []
         for term in dense:
@@ -263,7 +269,7 @@ class SideBranch(nn.Module):
                 exponent = min(0, int(exponent))
             self.dense.append(_linear([term.delta * 2.0**-exponent], dtype))
             places.append((term.rows, term.columns, 2.0**exponent))
-        self.dense_places = tuple(places)
+        self._dense = tuple(zip(self.dense, places, strict=True))
         scaling = [step for step in steps if not isinstance(step, Kronecker)]
         if bias is not None and scaling:
             scaled = bias.clone()[None]
@@ -289,24 +295,30 @@ class SideBranch(nn.Module):
 
         Autograd may need the base's output as it was, so it gets a copy.
         """
-        y = out.reshape(-1, self.out_features)
-        x = x.reshape(-1, self.in_features).to(y.dtype)
+        y, shape = out, None
+        if out.ndim != 2:
+            y, shape = out.reshape(-1, self.out_features), out.shape
+            x = x.reshape(-1, self.in_features)
+        if x.dtype != y.dtype:
+            x = x.to(y.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
             y = y.clone()
-        for step in self.steps:
+        for step in self._steps:
             step.add_to(y, x)
-        if self.down is not None:
-            weight, stream = _borrow(self.down, x)
+        if self._low_rank is not None:
+            down, ups = self._low_rank
+            weight, stream = _borrow(down, x)
             hidden = functional.linear(x, weight)
-            _return(self.down, weight, stream)
-            for up, (rows, part) in zip(self.ups, self.places, strict=True):
+            _return(down, weight, stream)
+            for up, rows, part in ups:
                 weight, stream = _borrow(up, x)
-                y.narrow(1, *rows).addmm_(hidden.narrow(1, *part), weight.t())
+                target = y if rows is None else y.narrow(1, *rows)
+                target.addmm_(hidden if part is None else hidden.narrow(1, *part), weight.t())
                 _return(up, weight, stream)
-        for dense, (rows, columns, factor) in zip(self.dense, self.dense_places, strict=True):
+        for dense, (rows, columns, factor) in self._dense:
             weight, stream = _borrow(dense, x)
             y.narrow(1, *rows).addmm_(x.narrow(1, *columns), weight.t(), alpha=factor)
             _return(dense, weight, stream)
         if self.bias is not None:
             y.add_(_like(self.bias, y, torch.float32))
-        return y.reshape(out.shape)
+        return y if shape is None else y.reshape(shape)
