@@ -13,7 +13,7 @@ from .models.load import check_file, load_diffusion_model
 from .models.raw_codes import check_layers, check_weights
 from .runtime.describe import describe
 from .runtime.patch import accelerate, accelerate_clip, check_scales
-from .widgets import CATEGORY, precision_input
+from .widgets import CATEGORY, ModelNode, precision_input
 
 # What may help where an MXFP8 file comes after another one.
 _ORDER = (
@@ -61,7 +61,7 @@ def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> Non
     show(node, "\n".join([*lines, *warnings]))
 
 
-class MXFP8Accelerate(io.ComfyNode):
+class MXFP8Accelerate(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -93,7 +93,7 @@ class MXFP8Accelerate(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-class MXFP8AccelerateTextEncoder(io.ComfyNode):
+class MXFP8AccelerateTextEncoder(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -13,10 +13,10 @@ from .accelerating import show_loaded
 from .host.paths import model_path
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
 from .runtime.patch import accelerate, accelerate_clip
-from .widgets import CATEGORY, NO_FILE, precision_input
+from .widgets import CATEGORY, NO_FILE, ModelNode, precision_input
 
 
-class MXFP8LoadDiffusionModel(io.ComfyNode):
+class MXFP8LoadDiffusionModel(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -61,7 +61,7 @@ class MXFP8LoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-class MXFP8LoadCheckpoint(io.ComfyNode):
+class MXFP8LoadCheckpoint(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -104,7 +104,7 @@ class MXFP8LoadCheckpoint(io.ComfyNode):
         return io.NodeOutput(model, clip, vae)
 
 
-class MXFP8LoadTextEncoder(io.ComfyNode):
+class MXFP8LoadTextEncoder(ModelNode):
     @classmethod
     def define_schema(cls):
         names = folder_paths.get_filename_list("text_encoders")

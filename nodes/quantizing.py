@@ -16,6 +16,7 @@ from .runtime.describe import describe
 from .runtime.patch import accelerate
 from .widgets import (
     CATEGORY,
+    ModelNode,
     calibration_inputs,
     overwrite_input,
     precision_input,
@@ -26,7 +27,7 @@ from .widgets import (
 logger = logging.getLogger(__name__)
 
 
-class MXFP8QuantizeModel(io.ComfyNode):
+class MXFP8QuantizeModel(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

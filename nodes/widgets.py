@@ -7,12 +7,21 @@ from comfy_api.latest import io
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant.conversion import policy
+from .host import settings
 
 CATEGORY = "MXFP8"
 NO_FILE = "none"
 
 CalibrationType = io.Custom("MXFP8_CALIBRATION")
 ComparisonType = io.Custom("MXFP8_COMPARISON")
+
+
+class ModelNode(io.ComfyNode):
+    """A node whose model runs LoRAs as the setting says; the setting is one of its inputs."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return settings.loras_beside()
 
 
 def precision_input() -> io.Input:

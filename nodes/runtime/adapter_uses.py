@@ -24,10 +24,8 @@ _LEAVES = "weight", "bias"
 
 def applied_patches(patcher) -> SideBranches:
     """How the patches of any ModelPatcher are applied."""
-    if our_patches(patcher):
-        return lora.side_branches(patcher)
-    devices = patcher.load_device, patcher.offload_device
-    return SideBranches(patcher.patches, patcher.patches, {}, *devices)
+    ours = our_patches(patcher)
+    return lora.side_branches(patcher) if ours else lora.without_branches(patcher)
 
 
 @dataclass

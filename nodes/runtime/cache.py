@@ -23,7 +23,7 @@ torch.compile traces neither; it merges equal operations itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -101,23 +101,23 @@ class ModelState:
         prepared: linear -> its prepared weight.
         shared_inputs: linear -> the input that it shares with its siblings.
         forwards: names of our object patches that are on the model now.
-        side: the branches of the patcher that asked for them last, and what they were made for
-            (`lora.side_branches`).
-        hooked: groups of hooks -> their strengths, and their branches.
+        held: what a patcher's branches are loaded with, by what they are made for (`lora`).
+        adapters: of those, the one whose branches are made.
         sides: the branches that the layers run now; `bound` are the layers.
-        merged: what stock merged when a patcher of ours loaded the model, and that patcher's
-            `patches_uuid`.
+        hooked: groups of hooks -> what their branches were made for, and the branches.
+        merge: what stock merged when a patcher of ours loaded the model last.
     """
 
     def __init__(self) -> None:
         self.prepared: dict[torch.nn.Module, PreparedWeight] = weakref.WeakKeyDictionary()
         self.shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()
         self.forwards: Sequence[str] = ()
-        self.side: tuple | None = None
-        self.hooked: dict[object, tuple] = {}
+        self.held: Mapping = weakref.WeakValueDictionary()
+        self.adapters = None
+        self.hooked: Mapping = weakref.WeakKeyDictionary()
         self.sides: tuple = ()
         self.bound: list[torch.nn.Module] = []
-        self.merged: tuple | None = None
+        self.merge = None
         self._keeps = False
         self._users: set[int] = set()  # ids of the patchers that run the model fast
 
@@ -166,8 +166,12 @@ class ModelState:
     @released.setter
     def released(self, _: bool) -> None:
         self.forwards = ()
+        self.hooked.clear()
         self.unbind()
         self.drop()
+        if self.adapters is not None:
+            self.adapters.drop()
+            self.adapters = None
 
     def unbind(self) -> None:
         """Take the branches off the layers."""

@@ -24,7 +24,7 @@ from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from . import cache, forward
 from .adapter_uses import adapter_uses, applied_patches
-from .lora import SideBranches
+from .lora import SideBranches, tensors_of
 from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, rowwise_changes
 from .patcher import compute_dtype, keep_prepared_weights, our_patches
 from .timer import median_microseconds
@@ -181,7 +181,7 @@ def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
     sizes["prepared weights"] = [cache.prepared_nbytes(model), 0]
     sizes["LoRA patches"] = [0, 0]
     beside = (t for b in side.branches.values() for t in (*b.parameters(), *b.buffers()))
-    for part in (*beside, *_tensors(list(side.merged.values()))):
+    for part in (*beside, *tensors_of(list(side.merged.values()))):
         sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
     return {kind: Memory(*size) for kind, size in sizes.items()}
 
@@ -190,17 +190,6 @@ def _is_away(tensor: torch.Tensor, patcher) -> bool:
     """Whether a tensor is not on the device that its model computes on ("mps" is "mps:0")."""
     here, there = patcher.load_device, tensor.device
     return (here.type, here.index or 0) != (there.type, there.index or 0)
-
-
-def _tensors(patches) -> Iterator[torch.Tensor]:
-    """The tensors in a patcher's patches, which are nested tuples, and adapters with `weights`."""
-    if isinstance(patches, torch.Tensor):
-        yield patches
-    elif isinstance(patches, (list, tuple)):
-        for part in patches:
-            yield from _tensors(part)
-    elif hasattr(patches, "weights"):
-        yield from _tensors(patches.weights)
 
 
 def load_for_report(patcher) -> None:

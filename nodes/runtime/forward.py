@@ -28,7 +28,8 @@ def is_mxfp8_linear(module: torch.nn.Module) -> bool:
 
 def compute_dtype(patcher) -> torch.dtype:
     """The dtype of a model's activations; bfloat16 where the model does not say."""
-    dtype = getattr(patcher.model, "get_dtype_inference", lambda: None)()
+    dtype = patcher.object_patches.get("manual_cast_dtype")
+    dtype = dtype or getattr(patcher.model, "get_dtype_inference", lambda: None)()
     return dtype if dtype in FLOATS else torch.bfloat16
 
 

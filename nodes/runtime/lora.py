@@ -7,9 +7,10 @@ output, and stock is shown only the patches that have no such form: merged model
 adapters, and deltas too large to hold. The stored codes never change.
 
 The branches' tensors are a model of their own, which ComfyUI loads, counts, offloads and frees with
-the one that they belong to. Strengths are folded into them, so another strength makes new ones:
-that copies a LoRA's tensors once, and moves none of the model's. A model has one set of branches,
-that of the patcher that was loaded last, and one for each group of hooks while it is sampled.
+the one that they belong to (`_Adapters`). Strengths are folded into them, so another strength makes
+new ones: that copies a LoRA's tensors once, and moves none of the model's. A model has one set of
+branches, that of the patcher that was loaded last, and one for each group of hooks while it is
+sampled. From loading to unloading, the branches on a model are in its `ModelState.sides`.
 
 Rejected: ComfyUI's bypass mode, which replaces one LoRA by the next, and skips LoRAs on slices.
 """
@@ -19,9 +20,10 @@ from __future__ import annotations
 import logging
 import operator
 import uuid
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from types import MethodType
 
 import comfy.lora
@@ -35,7 +37,7 @@ from comfy.quant_ops import QuantizedTensor
 from ...quant.container.header import quoted
 from ..host import settings
 from . import adapters, forward
-from .adapters import Applied, SideBranch
+from .adapters import SideBranch
 from .cache import model_state
 
 logger = logging.getLogger(__name__)
@@ -43,15 +45,9 @@ logger = logging.getLogger(__name__)
 # Deltas that are neither low rank nor small factors may take a model's size divided by this.
 DENSE_SHARE = 4
 _MOST_NAMED = 4  # layers in a message
+# ComfyUI 0.20 saves models as they lie in memory: what is to be saved has to be merged.
+SAVES_PATCHED = hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving")
 Patches = Mapping[str, list[tuple]]
-
-
-class MXFP8Adapters(torch.nn.Module):
-    """The branches of a model, as ComfyUI loads them; its log names this class."""
-
-    def __init__(self, branches: list[SideBranch]):
-        super().__init__()
-        self.branches = torch.nn.ModuleList(branches)
 
 
 @dataclass(frozen=True)
@@ -67,61 +63,148 @@ class SideBranches:
     patches: Patches
     merged: Patches
     branches: Mapping[str, SideBranch]
-    load_device: torch.device
-    offload_device: torch.device
-
-    @cached_property
-    def model(self) -> MXFP8Adapters:
-        return MXFP8Adapters(list(self.branches.values()))
-
-    @cached_property
-    def patcher(self):
-        """What ComfyUI loads the branches with, or None if there are none."""
-        if not self.branches:
-            return None
-        devices = self.load_device, self.offload_device
-        return comfy.model_patcher.CoreModelPatcher(self.model, *devices)
-
-    @property
-    def applied(self) -> dict[str, tuple[Applied, ...]]:
-        """What is beside each layer."""
-        return {layer: branch.applied for layer, branch in self.branches.items()}
 
     def beside(self, key: str) -> list[tuple]:
         """The patches of a weight that its layer's branch applies."""
         return list(self.patches.get(key, ()))[len(self.merged.get(key, ())) :]
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What stock made of a model's weights when a patcher of ours loaded it."""
+
+    patches_uuid: uuid.UUID
+    patches: Patches
+    wrappers: Patches
+    cast: bool
+
+    @classmethod
+    def of(cls, patcher, side: SideBranches) -> Merge:
+        wrappers = {key: list(value) for key, value in patcher.weight_wrapper_patches.items()}
+        return cls(patcher.patches_uuid, side.merged, wrappers, patcher.force_cast_weights)
+
+    def same_weights(self, other: Merge) -> bool:
+        return self.cast == other.cast and all(
+            a.keys() == b.keys()
+            and all(len(a[k]) == len(b[k]) and all(map(operator.is_, a[k], b[k])) for k in a)
+            for a, b in ((self.patches, other.patches), (self.wrappers, other.wrappers))
+        )
+
+
+class MXFP8Adapters(torch.nn.Module):
+    """The branches of a model, as ComfyUI loads them; its log names this class."""
+
+    def __init__(self, branches: Iterable[SideBranch] = ()):
+        super().__init__()
+        self.branches = torch.nn.ModuleList(branches)
+
+
+class _Adapters:
+    """Goes in front of a ModelPatcher's class: branches that are made when ComfyUI loads them.
+
+    ComfyUI asks a MODEL at every link of a workflow which other models it needs, and making
+    branches takes time and memory. So they are made as late as that, and those that were made
+    before for the same model are dropped.
+    """
+
+    side: SideBranches | None = None
+    dropped = False
+
+    def make(self, patcher) -> SideBranches:
+        """The branches of `patcher`, which asked for these."""
+        if self.side is None:
+            drop_branches(patcher.model)
+            model_state(patcher.model).adapters = self
+            self.side = _make(patcher, patcher.patches, {}, patcher.patches)
+            self.model.branches.extend(self.side.branches.values())
+            self.size = 0  # to be counted anew
+        return self.side
+
+    def drop(self) -> None:
+        self.unpin_all_weights()
+        self.dropped, self.side = True, None
+        self.model.branches = torch.nn.ModuleList()
+        self.model.model_loaded_weight_memory = 0
+
+    def model_size(self) -> int:
+        if self.side is None and not self.dropped:
+            return self.expected_size
+        return super().model_size()
+
+    def partially_load(self, *args, **options):
+        patcher = self.owner()
+        if patcher is not None and not self.dropped:
+            self.make(patcher)
+        return super().partially_load(*args, **options)
+
+
+@cache
+def _adapters_class(base: type) -> type:
+    return type(f"Adapters{base.__name__}", (_Adapters, base), {})
+
+
+def adapters_of(patcher):
+    """What ComfyUI loads the branches of a patcher with; None if it has none."""
+    if not settings.loras_beside() or not any(_layers(patcher.patches)):
+        return None
+    if not SAVES_PATCHED and not isinstance(patcher.model, BaseModel):
+        return None  # nothing of ours is asked when a text encoder is saved
+    state = model_state(patcher.model)
+    known = patcher.patches_uuid, patcher.load_device, _functions(patcher)
+    held = state.held.get(known)
+    if held is None or held.dropped:
+        devices = patcher.load_device, patcher.offload_device
+        held = comfy.model_patcher.CoreModelPatcher(MXFP8Adapters(), *devices)
+        held.__class__ = _adapters_class(type(held))
+        tensors = tensors_of(list(patcher.patches.values()))
+        itemsize = _dtype(patcher).itemsize
+        held.expected_size = sum(tensor.numel() for tensor in tensors) * itemsize
+        state.held[known] = held
+    held.owner = weakref.ref(patcher)
+    return held
+
+
+def drop_branches(model: torch.nn.Module) -> None:
+    """Free the branches that were made last for a model's patches."""
+    state = model_state(model)
+    if state.adapters is not None:
+        state.adapters.drop()
+    state.adapters = None
+
+
 def side_branches(patcher) -> SideBranches:
-    """How a patcher's patches are applied; branches are made when they are first asked for."""
-    state, on = model_state(patcher.model), settings.loras_beside()
-    known = patcher.patches_uuid, patcher.load_device, on, _object_patches(patcher)
-    if state.side is None or state.side[0] != known:
-        state.side = None
-        state.unbind()  # free the last ones before there are others
-        state.side = known, _make(patcher, patcher.patches if on else {}, {}, patcher.patches)
-    return state.side[1]
+    """How a patcher's patches are applied; its branches are made if they are not there."""
+    held = adapters_of(patcher)
+    return without_branches(patcher) if held is None else held.make(patcher)
+
+
+def without_branches(patcher) -> SideBranches:
+    """All patches of a patcher left to stock."""
+    patches = {key: list(value) for key, value in patcher.patches.items()}
+    return SideBranches(patches, patches, {})
+
+
+def loaded_merge(patcher) -> Patches:
+    """The patches that stock merged, or merges, into the weights of a model that is loaded."""
+    sides = model_state(patcher.model).sides
+    return sides[0].merged if sides else patcher.patches
 
 
 def hook_branches(patcher, hooks, patches: Patches) -> SideBranches:
     """How the patches of a group of hooks are applied, on top of those of the patcher."""
-    hooked = model_state(patcher.model).hooked
-    known = (patcher.patches_uuid, tuple(hook.strength for hook in hooks.hooks))
-    if hooks not in hooked or hooked[hooks][0] != known:
-        below = side_branches(patcher).patches  # while loading, a patcher shows only a part of them
+    state = model_state(patcher.model)
+    known = patcher.patches_uuid, tuple(hook.strength for hook in hooks.hooks)
+    if hooks not in state.hooked or state.hooked[hooks][0] != known:
+        below = state.sides[0].patches if state.sides else patcher.patches
         side = _make(patcher, patches if settings.loras_beside() else {}, below, patches)
-        if side.branches:
-            size = comfy.model_management.module_size(side.model)
-            side.model.to(_spare_device(patcher, size))
-        hooked[hooks] = known, side
-    return hooked[hooks][1]
-
-
-def _spare_device(patcher, size: int) -> torch.device:
-    """The load device if so many bytes fit there, else where each call copies them from."""
-    spare = comfy.model_management.minimum_inference_memory() * 2
-    free = comfy.model_management.get_free_memory(patcher.load_device)
-    return patcher.load_device if free - size > spare else patcher.offload_device
+        model = MXFP8Adapters(side.branches.values())
+        size = comfy.model_management.module_size(model)
+        # Where it does not fit, each call copies what it needs.
+        spare = comfy.model_management.minimum_inference_memory() * 2
+        if comfy.model_management.get_free_memory(patcher.load_device) - size > spare:
+            model.to(patcher.load_device)
+        state.hooked[hooks] = known, side
+    return state.hooked[hooks][1]
 
 
 def bind(model: torch.nn.Module, *sides: SideBranches) -> None:
@@ -152,41 +235,24 @@ def unmerged(patcher, key: str) -> Patches:
     """The patches of a weight that are not merged into it now."""
     patches = patcher.patches.get(key, [])
     if key in patcher.backup:
-        patches = patches[len(side_branches(patcher).merged.get(key, ())) :]
+        patches = patches[len(loaded_merge(patcher).get(key, ())) :]
     return {key: patches} if patches else {}
 
 
-def keep_loaded(patcher) -> None:
+def keep_loaded(patcher, side: SideBranches) -> None:
     """Before loading: let stock load weights anew only where what it merges into them changes."""
     state, model = model_state(patcher.model), patcher.model
-    loaded = model.current_weight_patches_uuid
+    loaded, merge = model.current_weight_patches_uuid, Merge.of(patcher, side)
     if loaded is None:
         return
-    known = state.merged is not None and state.merged[0] == loaded
-    if known and _same_merge(state.merged[1:], _merge(patcher)):
-        model.current_weight_patches_uuid = patcher.patches_uuid
-        remember_merged(patcher)
-    elif loaded == patcher.patches_uuid:
+    if state.merge is not None and state.merge.patches_uuid == loaded:  # else stock's patcher did
+        if state.merge.same_weights(merge):
+            model.current_weight_patches_uuid = patcher.patches_uuid
+            state.merge = merge
+        elif loaded == patcher.patches_uuid:
+            model.current_weight_patches_uuid = uuid.uuid4()
+    elif loaded == patcher.patches_uuid and side.branches:
         model.current_weight_patches_uuid = uuid.uuid4()
-
-
-def remember_merged(patcher) -> None:
-    """What is merged into the weights of a model that a patcher has loaded."""
-    model_state(patcher.model).merged = (patcher.patches_uuid, *_merge(patcher))
-
-
-def _merge(patcher) -> tuple:
-    """What stock makes of a model's weights when it loads them."""
-    wrappers = {key: list(value) for key, value in patcher.weight_wrapper_patches.items()}
-    return side_branches(patcher).merged, wrappers, patcher.force_cast_weights
-
-
-def _same_merge(a: tuple, b: tuple) -> bool:
-    return a[2] == b[2] and all(
-        x.keys() == y.keys()
-        and all(len(x[key]) == len(y[key]) and all(map(operator.is_, x[key], y[key])) for key in x)
-        for x, y in zip(a[:2], b[:2], strict=True)
-    )
 
 
 def original(patcher, full: str) -> torch.Tensor:
@@ -231,10 +297,18 @@ def plain_linears(patcher, patches: Patches) -> list[str]:
         ]
 
 
-def _object_patches(patcher) -> frozenset:
-    """What decides which layers can have branches."""
+def _functions(patcher) -> frozenset:
+    """What decides which layers can have branches: patched forwards, and those that stay hidden."""
     patches = ((n, getattr(p, "__func__", None)) for n, p in patcher.object_patches.items())
-    return frozenset((name, f in forward.OURS) for name, f in patches if f is not forward.PLAIN)
+    known = {(name, f in forward.OURS) for name, f in patches if f is not forward.PLAIN}
+    return frozenset((*known, *(name for name, ours in known if ours and _hidden(patcher, name))))
+
+
+def _hidden(patcher, name: str) -> bool:
+    """Whether our patch of a forward is not set, as one from elsewhere was there before it."""
+    if name in model_state(patcher.model).forwards or name in patcher.object_patches_backup:
+        return False
+    return forward.is_foreign(patcher.object_patches[name].__self__)
 
 
 def _layers(patches: Patches) -> list[str]:
@@ -253,9 +327,10 @@ def _linear(patcher, layer: str) -> torch.nn.Module | None:
     linear = hasattr(module, "in_features") and hasattr(module, "comfy_cast_weights")
     if not linear or weight is None or weight.ndim != 2:
         return None
-    patch = patcher.object_patches.get(f"{layer}.forward")
-    if patch is not None:
-        return module if getattr(patch, "__func__", None) in forward.OURS else None
+    name = f"{layer}.forward"
+    if name in patcher.object_patches:
+        ours = getattr(patcher.object_patches[name], "__func__", None) in forward.OURS
+        return module if ours and not _hidden(patcher, name) else None
     plain = not isinstance(weight, QuantizedTensor) and weight.is_floating_point()
     return module if plain and not forward.is_foreign(module) else None
 
@@ -294,7 +369,7 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
         merged[key], merged[bias_key] = of_weight[:first], of_bias[:first_of_bias]
     _report(too_large, branches)
     merged = {key: value for key, value in merged.items() if value}
-    return SideBranches(all_of_them, merged, branches, patcher.load_device, patcher.offload_device)
+    return SideBranches(all_of_them, merged, branches)
 
 
 def _branch(
@@ -310,8 +385,6 @@ def _branch(
     loaded = None  # what a model as LoRA is subtracted from
     if any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in of_weight):
         loaded = patched(patcher, key, [])
-    # A text encoder's activations are float32.
-    encoder = not isinstance(patcher.model, BaseModel)
     return adapters.build(
         of_weight,
         of_bias,
@@ -319,10 +392,27 @@ def _branch(
         bias,
         key,
         tuple(module.weight.shape),
-        torch.float32 if encoder else forward.compute_dtype(patcher),
+        _dtype(patcher),
         room,
         loaded,
     )
+
+
+def _dtype(patcher) -> torch.dtype:
+    """The dtype of branches. A text encoder's activations are float32."""
+    encoder = not isinstance(patcher.model, BaseModel)
+    return torch.float32 if encoder else forward.compute_dtype(patcher)
+
+
+def tensors_of(patches) -> Iterator[torch.Tensor]:
+    """The tensors in a patcher's patches, which are nested tuples, and adapters with `weights`."""
+    if isinstance(patches, torch.Tensor):
+        yield patches
+    elif isinstance(patches, (list, tuple)):
+        for part in patches:
+            yield from tensors_of(part)
+    elif hasattr(patches, "weights"):
+        yield from tensors_of(patches.weights)
 
 
 def _report(too_large: list[str], branches: Mapping[str, SideBranch]) -> None:

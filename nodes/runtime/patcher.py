@@ -13,6 +13,7 @@ from functools import cache
 
 import comfy.hooks
 import comfy.lora
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -38,7 +39,7 @@ def keep_prepared_weights(patcher) -> None:
     patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
     path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), "auto")
     wanted = bool(patches) and path.input_form == "rowwise"
-    model_state(patcher.model).keep(patcher, wanted, bool(lora.side_branches(patcher).merged))
+    model_state(patcher.model).keep(patcher, wanted, bool(lora.loaded_merge(patcher)))
 
 
 class _QuantizedWeights:
@@ -47,6 +48,9 @@ class _QuantizedWeights:
     A weight is replaced, never written into: `parameter.data` of a QuantizedTensor shares its codes
     but holds a copy of its scales, so stock's `copy_to_param` would restore only the codes.
     """
+
+    _side = None  # while loading: how patches are applied
+    _merges = False  # while loading: whether stock merges all of them
 
     def model_state_dict(self, filter_prefix=None):
         """The values of the weights, without the scales and markers of quantized ones.
@@ -90,9 +94,19 @@ class _QuantizedWeights:
             for module in merged:
                 module.comfy_patched_weights = True
 
+    if not lora.SAVES_PATCHED:
+
+        def state_dict_for_saving(self, *args, **options):
+            self._merges = True
+            try:
+                comfy.model_management.load_models_gpu([self])
+            finally:
+                self._merges = False
+            return super().state_dict_for_saving(*args, **options)
+
     def model_patches_models(self):
-        side = lora.side_branches(self).patcher
-        return [*super().model_patches_models(), *([] if side is None else [side])]
+        held = None if self._merges else lora.adapters_of(self)
+        return [*super().model_patches_models(), *([] if held is None else [held])]
 
     @contextmanager
     def _showing(self, patches):
@@ -103,15 +117,24 @@ class _QuantizedWeights:
         finally:
             self.patches = kept
 
-    def partially_load(self, *args, **options):
-        lora.keep_loaded(self)
-        return super().partially_load(*args, **options)
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        make = lora.without_branches if self._merges else lora.side_branches
+        self._side = make(self)
+        if not self._side.branches:
+            lora.drop_branches(self.model)
+        try:
+            lora.keep_loaded(self, self._side)
+            return super().partially_load(
+                device_to, extra_memory, force_patch_weights=force_patch_weights
+            )
+        finally:
+            self._side = None
 
     def load(self, *args, **options):
-        side = lora.side_branches(self)
+        side = self._side or lora.side_branches(self)
         with self._showing(side.merged):
             super().load(*args, **options)
-        lora.remember_merged(self)
+        model_state(self.model).merge = lora.Merge.of(self, side)
 
     def pre_run(self):
         super().pre_run()
@@ -123,7 +146,7 @@ class _QuantizedWeights:
         super().cleanup()
 
     def patch_model(self, *args, **options):
-        side = lora.side_branches(self)
+        side = self._side or lora.side_branches(self)
         lora.add_plain_forwards(self, side.branches)
         lora.bind(self.model, side)
         with self.use_ejected(), self._foreign_forwards_left_alone():
@@ -165,7 +188,7 @@ class _QuantizedWeights:
         freed = model_state(self.model).drop()
         if freed >= memory_to_free > 0:
             return freed
-        with self._showing(lora.side_branches(self).merged):
+        with self._showing(lora.loaded_merge(self)):
             return freed + super().partially_unload(
                 device_to, max(0, memory_to_free - freed), *args, **options
             )
@@ -179,7 +202,9 @@ class _QuantizedWeights:
             return super().unpatch_model(device_to, unpatch_weights)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        marker = next((key for key in patches or () if key.endswith(MARKER)), None)
+        # The key of a part of a weight is a tuple that begins with the weight's.
+        keys = (key if isinstance(key, str) else key[0] for key in patches or ())
+        marker = next((key for key in keys if key.endswith(MARKER)), None)
         if marker is not None:
             raise ValueError(
                 f"the checkpoint of this model-as-LoRA hook is quantized (it holds {marker!r}), "
@@ -196,11 +221,11 @@ class _QuantizedWeights:
 
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)
-        side = [lora.side_branches(self)]
+        loaded = model_state(self.model).sides[:1]  # none before loading, which binds them
         combined = super().get_combined_hook_patches(hooks)
-        if combined:
-            side.append(lora.hook_branches(self, hooks, combined))
-        lora.bind(self.model, *side)
+        if loaded and combined:
+            loaded = (*loaded, lora.hook_branches(self, hooks, combined))
+        lora.bind(self.model, *loaded)
 
     def clear_cached_hook_weights(self):
         model_state(self.model).hooked.clear()

@@ -178,26 +178,71 @@ def test_what_is_saved_has_the_loras(comfy, files):
         path.unlink()
 
 
+def test_a_hook_lora_of_parts_of_fused_weights_is_the_lora(comfy):
+    """By the names of Diffusers: to_q and to_v are parts of one weight here."""
+    draw = torch.Generator().manual_seed(4)
+    file = {
+        f"transformer.transformer_blocks.0.attn.{part}.lora_{side}.weight": torch.randn(
+            shape, generator=draw
+        ) * 0.1
+        for part in ("to_q", "to_v")
+        for side, shape in (("B", (128, 4)), ("A", (4, 128)))
+    }  # fmt: skip
+    save_file(file, comfy.base / "models" / "loras" / "parts.safetensors")
+    graph = Graph()
+    model = load_ours(graph, "flux")
+    hooks = graph.add("CreateHookLoraModelOnly", lora_name="parts.safetensors", strength_model=1.0)
+    hooked = graph.sample(model, "flux")
+    graph[hooked[0]]["inputs"]["positive"] = graph.add(
+        "ConditioningSetProperties", cond_NEW=graph.add("LotusConditioning"), hooks=hooks,
+        strength=1.0, set_cond_area="default",
+    )  # fmt: skip
+    saved = {
+        "hook": graph.save_latent(hooked),
+        "lora": graph.save_latent(graph.sample(lora(graph, model, "parts"), "flux")),
+        "plain": graph.save_latent(graph.sample(model, "flux")),
+    }
+    latent = run(comfy, graph, saved)
+    assert difference(latent["hook"], latent["lora"]) < SAME
+    assert difference(latent["hook"], latent["plain"]) > 1e-4
+
+
+def test_a_layer_whose_forward_is_from_elsewhere_is_left_to_stock(comfy, files):
+    """It was there before the model was loaded, so ours is not set, and no branch would run."""
+    graph = Graph()
+    clone = graph.add("TestClone", model=load_ours(graph, "flux"), how="force_deepcopy")
+    model = graph.add("TestForeignForwards", model=clone)
+    saved = {
+        "ours": graph.save_latent(graph.sample(lora(graph, model, "flux-lora"), "flux")),
+        "exact": graph.save_latent(
+            graph.sample(lora(graph, graph.loader("flux-plain.safetensors"), "flux-lora"), "flux")
+        ),
+        "plain": graph.save_latent(graph.sample(graph.loader("flux-plain.safetensors"), "flux")),
+    }
+    latent = run(comfy, graph, saved)
+    off, effect = (difference(latent[name], latent["exact"]) for name in ("ours", "plain"))
+    assert off < 0.8 * effect  # requantized: without the LoRA it would be 1
+
+
 def test_the_setting_gives_loras_back_to_comfyui(comfy, files):
     latent = {}
     for beside in (True, False):
         comfy.post("/api/settings", {"MXFP8.LoRAsBesideWeights": beside})
         try:
             graph = Graph()
-            steps = 2 + beside  # else the second time would be taken from the cache
             models = {
                 "ours": load_ours(graph, "flux"), "stock": graph.loader("flux-mxfp8.safetensors")
             }  # fmt: skip
             saved = {
                 (beside, name): graph.save_latent(
-                    graph.sample(lora(graph, model, "flux-lora"), "flux", steps)
+                    graph.sample(lora(graph, model, "flux-lora"), "flux")
                 )
                 for name, model in models.items()
             }
             latent |= run(comfy, graph, saved)
         finally:
             comfy.post("/api/settings", {"MXFP8.LoRAsBesideWeights": True})
-    assert difference(latent[True, "ours"], latent[True, "stock"]) > 1e-3
+    assert difference(latent[True, "ours"], latent[True, "stock"]) > 1e-3  # not from the cache
     assert difference(latent[False, "ours"], latent[False, "stock"]) < SAME
 
 

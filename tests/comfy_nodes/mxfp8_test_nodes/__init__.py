@@ -410,6 +410,22 @@ class TestForward(_Node):
         return (clone,)
 
 
+class TestForeignForwards(_Node):
+    """A model on whose linears another forward was set, as another pack may do."""
+
+    INPUTS = {"model": "MODEL"}
+    RETURN_TYPES = ("MODEL",)
+
+    def run(self, model):
+        def forward(module, x, *_, **__):
+            return type(module).forward(module, x)
+
+        for module in model.model.modules():
+            if hasattr(module, "in_features"):
+                module.forward = types.MethodType(forward, module)
+        return (model.clone(),)
+
+
 class TestForeignForward(_Node):
     """Whose forward a layer of `model` has while another one is set on it and taken back, and the
     model, or `stock`, which shares its layers, is loaded and unloaded in between."""
@@ -661,7 +677,7 @@ NODE_CLASS_MAPPINGS = {
         TestEmptyAfter, TestAfter, TestMoved, TestSaveTensor, TestCompile, TestGraphBreaks,
         TestLayers, TestDigest, TestConfig,
         TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast,
-        TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward,
+        TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward, TestForeignForwards,
     )
 }  # fmt: skip
 NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES | branches.NODES
