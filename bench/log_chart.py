@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 520, 300  # px, of a panel
-LEFT, RIGHT, TOP, BOTTOM = 76, 164, 56, 52
+WIDTH, HEIGHT = 590, 360  # px, of a panel
+LEFT, RIGHT, TOP, BOTTOM = 96, 210, 60, 66
 STYLE = (
-    "text { font: 13px system-ui, sans-serif; fill: #1f2328; } .pale { fill: #656d76; } "
-    ".title { font-size: 15px; font-weight: 600; } polyline { fill: none; stroke-width: 2.5; }"
+    "text { font: 17px system-ui, sans-serif; fill: #1f2328; } .pale { fill: #656d76; } "
+    ".title { font-size: 20px; font-weight: 600; } polyline { fill: none; stroke-width: 2.5; }"
 )
 
 
@@ -60,14 +60,14 @@ def _panel(panel: Panel, categories: list[str], across: str, low: int, high: int
     def y(value: float) -> float:
         return bottom - (math.log10(value) - low) / (high - low) * (bottom - TOP)
 
-    yield _text(LEFT, 28, panel.title, kind="title")
+    yield _text(LEFT, 32, panel.title, kind="title")
     for power in range(low, high + 1):
         at = y(10.0**power)
         yield f'<path d="M{LEFT} {at:.1f}H{right}" stroke="#e4e7eb"/>'
-        yield _text(LEFT - 8, at + 4, f"{100 * 10.0**power:g}%", "end", "pale")
+        yield _text(LEFT - 8, at + 6, f"{100 * 10.0**power:g}%", "end", "pale")
     for index, name in enumerate(categories):
-        yield _text(x(index), bottom + 20, name, "middle", "pale")
-    yield _text((LEFT + right) / 2, bottom + 42, across, "middle", "pale")
+        yield _text(x(index), bottom + 25, name, "middle", "pale")
+    yield _text((LEFT + right) / 2, bottom + 52, across, "middle", "pale")
     for line in panel.lines:
         points = [(x(i), y(v)) for i, v in enumerate(line.values)]
         drawn = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
@@ -75,7 +75,7 @@ def _panel(panel: Panel, categories: list[str], across: str, low: int, high: int
         yield f'<polyline points="{drawn}" stroke="{line.color}"{dash}/>'
         for a, b in points:
             yield f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{line.color}"/>'
-        yield _text(points[-1][0] + 12, points[-1][1] + 4, line.label)
+        yield _text(points[-1][0] + 12, points[-1][1] + 6, line.label)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:

@@ -116,7 +116,7 @@ def table(lora: str, dtype: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 def picture(models: dict) -> str:
-    """The results in float32 as SVG."""
+    """The results in FP32 as SVG; the stock merge is ComfyUI's own way."""
     panels = []
     for title, found in models.items():
         errors = {
@@ -125,13 +125,13 @@ def picture(models: dict) -> str:
             for way in (OURS, MERGED)
         }
         lines = (
-            Line("merged, random LoRA", "#c0681a", errors[RANDOM, MERGED], dashed=True),
-            Line("merged, trained LoRA", "#c0681a", errors[TRAINED, MERGED]),
-            Line("beside, random LoRA", "#0b62d6", errors[RANDOM, OURS], dashed=True),
-            Line("beside, trained LoRA", "#0b62d6", errors[TRAINED, OURS]),
+            Line("ComfyUI's merge, random", "#c0681a", errors[RANDOM, MERGED], dashed=True),
+            Line("ComfyUI's merge, trained", "#c0681a", errors[TRAINED, MERGED]),
+            Line("beside, random", "#0b62d6", errors[RANDOM, OURS], dashed=True),
+            Line("beside, trained", "#0b62d6", errors[TRAINED, OURS]),
         )
-        panels.append(Panel(f"Error of a LoRA's effect: {title}", lines))
-    across = "norm of what the LoRA adds, relative to the weight's"
+        panels.append(Panel(f"Error of a LoRA's effect, FP32: {title}", lines))
+    across = "norm of the LoRA, in % of the weight's"
     return draw(panels, [f"{100 * norm:g}%" for norm in NORMS], across)
 
 
