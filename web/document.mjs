@@ -46,7 +46,7 @@ const MEASURES = [
   { key: "psnr_db", label: "PSNR", rows: "seeds", format: decibels, higher: true,
     floating: true },
   { key: "ssim", label: "SSIM", rows: "seeds", format: ratio, higher: true },
-  { key: "hit", label: "Linears with the LoRA", rows: "adapters", format: String, higher: true },
+  { key: "hit", label: "LoRAs: linear layers changed", rows: "adapters", format: String, higher: true },
 ];
 
 /**
@@ -79,7 +79,7 @@ export function read(text) {
 /** The LoRAs of a model as rows. */
 function adapters(model, side = "") {
   return (model?.adapters ?? []).map((adapter) => {
-    const strength = adapter.strength === null ? "" : ` at ${+adapter.strength.toPrecision(6)}`;
+    const strength = adapter.strength === null ? "" : `, strength ${+adapter.strength.toPrecision(6)}`;
     return { ...adapter, name: `${side}${adapter.kinds.join(", ")}${strength}` };
   });
 }
@@ -155,7 +155,7 @@ export function describe(row) {
   add("Reason", row.reason);
   add("Rank", row.ranks && [...new Set(row.ranks)].join(" to "));
   for (const [how, count] of Object.entries(row.applied ?? {})) add("Layers", `${count} ${how}`);
-  add("Linears without it", row.missed?.toString());
+  add("Linear layers without it", row.missed?.toString());
   if (row.decision === "mxfp8" && row.sqnr_db === null) add("SQNR", "lossless");
   for (const measure of MEASURES) {
     if (!isFinite(value(row, measure))) continue;

@@ -129,10 +129,11 @@ app.registerExtension({
       category: ["MXFP8", "LoRAs", "LoRAs beside weights"],
       name: "LoRAs beside weights",
       tooltip:
-        "On: LoRAs are computed beside the MXFP8 weights, which stay as they are: nothing of a " +
-        "LoRA is lost to rounding, and another strength takes no time to load. Off: ComfyUI merges LoRAs " +
-        "into the weights and quantizes these again. With --multi-user this setting is ignored; " +
-        "set the environment variable MXFP8_LORAS_BESIDE_WEIGHTS=0 on the server instead.",
+        "On: LoRAs are computed beside the MXFP8 weights, which stay as they are: LoRAs are not " +
+        "lost in quantizing again, and changing the strength does not reload the model. Off: " +
+        "ComfyUI merges LoRAs into the weights and quantizes these again. With --multi-user this " +
+        "setting is ignored; set the environment variable " +
+        "MXFP8_LORAS_BESIDE_WEIGHTS=0 on the server instead.",
       type: "boolean",
       defaultValue: true,
     },

@@ -21,6 +21,9 @@ from comfy.cli_args import args
 logger = logging.getLogger(__name__)
 
 
+_LORAS_BESIDE = "MXFP8.LoRAsBesideWeights", "MXFP8_LORAS_BESIDE_WEIGHTS"
+
+
 def keep_prepared_weights() -> bool:
     """Whether prepared weights may be kept between runs (`runtime.cache`)."""
     return _chosen("MXFP8.KeepPreparedWeights", "MXFP8_KEEP_PREPARED_WEIGHTS")
@@ -28,7 +31,15 @@ def keep_prepared_weights() -> bool:
 
 def loras_beside() -> bool:
     """Whether LoRAs run beside the weights (`runtime.lora`), or ComfyUI merges them."""
-    return _chosen("MXFP8.LoRAsBesideWeights", "MXFP8_LORAS_BESIDE_WEIGHTS")
+    return _chosen(*_LORAS_BESIDE)
+
+
+def why_loras_are_merged() -> str:
+    """What the user turned off, if `loras_beside` is False."""
+    variable = _LORAS_BESIDE[1]
+    if os.environ.get(variable, "").strip():
+        return f"the environment variable {variable} is {os.environ[variable].strip()}"
+    return "the setting LoRAs beside weights is off"
 
 
 def _chosen(setting: str, variable: str) -> bool:

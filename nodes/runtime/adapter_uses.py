@@ -59,6 +59,7 @@ class _Use:
             missed=len(linears) - hit,
             applied=dict(Counter(how for how, _ in self.applied).most_common()),
             bytes=self.nbytes,
+            others=len(self.layers - linears.keys()),
         )
 
 
@@ -90,16 +91,16 @@ def adapter_uses(
 
 
 def _in_order(patches: lora.Patches) -> list[tuple]:
-    """The entries of patches in the order of loading, as far as the weights' lists show it."""
-    order: list[tuple] = []
+    """The entries of patches by their last place in any weight's list: nearly as they were loaded.
+
+    Files that share no weight have no order there.
+    """
+    places: dict[tuple, int] = {}
     for of_weight in patches.values():
-        place = len(order)
-        for entry in map(_entry, map(adapters.merged, reversed(of_weight))):
-            if entry in order:
-                place = order.index(entry)
-            else:
-                order.insert(place, entry)
-    return order
+        entries = dict.fromkeys(_entry(adapters.merged(patch)) for patch in of_weight)
+        for place, entry in enumerate(entries):
+            places[entry] = max(place, places.get(entry, 0))
+    return sorted(places, key=places.__getitem__)
 
 
 def _entry(applied: adapters.Applied) -> tuple:
@@ -118,10 +119,10 @@ def _why_merged(
     if isinstance(patches[index][1], list):
         return "other weights"
     if not settings.loras_beside():
-        return "the setting LoRAs beside weights is off"
+        return settings.why_loras_are_merged()
     layer, _, leaf = key.rpartition(".")
     if module is None or not hasattr(module, "comfy_cast_weights") or leaf not in _LEAVES:
-        return "no linear layer"
+        return "not a linear layer"
     if isinstance(module.weight, QuantizedTensor) and not is_mxfp8_linear(module):
         return "a layer of another format"
     name = f"{layer}.forward"
@@ -131,7 +132,7 @@ def _why_merged(
     if leaf == "weight" and adapters.merged_by_stock([patches[index]], shape):
         return "of a kind that only ComfyUI applies"
     if leaf == "weight" and index < adapters.merged_by_stock(patches, shape):
-        return "under one that has to be merged"
+        return "loaded before something that ComfyUI merges"
     if any(isinstance(patch[1], list) for patch in patches):
         return "with a merged model"
-    return "too large beside the weight"
+    return "on a layer with a delta that is too large to hold"

@@ -179,10 +179,12 @@ def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
         for kind, part in _parts(tensor):
             sizes[kind][_is_away(part, patcher)] += part.nbytes
     sizes["prepared weights"] = [cache.prepared_nbytes(model), 0]
-    sizes["LoRA patches"] = [0, 0]
-    beside = (t for b in side.branches.values() for t in (*b.parameters(), *b.buffers()))
-    for part in (*beside, *tensors_of(list(side.merged.values()))):
-        sizes["LoRA patches"][_is_away(part, patcher)] += part.nbytes
+    beside = [t for b in side.branches.values() for t in (*b.parameters(), *b.buffers())]
+    merged = tensors_of(list(side.merged.values()))
+    for kind, parts in (("LoRAs beside the weights", beside), ("LoRAs to merge", merged)):
+        sizes[kind] = [0, 0]
+        for part in parts:
+            sizes[kind][_is_away(part, patcher)] += part.nbytes
     return {kind: Memory(*size) for kind, size in sizes.items()}
 
 

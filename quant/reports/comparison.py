@@ -261,6 +261,8 @@ class Comparison:
                 parts.append(f"{side.seconds:.2f} s per run")
             if side.peak_bytes is not None:
                 parts.append(f"peak memory {format_size(side.peak_bytes)}")
+            elif side.seconds is not None and self.setting.device.startswith("cpu"):
+                parts.append("peak memory not available on a CPU")
             if parts:
                 lines.append(f"{name}: {', '.join(parts)}")
             lines += [f"{name}: {adapter.line()}" for adapter in side.adapters]

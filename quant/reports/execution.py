@@ -14,7 +14,7 @@ from ...kernels import ExecutionPath
 from ...kernels.backends import fp8_rowwise
 from . import document
 from .adapters import AdapterUse
-from .conversion import MXFP8, format_size
+from .conversion import MXFP8, format_count, format_size
 
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
@@ -95,8 +95,8 @@ class BackendReport:
         unsupported: "backend: reason" of each backend that is preferred but not available.
         limited_by: why nothing faster runs, in a few words; None if this is the fastest path, or
             if ComfyUI runs everything.
-        memory: kind ("codes", "scales", "other weights", "prepared weights", "LoRA patches") ->
-            bytes. Of LoRAs, what runs beside the weights and what ComfyUI merges into them.
+        memory: kind ("codes", "scales", "other weights", "prepared weights", "LoRAs beside the
+            weights", "LoRAs to merge") -> bytes. What ComfyUI merges are a LoRA's own tensors.
         adapters: the LoRAs on the model.
     """
 
@@ -130,26 +130,29 @@ class BackendReport:
         text = paths[0][0] if len(paths) == 1 else "; ".join(f"{n} {path}" for path, n in paths)
         limit = f" ({self.limited_by})" if self.limited_by else ""
         size = format_size(sum(layer.bytes for layer in self.mxfp8))
-        noun = "layer" if len(self.mxfp8) == 1 else "layers"
-        return f"{len(self.mxfp8)} MXFP8 {noun}, {size}: {text}{limit}"
+        return f"{format_count(len(self.mxfp8), 'MXFP8 layer')}, {size}: {text}{limit}"
 
     def summary(self) -> str:
         """A few lines for a node."""
         lines = [f"{self.model} on {self.device}: {self.line()}"]
         lines += [adapter.line() for adapter in self.adapters]
         reasons = Counter(layer.reason for layer in self.layers)
-        lines += [f"{count} layers: {reason}" for reason, count in reasons.most_common()]
-        lines.append(f"inputs with few rows: {self.small_m}")
+        lines += [
+            f"{format_count(count, 'layer')}: {reason}" for reason, count in reasons.most_common()
+        ]
+        few, small_m = fp8_rowwise.SMALL_M, self.small_m.partition(" (")[0]
+        lines.append(f"inputs of up to {few} rows: {small_m}")
         lines += [f"not used: {reason}" for reason in self.unsupported]
         sizes = [f"{kind} {format_size(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
         lines.append(f"memory on {self.device}: {', '.join(sizes) or 'nothing yet'}")
         if away:
             lines.append(f"offloaded: {format_size(away)}")
+        loras = " with its LoRAs (the others without)" if self.adapters else ""
         lines += [
-            f"{t.layers} layers {list(t.shape)} on {t.backend}, {t.rows} rows: "
-            f"{t.microseconds:.0f} us, {t.faster_than_dense:.2f}x as fast as dense {self.dtype}, "
-            f"{t.faster_than_stock:.2f}x as fast as stock"
+            f"{format_count(t.layers, 'layer')} {list(t.shape)} on {t.backend}, {t.rows} rows: "
+            f"{t.microseconds:.0f} us{loras}, {_speed(t.faster_than_dense)} dense {self.dtype}, "
+            f"{_speed(t.faster_than_stock)} stock"
             for t in self.timings
         ]
         return "\n".join(lines)
@@ -161,6 +164,10 @@ class BackendReport:
             entry["faster_than_dense"] = timing.faster_than_dense
             entry["faster_than_stock"] = timing.faster_than_stock
         return document.write(KEY, data)
+
+
+def _speed(ratio: float) -> str:
+    return f"{ratio:.2f}x as fast as" if ratio >= 1 else f"{1 / ratio:.2f} times slower than"
 
 
 def limiting_reason(

@@ -170,7 +170,7 @@ def test_a_comparison_from_before_loras_were_listed_is_read():
 def test_the_loras_of_each_side_are_said():
     lines = WITH_LORAS.summary().splitlines()
     assert lines[0].startswith("Flux (52 MXFP8 layers on triton, exact; BF16; 2 LoRAs) against ")
-    said = [line for line in lines if " linears (" in line]
+    said = [line for line in lines if ": changes " in line]
     assert said == [f"model: {use.line()}" for use in LORAS]
 
 

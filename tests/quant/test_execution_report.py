@@ -155,14 +155,19 @@ LORA = AdapterUse(
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({}, "LoRA, LoKr of rank 4 to 32 at 0.8: 34 of 36 linears (34 beside the weight: low rank; "
-         "1 left out: x), 2.50 MB"),
-        ({"ranks": (4, 4), "bytes": 0, "applied": {"merged by ComfyUI": 34}},
-         "LoRA, LoKr of rank 4 at 0.8: 34 of 36 linears (34 merged by ComfyUI)"),
+        ({}, "LoRA, LoKr, rank 4 to 32, strength 0.8: changes 34 of 36 linear layers (all beside "
+         "the weights; 1 more left out: x), 2.50 MB"),
+        ({"ranks": (4, 4), "applied": {"beside the weight: low rank": 34}},
+         "LoRA, LoKr, rank 4, strength 0.8: changes 34 of 36 linear layers, all beside the "
+         "weights, 2.50 MB"),
+        ({"ranks": (4, 4), "bytes": 0, "others": 6, "applied": {
+            "left out: x": 2, "beside the weight: low rank": 1, "merged by ComfyUI": 39}},
+         "LoRA, LoKr, rank 4, strength 0.8: changes 34 of 36 linear layers and 6 others (1 beside "
+         "the weight; 39 merged by ComfyUI; 2 more left out: x)"),
         ({"kinds": ("merged model",), "ranks": (), "strength": None, "bytes": 0,
           "applied": {f"left out: {i}": 9 - i for i in range(6)}},
-         "merged model: 34 of 36 linears (9 left out: 0; 8 left out: 1; 7 left out: 2; "
-         "6 left out: 3; 9 others)"),
+         "merged model: changes 34 of 36 linear layers (9 left out: 0; 8 left out: 1; "
+         "7 left out: 2; 6 left out: 3; 9 in other ways)"),
     ],
 )  # fmt: skip
 def test_a_lora_is_one_line(change, line):

@@ -184,14 +184,14 @@ def test_the_loras_of_a_report_are_drawn_and_described(view):
     assert view("(t) => read(t).measures.map((m) => m.key)", text) == ["bytes", "hit"]
     first, second = drawn(view, text, "hit")["bars"]
     assert first["height"] == pytest.approx(3 * second["height"])
-    assert first["label"] == "LoRA, DoRA at 0.8, Linears with the LoRA 30"
+    assert first["label"] == "LoRA, DoRA, strength 0.8, LoRAs: linear layers changed 30"
     assert view("(t) => documents.describe(read(t).rows.adapters[0])", text) == [
         ["Rank", "4 to 16"],
         ["Layers", "30 beside the weight: low rank"],
         ["Layers", "2 merged by ComfyUI: no linear layer"],
-        ["Linears without it", "4"],
+        ["Linear layers without it", "4"],
         ["Size", "1.20 MB"],
-        ["Linears with the LoRA", "30"],
+        ["LoRAs: linear layers changed", "30"],
     ]
 
 
@@ -199,7 +199,8 @@ def test_the_loras_of_both_sides_of_a_comparison_are_drawn(view):
     sides = {"reference": {"adapters": [LORA]}, "model": {"adapters": [LORA, LORA]}}
     text = json.dumps({"mxfp8_comparison": 1, "seeds": [], **sides})
     names = view("(t) => read(t).rows.adapters.map((row) => row.name)", text)
-    assert names == ["reference: LoRA, DoRA at 0.8", *["model: LoRA, DoRA at 0.8"] * 2]
+    lora = "LoRA, DoRA, strength 0.8"
+    assert names == [f"reference: {lora}", *[f"model: {lora}"] * 2]
 
 
 def test_a_large_seed_keeps_its_digits(view):
