@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    convert = command("convert", _convert, "convert a BF16, F16 or F32 model to MXFP8")
+    convert = command("convert", _convert, "convert a BF16, FP16 or FP32 model to MXFP8")
     convert.add_argument("source", metavar="SRC", type=Path, help=f"model to convert: {_MODEL}")
     convert.add_argument(
         "target",

@@ -43,18 +43,34 @@ def bake(patches: list, weight: torch.Tensor, key: str) -> torch.Tensor:
     return baked
 
 
-def fits(patches: list, weight: torch.Tensor, key: str) -> bool:
+def fits(patches: list, shape: torch.Size, key: str) -> bool:
     """Whether patches may fit a weight, judged by shapes alone: nothing is computed.
 
     An adapter that looks at values cannot be judged so; the answer is then False.
     """
-    meta = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    meta = torch.empty(shape, dtype=torch.float32, device="meta")
     try:
         # Without their functions: those of other packs may do more than compute.
         _calculate([(*patch[:4], None) for patch in patches], meta, key)
     except BakingError:
         return False
     return True
+
+
+def misfit(patches: list, shape: torch.Size, key: str) -> str | None:
+    """What to say of the first patch whose tensors do not fit a weight's shape, if it shows any."""
+    for _, value, _, offset, _ in patches:
+        parts = value[-1] if isinstance(value, tuple) and len(value) > 1 else value
+        parts = getattr(parts, "weights", parts)
+        if not isinstance(parts, (list, tuple)):
+            continue
+        shapes = [list(part.shape) for part in parts if isinstance(part, torch.Tensor)]
+        if shapes and not fits([(1.0, value, 1.0, offset, None)], shape, key):
+            wanted = list(shape)
+            if offset is not None:
+                wanted[offset[0]] = offset[2]
+            return f"tensors {', '.join(map(str, shapes))} do not fit the shape {wanted}"
+    return None
 
 
 def _calculate(patches: list, weight: torch.Tensor, key: str) -> torch.Tensor:

@@ -7,13 +7,14 @@ result and one layer. The file is deleted with the last model that uses it.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels import layout
-from ...quant.container.header import quoted
+from ...quant.container.header import advising, quoted
 from ...quant.conversion.calibration import Calibration
 from ...quant.conversion.convert import convert, plan_source
 from ...quant.conversion.policy import Plan, Selection
@@ -24,6 +25,8 @@ from ..host import paths
 from .load import load_diffusion_model
 from .source import ModelSource
 from .transfer import check_movable, give_model
+
+_SAVE_INSTEAD = "to bake a LoRA into this one, use Save Model (MXFP8)"
 
 
 def device() -> str:
@@ -42,7 +45,9 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
     check_movable(patcher)
     source = ModelSource(patcher)
     _check_not_cast(source)
-    plan = plan_source(source, selection, is_linear=source.is_linear)
+    baking = bool(source.quantized and patcher.patches)
+    with advising(_SAVE_INSTEAD) if baking else contextlib.nullcontext():
+        plan = plan_source(source, selection, is_linear=source.is_linear)
     source.metadata |= source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )

@@ -25,8 +25,9 @@ from ...quant.container.header import quoted
 from ...quant.format import MARKER, WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
 from ..runtime import lora
+from ..runtime.adapters import SHORT_NAMES
 from ..runtime.patch import PREFIX
-from .baking import BakingError, bake, fits
+from .baking import BakingError, bake, fits, misfit
 from .raw_codes import check_weights
 from .stored_layers import stored_tensors
 
@@ -171,7 +172,7 @@ class ModelSource:
         entry = self._entries[key]
         value = self._value(key).to("cpu", entry.dtype).contiguous()
         if entry.full in self._patcher.patches and not value.isfinite().all():
-            reason = f"it gets too large for {HEADER_DTYPES[entry.dtype]}"
+            reason = f"it gets too large for {SHORT_NAMES[entry.dtype]}"
             raise ValueError(self._unmergeable({entry.full: reason}))
         yield as_bytes(value.reshape(-1))
 
@@ -225,13 +226,17 @@ class ModelSource:
         """
         failed = {}
         for full, patches in self._patcher.patches.items():
-            if full.startswith(PREFIX) and not fits(
-                patches, lora.original(self._patcher, full), full
-            ):
-                try:
-                    self._patched(full)
-                except ValueError as error:
-                    failed[full] = str(error.__cause__)
+            if not full.startswith(PREFIX):
+                continue
+            shape = lora.original(self._patcher, full).shape
+            if fits(patches, shape, full):
+                continue
+            try:
+                self._patched(full)
+            except ValueError as error:
+                baking = error.__cause__
+                known = baking.__cause__ and misfit(patches, shape, full)  # else NaN or Inf
+                failed[full] = known or str(baking)
         if failed:
             raise ValueError(self._unmergeable(failed))
 

@@ -170,7 +170,7 @@ def probe_file(
         places = {key: place for key in source.tensors if (place := _place(key, source))}
         if not places:
             raise FormatError(
-                f"{source.name}: no F32, F16 or BF16 matrix in numbered blocks "
+                f"{source.name}: no BF16, FP16 or FP32 matrix in numbered blocks "
                 "('layers.0.....weight'); only those are scored"
             )
         sizes = {key: nbytes(*source.tensors[key]) for key in places}

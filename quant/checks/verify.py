@@ -160,10 +160,17 @@ def _compare_layer(
         sqnr.add(first, signal, noise)
     result.layers[layer.name] = sqnr
     if sqnr.sqnr_db is not None and sqnr.sqnr_db < MIN_SQNR:
+        found, least = _told_apart(sqnr.sqnr_db, MIN_SQNR)
         result.problems.append(
-            f"{name} has an SQNR of {sqnr.sqnr_db:.2f} dB against the source; rounding alone "
-            f"leaves at least {MIN_SQNR:.1f} dB: it is damaged, or from another model"
+            f"{name} has an SQNR of {found} dB against the source; rounding alone leaves at least "
+            f"{least} dB: it is damaged or from another model, or a LoRA was baked in"
         )
+
+
+def _told_apart(a: float, b: float) -> tuple[str, str]:
+    """Two different numbers with as many digits as show that they differ."""
+    digits = next(d for d in range(1, 18) if f"{a:.{d}f}" != f"{b:.{d}f}")
+    return f"{a:.{digits}f}", f"{b:.{digits}f}"
 
 
 def _equal(stored: FileSource, original: StoredSource, key: str, partner: str) -> bool:

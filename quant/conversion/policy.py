@@ -261,7 +261,7 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
     if len(shape) != 2:
         return f"{len(shape)}-D; MXFP8 is for matrices"
     if dtype not in FLOATS:
-        return f"{dtype}; only F32, F16 and BF16 weights are quantized"
+        return f"{dtype}; only BF16, FP16 and FP32 weights are quantized"
     if 0 in shape:
         return "empty"
     layer = key.removesuffix(WEIGHT)

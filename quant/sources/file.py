@@ -212,7 +212,7 @@ class PartSource(StoredSource):
         if len(dtypes) > 1 and not FLOATS.keys() >= set(dtypes):
             raise FormatError(
                 f"{self.name}: the parts of {quoted(key)} are {' and '.join(dtypes)}; "
-                "they must be of one dtype, or F32, F16 and BF16"
+                "they must be of one dtype, or BF16, FP16 and FP32"
             )
         parts = tuple(
             Part(p.key, p.first, s[0] if p.last is None else p.last)

@@ -21,7 +21,7 @@ from ..format import MARKER, PREFIXES, SCALE, WEIGHT, header_markers
 if TYPE_CHECKING:
     from .file import Source
 
-_ORIGINAL = "convert the BF16, F16 or F32 original"
+_ORIGINAL = "convert the BF16, FP16 or FP32 original"
 _TAKE = f"{_ORIGINAL}, as .safetensors"
 _START = 512  # bytes that show the kind of a file
 
@@ -177,8 +177,8 @@ def check_no_lora(source: Source) -> None:
     lora = find_lora(source.tensors)
     if lora is not None:
         raise FormatError(
-            f"{source.name}: a LoRA, not a model ({quoted(lora)}); LoRAs need no conversion: load "
-            "it on an MXFP8 or any other model"
+            f"{source.name}: a LoRA, not a model ({quoted(lora)}); a LoRA needs no conversion: "
+            "load it on an MXFP8 or any other model"
         )
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.comfy
 
 ADVICE = re.compile(  # what every message must have: what to do
     "get (it|the file) again|mxfp8 repair|take the model as|[Cc]onvert (the|its|the file's) "
-    "(BF16, F16 or F32 )?original|update ComfyUI"
+    "(BF16, FP16 or FP32 )?original|update ComfyUI"
 )
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 

@@ -139,7 +139,7 @@ def wan(folder):
     ("make", "words"),
     [
         (outside, "must be a file in the index's own folder"),
-        (fp8, r"already quantized as FP8 \(E4M3\) .*; convert the BF16, F16 or F32 original"),
+        (fp8, r"already quantized as FP8 \(E4M3\) .*; convert the BF16, FP16 or FP32 original"),
         (wan, "Wan with diffusers' tensor names: .*; convert the model's file for ComfyUI"),
     ],
 )

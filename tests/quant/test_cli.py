@@ -16,7 +16,7 @@ from checkpoints import GOLDEN, flip, load, matrix
 from safetensors.torch import save_file
 
 from mxfp8.quant import cli
-from mxfp8.quant.checks.verify import verify_file
+from mxfp8.quant.checks.verify import _told_apart, verify_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
@@ -394,6 +394,11 @@ def test_verify_finds_a_damaged_layer(source, target, run):
     assert status == 1
     assert "PROBLEM: 'b' has an SQNR of " in out
     assert "rounding alone leaves at least 24.6 dB" in out
+
+
+def test_verify_shows_that_an_sqnr_is_below_the_least():
+    assert _told_apart(20.0, 24.6) == ("20.0", "24.6")
+    assert _told_apart(24.5996, 24.6) == ("24.5996", "24.6000")
 
 
 def test_verify_says_that_a_file_holds_no_mxfp8(source):

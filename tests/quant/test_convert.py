@@ -276,7 +276,7 @@ def test_the_report_lists_every_matrix_with_its_decision(done):
     assert {name for name, layer in found.items() if layer.decision == "mxfp8"} == LINEARS.keys()
     assert {layer.decision for layer in found.values()} == {"mxfp8", "kept"}
     assert (found["double"].reason, found["double"].dtype) == (
-        "F64; only F32, F16 and BF16 weights are quantized",
+        "F64; only BF16, FP16 and FP32 weights are quantized",
         "F64",
     )
     assert found["blocks.0.lin"].shape == (33, 100)

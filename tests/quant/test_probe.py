@@ -136,7 +136,7 @@ def test_the_command_prints_layers_and_writes_what_it_is_asked_for(model, capsys
 
 def test_what_cannot_be_probed_is_refused_in_words(model, tmp_path, capsys):
     save_file({"head.weight": torch.ones(32, 32)}, tmp_path / "flat.safetensors")
-    with pytest.raises(FormatError, match="no F32, F16 or BF16 matrix in numbered blocks"):
+    with pytest.raises(FormatError, match="no BF16, FP16 or FP32 matrix in numbered blocks"):
         probe_file(tmp_path / "flat.safetensors")
     save_file({"blocks.0.a.weight": torch.full((8, 32), torch.nan)}, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match=r"'blocks.0.a.weight' holds NaN or Inf in row 0"):

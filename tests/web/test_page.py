@@ -365,7 +365,7 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown.link(node, shown.add("PreviewAny", (900, 100)), "source", slot=1)
     shown.queue(ends="execution_error")
     shown.page.get_by_role("button", name="View details").click()
-    message = shown.page.get_by_text("convert the BF16, F16 or F32 original").first
+    message = shown.page.get_by_text("convert the BF16, FP16 or FP32 original").first
     message.wait_for(state="visible")
     shown.close()
 
