@@ -5,8 +5,8 @@ ComfyUI keeps a list of patches for each weight and merges them one after the ot
 quantized again after that, which loses most of a small LoRA. Every patch of a linear layer y = W x
 is one of these, or a few of them:
 
-- something added to W: a product of two thin matrices (LoRA, LoHa, GLoRA), a Kronecker product
-  (LoKr), or a dense matrix (`diff`, `set`);
+- something added to W: a product of two thin matrices (LoRA, GLoRA), a Kronecker product (LoKr),
+  an elementwise product of two thin ones (LoHa), or a dense matrix (`diff`, `set`);
 - its rows scaled (DoRA, `strength_model`) or turned in blocks (OFT, BOFT): the same on the output;
 - its columns scaled (DoRA): the same on the input.
 
@@ -41,13 +41,16 @@ from .factors import (
     rotations,
 )
 from .side_branch import (
+    ADDING,
     Dense,
+    Hadamard,
     Kronecker,
     LowRank,
     Rotation,
     RowScales,
     SideBranch,
     Span,
+    Step,
     scaled_rows,
 )
 
@@ -138,12 +141,13 @@ def build(
     dense_limit: int,
     original: Tensor | None = None,
 ) -> SideBranch | None:
-    """A linear layer's side branch, or None if its dense deltas need more than `dense_limit` bytes.
+    """A linear layer's side branch, or None if it needs more than `dense_limit` bytes for deltas.
 
     `patches` and `bias_patches` are ComfyUI's, in its order, without those that `merged_by_stock`
     counts. `weight()` gives W [N, K] in float32, a new tensor each time, and is called only for
     adapters that depend on it; `original` is the weight that `model_as_lora` is subtracted from, if
-    not W. `dtype` is what matrices are held in.
+    not W. `dtype` is what matrices are held in. `dense_limit` counts dense deltas, and what thin
+    matrices take beyond their patch's own size.
     """
     shape = tuple(shape)
     with torch.no_grad():
@@ -153,7 +157,8 @@ def build(
         if bias is not None:
             terms.apply_to_bias(bias_patches, bias, key)
         terms.compress(dtype)
-        if sum(term.nbytes(dtype) for term in terms.dense) > dense_limit:
+        dense_nbytes = terms.dense_nbytes(dtype)
+        if dense_nbytes > dense_limit:
             return None
         return SideBranch(
             shape,
@@ -165,6 +170,7 @@ def build(
             None if bias is None else bias.float().cpu(),
             terms.bias,
             dtype,
+            dense_nbytes,
         )
 
 
@@ -221,12 +227,13 @@ class _Terms:
 
     shape: tuple[int, int]
     current: _Current
-    steps: list[RowScales | Rotation | Kronecker] = field(default_factory=list)  # in order
+    steps: list[Step] = field(default_factory=list)  # in order
     columns: Tensor | None = None  # c
     low_rank: list[LowRank] = field(default_factory=list)
     dense: list[Dense] = field(default_factory=list)
     bias: Tensor | None = None
     notes: list[dict] = field(default_factory=list)  # of each patch: fields of Applied
+    own: list[int] = field(default_factory=list)  # of each patch: elements of its tensors
 
     def apply(self, patch: tuple) -> None:
         strength, value, strength_model, offset, function = patch
@@ -234,6 +241,7 @@ class _Terms:
         if nothing and strength_model == 1:
             return
         self.notes.append(_note(patch))
+        self.own.append(sum(p.numel() for p in _parts(value) if isinstance(p, Tensor)))
         rows, columns = _spans(self.shape, offset)
         if min(*rows, *columns) < 0 or sum(rows) > self.shape[0] or sum(columns) > self.shape[1]:
             self.notes[-1]["problem"] = f"its slice {offset} lies outside of {list(self.shape)}"
@@ -463,7 +471,7 @@ class _Terms:
         for term in self.dense:
             term.delta = scaled_rows(term.delta.T, term.columns, columns, factor).T
         for step in self.steps:
-            if isinstance(step, Kronecker):
+            if isinstance(step, ADDING):
                 step.scale_columns(columns, factor)
 
     def _rotate(self, rotation: Rotation) -> None:
@@ -498,10 +506,18 @@ class _Terms:
     ) -> None:
         if factors.kron is not None:
             w1, w2 = factors.kron
-            step = Kronecker(w1 * factor, w2, rows, columns, self._owner)
+            w1 = [w1[0] * factor, *w1[1:]]
+            step = Kronecker(w1, w2, rows, columns, self._owner)
             step.row_gain, step.column_gain = row_gain, column_gain
             self.steps.append(step)
             self._form("Kronecker factors")
+            return
+        if factors.hadamard is not None:
+            up1, down1, *others = factors.hadamard
+            up1 = up1 * factor if row_gain is None else up1 * factor * row_gain[:, None]
+            down1 = down1 if column_gain is None else down1 * column_gain
+            self.steps.append(Hadamard([up1, down1, *others], rows, columns, self._owner))
+            self._form("LoHa factors, multiplied on each call")
             return
         if factors.dense is not None:
             delta = factors.dense * factor
@@ -548,6 +564,14 @@ class _Terms:
                 if found is not None and note["rank"] is None:
                     note["rank"] = found[0].shape[1]
         self.dense = remaining
+
+    def dense_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of dense deltas, and of thin matrices beyond their patch's own size."""
+        thin = dict.fromkeys((term.owner for term in self.low_rank), 0)
+        for term in self.low_rank:
+            thin[term.owner] += term.nbytes(dtype)
+        beyond = (size - self.own[owner] * dtype.itemsize for owner, size in thin.items())
+        return sum(term.nbytes(dtype) for term in self.dense) + sum(max(0, b) for b in beyond)
 
     def applied(self, dtype: torch.dtype) -> tuple[Applied, ...]:
         for term in self.low_rank:

@@ -16,15 +16,19 @@ from torch import Tensor
 
 # Of the range finder: the highest rank, columns to be sure of that, columns to check with.
 RANK, OVERSAMPLED, CHECKS = 64, 8, 8
+# How many times its own size a LoHa (up to rank 8) or a LoKr may take as one thin product, which
+# runs faster than its own factors do.
+LARGER_LOHA, LARGER_LOKR = 4, 2
 
 
 @dataclass
 class Factors:
-    """Of one adapter: the product of factors, or a dense matrix, before strength and alpha."""
+    """Of one adapter: one of these forms, before strength and alpha."""
 
     up: Tensor | None = None
     down: Tensor | None = None
-    kron: tuple[Tensor, Tensor] | None = None
+    kron: tuple[list[Tensor], list[Tensor]] | None = None  # each a matrix, or a product of two
+    hadamard: list[Tensor] | None = None  # up1, down1, up2, down2
     dense: Tensor | None = None
     alpha: float = 1.0
     rank: int | None = None
@@ -33,8 +37,16 @@ class Factors:
         if self.dense is not None:
             return self.dense.to(device)
         if self.kron is not None:
-            return torch.kron(*(factor.to(device) for factor in self.kron))
+            one, two = ([part.to(device) for part in parts] for parts in self.kron)
+            return torch.kron(_whole(one), _whole(two))
+        if self.hadamard is not None:
+            up1, down1, up2, down2 = (factor.to(device) for factor in self.hadamard)
+            return (up1 @ down1).mul_(up2 @ down2)
         return self.up.to(device) @ self.down.to(device)
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
 
 def as_float(tensor: Tensor) -> Tensor:
@@ -86,13 +98,16 @@ def _loha(parts, n: int, k: int, _) -> Factors:
             return Factors(dense=(one * two).reshape(n, k), **others)
         up1, down1 = up1.T, t1.flatten(1) @ down1
         up2, down2 = up2.T, t2.flatten(1) @ down2
-    rank = up1.shape[1] * up2.shape[1]
+    own, rank = up1.shape[1] + up2.shape[1], up1.shape[1] * up2.shape[1]
     same = up1.shape[0] == up2.shape[0] == n and down1.shape[1] == down2.shape[1] == k
-    if same and rank * (n + k) < n * k:
+    fits = same and up1.shape[1] == down1.shape[0] and up2.shape[1] == down2.shape[0]
+    if fits and rank <= LARGER_LOHA * own and rank * (n + k) < n * k:
         # (U1 D1) * (U2 D2): the products of their columns, times those of their rows.
         up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
         down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
         return Factors(up, down, **others)
+    if fits and own * (n + k) < n * k:
+        return Factors(hadamard=[up1, down1, up2, down2], **others)
     return Factors(dense=((up1 @ down1) * (up2 @ down2)).reshape(n, k), **others)
 
 
@@ -113,14 +128,21 @@ def _lokr(parts, n: int, k: int, _) -> Factors:
     (a, b), (c, d) = w1.shape, w2.shape
     if (a * c, b * d) != (n, k):
         return Factors(dense=torch.kron(w1, w2).reshape(n, k), **others)
+    # In the smaller form: w, or (up, down) of a small rank.
+    held1, held2 = (
+        list(pair) if pair and sum(part.numel() for part in pair) < w.numel() else [w]
+        for pair, w in ((one, w1), (two, w2))
+    )
+    size1, size2 = (sum(part.numel() for part in parts) for parts in (held1, held2))
     # kron(U1 D1, U2 D2) = kron(U1, U2) kron(D1, D2): thin if the factors' ranks are small.
     eye = partial(torch.eye, device=w1.device)
     one = one or ((eye(a), w1) if a <= b else (w1, eye(b)))
     two = two or ((eye(c), w2) if c <= d else (w2, eye(d)))
-    thin = one[0].shape[1] * two[0].shape[1]
-    if thin * (n + k) <= k * c + n * b:  # multiplications for each row of the input
+    thin = one[0].shape[1] * two[0].shape[1] * (n + k)
+    # Multiplications for each row of the input, and memory.
+    if thin <= min(b * size2 + c * size1, LARGER_LOKR * (size1 + size2)):
         return Factors(torch.kron(one[0], two[0]), torch.kron(one[1], two[1]), **others)
-    return Factors(kron=(w1, w2), **others)
+    return Factors(kron=(held1, held2), **others)
 
 
 def _glora(parts, n: int, k: int, weight: Callable[[], Tensor]) -> Factors:

@@ -1,9 +1,10 @@
 """What runs beside a linear layer; `adapters` makes it, and says why.
 
-Matrices are weights of ComfyUI's linears, so that ComfyUI accounts for them, moves and streams them
-like the model's own. Vectors are held in float32: they cost little, and where they scale the layer
-its own precision depends on theirs. Everything is added into the base's output: beside it, a LoRA
-needs M x rank values and no M x N.
+Thin and dense matrices are weights of ComfyUI's linears: it accounts for them, moves and streams
+them like the model's own. The small factors of LoKr, LoHa, OFT and BOFT are parameters, which it
+accounts for and moves. Vectors are held in float32: they cost little, and where they scale the
+layer its own precision depends on theirs. Everything is added into the base's output: beside it, a
+LoRA needs M x rank values and no M x N.
 
 Rejected: one `up` for all LoRAs of a layer, padded with zeros where they belong to a slice (a third
 of a fused q, k, v), which multiplies and holds three times as much.
@@ -106,6 +107,13 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ldexp(up, -shift), torch.ldexp(down, shift[:, None])
 
 
+def _normalized(matrices: list[Tensor]) -> tuple[list[Tensor], int]:
+    """(them with a largest value of 0.5 to 1, the exponent of 2 that their product lacks)."""
+    exponents = [torch.frexp(matrix.abs().amax())[1] for matrix in matrices]
+    normal = [torch.ldexp(m, -e) for m, e in zip(matrices, exponents, strict=True)]
+    return normal, sum(map(int, exponents))
+
+
 class RowScales(nn.Module):
     def __init__(self, rows: int, owner: int):
         super().__init__()
@@ -172,11 +180,13 @@ def _turned(y: Tensor, blocks: Tensor, stride: int) -> Tensor:
 
 
 class Kronecker(nn.Module):
-    """kron(w1, w2) x by two small matmuls."""
+    """kron(w1, w2) x by small matmuls; w1 and w2 are each a matrix, or a product of two."""
 
-    def __init__(self, w1: Tensor, w2: Tensor, rows: Span, columns: Span, owner: int):
+    def __init__(self, w1: list[Tensor], w2: list[Tensor], rows: Span, columns: Span, owner: int):
         super().__init__()
         self.w1, self.w2, self.rows, self.columns, self.owner = w1, w2, rows, columns, owner
+        self.outputs = w1[0].shape[0], w2[0].shape[0]
+        self.inputs = w1[-1].shape[1], w2[-1].shape[1]
         self.row_gain: Tensor | None = None
         self.column_gain: Tensor | None = None
 
@@ -186,30 +196,90 @@ class Kronecker(nn.Module):
 
     def nbytes(self, dtype: torch.dtype) -> int:
         vectors = sum(4 * v.numel() for v in (self.row_gain, self.column_gain) if v is not None)
-        return vectors + (self.w1.numel() + self.w2.numel()) * dtype.itemsize
+        return vectors + sum(w.numel() for w in (*self.w1, *self.w2)) * dtype.itemsize
 
     def hold(self, dtype: torch.dtype) -> None:
-        _, high = torch.frexp(self.w1.abs().amax())
-        _, low = torch.frexp(self.w2.abs().amax())
-        shift = (high - low).div(2, rounding_mode="floor")
-        factors = {"w1": torch.ldexp(self.w1, -shift), "w2": torch.ldexp(self.w2, shift)}
-        for name, factor in factors.items():
-            setattr(self, name, _parameter(factor, dtype))
+        factors, exponent = _normalized([*self.w1, *self.w2])
+        share, rest = divmod(exponent, len(factors))  # so that FP16 holds each
+        shifts = [share + (index < rest) for index in range(len(factors))]
+        held = [
+            _parameter(torch.ldexp(w, torch.tensor(shift)), dtype)
+            for w, shift in zip(factors, shifts, strict=True)
+        ]
+        count = len(self.w1)
+        # In the order in which they are applied.
+        self.w1 = nn.ParameterList(held[:count][::-1])
+        self.w2 = nn.ParameterList(held[count:][::-1])
         for name in ("row_gain", "column_gain"):
             vector = getattr(self, name)
             if vector is not None:
                 setattr(self, name, _parameter(vector, torch.float32))
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        (a, b), (c, d) = self.w1.shape, self.w2.shape
         x = x.narrow(1, *self.columns)
         if self.column_gain is not None:
             x = x.clone().mul_(_like(self.column_gain, x, torch.float32))
-        inner = functional.linear(x.reshape(-1, b, d), _like(self.w2, x))  # [M, b, c]
-        added = functional.linear(inner.transpose(1, 2), _like(self.w1, x))  # [M, c, a]
+        (a, c), (b, d) = self.outputs, self.inputs
+        added = x.reshape(-1, d)
+        for w in self.w2:
+            added = functional.linear(added, _like(w, x))
+        added = added.view(-1, b, c).transpose(1, 2)
+        for w in self.w1:
+            added = functional.linear(added, _like(w, x))
         if self.row_gain is not None:
             added = added.mul_(_like(self.row_gain, x, torch.float32).view(a, c).T)
         out.narrow(1, *self.rows).unflatten(1, (a, c)).transpose(1, 2).add_(added)
+
+
+class Hadamard(nn.Module):
+    """(up1 down1) * (up2 down2), elementwise, made on each call in slabs that are not kept.
+
+    As the product of thin matrices that it equals (`factors._loha`) it runs for what a LoRA of rank
+    r1 r2 costs, and takes 16 times the bytes of its factors at rank 32. So that is made on each
+    call; where it is larger than the whole delta, the delta is, which costs another layer.
+    """
+
+    SLAB = 2**26  # bytes, about
+
+    def __init__(self, factors: list[Tensor], rows: Span, columns: Span, owner: int):
+        super().__init__()
+        self.factors = factors  # up1, down1, up2, down2
+        self.rows, self.columns, self.owner = rows, columns, owner
+
+    def scale_columns(self, columns: Span, factor: Tensor) -> None:
+        self.factors[1] = scaled_rows(self.factors[1].T, self.columns, columns, factor).T
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return sum(factor.numel() for factor in self.factors) * dtype.itemsize
+
+    def hold(self, dtype: torch.dtype) -> None:
+        factors, exponent = _normalized(self.factors)
+        half = exponent // 2  # in FP16 neither hidden values overflow nor deltas become zero
+        factors[1] = torch.ldexp(factors[1], torch.tensor(half))
+        self.factor = 2.0 ** (exponent - half)
+        self.factors = nn.ParameterList([_parameter(factor, dtype) for factor in factors])
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        x, out = x.narrow(1, *self.columns), out.narrow(1, *self.rows)
+        up1, down1, up2, down2 = [_like(factor, x) for factor in self.factors]
+        (n, r1), (r2, k) = up1.shape, down2.shape
+        if r1 * r2 * (n + k) < n * k:
+            step = max(1, self.SLAB // (r1 * (n + k) * x.element_size()))
+            for start in range(0, r2, step):
+                some = slice(start, start + step)
+                up = (up1[:, :, None] * up2[:, None, some]).flatten(1)
+                down = (down1[:, None] * down2[some]).flatten(0, 1)
+                out.addmm_(functional.linear(x, down), up.t(), alpha=self.factor)
+            return
+        step = max(1, self.SLAB // (2 * k * x.element_size()))
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            delta = (up1[rows] @ down1).mul_(up2[rows] @ down2)
+            out[:, rows].addmm_(x, delta.t(), alpha=self.factor)
+
+
+ADDING = Kronecker, Hadamard  # the steps that neither scale nor turn the layer
+Step = RowScales | Rotation | Kronecker | Hadamard
 
 
 class SideBranch(nn.Module):
@@ -223,15 +293,17 @@ class SideBranch(nn.Module):
         self,
         shape: tuple[int, int],
         applied: tuple,
-        steps: list[RowScales | Rotation | Kronecker],
+        steps: list[Step],
         columns: Tensor | None,
         low_rank: list[LowRank],
         dense: list[Dense],
         bias: Tensor | None,
         bias_change: Tensor | None,
         dtype: torch.dtype,
+        dense_nbytes: int,
     ):
         super().__init__()
+        self.dense_nbytes = dense_nbytes  # beyond the patches' own size; see `build`
         self.out_features, self.in_features = shape
         self.applied = applied
         for step in steps:
@@ -270,7 +342,7 @@ class SideBranch(nn.Module):
             self.dense.append(_linear([term.delta * 2.0**-exponent], dtype))
             places.append((term.rows, term.columns, 2.0**exponent))
         self._dense = tuple(zip(self.dense, places, strict=True))
-        scaling = [step for step in steps if not isinstance(step, Kronecker)]
+        scaling = [step for step in steps if not isinstance(step, ADDING)]
         if bias is not None and scaling:
             scaled = bias.clone()[None]
             for step in scaling:
@@ -278,11 +350,6 @@ class SideBranch(nn.Module):
             back = bias - scaled[0]
             bias_change = back if bias_change is None else bias_change + back
         self.bias = None if bias_change is None else _parameter(bias_change, torch.float32)
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes of the deltas that are neither thin products nor small factors."""
-        return sum(parameter.nbytes for parameter in self.dense.parameters())
 
     def adjust_input(self, x: Tensor) -> Tensor:
         """c * x; x itself if no columns are scaled."""

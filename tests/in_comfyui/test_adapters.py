@@ -24,7 +24,7 @@ def test_every_kind_place_strength_and_order_equals_merging(results):
 def test_rounding_costs_no_more_than_its_dtype_does(results):
     """In FP16 factors of 1e-10 and deltas of 1e-6 too, which would be zeros or subnormal."""
     rounded = results["rounded"]
-    assert sum(name.startswith("small") for name in rounded) == 3
+    assert sum(name.startswith("small") for name in rounded) == 4
     assert {name: share for name, share in rounded.items() if not share <= 1} == {}
 
 
@@ -56,5 +56,9 @@ def test_loras_take_the_bytes_of_their_factors(results):
     for name in ("eight", "slices"):
         held, own = sizes[name]
         assert held == own
+    for held, own, beyond, _ in sizes["own"]:
+        assert held == own and beyond == 0
+    for held, own, beyond, fits in sizes["larger"]:
+        assert held <= 4 * own and beyond == held - own > 0 and fits == [True, False]
     assert sizes["modules"] <= 4  # one `down` and one `up`, and empty lists
     assert sizes["dense"] == [True, False]

@@ -21,7 +21,7 @@ from lora_kinds import KINDS, lora_file
 from torch.nn import functional
 
 from mxfp8.nodes.runtime.adapters import build, merged_by_stock
-from mxfp8.nodes.runtime.side_branch import Kronecker
+from mxfp8.nodes.runtime.side_branch import ADDING, Hadamard
 
 N, K, M = 96, 64, 80
 KEY = "layer.weight"
@@ -121,7 +121,8 @@ def cases():
                 kind, place = chance.choice(KINDS), chance.choice(list(PLACES))
                 if kind == "diff_b" or (kind == "set" and chance.random() < 0.5):
                     kind = "lora"
-                value = loaded(kind, shape_of(place), seed, norm=0.05)
+                rank = 7 if kind == "loha" else 4  # held by its own factors, not as one product
+                value = loaded(kind, shape_of(place), seed, norm=0.05, rank=rank)
                 strength, whole = chance.choice((1.0, -0.7, 0.3)), chance.choice((1.0, 1.0, 0.9))
                 patches.append(patch(value, strength, place, whole))
                 names.append(f"{kind} {place}")
@@ -141,12 +142,24 @@ def exact():
         _, out = ours(patches, x, torch.float32, weight=square)
         found = expected(patches, x, weight=square)
         results[f"glora, square, old layout: {old}"] = share(out, *found, 2**-19, 2**-22)
+    # Both ways in which a LoHa runs that is held by its factors, in one slab and in many.
+    slab = Hadamard.SLAB
+    for columns, rank in ((1024, 9), (K, 16)):
+        weight, x = random_tensor(N, columns) / 8, random_tensor(M, columns).double()
+        patches = [patch(loaded("loha", (N, columns), rank=rank, norm=0.05))]
+        for Hadamard.SLAB in (slab, 1):
+            branch, out = ours(patches, x, torch.float64, weight=weight)
+            assert isinstance(branch.steps[0], Hadamard)
+            found = expected(patches, x, weight=weight)
+            name = f"loha, {columns} columns, slabs of {Hadamard.SLAB}"
+            results[name] = share(out, *found, 2**-19, 0.0)
+    Hadamard.SLAB = slab
     for name, (patches, bias) in cases():
         for dtype in (torch.float32, torch.float64):
             x = random_tensor(2, M // 2, K).to(dtype)
             branch, out = ours(patches, x, dtype, bias)
             wanted, effect = expected(patches, x, bias)
-            scaling = any(not isinstance(step, Kronecker) for step in branch.steps)
+            scaling = any(not isinstance(step, ADDING) for step in branch.steps)
             rounds = dtype == torch.float32 or scaling or branch.columns is not None
             of_layer = 2**-22 if rounds else 0.0
             results[f"{name}, {dtype}"] = share(out, wanted, effect, 2**-19, of_layer)
@@ -173,7 +186,8 @@ def rounded():
             if kind == "diff_b":
                 continue
             for strength in (1.0, 0.01):
-                patches = [patch(loaded(kind, norm=0.05), strength)]
+                rank = 16 if kind == "loha" else 4
+                patches = [patch(loaded(kind, norm=0.05, rank=rank), strength)]
                 x = random_tensor(M, K).to(dtype)
                 _, out = ours(patches, x, dtype, weight=weight)
                 wanted, effect = expected(patches, x, weight=weight)
@@ -186,6 +200,10 @@ def rounded():
         "lokr": stock.LoKrAdapter(set(), (
             random_tensor(8, 8) * 1e4, random_tensor(12, 8) * 1e-10, None, *[None] * 6,
         )),
+        "loha": stock.LoHaAdapter(set(), (
+            random_tensor(N, 12) * 1e4, random_tensor(12, K) * 1e-10, None,
+            random_tensor(N, 12) * 1e4, random_tensor(12, K) * 1e-5, *[None] * 3,
+        )),
         "diff": ("diff", (random_tensor(N, K) * 1e-6,)),
     }  # fmt: skip
     for name, value in tiny.items():
@@ -194,7 +212,9 @@ def rounded():
         out = branch.add_to(torch.zeros(M, N, dtype=torch.float16), x)
         w = comfy.lora.calculate_weight([patch(value)], nothing.double(), KEY)
         wanted = functional.linear(x.double(), w)
-        results[f"small {name}, FP16"] = share(out, wanted, wanted, unit, 0.0)
+        # Of a LoHa seven values are rounded: four factors, their two products, and the delta.
+        of_effect = unit * (1.5 if name == "loha" else 1)
+        results[f"small {name}, FP16"] = share(out, wanted, wanted, of_effect, 0.0)
     return results
 
 
@@ -232,12 +252,20 @@ def special():
     )
     rescale = torch.linspace(0.9, 1.1, K)[None]
     values["boft, columns rescaled"] = stock.BOFTAdapter(set(), (butterfly, rescale, 0.0, None))
+    wide = loaded("loha", norm=0.05, rank=16)
+    for name, scale in (("row", rows), ("column", columns)):
+        weights = (*wide.weights[:7], scale)
+        values[f"loha of rank 16, scaled by {name}"] = stock.LoHaAdapter(set(), weights)
+    parts = [random_tensor(*shape) / 8 for shape in ((8, 2), (2, 8), (12, 2), (2, 8))]
+    values["lokr of two products"] = stock.LoKrAdapter(set(), (
+        None, None, None, *parts, None, None,
+    ))  # fmt: skip
     values["glora of the old layout"] = glora((N, K), old=True)
     values["glora with alpha"] = glora((N, K), old=False)
-    parts = [random_tensor(*shape) / 8 for shape in ((3, N), (3, K), (3, N), (3, K))]
+    tucker = [random_tensor(*shape) / 8 for shape in ((3, N), (3, K), (3, N), (3, K))]
     cores = random_tensor(2, 3, 3, 1, 1)
     values["loha, tucker"] = stock.LoHaAdapter(set(), (
-        parts[0], parts[1], 2.0, parts[2], parts[3], cores[0], cores[1], None,
+        *tucker[:2], 2.0, *tucker[2:], cores[0], cores[1], None,
     ))  # fmt: skip
     wide = [random_tensor(*shape) / 8 for shape in ((N, 7), (7, K), (N, 7), (7, K))]
     values["loha of a large rank"] = stock.LoHaAdapter(set(), (
@@ -363,6 +391,7 @@ def running():
     kinds = [kind for kind in KINDS if kind != "diff_b"]
     patches = [patch(loaded(kind, norm=0.05)) for kind in kinds if kind != "set"]
     patches.append(patch(loaded("lora", shape_of("rows"), norm=0.05), 1.0, "rows"))
+    patches.append(patch(loaded("loha", norm=0.05, rank=16)))
     bias = [patch(loaded("diff_b", norm=0.05))]
     with torch.inference_mode():  # as ComfyUI runs nodes
         branch, _ = ours(patches, random_tensor(M, K), torch.float32, bias)
@@ -413,14 +442,29 @@ def sizes():
     halves = [patch(loaded("lora", shape_of("rows")), 1.0, "rows") for _ in range(3)]
     split, _ = ours(halves, random_tensor(1, K).bfloat16(), torch.bfloat16)
 
+    arguments = [], WEIGHT.clone, None, KEY, (N, K), torch.bfloat16
+
     def fits(limit):
-        arguments = [], WEIGHT.clone, None, KEY, (N, K), torch.bfloat16, limit
-        return build(diff, *arguments) is not None
+        return build(diff, *arguments, limit) is not None
+
+    def held_and_own(value):
+        branch = build([patch(value)], *arguments, 2**30)
+        held = sum(part.nbytes for part in branch.parameters())
+        own = sum(2 * part.numel() for part in value.weights if isinstance(part, torch.Tensor))
+        beyond = branch.dense_nbytes
+        limited = [build([patch(value)], *arguments, limit) for limit in (beyond, beyond - 1)]
+        return [held, own, beyond, [other is not None for other in limited]]
 
     return {
         "eight": [sum(part.nbytes for part in branch.parameters()), own],
         "modules": len(list(branch.modules())) - 2,  # but the branch and its list of ups
         "slices": [sum(part.nbytes for part in split.parameters()), 3 * 2 * 4 * (48 + K)],
+        "own": [
+            held_and_own(loaded("loha", rank=16)),
+            held_and_own(loaded("lokr")),
+            held_and_own(special()["lokr of two products"]),
+        ],
+        "larger": [held_and_own(loaded("loha", rank=4))],
         "dense": [fits(N * K * 2), fits(N * K * 2 - 1)],
     }
 
