@@ -95,6 +95,21 @@ def test_a_lora_that_does_not_fit(comfy, kind, action):
         run(comfy, lora, action)
 
 
+def test_a_lora_on_a_quantized_model_is_for_save_model(comfy):
+    path = comfy.base / "models" / "loras" / "baking-fits.safetensors"
+    save_file(adapters(LAYER, (128, 128)), path)
+    graph = Graph()
+    model = graph.add(
+        "LoraLoaderModelOnly",
+        model=graph.loader("baking-mxfp8.safetensors"),
+        lora_name=path.name,
+        strength_model=1.0,
+    )
+    graph.add("TestConfig", model=quantized(graph, model))
+    with pytest.raises(PromptError, match=r"already quantized as MXFP8 .*, use Save Model"):
+        comfy.run(graph)
+
+
 @pytest.mark.parametrize("action", ["quantize", "save"])
 @pytest.mark.parametrize("layer", [LAYER, KEPT])
 def test_memory_that_runs_out_in_an_adapter(comfy, action, layer):
