@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -91,16 +92,25 @@ def adapter_uses(
 
 
 def _in_order(patches: lora.Patches) -> list[tuple]:
-    """The entries of patches by their last place in any weight's list: nearly as they were loaded.
+    """The entries of patches in the order of loading, as far as it shows.
 
-    Files that share no weight have no order there.
+    ComfyUI appends a file's patches to its weights' lists, and weights that have none yet to the
+    weights. So a list is in order, and so are the first entries of all lists.
     """
-    places: dict[tuple, int] = {}
-    for of_weight in patches.values():
-        entries = dict.fromkeys(_entry(adapters.merged(patch)) for patch in of_weight)
-        for place, entry in enumerate(entries):
-            places[entry] = max(place, places.get(entry, 0))
-    return sorted(places, key=places.__getitem__)
+    before: dict[tuple, dict[tuple, None]] = {}
+    first = None
+    for of_weight in filter(None, patches.values()):
+        last = first
+        for entry in dict.fromkeys(_entry(adapters.merged(patch)) for patch in of_weight):
+            earlier = before.setdefault(entry, {})
+            if last not in (None, entry):
+                earlier[last] = None
+            last = entry
+        first = _entry(adapters.merged(of_weight[0]))
+    try:
+        return list(TopologicalSorter(before).static_order())
+    except CycleError:  # one file loaded twice, with others between
+        return list(before)
 
 
 def _entry(applied: adapters.Applied) -> tuple:

@@ -187,7 +187,7 @@ def loras(comfy):
     state, _ = load(models / "diffusion_models" / "flux-plain.safetensors")
     weights = {k: w for k, w in state.items() if w.ndim == 2 and k.endswith(".weight")}
     (first, weight), *others = weights.items()
-    longer = {first: torch.cat([weight, weight])}
+    longer, names = {first: torch.cat([weight, weight])}, list(weights)
     norm = next(key.removesuffix(".weight") for key in state if "query_norm." in key)
     scale = torch.ones(state[f"{norm}.weight"].shape)
     files = {
@@ -197,6 +197,10 @@ def loras(comfy):
         "large": lora_file(weights, "diff"),
         "longer": lora_file(longer | dict(others), "lora", seed=1),
         "norm": {f"diffusion_model.{norm}.diff": scale},
+        **{
+            f"on {on}": lora_file({names[i]: weights[names[i]] for i in on}, "lora", rank=2)
+            for on in ((0,), (1, 2), (0, 2))
+        },
         "growing": lora_file({f"{LAYER}.weight": torch.ones(160, 128)}, "lora")
         | {f"diffusion_model.{LAYER}.reshape_weight": torch.tensor([160, 128])},
     }
@@ -234,6 +238,13 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
             (loras["growing"], 1.0),
         ),
         "growing": with_loras(graph, ours(graph), (loras["growing"], 1.0)),
+        "ordered": with_loras(
+            graph,
+            ours(graph),
+            (loras["on (0,)"], 0.1),
+            (loras["on (1, 2)"], 0.2),
+            (loras["on (0, 2)"], 0.3),
+        ),
         "other": graph.add(
             "TestLora", model=ours(graph), key=f"diffusion_model.{LAYER}.weight", how="other"
         ),
@@ -280,6 +291,8 @@ def test_loras_are_listed_with_what_became_of_them(comfy, loras):
     beside = [x for x in layers["large"].values() if "LoRA beside the weight" in x["reason"]]
     assert large["applied"]["beside the weight: FP32 delta"] == len(beside) < count
     assert sum(large["applied"].values()) == count
+
+    assert [use["strength"] for use in uses["ordered"]] == [0.1, 0.2, 0.3]
 
     longer, norm = uses["longer"]
     (left_out,) = (how for how in longer["applied"] if how.startswith("left out: its tensors ["))
