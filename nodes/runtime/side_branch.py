@@ -232,11 +232,11 @@ class Kronecker(nn.Module):
 
 
 class Hadamard(nn.Module):
-    """(up1 down1) * (up2 down2), elementwise, made on each call in slabs that are not kept.
+    """(up1 down1) * (up2 down2), elementwise, computed on each call in slabs that are not kept.
 
-    As the product of thin matrices that it equals (`factors._loha`) it runs for what a LoRA of rank
-    r1 r2 costs, and takes 16 times the bytes of its factors at rank 32. So that is made on each
-    call; where it is larger than the whole delta, the delta is, which costs another layer.
+    It equals one product of thin matrices of rank r1 r2 (see `factors`), which would take 16 times
+    the bytes of the factors at rank 32. That product is computed on each call, or the whole delta
+    where that is smaller; the delta costs as many multiplications as the layer itself.
     """
 
     SLAB = 2**26  # bytes, about
