@@ -42,7 +42,7 @@ from .cache import model_state
 
 logger = logging.getLogger(__name__)
 
-# Deltas that are neither low rank nor small factors may take a model's size divided by this.
+# What adapters take beyond their own size may be a model's size divided by this.
 DENSE_SHARE = 4
 _MOST_NAMED = 4  # layers in a message
 # ComfyUI 0.20 saves models as they lie in memory: what is to be saved has to be merged.
@@ -341,10 +341,12 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
     merged = dict(all_of_them)
     branches: dict[str, SideBranch] = {}
     too_large = []
+    wrapped = patcher.weight_wrapper_patches.keys()
     room = patcher.model_size() // DENSE_SHARE
     with patcher.use_ejected():
         linears = {layer: _linear(patcher, layer) for layer in _layers(wanted)}
     for layer, module in linears.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
         if module is None:
             continue
         key, bias_key = f"{layer}.weight", f"{layer}.bias"
@@ -364,6 +366,8 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
         if branch is None:
             too_large.append(layer)
             continue
+        if branch.scales and not wrapped.isdisjoint((key, bias_key)):
+            continue  # what is trained on the weight comes after its patches, and is not scaled
         room -= branch.dense_nbytes
         branches[layer] = branch
         merged[key], merged[bias_key] = of_weight[:first], of_bias[:first_of_bias]

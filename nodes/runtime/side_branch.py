@@ -351,6 +351,12 @@ class SideBranch(nn.Module):
             bias_change = back if bias_change is None else bias_change + back
         self.bias = None if bias_change is None else _parameter(bias_change, torch.float32)
 
+    @property
+    def scales(self) -> bool:
+        """Whether the layer's own output is changed, not only added to."""
+        added = all(isinstance(step, Kronecker | Hadamard) for step in self.steps)
+        return not added or self.columns is not None
+
     def adjust_input(self, x: Tensor) -> Tensor:
         """c * x; x itself if no columns are scaled."""
         if self.columns is None:

@@ -36,8 +36,10 @@ def files(comfy):
     written = []
     for kind in KINDS:
         state = linears(load(folder / "diffusion_models" / f"{kind}-plain.safetensors")[0])
+        key = min((k for k in state if "blocks." in k), key=lambda k: state[k].numel())
+        small = {key: state[key]}  # quantized, and small enough for a dense delta
         for index, adapter in enumerate(ADAPTERS):
-            layers = dict(list(state.items())[-1:]) if adapter in DENSE else state
+            layers = small if adapter in DENSE else state
             path = folder / "loras" / f"{kind}-{adapter}.safetensors"
             save_file(lora_file(layers, adapter, norm=0.05, seed=index), path)
             written.append(path)
