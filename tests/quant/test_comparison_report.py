@@ -174,6 +174,11 @@ def test_the_loras_of_each_side_are_said():
     assert said == [f"model: {use.line()}" for use in LORAS]
 
 
+def test_on_a_cpu_there_is_no_peak_memory():
+    record = replace(COMPARISON, model=replace(COMPARISON.model, peak_bytes=None))
+    assert "1.00 s per run, peak memory not available on a CPU" in record.summary()
+
+
 def test_json_names_its_version_its_steps_and_its_seeds():
     data = json.loads(COMPARISON.to_json())
     assert data.pop("mxfp8_comparison") == 1

@@ -194,3 +194,12 @@ def test_json_and_words_have_everything():
     assert "offloaded: 1.00 MB" in summary
     assert "2 layers [64, 32] on fp8, 256 rows: 10 us" in summary
     assert "2.00x as fast as dense BF16, 5.00x as fast as stock" in summary
+
+
+def test_a_slower_layer_is_said_to_be_slower_and_loras_are_in_its_time():
+    timing = Timing((64, 32), "eager", "exact", 1, 256, 100.0, 40.0, 200.0)
+    last = made(layer("a"), timings=(timing,), adapters=(LORA,)).summary().splitlines()[-1]
+    assert last == (
+        "1 layer [64, 32] on eager, 256 rows: 100 us with its LoRAs (the others without), "
+        "2.50 times slower than dense BF16, 2.00x as fast as stock"
+    )
