@@ -354,7 +354,7 @@ class SideBranch(nn.Module):
     @property
     def scales(self) -> bool:
         """Whether the layer's own output is changed, not only added to."""
-        added = all(isinstance(step, Kronecker | Hadamard) for step in self.steps)
+        added = all(isinstance(step, ADDING) for step in self.steps)
         return not added or self.columns is not None
 
     def adjust_input(self, x: Tensor) -> Tensor:

@@ -76,9 +76,9 @@ def test_a_lora_is_trained_on_top_of_another(comfy, kind):
     other = folder / "loras" / f"training-{kind}.safetensors"
     file = lora_file(state, kind, norm=0.3)
     if kind == "dora_rows":
-        # Doubled rows: gradients would be doubled, if what is trained came before them.
+        # Gradients would be four times as large, if what is trained came before it.
         file = {key: value for key, value in file.items() if "double_blocks.0.img_mlp.0" in key}
-        file["diffusion_model.double_blocks.0.img_mlp.0.dora_scale"] *= 2
+        file["diffusion_model.double_blocks.0.img_mlp.0.dora_scale"] *= 4
     save_file(file, other)
 
     def gradients(load, patched: bool, bypass_mode: bool) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_a_lora_is_trained_on_top_of_another(comfy, kind):
             comfy, model, "flux", bypass_mode=bypass_mode, optimizer="SGD", steps=1,
             learning_rate=1.0,
         )  # fmt: skip
-        layer = "img_mlp" if kind == "dora_rows" else ""
+        layer = "double_blocks.0.img_mlp.0" if kind == "dora_rows" else ""
         keys = sorted(key for key in lora if "lora_down" in key and layer in key)
         return torch.cat([lora[key].flatten() for key in keys])
 
