@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...quant.memory import is_out_of_memory
 from .factors import (
     Factors,
     as_float,
@@ -630,15 +629,13 @@ def _expands(shape: Iterable[int], to: tuple[int, ...]) -> bool:
 
 
 def _checked(function: Callable, shape: tuple[int, ...]) -> Callable:
-    """A patch's function, so that what it raises or another shape is a problem of this patch."""
+    """A patch's function, so that another shape is a problem of this patch.
+
+    What it raises is no misfit, and rises: stock lets it rise, or logs it and leaves the patch out.
+    """
 
     def checked(delta: Tensor) -> Tensor:
-        try:
-            moved = function(delta)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise _MisfitError(f"its function raises {error!r}") from error
+        moved = function(delta)
         if not isinstance(moved, Tensor) or not _expands(moved.shape, shape):
             raise _MisfitError(f"its function does not keep the shape {list(shape)}")
         return moved

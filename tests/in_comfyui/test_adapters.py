@@ -35,12 +35,11 @@ def test_what_does_not_fit_is_named_and_changes_nothing(results):
             continue
         before, problem, after = problems
         assert before is None and after is None, name
-        words = "[96, 64]", "alpha", "ZeroDivisionError"
-        assert problem and any(word in problem for word in words), name
+        assert problem and ("[96, 64]" in problem or "alpha" in problem), name
 
 
 def test_errors_that_are_not_the_loras_rise(results):
-    """A CUDA error or a failed allocation is not taken for a LoRA that does not fit."""
+    """A CUDA error, a failed allocation or what a function raises is taken for no misfit."""
     assert results["errors_of_the_machine"]
     assert all(results["errors_of_the_machine"].values()), results["errors_of_the_machine"]
 

@@ -315,17 +315,6 @@ def misfits():
         assert share(out, wanted, effect, 2**-21, 2**-22) <= 1, name
         results[name] = [applied.problem for applied in branch.applied]
 
-    def fails(delta):
-        return delta / (1 // 0)
-
-    for kind in ("lora", "diff", "lokr", "loha", "glora", "dora_rows", "oft"):
-        # ComfyUI's `strength_model` applies, once, and nothing else does.
-        failing = (1.0, loaded(kind, norm=0.05), 0.8, None, fails)
-        scaled = (0.0, ("diff", (torch.zeros(N, K),)), 0.8, None, None)
-        branch, out = ours([around[0], failing, around[1]], x, torch.float32)
-        wanted, effect = expected([around[0], scaled, around[1]], x)
-        assert share(out, wanted, effect, 2**-21, 2**-22) <= 1, kind
-        results[f"{kind}, function"] = [applied.problem for applied in branch.applied]
     bias = [patch(("diff", (random_tensor(N + 32),))), patch(("set", (random_tensor(N + 32),)))]
     branch, out = ours([], random_tensor(M, K), torch.float32, bias)
     results["bias"] = [applied.problem for applied in branch.applied]
@@ -353,7 +342,7 @@ def errors_of_the_machine():
     for kind in ("glora", "dora_rows", "dora_columns"):
         for make in (lost_device, no_memory):
             results[f"{kind}, {make.__name__}"] = rises([patch(loaded(kind))], make)
-    for kind in ("lora", "diff", "lokr"):
+    for kind in ("lora", "diff", "lokr", "loha", "glora", "dora_rows", "oft"):
         results[f"{kind}, function"] = rises([(1.0, loaded(kind), 1.0, None, no_memory)])
     bias = [(1.0, loaded("diff_b"), 1.0, None, no_memory)]
     results["bias, function"] = rises([], bias=bias)
