@@ -1,6 +1,6 @@
 """Plain-torch MXFP8 on a CPU against comfy-kitchen's eager kernels and a dense BF16 linear.
 
-    python bench/cpu.py [--rounds 7] [--threads 2] [--check]
+    python bench/cpu.py [--rounds 7] [--threads 2] [--only NAME] [--check]
 
 The last measurement is a layer with LoRAs of rank 32 in sum, in the real ComfyUI: beside the
 weight, and in stock's ways: merged before, merged on the fly as in offloaded layers, and bypass.
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -151,13 +152,18 @@ def lora_contestants(x, qdata, scale) -> dict[str, Callable]:
 
 
 def time_rounds(contestants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds per contestant and round, after one uncounted round."""
+    """Seconds per contestant and round, after one uncounted round.
+
+    The order changes from round to round: a call is slower after one that left other memory in the
+    caches and the allocator.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for counted in [False] + [True] * rounds:
-        for name, function in contestants.items():
+    draw = random.Random(0)
+    for index in range(rounds + 1):
+        for name in draw.sample(list(contestants), len(contestants)):
             start = time.perf_counter()
-            function()
-            if counted:
+            contestants[name]()
+            if index:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -191,21 +197,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", metavar="NAME", help="measure this one; results of others stay")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound fails")
     arguments = parser.parse_args()
     import torch
 
     torch.set_num_threads(arguments.threads)
-    result = {"machine": machine(arguments.threads), "rounds": arguments.rounds, "figures": {}}
+    result = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"figures": {}}
+    where = {"machine": machine(arguments.threads), "rounds": arguments.rounds}
     failed = 0
     with torch.inference_mode():
-        timed = {n: time_rounds(c, arguments.rounds) for n, c in measurements().items()}
+        timed = {
+            name: time_rounds(contestants, arguments.rounds)
+            for name, contestants in measurements().items()
+            if arguments.only in (None, name)
+        }
     for name, seconds in timed.items():
         medians = {n: round(1000 * statistics.median(s), 1) for n, s in seconds.items()}
         ratios = {f"vs {n}": round(ratio(seconds, "mxfp8", n), 3) for n in seconds if n != "mxfp8"}
-        result["figures"][name] = {"milliseconds": medians, "time ratio": ratios}
+        result["figures"][name] = {**where, "milliseconds": medians, "time ratio": ratios}
         print(f"{name:11}", ", ".join(f"{n} {m} ms" for n, m in medians.items()))
     for name, contestant, rival, bound in BOUNDS:
+        if name not in timed:
+            continue
         measured = ratio(timed[name], contestant, rival)
         failed += measured > bound
         state = "holds" if measured <= bound else "FAILS"
