@@ -101,7 +101,7 @@ def test_another_strength_moves_no_module_and_changes_no_code(comfy, files):
     assert moved["modules"] > 30
 
 
-def test_an_interrupted_or_reloaded_run_gives_the_same_image(comfy, files):
+def test_a_reloaded_run_gives_the_same_image(comfy, files):
     graph = Graph()
     model = lora(graph, load_ours(graph, "flux"), "flux-loha", 0.7)
     first = graph.sample(model, "flux")
