@@ -80,7 +80,7 @@ def adapter_uses(
             for index, patch in enumerate(merged):
                 applied = adapters.merged(patch)
                 if patch[0] != 0 or patch[2] != 1 or applied.kind == "set":
-                    why = _why_merged(patcher, linears.get(layer), key, side.patches[key], index)
+                    why = _why_merged(patcher, side, linears.get(layer), key, index)
                     uses[_entry(applied)].add(layer, f"{MERGED}: {why}" if why else MERGED, applied)
     for layer, branch in side.branches.items():
         for applied in branch.applied:
@@ -120,10 +120,10 @@ def _entry(applied: adapters.Applied) -> tuple:
 
 
 def _why_merged(
-    patcher, module: torch.nn.Module | None, key: str, patches: list[tuple], index: int
+    patcher, side: SideBranches, module: torch.nn.Module | None, key: str, index: int
 ) -> str | None:
     """Why ComfyUI merges a patch; None if nothing of ours is on the model."""
-    ours = our_patches(patcher)
+    ours, patches = our_patches(patcher), side.patches[key]
     if not ours:
         return None
     if isinstance(patches[index][1], list):
@@ -145,4 +145,4 @@ def _why_merged(
         return "loaded before something that ComfyUI merges"
     if any(isinstance(patch[1], list) for patch in patches):
         return "with a merged model"
-    return "on a layer with a delta that is too large to hold"
+    return side.left.get(layer)

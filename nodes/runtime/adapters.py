@@ -138,14 +138,14 @@ def build(
     shape: Iterable[int],
     dtype: torch.dtype,
     dense_limit: int,
-    original: Tensor | None = None,
+    original: Callable[[], Tensor] | None = None,
 ) -> SideBranch | None:
     """A linear layer's side branch, or None if it needs more than `dense_limit` bytes for deltas.
 
     `patches` and `bias_patches` are ComfyUI's, in its order, without those that `merged_by_stock`
     counts. `weight()` gives W [N, K] in float32, a new tensor each time, and is called only for
-    adapters that depend on it; `original` is the weight that `model_as_lora` is subtracted from, if
-    not W. `dtype` is what matrices are held in. `dense_limit` counts dense deltas, and what thin
+    adapters that depend on it; `original()` is the weight that `model_as_lora` is subtracted from,
+    if not W. `dtype` is what matrices are held in. `dense_limit` counts dense deltas, and what thin
     matrices take beyond their patch's own size.
     """
     shape = tuple(shape)
@@ -176,15 +176,16 @@ def build(
 class _Current:
     """The weight with the patches so far, made when an adapter first depends on it."""
 
-    def __init__(self, make: Callable[[], Tensor], key: str, original: Tensor | None):
-        self.make, self.key, self._original = make, key, original
+    def __init__(self, make: Callable[[], Tensor], key: str, original: Callable | None):
+        self.make, self.key, self._make_original = make, key, original or make
         self._weight: Tensor | None = None
+        self._original: Tensor | None = None
         self.waiting: list[tuple] = []
 
     def original(self) -> Tensor:
         if self._original is None:
-            self._original = self.make()
-        return as_float(self._original)
+            self._original = as_float(self._make_original())
+        return self._original
 
     def merge(self, patches: list[tuple], weight: Tensor) -> Tensor:
         """ComfyUI's merging into `weight`, which it overwrites: float32, or float64."""
@@ -261,7 +262,7 @@ class _Terms:
 
     def apply_to_bias(self, patches: list[tuple], bias: Tensor, key: str) -> None:
         before = as_float(bias).cpu().double()
-        current = _Current(lambda: before, f"{key.removesuffix('.weight')}.bias", before)
+        current = _Current(lambda: before, f"{key.removesuffix('.weight')}.bias", None)
         after = before.clone()
         for patch in patches:
             self.notes.append(_note(patch))

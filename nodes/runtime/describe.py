@@ -106,9 +106,10 @@ def _layer(
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
     reason = f"not MXFP8: {kind or dtype}"
     backend, precision = STOCK, None
+    patch = patcher.object_patches.get(f"{name}.forward")
     if kind == MXFP8:
         backend, precision, reason = _path(patcher, side, name, module, rows, change)
-    elif f"{name}.forward" in patcher.object_patches and not _is_ours(patcher, name):
+    elif patch is not None and not forward.is_ours(patch):
         reason = f"{reason}, patched by another node"
     branch = side.branches.get(name)
     if branch is not None and any(applied.problem is None for applied in branch.applied):
@@ -124,12 +125,6 @@ def _layer(
         backend=backend,
         precision=precision,
     )
-
-
-def _is_ours(patcher, name: str) -> bool:
-    """Whether the patch of a layer's forward is ours."""
-    patch = patcher.object_patches[f"{name}.forward"]
-    return getattr(patch, "__func__", None) in forward.OURS
 
 
 def _path(patcher, side: SideBranches, name: str, module, rows: int, change: float | None) -> tuple:

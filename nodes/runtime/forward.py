@@ -156,10 +156,14 @@ PRECISION_OF = {
 OURS = {*PRECISION_OF, PLAIN}
 
 
+def is_ours(patch) -> bool:
+    """Whether an object patch is one of these forwards."""
+    return getattr(patch, "__func__", None) in OURS
+
+
 def our_patches(patcher) -> list[str]:
     """Names of the object patches on a patcher that are ours."""
-    patches = patcher.object_patches.items()
-    return [n for n, p in patches if getattr(p, "__func__", None) in OURS]
+    return [name for name, patch in patcher.object_patches.items() if is_ours(patch)]
 
 
 def is_foreign(module) -> bool:

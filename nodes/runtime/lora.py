@@ -36,7 +36,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...quant.container.header import quoted
 from ..host import settings
-from . import adapters, forward
+from . import adapters, forward, values
 from .adapters import SideBranch
 from .cache import model_state
 
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 # What adapters take beyond their own size may be a model's size divided by this.
 DENSE_SHARE = 4
 _MOST_NAMED = 4  # layers in a message
+TOO_LARGE = "on a layer with a delta that is too large to hold"
+TRAINED = "on a layer that is trained"
 # ComfyUI 0.20 saves models as they lie in memory: what is to be saved has to be merged.
 SAVES_PATCHED = hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving")
 Patches = Mapping[str, list[tuple]]
@@ -58,11 +60,13 @@ class SideBranches:
         patches: all of them, as a patcher holds them.
         merged: those that stock merges, which come before a weight's others.
         branches: layer -> what the others do.
+        left: layer -> why stock merges what a branch could have done.
     """
 
     patches: Patches
     merged: Patches
     branches: Mapping[str, SideBranch]
+    left: Mapping[str, str]
 
     def beside(self, key: str) -> list[tuple]:
         """The patches of a weight that its layer's branch applies."""
@@ -181,7 +185,7 @@ def side_branches(patcher) -> SideBranches:
 def without_branches(patcher) -> SideBranches:
     """All patches of a patcher left to stock."""
     patches = {key: list(value) for key, value in patcher.patches.items()}
-    return SideBranches(patches, patches, {})
+    return SideBranches(patches, patches, {}, {})
 
 
 def loaded_merge(patcher) -> Patches:
@@ -271,11 +275,7 @@ def original(patcher, full: str) -> torch.Tensor:
 
 def patched(patcher, full: str, patches: list[tuple]) -> torch.Tensor:
     """A weight as loaded with patches, in float32, as stock computes it, on the load device."""
-    weight = original(patcher, full)
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
-    weight = weight.to(patcher.load_device, torch.float32, copy=True)
-    return comfy.lora.calculate_weight(patches, weight, full, intermediate_dtype=torch.float32)
+    return values.patched(original(patcher, full), full, patches, patcher.load_device)
 
 
 def add_plain_forwards(patcher, layers: Iterable[str]) -> None:
@@ -329,7 +329,7 @@ def _linear(patcher, layer: str) -> torch.nn.Module | None:
         return None
     name = f"{layer}.forward"
     if name in patcher.object_patches:
-        ours = getattr(patcher.object_patches[name], "__func__", None) in forward.OURS
+        ours = forward.is_ours(patcher.object_patches[name])
         return module if ours and not _hidden(patcher, name) else None
     plain = not isinstance(weight, QuantizedTensor) and weight.is_floating_point()
     return module if plain and not forward.is_foreign(module) else None
@@ -340,7 +340,7 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
     all_of_them = {key: list(value) for key, value in patches.items()}
     merged = dict(all_of_them)
     branches: dict[str, SideBranch] = {}
-    too_large = []
+    left: dict[str, str] = {}
     wrapped = patcher.weight_wrapper_patches.keys()
     room = patcher.model_size() // DENSE_SHARE
     with patcher.use_ejected():
@@ -364,16 +364,17 @@ def _make(patcher, wanted: Patches, below: Patches, patches: Patches) -> SideBra
         beside = of_weight[first:], of_bias[first_of_bias:]
         branch = _branch(patcher, layer, module, under, *beside, room)
         if branch is None:
-            too_large.append(layer)
+            left[layer] = TOO_LARGE
             continue
         if branch.scales and not wrapped.isdisjoint((key, bias_key)):
-            continue  # what is trained on the weight comes after its patches, and is not scaled
+            left[layer] = TRAINED  # which comes after the patches, and is not to be scaled
+            continue
         room -= branch.dense_nbytes
         branches[layer] = branch
         merged[key], merged[bias_key] = of_weight[:first], of_bias[:first_of_bias]
-    _report(too_large, branches)
+    _report([layer for layer, why in left.items() if why == TOO_LARGE], branches)
     merged = {key: value for key, value in merged.items() if value}
-    return SideBranches(all_of_them, merged, branches)
+    return SideBranches(all_of_them, merged, branches, left)
 
 
 def _branch(
@@ -386,9 +387,6 @@ def _branch(
     """
     key, bias_key = f"{layer}.weight", f"{layer}.bias"
     bias = None if module.bias is None else patched(patcher, bias_key, under[bias_key])
-    loaded = None  # what a model as LoRA is subtracted from
-    if any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in of_weight):
-        loaded = patched(patcher, key, [])
     return adapters.build(
         of_weight,
         of_bias,
@@ -398,7 +396,7 @@ def _branch(
         tuple(module.weight.shape),
         _dtype(patcher),
         room,
-        loaded,
+        lambda: original(patcher, key),
     )
 
 

@@ -43,12 +43,20 @@ class StateDict(MutableMapping, dict):
     __len__, __contains__ = dict.__len__, dict.__contains__
 
 
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+
+def patched(
+    tensor: torch.Tensor, key: str, patches: list[tuple], device: torch.device | None = None
+) -> torch.Tensor:
+    """A weight, quantized or not, with patches as stock merges them: in float32, a copy."""
+    weight = _dense(tensor).to(device, torch.float32, copy=True)
+    return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32)
+
+
 def _value(tensor: torch.Tensor, key: str, patches: list[tuple] | None) -> torch.Tensor:
-    value = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
-    if not patches:
-        return value
-    weight = value.to(torch.float32, copy=True)
-    return comfy.lora.calculate_weight(patches, weight, key).to(value.dtype)
+    return patched(tensor, key, patches).to(tensor.dtype) if patches else _dense(tensor)
 
 
 class _Values(QuantizedTensor):
