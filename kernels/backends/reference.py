@@ -245,3 +245,89 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code = encode_e4m3(scaled.double().clamp(-448, 448))
     scale = torch.where(finite, floor / 448.0, torch.nan).squeeze(-1)
     return code.view(torch.float8_e4m3fn).to(x.device), scale.to(x.device)
+
+
+def group(K: int) -> int:
+    """Values along K that are rotated together: 256, else 64, else 16, whichever divides K."""
+    return next(size for size in (256, 64, 16) if K % size == 0)
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """ConvRot's regular Hadamard matrix over sqrt(size): symmetric, its own inverse.
+
+    A Kronecker power of a matrix with equal row sums, so that a constant stays one; Sylvester's
+    would gather it in a single value (arXiv:2512.03673).
+
+    Args:
+        size: a power of 4, for which the entries are exact.
+
+    Returns:
+        float64 [size, size].
+    """
+    signs = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+    quarter = torch.tensor(signs, dtype=torch.float64)
+    matrix = quarter
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, quarter)
+    return matrix / size**0.5
+
+
+def rotate(value: torch.Tensor) -> torch.Tensor:
+    """Multiply every group along K by the Hadamard matrix, in float64; its own inverse."""
+    rows, cols = value.shape
+    size = group(cols)
+    groups = value.double().reshape(rows, cols // size, size)
+    return (groups @ hadamard(size).to(value.device)).reshape(rows, cols)
+
+
+def quantize_rotated_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate x in groups along K, then quantize every row to INT8 with a float32 scale of its own.
+
+    The rotated value is rounded to float32 once. From there on all is float32, and the bits are
+    those of comfy-kitchen: scale = max(amax / 127, 1e-30), code = value / scale rounded to nearest
+    even. A row with NaN or Inf, or whose rotated values overflow float32, has scale NaN and codes
+    0, so its products are NaN. A row of zeros has the smallest scale.
+
+    Args:
+        x: [M, K], K a multiple of 16.
+
+    Returns:
+        (codes, scale): int8 [M, K] and float32 [M].
+    """
+    value = rotate(x.cpu()).float()
+    finite = value.isfinite().all(-1, keepdim=True)
+    value = torch.where(finite, value, 0.0)
+    amax = value.abs().amax(-1, keepdim=True)
+    scale = (amax / torch.full_like(amax, 127.0)).clamp_min(1e-30)
+    code = (value / scale).round().clamp(-128, 127).to(torch.int8)
+    return code.to(x.device), torch.where(finite, scale, torch.nan).squeeze(-1).to(x.device)
+
+
+def to_rotated_int8(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewrite an MXFP8 matrix as rotated INT8 with a scale per row; see `quantize_rotated_int8`.
+
+    A row that holds a NaN becomes NaN as a whole, as its products are anyway.
+
+    Args:
+        qdata, scale: [N', K'] and its tiled scales.
+
+    Returns:
+        (codes, scale): int8 [N', K'] and float32 [N'].
+    """
+    return quantize_rotated_int8(dequantize_exact(qdata, scale, *qdata.shape))
+
+
+def rotated_int8_matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """x @ W.T + bias from rotated INT8; the integer product is exact. Rounded to `dtype` once.
+
+    Args:
+        quantized, prepared: (codes, scale) of x [M, K] and of W [N', K]; N' is at least N.
+        bias: [N] or None.
+
+    Returns:
+        [M, N] of `dtype`.
+    """
+    (a, a_scale), (b, b_scale) = quantized, prepared
+    out = a.double() @ b[:N].double().t()  # integers below 2**53
+    out = out * a_scale.double()[:, None] * b_scale[:N].double()
+    return (out if bias is None else out + bias.double()).to(dtype)
