@@ -15,7 +15,10 @@ _MODULES = {
     "dispatch": (
         "ExecutionPath", "describe_paths", "execution_path", "list_backends", "use_backend",
     ),
-    "ops": ("dequantize", "input_form", "linear", "quantize", "quantize_input", "to_rowwise"),
+    "ops": (
+        "dequantize", "linear", "linear_prepared", "prepare_weight", "quantize", "quantize_input",
+    ),
+    "records": ("FEW_ROWS",),
     "sqnr": ("quantize_and_measure", "rowwise_error_bound", "signal_and_noise"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,78 +1,69 @@
-"""Which backend runs: chosen once per kind of problem, from capability, with reasons.
+"""Which backend runs a linear: chosen once per kind of problem, from capability, with reasons.
 
-A backend is a record: its functions, and a predicate that returns the reason why it cannot take a
-problem. The first backend in `BACKENDS` without such a reason is chosen, and the choice is cached,
-so a call costs one dictionary look-up. There is no fallback after a failure: what cannot run here
-is ruled out before the call, with its reason, and an exception in a kernel reaches the caller.
+`records` lists what there is. The first backend without a reason against it is chosen, with the
+steps around its matmul, and the whole is one frozen `ExecutionPath`, which is kept: a call costs a
+dictionary look-up. There is no choice inside a backend and no fallback after a failure: what cannot
+run here is ruled out before the call, with its reason, and an exception in a kernel reaches the
+caller.
 
 Precision: "exact" multiplies the stored weights by activations as they are (W8A16); "fast"
-quantizes activations too (W8A8), for FP8 tensor cores; "auto" is fast where a backend offers it on
-this device, else exact.
+quantizes activations too (W8A8), for 8-bit tensor cores; "auto" is fast where a GPU has them, else
+exact.
+
+On a GPU a fast matmul is worth having only with a quantizer beside it that reads x once. In plain
+torch, quantizing x takes a dozen passes, which costs more than the matmul saves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
-from itertools import takewhile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from . import device_facts, self_test
-from .backends import eager, fp8_rowwise, reference, torch_mx
-from .backends.cute import mx
+from .records import (
+    BACKENDS,
+    FEW_ROWS,
+    Backend,
+    Problem,
+    Step,
+    m_class,
+)
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "exact", "fast")
 
+# Compute capability -> backend -> the file in bench/results that shows it correct, and faster than
+# torch_mx, on such a card (`prefers` in bench/gpu/report.py; a test holds every entry to it). These
+# come before the automatic ones. Nothing has been measured yet.
+MEASURED: dict[tuple[int, int], dict[str, str]] = {}
 
-@dataclass(frozen=True)
-class Problem:
-    """What a backend is chosen for.
-
-    Attributes:
-        op: "quantize", "dequantize" or "linear".
-        dtype: of the input: x, or qdata for "dequantize".
-        small_m: whether x of a linear has so few rows that reading the weight is the bottleneck.
-    """
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    precision: str = "exact"
-    small_m: bool = False
+_NOT_AUTOMATIC = "not chosen automatically; select it with use_backend"
+_ON_EACH_CALL = "its weight would be prepared on each call, in several passes"
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One implementation.
+class ExecutionPath:
+    """How a linear runs: who prepares the weight, who quantizes the input, who multiplies.
 
     Attributes:
-        linear: (x [M, K], qdata, scale, bias, rows, cols, precision) -> [M, rows].
-        unsupported_reason: problem -> why this backend cannot take it, or None if it can.
-        quantize, dequantize: None where the backend only multiplies.
-        automatic: whether it may be chosen without being named.
-        input_form: the form into which its linear quantizes x, as an op of its own: "rowwise"
-            (E4M3 with a scale per row, beside a prepared weight) or "mxfp8"; None if it does not.
-        matmul: of input form "mxfp8": (quantized input, weight, bias, dtype, M, N) -> [M, N].
-        test: device -> what is wrong with the backend there, or None; run once per device.
+        backend: its name; precision: that it runs at, "exact" or "fast".
+        weight_form, input_form: as of `records`.
+        preparer, quantizer: names of the steps, None where there is nothing to do.
+        unsupported: (backend, reason) of those that would have come first, one entry for each.
     """
 
-    name: str
-    summary: str
-    linear: Callable
-    unsupported_reason: Callable[[Problem], str | None]
-    quantize: Callable | None = None
-    dequantize: Callable | None = None
-    automatic: bool = True
-    input_form: str | None = None
-    matmul: Callable | None = None
-    test: Callable[[torch.device], str | None] | None = None
+    backend: str
+    precision: str
+    weight_form: str
+    input_form: str | None
+    preparer: str | None
+    quantizer: str | None
+    unsupported: tuple[tuple[str, str], ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -89,247 +80,194 @@ class BackendStatus:
         return f"{self.name}: {self.summary} ({state})"
 
 
-def _lazy(module: str, name: str) -> Callable:
-    """A function of a Triton module, which is imported on first call because Triton is optional."""
+@dataclass
+class _Verdicts:
+    """Asks for reasons; `final` turns False if one could not be established now."""
 
-    def call(*args):
-        return getattr(import_module(f".backends.triton.{module}", __package__), name)(*args)
+    final: bool = True
 
-    return call
+    def reason(self, what: Backend | Step, problem: Problem) -> str | None:
+        """Why a backend or step does not take a problem, its self-test included, or None."""
+        reason = what.unsupported_reason(problem)
+        if reason is None and what.test is not None:
+            reason, final = self_test.verdict(what.name, what.test, problem.device, problem.dtype)
+            self.final = self.final and final
+        return reason
 
+    def first(self, steps: tuple[Step, ...], problem: Problem, one_pass: bool):
+        """(the first step that takes a problem, None), or (None, the first reason why none does).
 
-def _eager_unsupported_reason(problem: Problem) -> str | None:
-    if problem.precision == "fast":
-        return "plain torch has no block-scaled matmul, so quantizing activations gains nothing"
-    return None
-
-
-def _triton_unsupported_reason(problem: Problem) -> str | None:
-    if problem.precision == "fast":
-        return "unpacks weights and multiplies in 16 bits"
-    if problem.device.type != "cuda" and not device_facts.interpreted():
-        return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
-    return device_facts.triton_unsupported_reason()
-
-
-def _triton_mx_unsupported_reason(problem: Problem) -> str | None:
-    reason = fp8_rowwise.activations_unsupported_reason(replace(problem, small_m=False))
-    return reason or device_facts.block_scaled_unsupported_reason(problem.device)
-
-
-def _block_scaled(name: str, summary: str, matmul: Callable, unsupported_reason, **options):
-    """A backend whose linear quantizes x to MXFP8, then calls a block-scaled matmul."""
-
-    def linear(x, qdata, scale, bias, rows, cols, precision):
-        quantized_input = choose("quantize", x)[0].quantize(x)
-        return matmul(quantized_input, (qdata, scale), bias, x.dtype, x.shape[0], rows)
-
-    return Backend(
-        name, summary, linear, unsupported_reason, input_form="mxfp8", matmul=matmul,
-        test=self_test.block_scaled(matmul), **options,
-    )  # fmt: skip
+        Args:
+            one_pass: whether only such steps are wanted.
+        """
+        reasons = []
+        for step in steps:
+            if one_pass and not step.one_pass:
+                continue
+            reason = self.reason(step, problem)
+            if reason is None:
+                return step, None
+            reasons.append(f"{step.name}: {reason}")
+        return None, "; ".join(reasons) or "there is none"
 
 
-BACKENDS: tuple[Backend, ...] = (
-    _block_scaled(
-        "torch_mx",
-        "block-scaled tensor cores (Blackwell) by cuBLASLt, activations in MXFP8",
-        torch_mx.matmul,
-        torch_mx.unsupported_reason,
-    ),
-    Backend(
-        name="fp8",
-        summary="FP8 tensor cores (Hopper, Ada), activations quantized row by row",
-        linear=fp8_rowwise.linear,
-        unsupported_reason=fp8_rowwise.unsupported_reason,
-        input_form="rowwise",
-        test=self_test.fast,
-    ),
-    Backend(
-        name="triton",
-        summary="Triton kernels and cuBLAS, exact weights",
-        quantize=_lazy("cast", "quantize"),
-        dequantize=_lazy("cast", "dequantize"),
-        linear=_lazy("exact", "linear"),
-        unsupported_reason=_triton_unsupported_reason,
-        test=self_test.exact,
-    ),
-    _block_scaled(
-        "triton_mx",
-        "block-scaled tensor cores (Blackwell, gfx950) by Triton, activations in MXFP8",
-        _lazy("mx", "matmul"),
-        _triton_mx_unsupported_reason,
-        automatic=False,
-    ),
-    _block_scaled(
-        "cute_mx",
-        "block-scaled tensor cores (Blackwell) by CuTe DSL, not yet run on a GPU",
-        mx.matmul,
-        mx.unsupported_reason,
-        automatic=False,
-    ),
-    Backend(
-        name="eager",
-        summary="plain torch on any device, exact weights",
-        quantize=eager.quantize,
-        dequantize=eager.dequantize,
-        linear=eager.linear,
-        unsupported_reason=_eager_unsupported_reason,
-    ),
-    Backend(
-        name="reference",
-        summary="the oracle in float64, exact or with quantized activations",
-        quantize=reference.quantize,
-        dequantize=reference.dequantize,
-        linear=reference.linear,
-        unsupported_reason=lambda problem: None,
-        automatic=False,
-    ),
-)
+_forced: tuple[Backend, ...] = ()
+_paths: dict[tuple, ExecutionPath] = {}
+_steps: dict[tuple, Step] = {}
+_warned: set[tuple[str, str]] = set()
 
-# Compute capability -> backend -> the file in bench/results that shows it correct, and faster than
-# torch_mx, on such a card (`prefers` in bench/gpu/report.py; a test holds every entry to it). These
-# come before the automatic ones. Nothing has been measured yet.
-MEASURED: dict[tuple[int, int], dict[str, str]] = {}
 
-_NOT_AUTOMATIC = "not chosen automatically; select it with use_backend"
-_forced: Backend | None = None
+def forget() -> None:
+    """Choose anew: for tests that change what there is."""
+    _paths.clear()
+    _steps.clear()
+    _warned.clear()
+    self_test.forget()
+
+
+def execution_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int | None = None,
+    shape: tuple[int, int] | None = None,
+    *,
+    weight_form: str = "stored",
+    prepare: str = "never",
+) -> ExecutionPath:
+    """How a linear runs.
+
+    Args:
+        dtype: of x.
+        precision: "auto", "exact" or "fast".
+        rows: of x; default: many.
+        shape: (N, K) of the weight; default: any.
+        weight_form: of the weight at hand.
+        prepare: whether a stored weight may be prepared: "never", "each call", "once" (`Problem`).
+
+    Raises:
+        ValueError: no backend takes it.
+    """
+    return _path(device, dtype, precision, m_class(rows), shape, weight_form, prepare)
+
+
+def _path(*parts) -> ExecutionPath:
+    key = *parts, _forced
+    path = _paths.get(key)
+    return path if path is not None else _choose(key)
+
+
+# As `torch.compiler.assume_constant_result` does, which would import the compiler: a second.
+_path._dynamo_marked_constant = True
+
+
+def _choose(key: tuple) -> ExecutionPath:
+    *parts, forced = key
+    problem, verdicts, reasons = Problem(*parts), _Verdicts(), {}
+    for backend in _candidates(problem, forced):
+        steps, reason = _steps_for(backend, problem, verdicts, bool(forced))
+        if steps is not None:
+            names = (None if step is None else step.name for step in steps)
+            path = ExecutionPath(
+                backend.name, backend.precision, backend.weight_form, backend.input_form, *names,
+                tuple(reasons.items()),
+            )  # fmt: skip
+            break
+        reasons[backend.name] = reason
+    else:
+        found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(
+            f"no MXFP8 backend takes a linear of {problem.dtype} on {problem.device} at precision "
+            f"{problem.precision!r} with a weight that is {problem.weight_form}: {found or 'none'}"
+        )
+    wants_fast = problem.precision == "fast" and problem.prepare != "never"
+    if wants_fast and path.precision == "exact" and problem.m_class == "many":
+        _warn_exact(problem.device.type, path)
+    if verdicts.final:
+        _paths[key] = path
+    return path
+
+
+def _candidates(problem: Problem, forced: tuple[Backend, ...]) -> Iterator[Backend]:
+    """The backends that are tried, in order of preference."""
+    backends = forced or _automatic(problem.device)
+    for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
+        for backend in backends:
+            at_hand = problem.weight_form != "stored"
+            fits = forced or at_hand or problem.m_class in backend.m_classes
+            if backend.precision == precision and fits:
+                yield backend
 
 
 def _automatic(device: torch.device) -> list[Backend]:
     """The backends that are chosen without being named, in order of preference."""
-    preferred = MEASURED.get(device_facts.capability(device), {}) if MEASURED else {}
+    capability = device_facts.capability(device)
+    preferred = MEASURED.get(capability, {}) if MEASURED else {}
     first = [b for b in BACKENDS if b.name in preferred]
+    if (capability or (0, 0))[0] == 9:
+        # comfy-kitchen's INT8 was reported slower than BF16 on Hopper, which has full-rate FP8.
+        first += [b for b in BACKENDS if b.weight_form == "rowwise_fp8" and b.automatic]
     return first + [b for b in BACKENDS if b.automatic and b not in first]
 
 
-def _attempts(
-    problem: Problem, forced: Backend | None
-) -> Iterator[tuple[Backend, str, str | None]]:
-    """(backend, precision, unsupported reason or None), in order of preference."""
-    if forced is not None and getattr(forced, problem.op) is None:
-        forced = None  # it only multiplies
-    if forced is None:
-        candidates = [b for b in _automatic(problem.device) if getattr(b, problem.op) is not None]
-    else:
-        candidates = [forced]
-        problem = replace(problem, small_m=False)  # which only concerns speed
-    for precision in ("exact",) if problem.precision == "exact" else ("fast", "exact"):
-        for backend in candidates:
-            reason = _unsupported_reason(backend, replace(problem, precision=precision))
-            yield backend, precision, reason
-
-
-def _unsupported_reason(backend: Backend, problem: Problem) -> str | None:
-    """Why a backend cannot take a problem, its self-test on the device included, or None."""
-    reason = backend.unsupported_reason(problem)
-    if reason is None and backend.test is not None and not device_facts.capturing():
-        reason = _test(backend, problem.device)
-    return reason
-
-
-@cache
-def _test(backend: Backend, device: torch.device) -> str | None:
-    reason = backend.test(device)
+def _steps_for(backend: Backend, problem: Problem, verdicts: _Verdicts, forced: bool):
+    """((preparer, quantizer), None) of a backend that takes a problem, else (None, reason)."""
+    reason = None if forced else _named_only(backend, problem)
+    reason = reason or verdicts.reason(backend, problem)
     if reason is not None:
-        logger.warning("MXFP8: %s is not used on %s: %s.", backend.name, device, reason)
-    return reason
+        return None, reason
+    preparer = quantizer = None
+    if backend.weight_form != problem.weight_form:
+        if problem.weight_form != "stored":
+            return None, f"multiplies {backend.weight_form}, the weight is {problem.weight_form}"
+        if problem.prepare == "never":
+            return None, f"needs a weight prepared as {backend.weight_form}"
+        once = problem.prepare == "once" or forced
+        preparer, reason = verdicts.first(backend.preparers, problem, one_pass=not once)
+        if preparer is None:
+            return None, _ON_EACH_CALL if not once else f"cannot prepare weights ({reason})"
+    if backend.quantizers:
+        one_pass = problem.device.type != "cpu" and not forced
+        quantizer, reason = verdicts.first(backend.quantizers, problem, one_pass)
+        if quantizer is None:
+            return None, f"nothing here quantizes inputs in one pass ({reason})"
+    return (preparer, quantizer), None
 
 
-@cache
-def _choose(problem: Problem, forced: Backend | None) -> tuple[Backend, str]:
-    """The backend for a problem, and the precision it will run at."""
-    reasons = []
-    for backend, precision, reason in _attempts(problem, forced):
-        if reason is None:
-            return backend, precision
-        reasons.append(f"{backend.name} ({precision}): {reason}")
-    raise ValueError(
-        f"no MXFP8 backend takes {problem.op} of {problem.dtype} on {problem.device} at precision "
-        f"{problem.precision!r}: {'; '.join(reasons)}"
-    )
+def _named_only(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend is not chosen for a problem without being named, or None."""
+    if backend.weight_form == "rotated_int8" and problem.weight_form == "stored":
+        if problem.device.type == "cpu" and problem.precision == "auto":
+            return "on a CPU, auto stays exact"
+        if (device_facts.capability(problem.device) or (0, 0)) >= (10, 0):
+            return "runs on this card when it is named; MXFP8 inputs are its native path"
+    return None
 
 
-@cache
-def _notice_exact(problem: Problem, forced: Backend | None) -> None:
-    """Warn that fast runs exact, unless that is only because x has few rows."""
-    if _choose(problem, forced)[1] == "exact":
-        fast = takewhile(lambda attempt: attempt[1] == "fast", _attempts(problem, forced))
-        reasons = "; ".join(f"{backend.name}: {reason}" for backend, _, reason in fast)
-        _warn_exact(problem.device.type, reasons)
-
-
-@cache
-def _warn_exact(device: str, reasons: str) -> None:
+def _warn_exact(device: str, path: ExecutionPath) -> None:
     """Log once per device type and set of reasons, whatever the dtype."""
-    logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
+    fast = {b.name for b in BACKENDS if b.precision == "fast"}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in path.unsupported if name in fast)
+    if (device, reasons) not in _warned:
+        _warned.add((device, reasons))
+        logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
 
 
-def choose(
-    op: str, tensor: torch.Tensor, precision: str = "exact", rows: int | None = None
-) -> tuple[Backend, str]:
-    """The backend that runs `op` on a tensor like this one, and the precision it runs at.
+def choose_step(steps: tuple[Step, ...], device: torch.device, dtype: torch.dtype) -> Step:
+    """Who quantizes or dequantizes here: `records.QUANTIZERS` or `DEQUANTIZERS`.
 
-    Args:
-        rows: of x, for a linear; default: many.
+    Where a backend is named that has such a step, that step.
     """
-    problem = Problem(op, tensor.device, tensor.dtype, precision, _is_small(rows))
-    backend, runs_as = _choose(problem, _forced)
-    if precision == "fast" and runs_as == "exact":
-        _notice_exact(replace(problem, small_m=False), _forced)
-    return backend, runs_as
-
-
-def _is_small(rows: int | None) -> bool:
-    return rows is not None and rows <= fp8_rowwise.SMALL_M
-
-
-@dataclass(frozen=True)
-class ExecutionPath:
-    """The backend that runs a linear, and why the ones before it do not.
-
-    Attributes:
-        precision: that it runs at, "exact" or "fast".
-        input_form: as of `Backend`.
-        unsupported: (backend, reason) of those that would have come first, one entry for each.
-    """
-
-    backend: str
-    precision: str
-    input_form: str | None
-    unsupported: tuple[tuple[str, str], ...]
-
-
-def execution_path(
-    device: torch.device, dtype: torch.dtype, precision: str, rows: int | None = None
-) -> ExecutionPath:
-    """What `choose` selects for a linear, with the reasons.
-
-    Args:
-        dtype: of x.
-        rows: of x; default: many.
-    """
-    problem = Problem("linear", device, dtype, precision, _is_small(rows))
-    chosen, runs_as = _choose(problem, _forced)
-    reasons: dict[str, str] = {}
-    for backend, tried, reason in _attempts(problem, _forced):
-        if (backend, tried) == (chosen, runs_as):
-            break
-        if not backend.input_form or backend.name not in reasons:  # at the precision it is for
-            reasons[backend.name] = reason
-    # Backends at or after the chosen one may have been tried at fast first: list only those before.
-    before = takewhile(lambda item: item[0] != chosen.name, reasons.items())
-    return ExecutionPath(chosen.name, runs_as, chosen.input_form, tuple(before))
-
-
-def input_form(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[str, str] | None:
-    """(`Backend.input_form`, backend) of a linear of many rows; None where it is one op."""
-    backend, _ = _choose(Problem("linear", device, dtype, precision), _forced)
-    return backend.input_form and (backend.input_form, backend.name)
-
-
-# As `torch.compiler.assume_constant_result` does, which would import the compiler: a second.
-input_form._dynamo_marked_constant = True
+    key = steps, device, dtype, _forced
+    step = _steps.get(key)
+    if step is None:
+        names = [backend.name for backend in _forced]
+        verdicts, problem = _Verdicts(), Problem(device, dtype)
+        named = [step for step in steps if step.name in names]
+        step = named[0] if named else verdicts.first(steps, problem, one_pass=False)[0]
+        if verdicts.final:
+            _steps[key] = step
+    return step
 
 
 def describe_paths(device: torch.device | str | None = None) -> list[str]:
@@ -338,29 +276,31 @@ def describe_paths(device: torch.device | str | None = None) -> list[str]:
     lines = []
     for precision in PRECISIONS:
         small, large = (
-            execution_path(device, torch.bfloat16, precision, rows) for rows in (1, None)
+            execution_path(device, torch.bfloat16, precision, rows, prepare="once")
+            for rows in (1, None)
         )
         small, large = (f"{path.backend} ({path.precision})" for path in (small, large))
         if small != large:
-            large = f"up to {fp8_rowwise.SMALL_M} rows: {small}, more rows: {large}"
+            large = f"up to {FEW_ROWS} rows: {small}, more rows: {large}"
         lines.append(f"{precision}: {large}")
     return lines
 
 
 def list_backends(device: torch.device | str | None = None) -> list[BackendStatus]:
-    """Every backend in order of preference, for `linear` on `device`.
+    """Every backend in order of preference, for a linear on `device` whose weight may be prepared.
 
     Args:
         device: default is CUDA where there is a CUDA device, else the CPU.
     """
-    problem = Problem("linear", _default(device), torch.bfloat16)
+    device = _default(device)
     result = []
     for backend in BACKENDS:
-        best = replace(problem, precision="fast" if backend.input_form else "exact")
-        if backend in _automatic(problem.device):
-            reason = _unsupported_reason(backend, best) or ""
+        rows = backend.m_classes[-1]
+        problem = Problem(device, torch.bfloat16, backend.precision, rows, prepare="once")
+        if backend in _automatic(device):
+            reason = _steps_for(backend, problem, _Verdicts(), forced=False)[1] or ""
         else:  # without its self-test: it does not run unless named
-            reason = backend.unsupported_reason(best) or _NOT_AUTOMATIC
+            reason = backend.unsupported_reason(problem) or _NOT_AUTOMATIC
         result.append(BackendStatus(backend.name, backend.summary, not reason, reason))
     return result
 
@@ -377,23 +317,25 @@ def named(name: str) -> Backend:
     Raises:
         ValueError: there is none.
     """
-    backends = {backend.name: backend for backend in BACKENDS}
-    if name not in backends:
-        raise ValueError(f"unknown backend {name!r}; choose one of: {', '.join(backends)}")
-    return backends[name]
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = ", ".join(backend.name for backend in BACKENDS)
+    raise ValueError(f"unknown backend {name!r}; choose one of: {names}")
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every call within the context, in all threads.
+def use_backend(*names: str) -> Iterator[None]:
+    """Choose among these backends for every linear within the context, in all threads.
+
+    They need not be automatic, and take any number of rows. Of an exact and a fast one, the
+    precision of the call decides.
 
     Raises:
-        ValueError: on entry, no backend has that name; at a call, the backend cannot take the
-            problem.
+        ValueError: on entry, no backend has that name; at a call, none of them takes the problem.
     """
     global _forced
-    backend = named(name)
-    before, _forced = _forced, backend
+    before, _forced = _forced, tuple(named(name) for name in names)
     try:
         yield
     finally:

@@ -12,9 +12,8 @@ import math
 import torch
 
 from . import layout
-from .backends import fp8_rowwise
-from .dispatch import PRECISIONS, choose, named
-from .dispatch import input_form as _input_form
+from .dispatch import PRECISIONS, ExecutionPath, choose_step, execution_path, named
+from .records import BACKENDS, DEQUANTIZERS, QUANTIZERS, Step
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DATA = (torch.float8_e4m3fn, torch.uint8)
@@ -38,18 +37,14 @@ _lib.define(
     "dequantize(Tensor qdata, Tensor scale, ScalarType dtype, SymInt rows, SymInt cols) -> Tensor"
 )
 _lib.define(
-    "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt rows, SymInt cols, "
+    "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, SymInt N, SymInt K, "
     "str precision) -> Tensor"
 )
-_lib.define("to_rowwise(Tensor qdata, Tensor scale) -> (Tensor, Tensor)")
-_lib.define("quantize_rowwise(Tensor x) -> (Tensor, Tensor)")
+_lib.define("prepare_weight(Tensor qdata, Tensor scale, str form, str by) -> Tensor[]")
+_lib.define("quantize_input(Tensor x, str form, str by) -> Tensor[]")
 _lib.define(
-    "scaled_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
-    "ScalarType dtype, SymInt columns) -> Tensor"
-)
-_lib.define(
-    "block_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, "
-    "ScalarType dtype, SymInt rows, SymInt columns, str backend) -> Tensor"
+    "matmul(Tensor[] quantized, Tensor[] prepared, Tensor? bias, ScalarType dtype, SymInt N, "
+    "str backend) -> Tensor"
 )
 _ops = getattr(torch.ops, NAMESPACE)
 
@@ -100,33 +95,7 @@ def dequantize(qdata, scale, dtype: torch.dtype, shape=None) -> torch.Tensor:
     return _ops.dequantize(qdata.contiguous(), scale.contiguous(), dtype, rows, cols)
 
 
-def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prepare an MXFP8 weight as E4M3 with one scale per row, for `linear` (`fp8_rowwise`).
-
-    Args:
-        qdata, scale: as for `dequantize`.
-
-    Returns:
-        (codes, scale): float8_e4m3fn [N', K'] and float32 [N'], as large as the weight.
-
-    Raises:
-        ValueError: shapes or dtypes that do not match.
-    """
-    _check_matrix(qdata, scale, None)
-    return _ops.to_rowwise(qdata.contiguous(), scale.contiguous())
-
-
-def linear(
-    x,
-    qdata,
-    scale,
-    bias=None,
-    *,
-    shape=None,
-    precision: str = "auto",
-    prepared_weight=None,
-    quantized_input=None,
-) -> torch.Tensor:
+def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -> torch.Tensor:
     """x @ W.T + bias with an MXFP8 weight.
 
     Args:
@@ -134,10 +103,8 @@ def linear(
         qdata, scale: W [N, K] as `quantize` returns it.
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
-        precision: "exact", "fast" or "auto" (see `dispatch`).
-        prepared_weight: `to_rowwise` of this weight, where `input_form` is "rowwise"; default: it
-            is computed on every call.
-        quantized_input: `quantize_input` of x, where `input_form` is not None; likewise.
+        precision: "exact", "fast" or "auto" (see `dispatch`). Forms of weights that take several
+            passes to make are left to `linear_prepared`.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias.
@@ -145,68 +112,75 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
-    rows, cols = _check_matrix(qdata, scale, shape)
-    _check_dtype("x", x, FLOATS)
-    if x.ndim == 0 or x.shape[-1] != cols:
-        raise ValueError(
-            f"x has shape {list(x.shape)}; its last size must be K = {cols} of the weight"
-        )
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{rows}]")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.device != qdata.device:
-            raise ValueError(f"{name} is on {tensor.device}, the weight on {qdata.device}")
+    N, K = _check_matrix(qdata, scale, shape)
+    _check_operands(x, bias, N, K, qdata.device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     qdata, scale = qdata.contiguous(), scale.contiguous()  # nearly always a no-op
-    bias = None if bias is None else bias.contiguous()
-    form_and_backend = None if _needs_grad(x, bias) else _form_and_backend(x, precision)
-    if form_and_backend is None:
-        return _ops.linear(x, qdata, scale, bias, rows, cols, precision)
-    form, backend = form_and_backend
-    x_q, x_scale = quantize_input(x, form) if quantized_input is None else quantized_input
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    if form == "rowwise":
-        if prepared_weight is None:
-            prepared_weight = _ops.to_rowwise(qdata, scale)
-        out = _ops.scaled_matmul(x_q, x_scale, *prepared_weight, bias, x.dtype, rows)
-    else:
-        M = math.prod(x.shape[:-1])
-        out = _ops.block_matmul(x_q, x_scale, qdata, scale, bias, x.dtype, M, rows, backend)
-    return out.reshape(*x.shape[:-1], rows)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias)):
+        bias = None if bias is None else bias.contiguous()
+        return _ops.linear(x, qdata, scale, bias, N, K, precision)
+    return _linear(x, qdata, scale, bias, N, K, precision)
 
 
-def quantize_input(x: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x once for several calls of `linear` that share it.
+def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=None) -> torch.Tensor:
+    """x @ W.T + bias with a weight in the form that a path takes.
 
     Args:
-        x: [..., K], float32, float16 or bfloat16.
-        form: `input_form` of x.
+        path: `execution_path` for this device, dtype and number of rows.
+        x: [..., K], as for `linear`.
+        prepared: the weight's tensors: (qdata, scale) for form "stored", else of `prepare_weight`.
+        bias: [N] or None.
+        quantized: `quantize_input` of x, if several linears share it.
 
     Returns:
-        (x_q, x_scale). "rowwise": float8_e4m3fn [M, K'], K' rounded up to 32, and float32 [M];
-        "mxfp8": as `quantize` of x as [M, K].
+        [..., N] of x's dtype. Not differentiable.
+    """
+    if quantized is None:
+        quantized = quantize_input(path, x)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    out = _ops.matmul(quantized, prepared, bias, x.dtype, N, path.backend)
+    M = math.prod(x.shape[:-1])
+    return (out if out.shape[0] == M else out[:M]).reshape(*x.shape[:-1], N)
+
+
+def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...]:
+    """A stored weight in the form that a path takes (`records`), to be kept by the caller.
+
+    Args:
+        path: `execution_path` with `prepare="once"`.
+        qdata, scale: as for `dequantize`.
+    """
+    if path.preparer is None:
+        return qdata, scale
+    qdata, scale = qdata.contiguous(), scale.contiguous()
+    return tuple(_ops.prepare_weight(qdata, scale, path.weight_form, path.preparer))
+
+
+def quantize_input(path: ExecutionPath, x) -> tuple[torch.Tensor, ...]:
+    """Quantize x [..., K] once, for all calls of `linear_prepared` that share it.
+
+    Returns:
+        Its tensors in the path's input form (`records`); x as [M, K] if the path leaves it alone.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _ops.quantize_rowwise(flat) if form == "rowwise" else _ops.quantize(flat)
+    if path.quantizer is None:
+        return (flat,)
+    return tuple(_ops.quantize_input(flat, path.input_form, path.quantizer))
 
 
-def input_form(x: torch.Tensor, precision: str) -> str | None:
-    """The form into which `linear` quantizes this x, "rowwise" or "mxfp8"; None if it does not."""
-    form_and_backend = _form_and_backend(x, precision)
-    return form_and_backend and form_and_backend[0]
-
-
-def _form_and_backend(x: torch.Tensor, precision: str) -> tuple[str, str] | None:
-    result = None if precision == "exact" else _input_form(x.device, x.dtype, precision)
-    if result is None or math.prod(x.shape[:-1]) <= fp8_rowwise.SMALL_M:  # last: it is a guard
-        return None
-    return result
-
-
-def _needs_grad(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _check_operands(x, bias, N: int, K: int, device: torch.device) -> None:
+    _check_dtype("x", x, FLOATS)
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; its last size must be K = {K} of the weight"
+        )
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{N}]")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the weight on {device}")
 
 
 def _check_dtype(name: str, tensor: torch.Tensor, allowed) -> None:
@@ -226,7 +200,7 @@ def _check_matrix(qdata, scale, shape) -> tuple[int, int]:
 
 
 def _quantize(x):
-    return choose("quantize", x)[0].quantize(x)
+    return choose_step(QUANTIZERS, x.device, x.dtype).run(x)
 
 
 def _quantize_fake(x):
@@ -236,51 +210,70 @@ def _quantize_fake(x):
 
 
 def _dequantize(qdata, scale, dtype, rows, cols):
-    return choose("dequantize", qdata)[0].dequantize(qdata, scale, dtype, rows, cols)
+    step = choose_step(DEQUANTIZERS, qdata.device, qdata.dtype)
+    return step.run(qdata, scale, dtype, rows, cols)
 
 
 def _dequantize_fake(qdata, scale, dtype, rows, cols):
     return qdata.new_empty((rows, cols), dtype=dtype)
 
 
-def _linear(x, qdata, scale, bias, rows, cols, precision):
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    flat = x.reshape(math.prod(x.shape[:-1]), cols)  # [M, K]
-    backend, precision = choose("linear", x, precision, flat.shape[0])
-    out = backend.linear(flat, qdata, scale, bias, rows, cols, precision)
-    return out.reshape(*x.shape[:-1], rows)
+def _linear(x, qdata, scale, bias, N, K, precision):
+    M = math.prod(x.shape[:-1])
+    path = execution_path(x.device, x.dtype, precision, M, (N, K), prepare="each call")
+    return linear_prepared(path, x, prepare_weight(path, qdata, scale), bias, N)
 
 
-def _linear_fake(x, qdata, scale, bias, rows, cols, precision):
-    return x.new_empty((*x.shape[:-1], rows))
+def _linear_fake(x, qdata, scale, bias, N, K, precision):
+    return x.new_empty((*x.shape[:-1], N))
 
 
-def _to_rowwise_fake(qdata, scale):
+# Of `prepare_weight` and `quantize_input`: (form, who makes it) -> the step.
+_PREPARERS: dict[tuple[str, str], Step] = {
+    (backend.weight_form, step.name): step for backend in BACKENDS for step in backend.preparers
+}
+_QUANTIZERS: dict[tuple[str, str], Step] = {
+    (backend.input_form, step.name): step for backend in BACKENDS for step in backend.quantizers
+}
+
+
+def _prepare_weight(qdata, scale, form, by):
+    return list(_PREPARERS[form, by].run(qdata, scale))
+
+
+def _prepare_weight_fake(qdata, scale, form, by):
+    if form == "bf16":
+        return [torch.empty_like(qdata, dtype=torch.bfloat16)]
+    dtype = torch.int8 if form == "rotated_int8" else torch.float8_e4m3fn
     row_scale = qdata.new_empty(qdata.shape[0], dtype=torch.float32)
-    return torch.empty_like(qdata, dtype=torch.float8_e4m3fn), row_scale
+    return [torch.empty_like(qdata, dtype=dtype), row_scale]
 
 
-def _quantize_rowwise_fake(x):
-    stored = layout.round_up(x.shape[1], layout.BLOCK)
-    codes = x.new_empty((x.shape[0], stored), dtype=torch.float8_e4m3fn)
-    return codes, x.new_empty(x.shape[0], dtype=torch.float32)
+def _quantize_input(x, form, by):
+    return list(_QUANTIZERS[form, by].run(x))
 
 
-def _scaled_matmul_fake(a, a_scale, b, b_scale, bias, dtype, columns):
-    return a.new_empty((a.shape[0], columns), dtype=dtype)
+def _quantize_input_fake(x, form, by):
+    if form == "mxfp8":
+        return list(_quantize_fake(x))
+    M, K = x.shape
+    scale = x.new_empty(M, dtype=torch.float32)
+    if form == "rotated_int8":
+        return [x.new_empty((M, K), dtype=torch.int8), scale]
+    stored = layout.round_up(K, layout.BLOCK)
+    return [x.new_empty((M, stored), dtype=torch.float8_e4m3fn), scale]
 
 
-def _block_matmul(a, a_scale, b, b_scale, bias, dtype, rows, columns, backend):
-    return named(backend).matmul((a, a_scale), (b, b_scale), bias, dtype, rows, columns)
+def _matmul(quantized, prepared, bias, dtype, N, backend):
+    return named(backend).matmul(tuple(quantized), tuple(prepared), bias, dtype, N)
 
 
-def _block_matmul_fake(a, a_scale, b, b_scale, bias, dtype, rows, columns, backend):
-    return a.new_empty((rows, columns), dtype=dtype)
+def _matmul_fake(quantized, prepared, bias, dtype, N, backend):
+    return quantized[0].new_empty((quantized[0].shape[0], N), dtype=dtype)
 
 
 def _linear_setup_context(ctx, inputs, output):
-    _, qdata, scale, bias, ctx.rows, ctx.cols, _ = inputs
+    _, qdata, scale, bias, ctx.N, ctx.K, _ = inputs
     ctx.save_for_backward(qdata, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -290,9 +283,9 @@ def _linear_backward(ctx, grad):
     qdata, scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ dequantize(qdata, scale, grad.dtype, (ctx.rows, ctx.cols))
+        grad_x = grad @ dequantize(qdata, scale, grad.dtype, (ctx.N, ctx.K))
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        flat = grad.reshape(math.prod(grad.shape[:-1]), ctx.rows)
+        flat = grad.reshape(math.prod(grad.shape[:-1]), ctx.N)
         grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None
 
@@ -301,10 +294,9 @@ for _name, _kernel, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("linear", _linear, _linear_fake),
-    ("to_rowwise", fp8_rowwise.to_rowwise, _to_rowwise_fake),
-    ("quantize_rowwise", fp8_rowwise.quantize_rowwise, _quantize_rowwise_fake),
-    ("scaled_matmul", fp8_rowwise.scaled_matmul, _scaled_matmul_fake),
-    ("block_matmul", _block_matmul, _block_matmul_fake),
+    ("prepare_weight", _prepare_weight, _prepare_weight_fake),
+    ("quantize_input", _quantize_input, _quantize_input_fake),
+    ("matmul", _matmul, _matmul_fake),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     # The fake. `register_fake` looks its caller up in every module: 0.2 s of ComfyUI's start.

@@ -1,129 +1,192 @@
-"""A backend's self-test: a small problem against the oracle, before its first use on a device.
+"""Self-tests: a small problem against the oracle, before a step's first use on a device.
 
-A kernel that a driver or a card breaks is ruled out by name instead of returning noise. A test
-returns a sentence on what is wrong, or None. An exception in a kernel counts as wrong: this is the
-one place where one is caught, before anything relies on the kernel.
+A kernel that a driver or a card breaks is ruled out by name instead of returning noise. There is
+one verdict per step, device and dtype, and everyone who asks gets it: that Triton can be imported
+does not say that it can compile, nor that a version of torch has a matmul that it returns float16.
+
+A test returns a sentence on what is wrong, or None. An exception in a kernel counts as wrong: this
+is the one place where one is caught, before anything relies on the kernel. What says nothing about
+the kernel is not kept: there is no verdict without memory, nor while a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 
-from .backends import fp8_rowwise, reference
+from . import device_facts
+from .backends import reference
 
-N, K = 96, 192
+logger = logging.getLogger(__name__)
+
+N, K = 96, 256  # K of exact tests is 192: scales that do not fill their tiles
 _EXACT = 1e-2  # relative error allowed in bfloat16, whose rounding is 2**-9
-_FAST = 6e-2  # with E4M3 on both sides, whose error is 4e-2
-_DTYPES = (torch.bfloat16, torch.float16)
-Test = Callable[[torch.device], "str | None"]
+Test = Callable[[torch.device, torch.dtype], "str | None"]
+
+_verdicts: dict[tuple[Test, torch.device, torch.dtype], str | None] = {}
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # of Triton and cuBLAS, as RuntimeErrors
 
 
-def _guarded(test: Test) -> Test:
-    def run(device: torch.device) -> str | None:
-        try:
-            with torch.inference_mode():
-                return test(device)
-        except (MemoryError, torch.OutOfMemoryError):  # which says nothing about the kernels
-            raise
-        except Exception as error:
-            message = next(iter(str(error).splitlines()), "")
-            return f"its self-test failed ({type(error).__name__}: {message[:200]})"
+def verdict(
+    name: str, test: Test, device: torch.device, dtype: torch.dtype
+) -> tuple[str | None, bool]:
+    """(what is wrong with a step on a device, or None; whether that is known).
 
-    return run
+    Raises:
+        torch.OutOfMemoryError, MemoryError: the test needs memory that there is not.
+    """
+    key = test, device, dtype
+    if key not in _verdicts:
+        if device_facts.capturing():  # nothing can be read back
+            return None, False
+        reason = _run(test, device, dtype)
+        if reason is not None:
+            logger.warning("MXFP8: %s is not used on %s: %s.", name, device, reason)
+        _verdicts[key] = reason
+    return _verdicts[key], True
 
 
-def _normal(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, K, generator=torch.Generator().manual_seed(seed))
+def forget() -> None:
+    """Test anew."""
+    _verdicts.clear()
 
 
-def _all_sizes(rows: int, seed: int) -> torch.Tensor:
+def _run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        with torch.inference_mode():
+            return test(device, dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = next(iter(str(error).splitlines()), "")
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise torch.OutOfMemoryError(message) from error
+        return f"its self-test failed ({type(error).__name__}: {message[:200]})"
+
+
+def _normal(rows: int, seed: int, cols: int = K) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def _all_sizes(rows: int, seed: int, dtype: torch.dtype, cols: int = K) -> torch.Tensor:
     """Normal values with a row of zeros, some large values and a row of tiny ones."""
-    x = _normal(rows, seed)
+    large, tiny = (2.0**8, 2.0**-14) if dtype == torch.float16 else (2.0**20, 2.0**-130)
+    x = _normal(rows, seed, cols)
     x[1] = 0
-    x[2, :40] *= 2.0**20
-    x[3] *= 2.0**-130
-    return x.bfloat16()
+    x[2, :40] *= large
+    x[3] *= tiny
+    return x.to(dtype)
 
 
-def _differs(pair, expected) -> bool:
+def _differ(tensors, expected) -> bool:
     """Whether codes or scales have other bits than expected."""
     return not all(
         torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(pair, expected, strict=True)
+        for a, b in zip(tensors, expected, strict=True)
     )
 
 
-def _error(out: torch.Tensor, expected: torch.Tensor, bound: float, what: str) -> str | None:
+def _wrong(out: torch.Tensor, expected: torch.Tensor) -> str | None:
     expected = expected.double()
     error = float((out.cpu().double() - expected).norm() / expected.norm())
-    return None if error <= bound else f"its {what} is {error:.1e} off"
+    return None if error <= _EXACT else f"its result is {error:.1e} off"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def quantizer(run: Callable) -> Test:
+    """Of what quantizes to MXFP8."""
+
+    def test(device, dtype):
+        x = _all_sizes(N, 0, dtype)
+        wrong = _differ(run(x.to(device)), reference.quantize(x))
+        return "it quantizes wrongly" if wrong else None
+
+    return test
 
 
-@_guarded
-def exact(device: torch.device) -> str | None:
-    """Of Triton's quantize, dequantize and exact linear."""
-    cast = import_module(".backends.triton.cast", __package__)
-    linear = import_module(".backends.triton.exact", __package__).linear
-    weight = _all_sizes(N, 0)
-    stored = reference.quantize(weight)
-    if _differs(cast.quantize(weight.to(device)), stored):
-        return "it quantizes wrongly"
-    on_device = [part.to(device) for part in stored]
-    values = cast.dequantize(*on_device, torch.float32, N, K)
-    if not torch.equal(values.cpu(), reference.dequantize(*stored, torch.float32, N, K)):
-        return "it dequantizes wrongly"
-    stored = reference.quantize(_normal(N, 0))
-    on_device = [part.to(device) for part in stored]
-    for dtype in _DTYPES:
-        for rows in (1, 5, 20, 40, 70):
-            x = _all_sizes(80, rows)[-rows:].to(dtype)
-            expected = reference.linear(x, *stored, None, N, K)
-            out = linear(x.to(device), *on_device, None, N, K)
-            wrong = _error(out, expected, _EXACT, f"linear of {rows} rows in {_name(dtype)}")
+def rowwise_quantizer(run: Callable) -> Test:
+    """Of what quantizes inputs to E4M3 with a scale per row."""
+
+    def test(device, dtype):
+        x = _all_sizes(N, 0, dtype)
+        wrong = _differ(run(x.to(device)), reference.quantize_rowwise(x))
+        return "it quantizes wrongly" if wrong else None
+
+    return test
+
+
+def dequantizer(run: Callable) -> Test:
+    """Of what unpacks MXFP8; `dtype` is that of the codes, and all results are tried."""
+
+    def test(device, dtype):
+        stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16, 192))
+        on_device = [part.to(device) for part in stored]
+        for result in (torch.float32, torch.bfloat16, torch.float16):
+            expected = reference.dequantize(*stored, result, N, 192)
+            if not torch.equal(run(*on_device, result, N, 192).cpu(), expected):
+                return "it dequantizes wrongly"
+        return None
+
+    return test
+
+
+def preparer(run: Callable, oracle: Callable) -> Test:
+    """Of what prepares weights in a form, with the bits of the oracle."""
+
+    def test(device, dtype):
+        stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16))
+        wrong = _differ(run(*(part.to(device) for part in stored)), oracle(*stored))
+        return "it prepares weights wrongly" if wrong else None
+
+    return test
+
+
+def exact(matmul: Callable, rows: tuple[int, ...]) -> Test:
+    """Of an exact matmul, with these numbers of rows."""
+
+    def test(device, dtype):
+        stored = reference.quantize(_normal(N, 0, 192))
+        on_device = tuple(part.to(device) for part in stored)
+        for M in rows if dtype != torch.float32 else rows[:1]:
+            x = _all_sizes(80, M, dtype, 192)[-M:]
+            expected = reference.matmul("stored", None, (x,), stored, None, dtype, N)
+            wrong = _wrong(matmul((x.to(device),), on_device, None, dtype, N), expected)
             if wrong:
-                return wrong
-    return None
+                return f"with {M} rows, {wrong}"
+        return None
+
+    return test
 
 
-def block_scaled(matmul: Callable) -> Test:
-    """The test of a block-scaled matmul; the oracle quantizes the activations."""
-
-    def linear(x, weight, bias):
-        return matmul(reference.quantize(x), weight, bias, x.dtype, len(x), N)
-
-    return _guarded(lambda device: _check_fast(device, linear, "fast", _EXACT))
-
-
-@_guarded
-def fast(device: torch.device) -> str | None:
-    """Of row-wise scaling of weights and activations, and of the FP8 matmul."""
-    stored = reference.quantize(_normal(N, 1))
-    prepared = fp8_rowwise.to_rowwise(*(part.to(device) for part in stored))
-    if _differs(prepared, reference.to_rowwise(*stored)):
-        return "it scales weights by row wrongly"
-
-    def linear(x, weight, bias):
-        return fp8_rowwise.linear(x, *weight, bias, N, K)
-
-    return _check_fast(device, linear, "exact", _FAST)
+_PREPARE = {
+    "stored": lambda *stored: stored,
+    "rowwise_fp8": reference.to_rowwise,
+    "rotated_int8": reference.to_rotated_int8,
+}
+_QUANTIZE = {
+    "mxfp8": reference.quantize,
+    "rowwise_fp8": reference.quantize_rowwise,
+    "rotated_int8": reference.quantize_rotated_int8,
+}
 
 
-def _check_fast(device, linear: Callable, precision: str, bound: float) -> str | None:
-    """`linear`: (x, stored weight, bias), all on the device -> x @ W.T + bias."""
-    stored = reference.quantize(_normal(N, 1))
-    on_device = [part.to(device) for part in stored]
-    for dtype in _DTYPES:
+def matmul(run: Callable, weight_form: str, input_form: str, takes_x: bool = False) -> Test:
+    """Of a fast matmul; the oracle makes its operands.
+
+    Args:
+        takes_x: whether it quantizes its input itself.
+    """
+
+    def test(device, dtype):
+        prepared = _PREPARE[weight_form](*reference.quantize(_normal(N, 1)))
         x, bias = _normal(128, 2).to(dtype), _normal(1, 3)[0, :N].to(dtype)
-        expected = reference.linear(x, *stored, bias, N, K, precision)
-        out = linear(x.to(device), on_device, bias.to(device))
-        wrong = _error(out, expected, bound, f"fast linear in {_name(dtype)}")
-        if wrong:
-            return wrong
-    return None
+        quantized = _QUANTIZE[input_form](x)
+        expected = reference.matmul(
+            weight_form, input_form, quantized, prepared, bias, dtype, N
+        )  # fmt: skip
+        given = (x,) if takes_x else quantized
+        operands = [tuple(t.to(device) for t in tensors) for tensors in (given, prepared)]
+        return _wrong(run(*operands, bias.to(device), dtype, N), expected)
+
+    return test

@@ -10,8 +10,9 @@ import torch
 
 from . import layout, ops
 from .backends import eager
-from .dispatch import choose
+from .dispatch import choose_step
 from .layout import BLOCK
+from .records import QUANTIZERS
 
 _SLAB = 1 << 22  # values compared at a time: 32 MB of float64
 
@@ -27,7 +28,7 @@ def quantize_and_measure(x: torch.Tensor):
         x**2 and of (dequantized - x)**2 on the CPU; not finite in blocks with NaN or Inf.
     """
     ops.check_quantizable(x)
-    if choose("quantize", x)[0].quantize is not eager.quantize:
+    if choose_step(QUANTIZERS, x.device, x.dtype).run is not eager.quantize:
         qdata, scale = ops.quantize(x)
         return qdata, scale, *(energy.cpu() for energy in signal_and_noise(x, qdata, scale))
     rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK

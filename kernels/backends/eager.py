@@ -250,7 +250,7 @@ def decode_e8m0(scale: torch.Tensor) -> torch.Tensor:
     return value.masked_fill_(bits == E8M0_NAN, 0x7FC00000).view(torch.float32)
 
 
-def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
+def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias, exact weights, accumulated in at least float32.
 
     On a CPU without 16-bit matrix instructions, where such a matmul takes 10 times as long as in
@@ -258,22 +258,55 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
     is rounded once; no full-size weight is materialized. Elsewhere the weight is rounded to x's
     dtype first, as ComfyUI does: bfloat16 and float32 hold it exactly; float16 loses values below
     2**-14 or above 65504.
+
+    Args:
+        quantized: (x,), of `dtype`.
+        prepared: (qdata, tiled scale).
     """
+    (x,), (qdata, scale) = quantized, prepared
+    K = x.shape[1]
     if x.device.type != "cpu" or _cpu_multiplies(x.dtype):
-        weight = dequantize(qdata, scale, x.dtype, rows, cols)
+        weight = dequantize(qdata, scale, x.dtype, N, K)
         return torch.nn.functional.linear(x, weight, bias)
 
-    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    out = torch.empty(x.shape[0], N, dtype=x.dtype)
     wide = x.float()
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
-    slabs = list(layout.slabs(rows, cols, _CPU_CHUNK))
-    weight = torch.empty(slabs[0][1] if slabs else 0, cols)
+    slabs = list(layout.slabs(N, K, _CPU_CHUNK))
+    weight = torch.empty(slabs[0][1] if slabs else 0, K)
     for r0, r1 in slabs:
         slab = weight[: r1 - r0]
         dequantize_rows(qdata, factor, slab, r0)
         part = None if bias is None else bias[r0:r1].float()
         out[:, r0:r1] = torch.nn.functional.linear(wide, slab, part)
     return out
+
+
+def prepare_bf16(qdata, scale) -> tuple[torch.Tensor]:
+    """The weight unpacked, [N', K'] in bfloat16: what `matmul_bf16` takes."""
+    return (dequantize(qdata, scale, torch.bfloat16, *qdata.shape),)
+
+
+def matmul_bf16(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """As `matmul`, of a weight that `prepare_bf16` unpacked before."""
+    (x,), (weight,) = quantized, prepared
+    return torch.nn.functional.linear(x, weight[:N, : x.shape[1]].to(x.dtype), bias)
+
+
+def bf16_unsupported_reason(problem) -> str | None:
+    """Why unpacked weights are not kept for a `records.Problem`, or None.
+
+    They take twice the memory of stored ones, which on a GPU is better spent on more layers.
+    """
+    if problem.device.type != "cpu":
+        return "keeps unpacked weights on CPUs only"
+    if problem.weight_form == "bf16":
+        return None
+    if problem.dtype != torch.bfloat16:
+        return f"keeps weights in bfloat16; this linear is in {problem.dtype}"
+    if not _cpu_multiplies(problem.dtype):
+        return "needs a CPU with bfloat16 matrix instructions (AVX512_BF16, AMX)"
+    return None
 
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:

@@ -1,8 +1,7 @@
-"""Row-wise scaled FP8: the fast linear on FP8 tensor cores that know no block scales (Ada, Hopper).
+"""Row-wise scaled FP8: fast on FP8 tensor cores that know no block scales (Ada, Hopper).
 
 It computes `x @ W.T` from E4M3 codes with one float32 scale per row of either matrix. Those scales
-factor out of the sum, so any FP8 matmul can apply them to the finished accumulator. Three steps,
-each an op of its own:
+factor out of the sum, so any FP8 matmul can apply them to the finished accumulator.
 
 * `to_rowwise` rewrites the weight. E8M0 scales are powers of two, so a row's codes can be shifted
   to share the largest of its scales. Values down to 2**-13 of the row's largest keep all their
@@ -10,14 +9,10 @@ each an op of its own:
 * `quantize_rowwise` quantizes activations per token: the scale puts a row's largest value at 448,
   the largest E4M3 value. The output error is about that of MXFP8 activations, which Blackwell
   multiplies: 2.95e-2 against 3.00e-2 on MiniLM's layers.
-* `scaled_matmul` multiplies the two.
+* Two matmuls: torch's own where the platform has one with row-wise scales (Hopper, and Ada except
+  on Windows), and ours in Triton.
 
-Because they are separate ops, torch.compile shares one quantized input among several layers, and a
-caller with memory to spare can keep the prepared weight. Otherwise a weight is rewritten on every
-forward, into memory that the caching allocator reuses from layer to layer.
-
-Each step runs as a Triton kernel where Triton is available, else in plain torch. The matmul is
-torch's own where the platform has one with row-wise scales: Hopper, and Ada except on Windows.
+Here are the steps in plain torch, which show the rule and prepare weights where Triton is missing.
 
 Rejected: one scale for the whole matrix; the row's largest scale without shifting the codes.
 """
@@ -25,7 +20,6 @@ Rejected: one scale for the whole matrix; the row's largest scale without shifti
 from __future__ import annotations
 
 import sys
-from functools import cache
 
 import torch
 
@@ -33,63 +27,62 @@ from .. import device_facts, layout
 from ..layout import BLOCK, E8M0_NAN
 from . import eager
 
-SMALL_M = 64  # up to this many rows of x the weight's bytes decide, so layers run exact
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 2.0**-100  # of a row of activations: 448 / amax is finite
 _SLAB = 1 << 22  # values at a time
 
 
-def activations_unsupported_reason(problem) -> str | None:
-    """Why a backend that quantizes activations cannot take a `dispatch.Problem`, or None."""
-    if problem.op != "linear":
-        return "multiplies only"
-    if problem.precision != "fast":
-        return "quantizes activations, which precision exact rules out"
-    if problem.small_m:
-        return f"inputs of up to {SMALL_M} rows run exact: reading the weight is the bottleneck"
-    return None
-
-
-def unsupported_reason(problem) -> str | None:
-    """Why this cannot take a `dispatch.Problem`, or None."""
-    reason = activations_unsupported_reason(problem)
-    if reason is not None:
-        return reason
+def _unsupported_reason(problem) -> str | None:
+    """Why a device has no FP8 tensor cores, or None."""
     if (device_facts.capability(problem.device) or (0, 0)) < (8, 9):
         actual = device_facts.described(problem.device)
         return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {actual}"
-    if not torch_multiplies(problem.device, problem.dtype):
-        return device_facts.triton_unsupported_reason()
     return None
 
 
-def torch_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a row-wise scaled FP8 matmul on a device, for results of `dtype`."""
-    capability = device_facts.capability(device) or (0, 0)
-    hopper = capability[0] == 9
-    ada = capability == (8, 9) and sys.platform != "win32"
-    return dtype == torch.bfloat16 and (hopper or ada) and _torch_runs(device)
+def torch_unsupported_reason(problem) -> str | None:
+    """Why torch's matmul cannot take a `records.Problem`, or None.
+
+    Which dtypes a version of torch returns, and whether it has the matmul for Ada, its self-test
+    finds out.
+    """
+    reason = _unsupported_reason(problem)
+    if reason is not None:
+        return reason
+    capability = device_facts.capability(problem.device)
+    if capability[0] > 9:
+        return "torch's row-wise matmul is for Ada and Hopper"
+    if capability == (8, 9) and sys.platform == "win32":
+        return "torch for Windows has no row-wise matmul for Ada"
+    if problem.dtype == torch.float32:
+        return "returns 16-bit results; this linear is in float32"
+    if not hasattr(torch, "_scaled_mm"):
+        return f"this torch ({torch.__version__}) has no _scaled_mm"
+    return None
 
 
-@cache
-def _torch_runs(device: torch.device) -> bool:
-    """Whether this version of torch has it: earlier ones have it for Hopper only, or not at all."""
-    code = torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn)
-    scale = torch.ones(16, 1, device=device)
-    try:
-        torch._scaled_mm(
-            code, code.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError):
-        return False
-    return True
+def triton_unsupported_reason(problem) -> str | None:
+    """Why the matmul in Triton cannot take a `records.Problem`, or None."""
+    return _unsupported_reason(problem) or device_facts.triton_unsupported_reason()
+
+
+def quantize_by_triton_unsupported_reason(problem) -> str | None:
+    """Why the quantizer in Triton cannot take a `records.Problem`, or None."""
+    reason = device_facts.triton_unsupported_reason()
+    if reason is None and problem.device.type != "cuda" and not device_facts.interpreted():
+        return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
+    if reason is None and problem.shape is not None:
+        from .triton import rowwise
+
+        if problem.shape[1] > rowwise.WIDEST:
+            return f"holds a row of x in registers, at most {rowwise.WIDEST} values"
+    return reason
 
 
 def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """An MXFP8 weight as E4M3 with one scale per row; the bits of `reference.to_rowwise`.
+
+    In slabs that fit a cache.
 
     Args:
         qdata: float8_e4m3fn (or its bytes as uint8) [N', K'].
@@ -98,29 +91,6 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (codes, scale): float8_e4m3fn [N', K'] and float32 [N'].
     """
-    if device_facts.runs_triton(qdata.device):
-        from .triton import rowwise
-
-        return rowwise.to_rowwise(qdata, scale)
-    return to_rowwise_eager(qdata, scale)
-
-
-def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x [M, K] with one scale per row; the bits of `reference.quantize_rowwise`.
-
-    Returns:
-        (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero; float32 [M].
-    """
-    if device_facts.runs_triton(x.device):
-        from .triton import rowwise
-
-        if x.shape[1] <= rowwise.WIDEST:
-            return rowwise.quantize_rowwise(x)
-    return quantize_rowwise_eager(x)
-
-
-def to_rowwise_eager(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """`to_rowwise` in plain torch, in slabs that fit a cache."""
     rows, cols = qdata.shape
     byte = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
     largest = byte.masked_fill(byte == E8M0_NAN, 0).amax(-1).clamp_min(1)
@@ -136,8 +106,12 @@ def to_rowwise_eager(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return code, eager.decode_e8m0(largest)
 
 
-def quantize_rowwise_eager(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rowwise` in plain torch."""
+def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize x [M, K] with one scale per row; the bits of `reference.quantize_rowwise`.
+
+    Returns:
+        (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero; float32 [M].
+    """
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     code = torch.zeros(rows, stored, dtype=torch.float8_e4m3fn, device=x.device)
@@ -153,38 +127,32 @@ def quantize_rowwise_eager(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return code, scale.masked_fill_(~finite, torch.nan).squeeze(-1)
 
 
-def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> torch.Tensor:
-    """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once; [M, columns].
+def matmul_by_torch(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once; [M, N].
 
     Args:
-        a, b: float8_e4m3fn [M, K] and [N, K].
-        a_scale, b_scale: float32 [M] and [N].
-        bias: [columns] of `dtype`, or None.
-        columns: of the result, at most N; the other rows of b are padding.
+        quantized: (a, a_scale), float8_e4m3fn [M, K'] and float32 [M].
+        prepared: (b, b_scale), float8_e4m3fn [N', K'] and float32 [N']; rows from N on are padding.
+        bias: [N] of `dtype`, or None.
     """
-    if torch_multiplies(a.device, dtype) and a.shape[0]:
-        missing = -b.shape[0] % 16
-        if missing:  # rows were stored without padding
-            b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, missing)).view(b.dtype)
-            b_scale = torch.nn.functional.pad(b_scale, (0, missing))
-        N = b.shape[0]
-        if bias is not None and columns < N:
-            bias = torch.nn.functional.pad(bias, (0, N - columns))
-        out = torch._scaled_mm(
-            a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None, :],
-            bias=bias, out_dtype=dtype, use_fast_accum=True,
-        )  # fmt: skip
-        return out if columns == N else out[:, :columns].contiguous()
-    if device_facts.runs_triton(a.device):
-        from .triton import fp8_gemm
-
-        return fp8_gemm.matmul(a, a_scale, b, b_scale, bias, dtype, columns)
-    out = a.float() @ b[:columns].float().t()
-    out *= a_scale[:, None]
-    out *= b_scale[None, :columns]
-    return (out if bias is None else out + bias.float()).to(dtype)
+    (a, a_scale), (b, b_scale) = quantized, prepared
+    if a.shape[0] == 0:
+        return torch.empty(0, N, dtype=dtype, device=a.device)
+    missing = -b.shape[0] % 16
+    if missing:  # rows were stored without padding
+        b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, missing)).view(b.dtype)
+        b_scale = torch.nn.functional.pad(b_scale, (0, missing))
+    if bias is not None and b.shape[0] > N:
+        bias = torch.nn.functional.pad(bias, (0, b.shape[0] - N))
+    out = torch._scaled_mm(
+        a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None, :],
+        bias=bias, out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return out if out.shape[1] == N else out[:, :N].contiguous()
 
 
-def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "fast") -> torch.Tensor:
-    """All three steps: x [M, K] @ W[N, K].T + bias, x quantized."""
-    return scaled_matmul(*quantize_rowwise(x), *to_rowwise(qdata, scale), bias, x.dtype, rows)
+def matmul_by_triton(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """As `matmul_by_torch`, also for float32 results."""
+    from .triton import fp8_gemm
+
+    return fp8_gemm.matmul(*quantized, *prepared, bias, dtype, N)

@@ -121,6 +121,45 @@ def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact"
     return out.to(x.dtype)
 
 
+def matmul(
+    weight_form: str, input_form: str | None, quantized, prepared, bias, dtype, N: int
+) -> torch.Tensor:
+    """x [M, K] @ W[N, K].T + bias in float64 from any of the forms of `records`, rounded once.
+
+    Rotated inputs and weights are multiplied as they are: the rotation cancels.
+
+    Returns:
+        [M, N] of `dtype`.
+    """
+    weight = _weight_value(weight_form, prepared)[:N]
+    value = _input_value(input_form, quantized)
+    out = value @ weight[:, : value.shape[1]].t()
+    return (out if bias is None else out + bias.double()).to(dtype)
+
+
+def _weight_value(form: str, tensors) -> torch.Tensor:
+    if form == "bf16":
+        return tensors[0].double()
+    if form == "stored":
+        return dequantize_exact(*tensors, *tensors[0].shape)
+    return _rowwise_value(*tensors)
+
+
+def _input_value(form: str | None, tensors) -> torch.Tensor:
+    if form is None:
+        return tensors[0].double()
+    if form == "mxfp8":
+        return dequantize_exact(*tensors, *tensors[0].shape)
+    return _rowwise_value(*tensors)
+
+
+def _rowwise_value(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float64 values of INT8 or E4M3 codes with a scale per row."""
+    if code.dtype != torch.int8:
+        code = decode_e4m3(code.view(torch.uint8).cpu()).to(code.device)
+    return code.double() * scale.double()[:, None]
+
+
 def block_matmul(quantized_input, weight, bias, dtype, M: int, N: int) -> torch.Tensor:
     """x [M, K] @ W[N, K].T + bias from their stored forms, as block-scaled tensor cores compute it.
 

@@ -1,9 +1,9 @@
 """The fast linear on Blackwell: block-scaled tensor cores, by torch (cuBLASLt).
 
-Activations are quantized to MXFP8 in one pass, tiled scales included, and torch multiplies the
-stored forms of both. Stock ComfyUI computes the same there; the quantizer is ours. comfy-kitchen
-has a CUDA quantizer that may be faster: `bench/gpu` measures both (row "quantize", stock), and ours
-is used until a results file shows that.
+Inputs are quantized to MXFP8 in one pass, tiled scales included, and torch multiplies the stored
+forms of both. Stock ComfyUI computes the same there; the quantizer is ours. comfy-kitchen has a
+CUDA quantizer that may be faster: `bench/gpu` measures both (row "quantize", stock), and it is used
+where Triton does not run.
 
 Requirements:
 
@@ -24,16 +24,12 @@ from __future__ import annotations
 import torch
 
 from .. import device_facts, layout
-from . import fp8_rowwise
 
 _ALIGNMENT = 16  # of the rows and columns of a matrix, for cuBLASLt
 
 
 def unsupported_reason(problem) -> str | None:
-    """Why this cannot take a `dispatch.Problem`, or None."""
-    reason = fp8_rowwise.activations_unsupported_reason(problem)
-    if reason is not None:
-        return reason
+    """Why this cannot take a `records.Problem`, or None."""
     if (device_facts.capability(problem.device) or (0, 0)) < (10, 0):
         actual = device_facts.described(problem.device)
         return f"needs block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200); {actual}"

@@ -18,14 +18,13 @@ https://docs.nvidia.com/cutlass documents the language.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
 import torch
 
 from ... import device_facts, layout
-from .. import fp8_rowwise
 
 OLDEST = (4, 8)  # version of the package; earlier ones were never tried
 # Compute capability -> (the architecture to compile for, the kernel's module).
@@ -67,10 +66,7 @@ def dsl_unsupported_reason() -> str | None:
 
 
 def unsupported_reason(problem) -> str | None:
-    """Why this cannot run, or None (`dispatch.Problem`)."""
-    reason = fp8_rowwise.activations_unsupported_reason(replace(problem, small_m=False))
-    if reason is not None:
-        return reason
+    """Why this cannot run, or None (`records.Problem`)."""
     if device_facts.capability(problem.device) not in ARCHITECTURES:
         *most, last = (f"{major}.{minor}" for major, minor in ARCHITECTURES)
         actual = device_facts.described(problem.device)
