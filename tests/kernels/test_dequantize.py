@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launches import Launches
 
 from mxfp8 import kernels
 from mxfp8.kernels import layout
@@ -77,12 +78,40 @@ def test_chunks_do_not_show(chunk, shape, monkeypatch):
     assert_same_bits(got, reference.dequantize(qdata, scale, torch.float32, *shape))
 
 
-def test_decoding_by_cast_and_by_bits_agree():
-    code = CODES.reshape(8, 32)
-    by_bits = eager._decode_by_bits(code, eager._DequantizeBuffers(8, 32, code.device))
-    by_cast = eager._decode_by_cast(code, eager._DequantizeBuffers(8, 32, code.device))
-    assert_same_bits(by_bits, by_cast)
-    assert_same_bits(by_bits, reference.decode_e4m3(code).float())
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """`eager` decodes by torch's casts, as it does on CUDA and ROCm."""
+    monkeypatch.setattr(eager, "_decode_by_bits", eager._decode_by_cast)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_gpu_decodes_every_code_with_every_scale(dtype, as_on_a_gpu):
+    qdata, scale = every_code_and_scale()
+    got = eager.dequantize(qdata, scale, dtype, 256, 256)
+    assert_same_bits(got, reference.dequantize(qdata, scale, dtype, 256, 256))
+
+
+@pytest.mark.parametrize("shape", [(67, 130), (3, 300), (130, 1), (1, 33), (64, 96), (0, 32)])
+def test_a_gpu_decodes_any_shape_and_slab(shape, as_on_a_gpu):
+    rows, cols = shape
+    qdata, scale = reference.quantize(numbers(*shape))
+    expected = reference.dequantize(qdata, scale, torch.bfloat16, *shape)
+    got = eager.dequantize(qdata, scale, torch.bfloat16, *shape)
+    assert got.is_contiguous()
+    assert_same_bits(got, expected)
+    slab = torch.empty(rows - rows // 2, cols)
+    row_major = layout.untile(scale, qdata.shape[0], qdata.shape[1] // layout.BLOCK)
+    eager.dequantize_rows(qdata, row_major, slab, rows // 2)
+    assert_same_bits(slab, expected[rows // 2 :].float() if rows else slab)
+
+
+@pytest.mark.parametrize(("cols", "launches"), [(512, 4), (500, 5)])
+def test_a_gpu_decodes_in_few_launches(cols, launches, as_on_a_gpu):
+    qdata, scale = reference.quantize(numbers(256, cols))
+    with Launches() as count:
+        eager.dequantize(qdata, scale, torch.bfloat16, 256, cols)
+    assert count.names == ["clone", "copy_", "_to_copy", "mul_", "copy_"][:launches]
+    assert count.bytes < (8 if cols == 512 else 12) * 256 * 512
 
 
 def test_scale_bytes_decode_to_powers_of_two():
