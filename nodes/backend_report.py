@@ -83,5 +83,5 @@ def _make_backend_report(
 ) -> BackendReport:
     if timed:
         load_for_report(patcher)
-    report = describe(patcher, rows, changes=True)
+    report = describe(patcher, rows)
     return measure(patcher, report, Progress(node, steps=True)) if timed else report

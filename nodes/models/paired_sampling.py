@@ -27,7 +27,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...kernels import layout
-from ...kernels.backends import fp8_rowwise
+from ...kernels.records import FEW_ROWS
 from ...quant.container.header import quoted
 from ...quant.reports import metrics
 from ...quant.reports.comparison import (
@@ -315,10 +315,9 @@ def _side(patcher, seconds: list[list[float]], before: Side | None, notes: list[
     report = describe(patcher)
     fingerprint = fingerprints.of_mxfp8 if report.mxfp8 else fingerprints.of_linears
     if any(layer.precision == "fast" for layer in report.mxfp8):
-        rows = fp8_rowwise.SMALL_M
-        small_m = report.small_m.removesuffix(f" (up to {rows})")
+        small_m = report.small_m.removesuffix(f" (up to {FEW_ROWS})")
         notes.append(
-            f"`fast` applies to inputs of more than {rows} rows; smaller ones run {small_m}"
+            f"`fast` applies to inputs of more than {FEW_ROWS} rows; smaller ones run {small_m}"
         )
     peak = None
     if patcher.load_device.type == "cuda":

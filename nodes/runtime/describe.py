@@ -16,7 +16,7 @@ from comfy.model_base import BaseModel
 from comfy.quant_ops import QuantizedTensor
 
 from ... import kernels
-from ...kernels.backends import fp8_rowwise
+from ...kernels.records import FEW_ROWS
 from ...quant.reports import execution
 from ...quant.reports.conversion import KEPT, MXFP8
 from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
@@ -24,9 +24,9 @@ from ...quant.sources.file import HEADER_DTYPES
 from ..host.progress import Progress
 from . import cache, forward
 from .adapter_uses import adapter_uses, applied_patches
+from .forward import compute_dtype
 from .lora import SideBranches, tensors_of
-from .patch import MAX_ROWWISE_CHANGE, PREFIX, mxfp8_linears, rowwise_changes
-from .patcher import compute_dtype, keep_prepared_weights, our_patches
+from .patch import PREFIX
 from .timer import median_microseconds
 
 ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel
@@ -48,24 +48,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return HEADER_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def describe(patcher, rows: int = ROWS, changes: bool = False) -> BackendReport:
+def describe(patcher, rows: int = ROWS) -> BackendReport:
     """The backend report of a ModelPatcher, without timings.
+
+    Before it is loaded, the report is about what loading will do.
 
     Args:
         rows: M of the inputs that layers are described for.
-        changes: whether to say how much row-wise scaling changes each layer, for which all scales
-            are read.
     """
     device, dtype = patcher.load_device, compute_dtype(patcher)
-    quantized = list(mxfp8_linears(patcher.model)) if changes else []
-    change_of = rowwise_changes(patcher, quantized, "auto")
     side, modules = applied_patches(patcher), dict(linears(patcher.model))
-    layers = [
-        _layer(patcher, side, name, module, rows, change_of.get(name))
-        for name, module in modules.items()
-    ]
+    layers = [_layer(patcher, side, name, module, rows) for name, module in modules.items()]
     asked = _asked(patcher)
-    many = kernels.execution_path(device, dtype, asked)
+    many = kernels.execution_path(device, dtype, asked, prepare="once")
     small_m = kernels.execution_path(device, dtype, asked, 1)
     limited_by = execution.limiting_reason(device.type, many, asked, _is_encoder(patcher))
     ours = any(x.backend != STOCK for x in layers)
@@ -75,9 +70,7 @@ def describe(patcher, rows: int = ROWS, changes: bool = False) -> BackendReport:
         device=str(device),
         dtype=dtype_name(dtype),
         rows=rows,
-        small_m=f"{small_m.backend}, {small_m.precision} (up to {fp8_rowwise.SMALL_M})"
-        if ours
-        else STOCK,
+        small_m=f"{small_m.backend}, {small_m.precision} (up to {FEW_ROWS})" if ours else STOCK,
         unsupported=tuple(f"{name}: {reason}" for name, reason in many.unsupported),
         limited_by=limited_by if ours else None,
         memory=_memory(patcher, side),
@@ -98,17 +91,17 @@ def _is_encoder(patcher) -> bool:
     return not isinstance(patcher.model, BaseModel)
 
 
-def _layer(
-    patcher, side: SideBranches, name: str, module, rows: int, change: float | None
-) -> LayerExecution:
+def _layer(patcher, side: SideBranches, name: str, module, rows: int) -> LayerExecution:
     weight = module.weight
     dtype = dtype_name(weight.dtype)
     kind = getattr(module, "quant_format", None) if isinstance(weight, QuantizedTensor) else None
     reason = f"not MXFP8: {kind or dtype}"
-    backend, precision = STOCK, None
+    backend, precision, form = STOCK, None, None
     patch = patcher.object_patches.get(f"{name}.forward")
     if kind == MXFP8:
-        backend, precision, reason = _path(patcher, side, name, module, rows, change)
+        path, reason = _path(patcher, side, name, module, rows)
+        if path is not None:
+            backend, precision, form = path.backend, path.precision, path.weight_form
     elif patch is not None and not forward.is_ours(patch):
         reason = f"{reason}, patched by another node"
     branch = side.branches.get(name)
@@ -124,37 +117,46 @@ def _layer(
         device=str(weight.device),
         backend=backend,
         precision=precision,
+        weight_form=form,
     )
 
 
-def _path(patcher, side: SideBranches, name: str, module, rows: int, change: float | None) -> tuple:
-    """(backend, precision, reason) of an MXFP8 linear, by the patch that is on it."""
+def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
+    """(path or None for stock's forward, reason) of an MXFP8 linear, by the patch that is on it."""
     patch = patcher.object_patches.get(f"{name}.forward")
     function = getattr(patch, "__func__", None)
     if patch is None:
-        return STOCK, None, "as ComfyUI runs it: Accelerate Model (MXFP8) is not on it"
+        return None, "as ComfyUI runs it: Accelerate Model (MXFP8) is not on it"
     if function not in forward.PRECISION_OF:
-        return STOCK, None, "patched by another node"
-    left = forward.left_to_stock(module)
+        return None, "patched by another node"
+    asked = forward.PRECISION_OF[function]
+    device, dtype = patcher.load_device, compute_dtype(patcher)
+    left = forward.left_to_stock(module, asked, device, dtype)
     if left is None and patcher.is_dynamic() and f"{name}.weight" in side.merged:
         left = "ComfyUI applies a patch while it casts the weight, as it does under dynamic VRAM"
     if left is not None:
-        return STOCK, None, left
-    asked = forward.PRECISION_OF[function]
+        return None, left
     encoder = _is_encoder(patcher)
     # An encoder is exact anyway; ComfyUI's flag to cast its weights is set only by loading it.
     held = None if encoder else forward.held_exact(module)
-    if held is None and function is forward.UNFIT:
-        by = "" if change is None else f" by {change:.1g}"
-        held = f"row-wise scaling could change it{by}, more than {MAX_ROWWISE_CHANGE:g}"
-    device, dtype = patcher.load_device, compute_dtype(patcher)
-    path = kernels.execution_path(device, dtype, "exact" if held else asked, rows)
-    if held is None:
-        many = kernels.execution_path(device, dtype, asked)
-        reason = execution.layer_reason(path, many, asked, change, encoder)
-    else:
-        reason = f"exact: {held}"
-    return path.backend, path.precision, reason
+    state = cache.model_state(module)
+    many = forward.wanted_path(module, asked, device, dtype)
+    stays = state.stays_stored.get(module)
+    if stays is not None:
+        many = kernels.execution_path(device, dtype, asked, None, tuple(module.weight.shape))
+    path = many
+    if rows <= FEW_ROWS:
+        form = many.weight_form
+        path = kernels.execution_path(
+            device, dtype, "auto" if form != "stored" else asked if held is None else "exact",
+            rows, tuple(module.weight.shape), weight_form=form,
+        )  # fmt: skip
+    if held is not None:
+        return path, f"exact: {held}"
+    if stays is not None and path.precision == "exact":
+        return path, f"exact: {stays}"
+    change = state.changes.get(module)
+    return path, execution.layer_reason(path, many, asked, change, encoder)
 
 
 def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
@@ -173,7 +175,6 @@ def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):
             sizes[kind][_is_away(part, patcher)] += part.nbytes
-    sizes["prepared weights"] = [cache.prepared_nbytes(model), 0]
     beside = [t for b in side.branches.values() for t in (*b.parameters(), *b.buffers())]
     merged = tensors_of(list(side.merged.values()))
     for kind, parts in (("LoRAs beside the weights", beside), ("LoRAs to merge", merged)):
@@ -192,8 +193,6 @@ def _is_away(tensor: torch.Tensor, patcher) -> bool:
 def load_for_report(patcher) -> None:
     """Load a model as for a run; only then is it known what is offloaded and who applies a LoRA."""
     comfy.model_management.load_models_gpu([patcher])
-    if our_patches(patcher):
-        keep_prepared_weights(patcher)
 
 
 def measure(patcher, report: BackendReport, progress: Progress) -> BackendReport:

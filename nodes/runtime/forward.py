@@ -1,11 +1,13 @@
 """The forward of an MXFP8 linear, and what decides how it runs.
 
 `_linear` and the backend report (`describe`) ask the same functions, so that they cannot disagree.
-Which backend multiplies, `kernels.execution_path` decides. The branches of a layer (`lora`) are run
-after it.
+Which backend multiplies, `kernels.execution_path` decides, for the form that the weight has now
+(`prepared`). The branches of a layer (`lora`) are run after it.
 """
 
 from __future__ import annotations
+
+import math
 
 import comfy.ops
 import torch
@@ -33,13 +35,43 @@ def compute_dtype(patcher) -> torch.dtype:
     return dtype if dtype in FLOATS else torch.bfloat16
 
 
-def left_to_stock(module) -> str | None:
-    """Why a layer runs stock's forward now, or None."""
+def left_to_stock(module, precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a layer runs stock's forward now, or None.
+
+    Args:
+        precision: that was chosen for it; device, dtype: of its input.
+    """
     if module.weight_function or module.bias_function:
         return "ComfyUI applies a patch on the fly, as it does to offloaded layers"
     if getattr(module, "pre_quant_scale", None) is not None:
         return "ComfyUI scales its input (pre_quant_scale)"
+    # Where stock multiplies in MXFP8, which is faster than anything exact.
+    if precision != "exact" and not module._full_precision_mm and held_exact(module) is None:
+        path = wanted_path(module, precision, device, dtype)
+        if path.precision == "exact":
+            return f"as ComfyUI runs it, in MXFP8; nothing here is faster ({_first_reason(path)})"
     return None
+
+
+def wanted_path(module, precision: str, device: torch.device, dtype: torch.dtype):
+    """The path of a layer with many rows whose weight may be prepared.
+
+    Args:
+        as of `left_to_stock`.
+    """
+    if held_exact(module) is not None:
+        precision = "exact"
+    shape = tuple(module.weight.shape)
+    return kernels.execution_path(device, dtype, precision, None, shape, prepare="once")
+
+
+def form_and_tensors(weight: QuantizedTensor) -> tuple[str, tuple[torch.Tensor, ...]]:
+    """The form that a weight has now, and its tensors."""
+    return "stored", (weight._qdata, weight._params.scale)
+
+
+def _first_reason(path) -> str:
+    return next(iter(f"{name}: {reason}" for name, reason in path.unsupported), "")
 
 
 def held_exact(module) -> str | None:
@@ -81,7 +113,7 @@ def _linear(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         x.requires_grad
         or isinstance(x, QuantizedTensor)
         or x.dtype not in FLOATS
-        or left_to_stock(module) is not None
+        or left_to_stock(module, precision, x.device, x.dtype) is not None
     )
     if stock:
         return type(module).forward(module, x)
@@ -100,27 +132,32 @@ def _linear(module, x: torch.Tensor, precision: str) -> torch.Tensor:
         want_requant=False,  # requantizing a patched weight would cost an error of 3%
     )
     if isinstance(weight, QuantizedTensor):
-        prepared = quantized = form = None
-        if not torch.compiler.is_compiling():
-            form = kernels.input_form(x, precision)
-        if form is not None:
-            quantized = model_state(module).quantized_input(module, x, form)
-        if form == "rowwise":
-            prepared = model_state(module).prepared_weight(module, weight)
-        out = kernels.linear(
-            x,
-            weight._qdata,
-            weight._params.scale,
-            bias,
-            shape=tuple(weight.shape),
-            precision=precision,
-            prepared_weight=prepared,
-            quantized_input=quantized,
-        )
+        out = _multiply(module, x, weight, bias, precision)
     else:  # a patch was merged into it on the way
         out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     return out
+
+
+def _multiply(module, x: torch.Tensor, weight: QuantizedTensor, bias, precision: str):
+    """x @ W.T + bias with the weight in the form that it has now.
+
+    A weight that was prepared says how it is multiplied; one that is stored, because it is
+    offloaded, is multiplied as stored.
+    """
+    form, tensors = form_and_tensors(weight)
+    path = kernels.execution_path(
+        x.device,
+        x.dtype,
+        precision if form == "stored" else "auto",
+        math.prod(x.shape[:-1]),
+        tuple(weight.shape),
+        weight_form=form,
+    )
+    quantized = None
+    if path.quantizer is not None and not torch.compiler.is_compiling():
+        quantized = model_state(module).quantized_input(module, x, path)
+    return kernels.linear_prepared(path, x, tensors, bias, weight.shape[0], quantized)
 
 
 def _forward_auto(module, x, *_, **__):
@@ -135,11 +172,6 @@ def _forward_fast(module, x, *_, **__):
     return _forward(module, x, "fast")
 
 
-def _forward_unfit(module, x, *_, **__):
-    """For a layer that row-wise scaling would change too much."""
-    return _forward(module, x, "exact")
-
-
 def _forward_plain(module, x, *_, **__):
     """For a layer that is not quantized, and has branches."""
     return _forward(module, x, None)
@@ -147,12 +179,8 @@ def _forward_plain(module, x, *_, **__):
 
 # Separate functions, not one with an argument: torch.compile inlines bound methods.
 FORWARDS = {"auto": _forward_auto, "exact": _forward_exact, "fast": _forward_fast}
-UNFIT = _forward_unfit
 PLAIN = _forward_plain
-PRECISION_OF = {
-    **{function: precision for precision, function in FORWARDS.items()},
-    UNFIT: "exact",
-}
+PRECISION_OF = {function: precision for precision, function in FORWARDS.items()}
 OURS = {*PRECISION_OF, PLAIN}
 
 

@@ -26,7 +26,6 @@ from comfy.patcher_extension import CallbacksMP
 
 from ... import kernels
 from ...kernels import layout
-from ...quant.container.header import quoted
 from ...quant.format import AGAIN
 from . import cache, forward
 from .forward import compute_dtype, is_mxfp8_linear, our_patches
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."  # prefix of the diffusion model's parameters in a MODEL
 _KEY = "mxfp8"
-# A layer runs exact if row-wise scaling could change its weights by more; MXFP8 rounds by 0.027.
-MAX_ROWWISE_CHANGE = 0.01
 
 
 def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -81,28 +78,20 @@ def accelerate(patcher, precision: str):
         logger.info("MXFP8: no layer of this %s is MXFP8; it runs as ComfyUI loaded it.", model)
         return clone
     foreign = clone.object_patches.keys() - our_patches(clone)
-    changes = rowwise_changes(clone, linears, precision)
-    unfit = {name for name, change in changes.items() if change > MAX_ROWWISE_CHANGE}
-    if unfit:
-        worst = max(unfit, key=changes.get)
-        logger.warning(
-            "MXFP8: %d of %d layers run exact: one scale per row, which FP8 tensor cores need, "
-            "could change their weights by more than %g (%s by %.2g).",
-            len(unfit), len(changes), MAX_ROWWISE_CHANGE, quoted(worst), changes[worst],
-        )  # fmt: skip
     for name, module in linears:
         if f"{name}.forward" in foreign:
             logger.warning("MXFP8: %s is already patched by another node and stays as it is.", name)
         else:
-            ours = forward.UNFIT if name in unfit else forward.FORWARDS[precision]
-            clone.add_object_patch(f"{name}.forward", MethodType(ours, module))
+            ours = MethodType(forward.FORWARDS[precision], module)
+            clone.add_object_patch(f"{name}.forward", ours)
     clone.__class__ = patcher_class(type(clone))
     if clone.patches:  # stock, which merges them, must not take its weights for ours
         clone.patches_uuid = uuid.uuid4()
     if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
     cache.attach(clone.model, [module for _, module in linears])
-    path = kernels.execution_path(clone.load_device, compute_dtype(clone), precision)
+    dtype = compute_dtype(clone)
+    path = kernels.execution_path(clone.load_device, dtype, precision, prepare="once")
     logger.info(
         "MXFP8: %d layers of %s run on %s (%s).", len(linears), model, path.backend, precision
     )
@@ -114,20 +103,6 @@ def accelerate_clip(clip):
     clone = clip.clone()
     clone.patcher = accelerate(clip.patcher, "exact")
     return clone
-
-
-def rowwise_changes(patcher, linears, precision: str) -> dict[str, float]:
-    """How much row-wise scaling changes each layer at most.
-
-    Empty if the path does not use row-wise weights.
-    """
-    path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), precision)
-    if path.input_form != "rowwise":
-        return {}
-    return {
-        name: kernels.rowwise_error_bound(module.weight._qdata.shape, module.weight._params.scale)
-        for name, module in linears
-    }
 
 
 def _rebind(old, new) -> None:

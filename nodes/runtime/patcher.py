@@ -2,8 +2,8 @@
 
 In stock, merging models and hook LoRAs fail on a quantized weight: they look for its scales on the
 module and write into it in place. Whoever asks for weights gets their codes (`values`). Loading
-merges LoRAs into codes (`lora`), sets our forward over one that was set since, and unloading does
-not free prepared weights. So `patch.accelerate` gives a clone this class in front of its own.
+merges LoRAs into codes (`lora`) and sets our forward over one that was set since. So
+`patch.accelerate` gives a clone this class in front of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ... import kernels
 from ...quant.format import MARKER
 from . import forward, lora, values
 from .cache import RELEASED, model_state
-from .forward import compute_dtype, our_patches
+from .forward import our_patches
 
 
 @cache
@@ -31,15 +30,6 @@ def patcher_class(base: type) -> type:
     if issubclass(base, _QuantizedWeights):
         return base
     return type(f"MXFP8{base.__name__}", (_QuantizedWeights, base), {})
-
-
-def keep_prepared_weights(patcher) -> None:
-    """Before a run: let the fast layers of a model keep their prepared weights (`cache`)."""
-    fast = forward.FORWARDS["auto"], forward.FORWARDS["fast"]
-    patches = [p for p in patcher.object_patches.values() if getattr(p, "__func__", None) in fast]
-    path = kernels.execution_path(patcher.load_device, compute_dtype(patcher), "auto")
-    wanted = bool(patches) and path.input_form == "rowwise"
-    model_state(patcher.model).keep(patcher, wanted, bool(lora.loaded_merge(patcher)))
 
 
 class _QuantizedWeights:
@@ -138,7 +128,6 @@ class _QuantizedWeights:
 
     def pre_run(self):
         super().pre_run()
-        keep_prepared_weights(self)
         values.show(self.model, lora.bound_patches(self.model))
 
     def cleanup(self):
@@ -184,18 +173,11 @@ class _QuantizedWeights:
     def _has_foreign_forward(self, name: str) -> bool:
         return forward.is_foreign(comfy.utils.get_attr(self.model, name.removesuffix(".forward")))
 
-    def partially_unload(self, device_to, memory_to_free=0, *args, **options):
-        freed = model_state(self.model).drop()
-        if freed >= memory_to_free > 0:
-            return freed
+    def partially_unload(self, *args, **options):
         with self._showing(lora.loaded_merge(self)):
-            return freed + super().partially_unload(
-                device_to, max(0, memory_to_free - freed), *args, **options
-            )
+            return super().partially_unload(*args, **options)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
-        if unpatch_weights:  # else they stay, and only object patches go
-            model_state(self.model).drop()
         lora.bind(self.model)
         self.eject_model()
         with self._foreign_forwards_left_alone():

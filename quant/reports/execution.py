@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-from ...kernels import ExecutionPath
-from ...kernels.backends import fp8_rowwise
+from ...kernels import FEW_ROWS, ExecutionPath
 from . import document
 from .adapters import AdapterUse
 from .conversion import MXFP8, format_count, format_size
@@ -19,7 +18,14 @@ from .conversion import MXFP8, format_count, format_size
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
 _SLOWEST = "eager"  # the backend that takes every problem
-_FASTER = ("triton", "fp8")  # backends whose absence is worth a reason, in this order
+# Arithmetic -> the relative error of a layer's output that it has by itself and with its weights,
+# on calibrated weights: the mean over MiniLM's 36 layers (bench/results/quality.json).
+EXPECTED_ERROR = {"exact": 0.0117, "mxfp8": 0.0249, "rowwise_fp8": 0.0233, "rotated_int8": 0.0147}
+_FORMS = {
+    "stored": "inputs quantized to MXFP8, weights as stored",
+    "rowwise_fp8": "weight and inputs in FP8 with one scale per row",
+    "rotated_int8": "weight and inputs rotated, in INT8 with one scale per row",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class LayerExecution:
         bytes: of the weight with its scales; device: where they are now.
         backend: a name from `kernels.list_backends`, or "stock"; precision: "exact" or "fast", None
             if stock decides.
+        weight_form: that is multiplied, "stored" or one that was prepared; None if stock decides.
         microseconds: if measured, for the rows of the `Timing` of its size.
     """
 
@@ -45,7 +52,15 @@ class LayerExecution:
     device: str
     backend: str
     precision: str | None
+    weight_form: str | None = None
     microseconds: float | None = None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What `EXPECTED_ERROR` calls the way in which it is multiplied."""
+        if self.precision != "fast":
+            return self.precision
+        return "mxfp8" if self.weight_form == "stored" else self.weight_form
 
 
 @dataclass(frozen=True)
@@ -140,8 +155,9 @@ class BackendReport:
         lines += [
             f"{format_count(count, 'layer')}: {reason}" for reason, count in reasons.most_common()
         ]
-        few, small_m = fp8_rowwise.SMALL_M, self.small_m.partition(" (")[0]
-        lines.append(f"inputs of up to {few} rows: {small_m}")
+        small_m = self.small_m.partition(" (")[0]
+        lines.append(f"inputs of up to {FEW_ROWS} rows: {small_m}")
+        lines += self._expected_errors()
         lines += [f"not used: {reason}" for reason in self.unsupported]
         sizes = [f"{kind} {format_size(m.device)}" for kind, m in self.memory.items() if m.device]
         away = sum(m.offloaded for m in self.memory.values())
@@ -157,9 +173,19 @@ class BackendReport:
         ]
         return "\n".join(lines)
 
+    def _expected_errors(self) -> list[str]:
+        ran = Counter(layer.arithmetic for layer in self.mxfp8 if layer.precision == "fast")
+        exact = EXPECTED_ERROR["exact"]
+        return [
+            f"expected error of {name}: {EXPECTED_ERROR[name] / exact:.2f} times that of exact"
+            for name, _ in ran.most_common()
+        ]
+
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
         data = asdict(self)
+        for entry, layer in zip(data["layers"], self.layers, strict=True):
+            entry["expected_error"] = EXPECTED_ERROR.get(layer.arithmetic)
         for entry, timing in zip(data["timings"], self.timings, strict=True):
             entry["faster_than_dense"] = timing.faster_than_dense
             entry["faster_than_stock"] = timing.faster_than_stock
@@ -178,9 +204,9 @@ def limiting_reason(
     Args:
         device: its type; path: that of inputs with many rows; the others as of `layer_reason`.
     """
-    if device == "cpu":
-        return "no GPU"
-    return _exact_reason(path, precision, encoder) if path.precision == "exact" else None
+    if path.precision == "fast":
+        return None
+    return "no GPU" if device == "cpu" else _exact_reason(path, precision, encoder)
 
 
 def layer_reason(
@@ -195,17 +221,15 @@ def layer_reason(
     Args:
         path: that of the layer; many: the same for inputs with many rows.
         precision: as requested.
-        change: the bound of `kernels.rowwise_error_bound` on its weights, if known.
+        change: how much preparing its weight changed it, if known.
         encoder: whether it is in a text encoder, whose precision is not for the user to choose.
     """
     if path.precision == "fast":
-        if path.input_form == "rowwise":
-            bound = "" if change is None else f", which changes it by at most {change:.1g}"
-            return f"weight prepared with one scale per row{bound}"
-        return "activations quantized to MXFP8, weights as stored"
+        known = "" if change is None else f"; this changes the weight by {change:.1g}"
+        return _FORMS[path.weight_form] + known
     if many.precision == "fast":
-        return f"exact: {fp8_rowwise.SMALL_M} rows or fewer"
-    # Asked of many rows: with few, FP8 backends are unsupported for that reason.
+        return f"exact: {FEW_ROWS} rows or fewer"
+    # Asked of many rows: with few, fast backends are not tried.
     reason = _exact_reason(many, precision, encoder)
     return f"{path.backend}: {reason or 'no faster backend is available'}"
 
@@ -215,4 +239,13 @@ def _exact_reason(path: ExecutionPath, precision: str, encoder: bool) -> str | N
     if precision == "exact" and path.backend != _SLOWEST:
         return "text encoders run exact, as in ComfyUI" if encoder else "exact was chosen"
     reasons = dict(path.unsupported)
-    return next((reasons[name] for name in _FASTER if name in reasons), None)
+    if path.backend == _SLOWEST and "triton" in reasons:
+        return reasons["triton"]
+    # What the device lacks can be changed less easily than what is missing on it.
+    missing = [reason for reason in reasons.values() if not _is_of_device(reason)]
+    return next(iter([*missing, *reasons.values()]), None)
+
+
+def _is_of_device(reason: str) -> bool:
+    """Whether a backend needs another device (`kernels.device_facts.described`)."""
+    return "; this one has " in reason or "; this is " in reason
