@@ -152,6 +152,8 @@ export function describe(row) {
   const add = (label, text) => text && lines.push([label, text]);
   add("Shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
   add("Format", [row.decision, row.backend, row.precision].filter(Boolean).join(", "));
+  if (row.weight_form && row.weight_form !== "stored") add("Weight prepared as", row.weight_form);
+  add("Expected output error", row.expected_error && relative(row.expected_error));
   add("Reason", row.reason);
   add("Rank", row.ranks && [...new Set(row.ranks)].join(" to "));
   for (const [how, count] of Object.entries(row.applied ?? {})) add("Layers", `${count} ${how}`);

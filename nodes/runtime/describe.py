@@ -27,6 +27,7 @@ from .adapter_uses import adapter_uses, applied_patches
 from .forward import compute_dtype
 from .lora import SideBranches, tensors_of
 from .patch import PREFIX
+from .prepared import PreparedWeight, stored_weight
 from .timer import median_microseconds
 
 ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel
@@ -113,7 +114,7 @@ def _layer(patcher, side: SideBranches, name: str, module, rows: int) -> LayerEx
         decision=kind or KEPT,
         reason=reason,
         dtype=dtype,
-        bytes=sum(part.nbytes for _, part in _parts(weight)),
+        bytes=sum(part.nbytes for _, part in _parts(stored_weight(weight))),
         device=str(weight.device),
         backend=backend,
         precision=precision,
@@ -141,7 +142,7 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
     held = None if encoder else forward.held_exact(module)
     state = cache.model_state(module)
     many = forward.wanted_path(module, asked, device, dtype)
-    stays = state.stays_stored.get(module)
+    stays = state.stays_stored.get(module) or _offloaded(patcher, module, many)
     if stays is not None:
         many = kernels.execution_path(device, dtype, asked, None, tuple(module.weight.shape))
     path = many
@@ -159,8 +160,20 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
     return path, execution.layer_reason(path, many, asked, change, encoder)
 
 
+def _offloaded(patcher, module, path) -> str | None:
+    """Why a layer of a loaded model does not run as this path would have it, or None."""
+    loaded = patcher.model.current_weight_patches_uuid is not None and not patcher.is_dynamic()
+    prepared = isinstance(module.weight, PreparedWeight)
+    if loaded and path.weight_form != "stored" and not prepared:
+        return "offloaded by ComfyUI, so its weight is not prepared"
+    return None
+
+
 def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
     """(kind of memory, tensor) of what a parameter or buffer consists of."""
+    if isinstance(tensor, PreparedWeight):
+        prepared = [("prepared weights", part) for part in tensor.tensors]
+        return prepared + _parts(tensor.stored)
     if isinstance(tensor, QuantizedTensor):
         params = vars(tensor._params).values()
         scales = [value for value in params if isinstance(value, torch.Tensor)]
@@ -170,7 +183,8 @@ def _parts(tensor) -> list[tuple[str, torch.Tensor]]:
 
 def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
     """Bytes by kind, of the weights as they are now."""
-    sizes = {kind: [0, 0] for kind in ("codes", "scales", "other weights")}
+    kinds = ("codes", "scales", "other weights", "prepared weights")
+    sizes = {kind: [0, 0] for kind in kinds}
     model = patcher.model
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):

@@ -16,6 +16,7 @@ from comfy.quant_ops import QuantizedTensor
 from ... import kernels
 from ...kernels.ops import FLOATS
 from .cache import model_state
+from .prepared import PreparedWeight
 
 
 def is_mxfp8_linear(module: torch.nn.Module) -> bool:
@@ -67,6 +68,8 @@ def wanted_path(module, precision: str, device: torch.device, dtype: torch.dtype
 
 def form_and_tensors(weight: QuantizedTensor) -> tuple[str, tuple[torch.Tensor, ...]]:
     """The form that a weight has now, and its tensors."""
+    if isinstance(weight, PreparedWeight):
+        return weight.form, weight.tensors
     return "stored", (weight._qdata, weight._params.scale)
 
 
