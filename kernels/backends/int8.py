@@ -1,17 +1,220 @@
-from . import reference
+"""Rotated INT8 in plain torch: the fast linear of CPUs with VNNI or AMX.
+
+It computes `x @ W.T` from int8 codes with one float32 scale per row of either matrix. Both are
+rotated along K first, in groups of 256 (64 or 16 where K needs it), by an orthogonal matrix that is
+its own inverse, so that the product stays the same while outliers are spread over their group
+(ConvRot, `reference.hadamard`). The rules of rounding are those of `reference`.
+
+What is rounded where: weights, and inputs in float32 or float16, are rotated in float32. Inputs in
+bfloat16 are rotated by bfloat16 matrix instructions where the CPU has them, which sum in float32
+and round the result to bfloat16: at most 2**-9 of a value, while a step is 1/127 of the row's
+largest.
+
+How the time is kept down on a CPU, where the matmul takes half of bfloat16's:
+
+* Chunks of rows are quantized and tiles of the result are scaled while they are in the cache, in
+  buffers that are allocated once per call, as in `eager`.
+* For a single row of x, `W @ x.T` is computed: oneDNN packs the second matrix on every call.
+
+Rejected: a single `_int_mm` (its int32 result leaves the cache); oneDNN's prepacked `qlinear`
+(applies one scale to all of x, and weights would be opaque); rotating by sums and differences
+(a dozen passes where a matmul with 256 x 256 takes one).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from .. import device_facts, layout
+from ..layout import BLOCK
+from . import eager, reference
+
+SMALLEST_SCALE = 1e-30
+_CHUNK = 1 << 18  # values quantized at a time: with buffers, 2 MB of cache
+_TILE = 1 << 20  # results scaled at a time: 4 MB
+_TALLEST = 1024  # rows of such a tile
+_GPU_CHUNK = 1 << 24
 
 
-def prepare_weight(qdata, scale):
-    return reference.to_rotated_int8(qdata, scale)
+@cache
+def cpu_instructions() -> tuple[str, ...]:
+    """What this CPU has to multiply int8 with: of "AMX" and "VNNI" (with AVX-512)."""
+    asked = {"AMX": "_is_amx_tile_supported", "VNNI": "_is_vnni_supported"}
+    return tuple(name for name, ask in asked.items() if getattr(torch.cpu, ask, bool)())
 
 
-def quantize_input(x):
-    return reference.quantize_rotated_int8(x)
+def unsupported_reason(problem) -> str | None:
+    """Why this cannot take a `records.Problem`, or None."""
+    if problem.shape is not None and problem.shape[1] % BLOCK:
+        return f"rotates whole groups along K, which is {problem.shape[1]}: not a multiple of 32"
+    if problem.device.type == "cpu":
+        if not cpu_instructions():
+            return "needs a CPU with INT8 matrix instructions (VNNI with AVX-512, or AMX)"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch was built without oneDNN, which multiplies INT8 on CPUs"
+        return None
+    if (device_facts.capability(problem.device) or (0, 0)) < (7, 5):
+        actual = device_facts.described(problem.device)
+        return f"needs INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later; {actual}"
+    return None
 
 
-def matmul(quantized, prepared, bias, dtype, N):
-    return reference.rotated_int8_matmul(quantized, prepared, bias, dtype, N)
+def prepare_weight(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """An MXFP8 weight as rotated INT8: `reference.to_rotated_int8`, but for ties.
+
+    Args:
+        qdata: float8_e4m3fn (or its bytes as uint8) [N', K'].
+        scale: its tiled scales.
+
+    Returns:
+        (codes, scale): int8 [N', K'] and float32 [N'].
+    """
+    rows, cols = qdata.shape
+    factor = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
+    result = _empty(rows, cols, qdata.device)
+    height = _height(rows, cols, qdata.device)
+    values = torch.empty(height, cols, device=qdata.device)
+    quantizer = _Quantizer(height, cols, torch.float32, qdata.device)
+    for first in range(0, rows, height):
+        part = values[: min(height, rows - first)]
+        eager.dequantize_rows(qdata, factor, part, first)
+        quantizer.run(part, *(tensor[first : first + height] for tensor in result))
+    return result
 
 
-def unsupported_reason(problem):
-    return None if problem.device.type == "cpu" else "cpu only"
+def quantize_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate x and quantize every row of it; see the module docstring.
+
+    Args:
+        x: [M, K], K a multiple of 16.
+
+    Returns:
+        (codes, scale): int8 [M, K] and float32 [M]; scale NaN and codes 0 in rows with NaN or Inf.
+    """
+    rows, cols = x.shape
+    result = _empty(rows, cols, x.device)
+    height = _height(rows, cols, x.device)
+    quantizer = _Quantizer(height, cols, _rotation_dtype(x), x.device)
+    for first in range(0, rows, height):
+        span = slice(first, first + height)
+        quantizer.run(x[span], *(tensor[span] for tensor in result))
+    return result
+
+
+def _empty(rows: int, cols: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty(rows, cols, dtype=torch.int8, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+
+
+def _height(rows: int, cols: int, device: torch.device) -> int:
+    """Rows of a chunk."""
+    chunk = _CHUNK if device.type == "cpu" else _GPU_CHUNK
+    return max(1, min(rows, chunk // max(1, cols)))
+
+
+def _rotation_dtype(x: torch.Tensor) -> torch.dtype:
+    native = x.device.type == "cpu" and eager._cpu_multiplies(torch.bfloat16)
+    return torch.bfloat16 if native and x.dtype == torch.bfloat16 else torch.float32
+
+
+@cache
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # as a tensor that is kept, usable in any mode
+        return reference.hadamard(size).to(device, dtype)
+
+
+class _Quantizer:
+    """Rotates and quantizes chunks of at most `rows` rows, in buffers that it keeps."""
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device):
+        def empty(dtype):
+            return torch.empty(rows, cols, dtype=dtype, device=device)
+
+        self.matrix = _hadamard(reference.group(cols), dtype, device)
+        self.integer = torch.int16 if dtype == torch.bfloat16 else torch.int32
+        self.rotated = empty(dtype)
+        self.value = self.rotated if dtype == torch.float32 else empty(torch.float32)
+        self.bits = empty(self.integer)
+        largest = torch.iinfo(self.integer).max
+        self.magnitude = torch.tensor(largest, dtype=self.integer, device=device)
+        self.steps = torch.full((rows, 1), 127.0, device=device)
+
+    def run(self, x, code, scale) -> None:
+        """Fill code [m, K] and scale [m] from x [m, K]."""
+        rows, size = x.shape[0], self.matrix.shape[0]
+        rotated, value, bits = self.rotated[:rows], self.value[:rows], self.bits[:rows]
+        groups = x.to(rotated.dtype).reshape(-1, size)
+        torch.mm(groups, self.matrix, out=rotated.view(-1, size))
+        # Magnitudes of floats compare as their bits do, and NaN is above infinity: no NaN is lost.
+        torch.bitwise_and(rotated.view(self.integer), self.magnitude, out=bits)
+        amax = bits.amax(-1, keepdim=True).view(rotated.dtype).float()
+        bad = ~amax.isfinite()
+        step = (amax / self.steps[:rows]).clamp_min_(SMALLEST_SCALE)
+        if value is not rotated:
+            value.copy_(rotated)
+        # Not beyond +-127, as amax / step rounds to at most 127.
+        code.copy_(value.div_(step).round_()).masked_fill_(bad, 0)
+        scale.copy_(step.masked_fill_(bad, torch.nan).squeeze(-1))
+
+
+def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """x @ W.T + bias from rotated INT8, summed exactly and scaled in float32.
+
+    Args:
+        quantized, prepared: (codes, scale) of x [M, K] and of W [N', K]; N' is at least N.
+        bias: [N] or None.
+
+    Returns:
+        [M, N] of `dtype`.
+    """
+    (a, a_scale), (b, b_scale) = quantized, prepared
+    M = a.shape[0]
+    out = torch.empty(M, N, dtype=dtype, device=a.device)
+    if M == 0:
+        return out
+    bias = None if bias is None else bias.float()
+    if a.device.type != "cpu":
+        product = _gpu_product(a, b)[:M, :N].float()
+        _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
+    elif M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
+        product = torch._int_mm(b[:N], a.t()).view(1, N).float()
+        _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
+    else:
+        for rows, columns, product in _tiles(M, N):
+            torch._int_mm(a[rows], b[columns].t(), out=product)
+            value = product.view(torch.float32).copy_(product)  # in place: half the memory
+            part = None if bias is None else bias[columns]
+            _scale(value, a_scale[rows, None], b_scale[None, columns], part, out[rows, columns])
+    return out
+
+
+def _tiles(M: int, N: int):
+    """Cut [M, N] into tiles (rows, columns, int32 buffer [m, n])."""
+    height = min(M, _TALLEST)
+    width = min(N, _TILE // height)
+    buffer = torch.empty(height * width, dtype=torch.int32)
+    for c0 in range(0, N, width):
+        for r0 in range(0, M, height):
+            r1, c1 = min(M, r0 + height), min(N, c0 + width)
+            product = buffer[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
+            yield slice(r0, r1), slice(c0, c1), product
+
+
+def _scale(value, row_scale, column_scale, bias, out) -> None:
+    """out = value * row_scale * column_scale + bias; value is overwritten."""
+    value.mul_(row_scale)
+    if bias is None:
+        value.mul_(column_scale)
+    else:
+        torch.addcmul(bias, value, column_scale, out=value)
+    out.copy_(value)
+
+
+def _gpu_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b.T in int32, M and N padded to 32: cuBLAS wants M > 16, N in 8s, on Turing in 32s."""
+    a, b = (torch.nn.functional.pad(t, (0, 0, 0, -t.shape[0] % layout.ROW_PAD)) for t in (a, b))
+    return torch._int_mm(a, b.t())

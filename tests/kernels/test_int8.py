@@ -7,7 +7,7 @@ import torch
 from arithmetic import all_magnitudes
 from comfy_kitchen.backends.eager import quantization as kitchen
 
-from mxfp8.kernels.backends import reference
+from mxfp8.kernels.backends import int8, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = {768: 256, 3840: 256, 384: 64, 320: 64, 32: 16, 96: 16, 2592: 16}  # K -> group
@@ -103,3 +103,182 @@ def test_the_error_is_that_of_rounding_to_eight_bits(K):
     pair = reference.quantize_rotated_int8(x), reference.to_rotated_int8(*stored)
     error = relative(reference.rotated_int8_matmul(*pair, None, torch.float32, 64), exact)
     assert 0.008 < error < 0.015
+
+
+# ---- plain torch -----------------------------------------------------------------------------
+
+
+def multiply(x, stored, bias, N) -> torch.Tensor:
+    return int8.matmul(int8.quantize_input(x), int8.prepare_weight(*stored), bias, x.dtype, N)
+
+
+def exact(x, stored, bias, N) -> torch.Tensor:
+    """float64, from the weight as it is stored."""
+    weight = reference.dequantize_exact(*stored, N, x.shape[1])
+    product = x.double() @ weight.t()
+    return product if bias is None else product + bias.double()
+
+
+def blocks_of_all_scales(N, K):
+    """Blocks from E8M0's smallest scale on, in each row 64 powers of two wide."""
+    powers = torch.arange(N * K // 32).view(N, K // 32) % 64 + torch.arange(N)[:, None] - 130
+    return normal(N, K) * torch.exp2(powers.float()).repeat_interleave(32, 1)
+
+
+def blocks_at_the_limit(N, K):
+    """Blocks of +-448 next to blocks of zeros."""
+    return 448.0 * normal(N, K).sign() * (torch.arange(K) // 32 % 2)
+
+
+@pytest.mark.parametrize("K", GROUPS)
+@pytest.mark.parametrize("kind", [normal, heavy, blocks_of_all_scales, blocks_at_the_limit])
+def test_a_prepared_weight_differs_from_the_oracle_by_ties_alone(kind, K):
+    stored = reference.quantize(kind(70, K))
+    codes, scale = int8.prepare_weight(*stored)
+    expected, expected_scale = reference.to_rotated_int8(*stored)
+    assert codes.is_contiguous() and codes.dtype == torch.int8
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    off = codes.int() - expected.int()
+    assert off.abs().max() <= 1 and off.ne(0).double().mean() < 1e-3
+
+
+def test_a_weight_is_prepared_in_slabs_with_the_bits_of_the_whole(monkeypatch):
+    stored = reference.quantize(normal(200, 384))
+    stored[1][3, 2] = 0xFF  # a block that is NaN
+    whole = int8.prepare_weight(*stored)
+    monkeypatch.setattr(int8, "_CHUNK", 37 * 384)
+    parts = int8.prepare_weight(*stored)
+    assert whole[1].isnan().sum() == 1
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("K", GROUPS)
+@pytest.mark.parametrize("kind", [normal, heavy])
+def test_a_quantized_input_is_that_of_the_oracle_within_its_rounding(kind, K, dtype):
+    """In bfloat16 a rotated value is rounded by at most 2**-9 of it, once: half a code at 127."""
+    x = kind(33, K).to(dtype)
+    x[5], x[7, 3], x[8, 4] = 0, torch.nan, torch.inf
+    codes, scale = int8.quantize_input(x)
+    expected, expected_scale = reference.quantize_rotated_int8(x)
+    assert scale.isnan().nonzero().flatten().tolist() == [7, 8]
+    assert not codes[[5, 7, 8]].any()
+    rounding = 2.0**-8 if int8._rotation_dtype(x) == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(scale, expected_scale, rtol=rounding, atol=0, equal_nan=True)
+    off = (codes.int() - expected.int()).abs()
+    assert off.max() <= 1
+    if rounding == 1e-6:
+        assert off.double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", [normal, heavy])
+def test_rounding_rotated_values_to_bfloat16_adds_little(kind, dtype):
+    x, stored = kind(200, 768, seed=1).to(dtype), reference.quantize(normal(96, 768, seed=2))
+    expected = exact(x, stored, None, 96)
+    weight = int8.prepare_weight(*stored)
+    ours = int8.matmul(int8.quantize_input(x), weight, None, torch.float32, 96)
+    oracle = int8.matmul(reference.quantize_rotated_int8(x), weight, None, torch.float32, 96)
+    ratio = relative(ours, expected) / relative(oracle, expected)
+    assert ratio < 1.03  # 1.0000 in float32 and float16
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [None, 0], ids=["", "bias"])
+@pytest.mark.parametrize(
+    "M, N, K",
+    [
+        (1, 1, 32),
+        (1, 33, 384),
+        (2, 40, 256),
+        (7, 70, 96),
+        (64, 31, 768),
+        (1100, 1000, 64),
+        (0, 9, 64),
+    ],
+)
+def test_the_matmul_is_that_of_the_oracle(M, N, K, bias, dtype):
+    bias = None if bias is None else normal(N, seed=3).to(dtype)
+    x, stored = normal(M, K, seed=1).to(dtype), reference.quantize(normal(N, K, seed=2))
+    pair = int8.quantize_input(x), int8.prepare_weight(*stored)
+    out = int8.matmul(*pair, bias, dtype, N)
+    assert out.shape == (M, N) and out.dtype == dtype and out.is_contiguous()
+    expected = reference.rotated_int8_matmul(*pair, bias, torch.float64, N)
+    size = reference.rotated_int8_matmul(*pair, None, torch.float64, N).abs() + expected.abs()
+    bound = 2.0**-22 * size + torch.finfo(dtype).eps / 2 * expected.abs() + 2.0**-24
+    assert ((out.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("make", [normal, heavy])
+def test_the_error_is_a_third_of_that_of_mxfp8_inputs(make, dtype):
+    x, weight = make(96, 768, seed=1).to(dtype), make(128, 768, seed=2)
+    x[:, ::100] *= 30  # outlying channels
+    stored = reference.quantize(weight)
+    expected = exact(x, stored, None, 128)
+    error = relative(multiply(x, stored, None, 128), expected)
+    native = relative(reference.linear(x, *stored, None, 128, 768, "fast"), expected)
+    assert error < 0.6 * native
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_large_and_small_values_neither_overflow_nor_vanish(dtype):
+    """In float16, 65504 times a group of 256 would overflow anywhere but in float32."""
+    x, stored = normal(5, 512).to(dtype), reference.quantize(normal(32, 512, seed=1) / 512)
+    x[0], x[1] = 60000, torch.where(x[1] > 0, 60000, -60000)
+    x[2] *= 1e-4
+    expected = exact(x, stored, None, 32)
+    assert expected.abs().max() < 65504
+    out = multiply(x, stored, None, 32).double()
+    assert ((out - expected).norm(dim=-1) < 0.02 * expected.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_strides_and_modes_change_nothing(mode):
+    x, stored = normal(20, 256, seed=1).bfloat16(), reference.quantize(normal(40, 256))
+    expected = multiply(x, stored, None, 40)
+    wide = torch.empty(20, 300).bfloat16()
+    wide[:, 20:276] = x
+    for strided in (x.t().contiguous().t(), wide[:, 20:276], x.flip(0).contiguous().flip(0)):
+        with mode():
+            assert torch.equal(multiply(strided, stored, None, 40), expected)
+
+
+def test_products_are_right_on_the_smallest_tiles(monkeypatch):
+    x, stored = normal(50, 256, seed=1), reference.quantize(normal(96, 256))
+    bias = normal(90)
+    expected = multiply(x, stored, bias, 90)
+    monkeypatch.setattr(int8, "_TALLEST", 16)
+    monkeypatch.setattr(int8, "_TILE", 16 * 20)
+    assert torch.equal(multiply(x, stored, bias, 90), expected)
+
+
+@pytest.mark.parametrize("M", [1, 5, 17, 40])
+def test_matrices_are_padded_as_a_gpu_needs_them(M):
+    """cuBLAS multiplies int8 of more than 16 rows, and columns in multiples of 8 or 32."""
+    a, b = (torch.randint(-127, 128, (rows, 64), dtype=torch.int8) for rows in (M, 41))
+    product = int8._gpu_product(a, b)
+    assert product.shape[0] > 16 and product.shape[1] % 32 == 0
+    assert torch.equal(product[:M, :41], a.int() @ b.int().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("M", [1, 7, 100])
+def test_a_gpu_has_the_bits_of_the_cpu(M, dtype):
+    x, stored = normal(M, 768).to(dtype), reference.quantize(heavy(70, 768, seed=1))
+    bias = normal(70, seed=2).to(dtype)
+    quantized, prepared = reference.quantize_rotated_int8(x), reference.to_rotated_int8(*stored)
+    expected = int8.matmul(quantized, prepared, bias, dtype, 70)
+    on_gpu = [tuple(t.cuda() for t in pair) for pair in (quantized, prepared)]
+    out = int8.matmul(*on_gpu, bias.cuda(), dtype, 70).cpu()
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for ours, oracle in (
+        (int8.quantize_input(x.cuda()), quantized),
+        (int8.prepare_weight(*(t.cuda() for t in stored)), prepared),
+    ):
+        torch.testing.assert_close(ours[1].cpu(), oracle[1], rtol=1e-6, atol=0)
+        off = (ours[0].cpu().int() - oracle[0].int()).abs()
+        assert off.max() <= 1 and off.double().mean() < 1e-3
