@@ -354,19 +354,3 @@ def to_rotated_int8(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
         (codes, scale): int8 [N', K'] and float32 [N'].
     """
     return quantize_rotated_int8(dequantize_exact(qdata, scale, *qdata.shape))
-
-
-def rotated_int8_matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
-    """x @ W.T + bias from rotated INT8; the integer product is exact. Rounded to `dtype` once.
-
-    Args:
-        quantized, prepared: (codes, scale) of x [M, K] and of W [N', K]; N' is at least N.
-        bias: [N] or None.
-
-    Returns:
-        [M, N] of `dtype`.
-    """
-    (a, a_scale), (b, b_scale) = quantized, prepared
-    out = a.double() @ b[:N].double().t()  # integers below 2**53
-    out = out * a_scale.double()[:, None] * b_scale[:N].double()
-    return (out if bias is None else out + bias.double()).to(dtype)

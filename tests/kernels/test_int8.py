@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from arithmetic import all_magnitudes
@@ -26,6 +28,9 @@ def heavy(*shape, seed=0):
 
 def relative(actual, expected) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+product = partial(reference.matmul, "rotated_int8", "rotated_int8")  # in float64, rounded once
 
 
 # ---- the oracle ------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ def test_a_row_that_is_not_finite_is_nan_and_the_others_stay(dtype):
     assert not codes[1:5].any() and codes[0].any()
     assert scale[4] == torch.tensor(1e-30)
     weight = reference.to_rotated_int8(*reference.quantize(normal(32, 64)))
-    out = reference.rotated_int8_matmul((codes, scale), weight, None, torch.float32, 20)
+    out = product((codes, scale), weight, None, torch.float32, 20)
     assert out.shape == (6, 20)
     assert out.isnan().all(-1).tolist() == scale.isnan().tolist()
     assert not out[4].any()
@@ -101,7 +106,7 @@ def test_the_error_is_that_of_rounding_to_eight_bits(K):
     stored = reference.quantize(weight)
     exact = x.double() @ reference.dequantize_exact(*stored, 64, K).t()
     pair = reference.quantize_rotated_int8(x), reference.to_rotated_int8(*stored)
-    error = relative(reference.rotated_int8_matmul(*pair, None, torch.float32, 64), exact)
+    error = relative(product(*pair, None, torch.float32, 64), exact)
     assert 0.008 < error < 0.015
 
 
@@ -204,8 +209,8 @@ def test_the_matmul_is_that_of_the_oracle(M, N, K, bias, dtype):
     pair = int8.quantize_input(x), int8.prepare_weight(*stored)
     out = int8.matmul(*pair, bias, dtype, N)
     assert out.shape == (M, N) and out.dtype == dtype and out.is_contiguous()
-    expected = reference.rotated_int8_matmul(*pair, bias, torch.float64, N)
-    size = reference.rotated_int8_matmul(*pair, None, torch.float64, N).abs() + expected.abs()
+    expected = product(*pair, bias, torch.float64, N)
+    size = product(*pair, None, torch.float64, N).abs() + expected.abs()
     bound = 2.0**-22 * size + torch.finfo(dtype).eps / 2 * expected.abs() + 2.0**-24
     assert ((out.double() - expected).abs() <= bound).all()
 
