@@ -172,7 +172,7 @@ _TO_MXFP8 = (
         "kitchen",
         kitchen.quantize_mxfp8,
         kitchen.quantize_mxfp8_unsupported_reason,
-        test=self_test.quantizer(kitchen.quantize_mxfp8),
+        test=self_test.quantizer(kitchen.quantize_mxfp8, tiny=False),
     ),
     QUANTIZERS[1],
 )
