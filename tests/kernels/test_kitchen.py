@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy_kitchen
 import pytest
@@ -65,7 +66,11 @@ def test_weights_may_be_stored_without_padding(by_eager):
     assert all(torch.equal(a, b[:65]) for a, b in zip(cut, whole, strict=True))
 
 
-def test_nan_and_overflow_in_a_weight_make_their_rows_nan(by_eager):
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_nan_and_overflow_in_a_weight_make_their_rows_nan(on_cuda, by_eager, monkeypatch):
+    if on_cuda:  # where they would come out finite
+        registry = SimpleNamespace(get_implementation=lambda *_, **__: lambda w, _: as_on_cuda(w))
+        monkeypatch.setattr(kitchen, "_registry", lambda: registry)
     qdata, scale = reference.quantize(normal(32, 256))
     qdata.view(torch.uint8)[3, 7] = 0x7F
     row_major = layout.untile(scale, 32, 8)
@@ -93,7 +98,14 @@ def test_the_product_is_the_oracle_s(M, dtype, by_eager):
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize("shape", [(64, 256), (33, 70), (1, 32)])
-def test_mxfp8_inputs_have_the_bits_of_the_oracle(shape, dtype, by_eager):
+def test_mxfp8_inputs_have_the_bits_of_the_oracle(shape, dtype, by_eager, monkeypatch):
+    quantize = comfy_kitchen.quantize_mxfp8
+
+    def contiguous_only(x, pad_32x):  # as the compiled kernel
+        assert x.is_contiguous()
+        return quantize(x, pad_32x)
+
+    monkeypatch.setattr(comfy_kitchen, "quantize_mxfp8", contiguous_only)
     x = normal(*shape).to(dtype)
     x[0, :32] = 0
     for source in (x, x.t().contiguous().t()):
@@ -106,19 +118,23 @@ def test_mxfp8_inputs_have_the_bits_of_the_oracle(shape, dtype, by_eager):
 def as_on_cuda(x):
     """Its CUDA quantizer (int8_linear.cu, quantize_int8_rowwise_convrot64_kernel) in torch."""
     value = reference.rotate(x).float()
-    amax = value.abs().amax(-1, keepdim=True).clamp_max(torch.finfo(x.dtype).max)
+    amax = value.abs().nan_to_num(nan=0, posinf=torch.inf).amax(-1, keepdim=True)
+    amax = amax.clamp_max(torch.finfo(x.dtype).max)
     scale = (amax / 127).clamp_min(1e-30)
     quotient = (value.to(x.dtype).float() / scale.to(x.dtype).float()).to(x.dtype)
-    return quotient.float().round().clamp(-128, 127).to(torch.int8), scale.squeeze(-1)
+    code = quotient.float().nan_to_num(nan=-128).round().clamp(-128, 127).to(torch.int8)
+    return code, scale
 
 
 @pytest.mark.parametrize("K", [256, 3840])
 def test_rounding_on_cuda_stays_within_what_self_tests_allow(K):
     weight, x = normal(96, K), normal(256, K, seed=1).bfloat16()
     prepared = reference.to_rotated_int8(*reference.quantize(weight))
+    codes, scale = as_on_cuda(x)
+    quantized_on_cuda = codes, scale.squeeze(-1)
     out, expected = (
         oracle(quantized, prepared, None, torch.float64, 96)
-        for quantized in (as_on_cuda(x), reference.quantize_rotated_int8(x))
+        for quantized in (quantized_on_cuda, reference.quantize_rotated_int8(x))
     )
     exact = x.double() @ reference.dequantize_exact(*reference.quantize(weight), 96, K).t()
     assert 7e-3 < error(out, expected) < 1e-2  # `self_test._EXACT`
