@@ -1,7 +1,7 @@
 """What a computation costs a GPU, counted where there is none: launches, and bytes moved.
 
 Every op that reaches torch's dispatcher is a launch, except views and allocations. It reads every
-input once and writes every output once.
+input once and writes every output once. Within a FakeTensorMode, tensors of any size and device do.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
-        name = op._schema.name.partition("::")[2]
+        namespace, _, name = op._schema.name.partition("::")
         returns = [value.alias_info for value in op._schema.returns]
         view = any(alias is not None and not alias.is_write for alias in returns)
-        if not view and name not in _ALLOCATIONS:
+        if namespace != "prim" and not view and name not in _ALLOCATIONS:
             self.names.append(name)
             read = tree_leaves((args[1:] if name in _OVERWRITES else args, kwargs))
             self.bytes += sum(map(_size, [*read, *tree_leaves(result)]))

@@ -3,7 +3,7 @@
     python tests/support/mocked_card.py FOLDER...
 
 tells, as JSON, why `kernels/backends/kitchen.py` does not run, for every version of comfy-kitchen
-in FOLDERs, card and problem. The registry, its constraints and the CUDA extension are real.
+in FOLDERs, card and problem. The registry and its constraints are real.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ def install(card: Card, patch: pytest.MonkeyPatch, kitchen: bool = True) -> None
     Args:
         kitchen: whether comfy-kitchen's kernels load.
     """
-    from mxfp8.kernels import device_facts
-
     major, minor = (11, 0) if card.amd else card.version
     properties = SimpleNamespace(
         name=card.name,
@@ -54,6 +52,7 @@ def install(card: Card, patch: pytest.MonkeyPatch, kitchen: bool = True) -> None
         shared_memory_per_block=65536 if card.amd else 49152,
         shared_memory_per_block_optin=card.shared,
         gcnArchName=f"{card.version}:sramecc+",
+        multi_processor_count=68,
     )
     patch.setattr(torch.version, "cuda", None if card.amd else card.torch_for)
     patch.setattr(torch.version, "hip", card.torch_for if card.amd else None)
@@ -63,12 +62,17 @@ def install(card: Card, patch: pytest.MonkeyPatch, kitchen: bool = True) -> None
     patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: card.name)
-    for fact in (device_facts.capability, device_facts.amd_architecture):
-        fact.cache_clear()
-    from mxfp8.kernels.backends import kitchen as ours
-
-    ours._shared_memory.cache_clear()
+    forget()
     _register(card, patch, kitchen)
+
+
+def forget() -> None:
+    """Clear the facts of devices that are kept, for after the patches are undone too."""
+    from mxfp8.kernels import device_facts
+    from mxfp8.kernels.backends import kitchen
+
+    for fact in (device_facts.capability, device_facts.amd_architecture, kitchen._shared_memory):
+        getattr(fact, "cache_clear", lambda: None)()  # a test may have replaced it
 
 
 def _register(card: Card, patch: pytest.MonkeyPatch, kitchen: bool) -> None:
@@ -94,6 +98,7 @@ def _register(card: Card, patch: pytest.MonkeyPatch, kitchen: bool) -> None:
         # Its extension needs ROCm to load.
         patch.setattr(backend, "_C", backend._C or SimpleNamespace())
     patch.setattr(backend, "_EXT_AVAILABLE", kitchen)
+    patch.setattr(backend, "_CUBLASLT_AVAILABLE", kitchen, raising=False)
     patch.setattr(backend, "_EXT_ERROR", None if kitchen else "cannot open shared object file")
     backend._register()
     if not card.amd and int(card.torch_for.partition(".")[0]) < 13:
