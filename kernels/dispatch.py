@@ -248,6 +248,7 @@ def _warn_exact(device: str, path: ExecutionPath) -> None:
     """Log once per device type and set of reasons, whatever the dtype."""
     fast = {b.name for b in BACKENDS if b.precision == "fast"}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in path.unsupported if name in fast)
+    reasons = reasons or "Those that are named are exact"
     if (device, reasons) not in _warned:
         _warned.add((device, reasons))
         logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)

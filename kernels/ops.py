@@ -117,10 +117,22 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     qdata, scale = qdata.contiguous(), scale.contiguous()  # nearly always a no-op
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias)):
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, bias)
+    )
+    if needs_grad or not _are_numbers(N, K):
         bias = None if bias is None else bias.contiguous()
         return _ops.linear(x, qdata, scale, bias, N, K, precision)
     return _linear(x, qdata, scale, bias, N, K, precision)
+
+
+def _are_numbers(*sizes) -> bool:
+    """Whether a path can be chosen for sizes now: torch.compile may trace with symbols instead."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for size in sizes)
 
 
 def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=None) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from comfyui import KINDS, TESTS, Server, make_models
 from hypothesis import HealthCheck, settings
 from quantized_files import plain
 from safetensors.torch import save_file
 
-from mxfp8.kernels import device_facts, dispatch
-from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.kernels import device_facts, dispatch, self_test
 from mxfp8.quant.conversion.convert import convert_file
 
 # No test fails because other programs slow this machine down.
@@ -38,30 +39,23 @@ def comfy(tmp_path_factory):
 def forget():
     """Clears the cached choices of backends, before and after a test that changes what can be
     chosen; call it to clear them in between."""
-
-    def clear() -> None:
-        for cache in (
-            dispatch._choose, dispatch._test, dispatch._notice_exact, dispatch._warn_exact,
-        ):  # fmt: skip
-            getattr(cache, "cache_clear", lambda: None)()  # a test may have replaced it
-
-    clear()
-    yield clear
-    clear()
+    dispatch.forget()
+    yield dispatch.forget
+    dispatch.forget()
 
 
 @pytest.fixture
 def prefer(monkeypatch, forget):
-    """prefer(name, **changes): make a backend take fast linears of many rows on the CPU."""
+    """prefer(name, **changes): make a backend take fast linears on the CPU, of the rows it is for.
+
+    Its weight counts as prepared in one pass, so that `kernels.linear` runs it as well.
+    """
 
     def insert(name: str, **changes) -> None:
-        def unsupported_reason(problem):
-            fits = problem.op == "linear" and problem.precision == "fast" and not problem.small_m
-            return None if fits else "no"
-
-        record = dispatch.replace(
-            dispatch.named(name), unsupported_reason=unsupported_reason, test=None, **changes
-        )
+        backend = dispatch.named(name)
+        steps = tuple(replace(step, one_pass=True) for step in backend.preparers)
+        changes = {"preparers": steps, "automatic": True, "test": None} | changes
+        record = replace(backend, unsupported_reason=lambda problem: None, **changes)
         others = tuple(b for b in dispatch.BACKENDS if b.name != name)
         monkeypatch.setattr(dispatch, "BACKENDS", (record, *others))
         forget()
@@ -71,14 +65,53 @@ def prefer(monkeypatch, forget):
 
 @pytest.fixture
 def card(monkeypatch, forget):
-    """card(capability, triton=reason or None, platform=...): simulate an NVIDIA GPU."""
+    """card(capability, triton=reason or None, ...): simulate a GPU and what is installed.
 
-    def insert(capability, triton=None, platform="linux", torch_runs=True):
-        monkeypatch.setattr(device_facts, "capability", lambda device: capability)
-        monkeypatch.setattr(device_facts, "triton_unsupported_reason", lambda: triton)
-        monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
+    Its further arguments are the architecture of an AMD GPU, why comfy-kitchen's kernels do not run
+    (it is absent unless told otherwise), what fails its self-test (names of backends or of steps)
+    and sys.platform.
+    """
+    backends = dispatch.BACKENDS
+
+    def insert(
+        capability,
+        triton=None,
+        platform="linux",
+        *,
+        amd=None,
+        kitchen="needs comfy-kitchen",
+        fails=(),
+    ):
+        def step(given):
+            return replace(given, unsupported_reason=by_kitchen) if kitchens(given) else given
+
+        def kitchens(given) -> bool:
+            return given.name.startswith("kitchen")
+
+        def by_kitchen(problem):
+            return kitchen
+
+        def verdict(name, test, device, dtype):
+            return ("its self-test failed" if name in fails else None), True
+
+        facts = {
+            "capability": lambda device: capability if device.type == "cuda" else None,
+            "amd_architecture": lambda device: amd if device.type == "cuda" else None,
+            "triton_unsupported_reason": lambda: triton,
+        }
+        for name, fact in facts.items():
+            monkeypatch.setattr(device_facts, name, fact)
+        changed = tuple(
+            replace(
+                step(backend),
+                preparers=tuple(map(step, backend.preparers)),
+                quantizers=tuple(map(step, backend.quantizers)),
+            )
+            for backend in backends
+        )
+        monkeypatch.setattr(dispatch, "BACKENDS", changed)
+        monkeypatch.setattr(self_test, "verdict", verdict)
         monkeypatch.setattr("sys.platform", platform)
-        monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: torch_runs)
         forget()
 
     return insert

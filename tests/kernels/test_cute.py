@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from mxfp8 import kernels
-from mxfp8.kernels import aot, device_facts, dispatch, layout
+from mxfp8.kernels import aot, device_facts, dispatch, layout, self_test
 from mxfp8.kernels.backends import reference
 from mxfp8.kernels.backends.cute import mx
-from mxfp8.kernels.dispatch import Problem
+from mxfp8.kernels.records import Problem
 
 DEVICE = torch.device("cuda", 0)
-LINEAR = Problem("linear", DEVICE, torch.bfloat16, "fast")
+LINEAR = Problem(DEVICE, torch.bfloat16, "fast")
 DISASSEMBLED = ("sm_100a", "sm_120a")  # which the tools in Triton's wheel can read
 BLOCKS_PER_SM = {"sm_100a": 2, "sm_120a": 1}
 MATRIX = {"sm_100a": "UTCQMMA", "sm_103a": "UTCQMMA", "sm_120a": "QMMA", "sm_121a": "QMMA"}
@@ -274,12 +274,6 @@ def test_every_other_card_is_unsupported_with_what_it_is(capability, card):
     )
 
 
-def test_it_only_multiplies_and_only_fast(card):
-    card((12, 0))
-    assert mx.unsupported_reason(dispatch.replace(LINEAR, op="quantize")) == "multiplies only"
-    assert "exact rules out" in mx.unsupported_reason(dispatch.replace(LINEAR, precision="exact"))
-
-
 @pytest.fixture
 def package(monkeypatch):
     """package(module or None): what `import cutlass` finds."""
@@ -313,7 +307,12 @@ def test_it_never_runs_unless_it_is_named(card, monkeypatch):
     assert not backend.automatic
     monkeypatch.setattr(mx, "dsl_unsupported_reason", lambda: None)
     tested = []
-    monkeypatch.setattr(dispatch, "_test", lambda backend, device: tested.append(backend.name))
+
+    def verdict(name, test, device, dtype):
+        tested.append(name)
+        return None, True
+
+    monkeypatch.setattr(self_test, "verdict", verdict)
     listed = {status.name: status for status in kernels.list_backends(DEVICE)}
     assert "use_backend" in listed["cute_mx"].reason
     assert "cute_mx" not in tested and "torch_mx" in tested
@@ -362,10 +361,10 @@ def test_an_unknown_architecture_raises_with_its_name():
         mx.compile_for("sm_90a")
 
 
-def test_a_kernel_gets_addresses_that_are_aligned_then_sizes(card, monkeypatch, dsl):
+def test_a_kernel_gets_addresses_that_are_aligned_then_sizes(monkeypatch, dsl):
     import cutlass.torch
 
-    card((12, 0))
+    monkeypatch.setattr(device_facts, "capability", lambda device: (12, 0))
     called = []
     monkeypatch.setattr(mx, "_compile", lambda *what: lambda *given: called.append((what, given)))
     monkeypatch.setattr(cutlass.torch, "current_stream", lambda: "stream")

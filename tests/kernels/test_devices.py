@@ -11,9 +11,9 @@ import torch
 from gpu import report
 
 from mxfp8 import kernels
-from mxfp8.kernels import device_facts, dispatch
-from mxfp8.kernels.backends import fp8_rowwise
-from mxfp8.kernels.dispatch import Problem
+from mxfp8.kernels import dispatch, records
+from mxfp8.kernels.backends import eager
+from mxfp8.kernels.records import Problem
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
@@ -26,47 +26,70 @@ DEVICES |= {g: ("cuda", None, g) for g in ("gfx90a", "gfx942", "gfx950", "gfx110
 DEVICES |= {name: (name, None, None) for name in ("cpu", "mps", "xpu")}
 FP8_CARDS = {"sm_89", "sm_90"}
 BLOCK_CARDS = {"sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "sm_130", "sm_142"}
+ROTATES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "gfx1100", "gfx1201"}  # by comfy-kitchen
 NO_TRITON = "needs Triton: pip install triton"
+NO_KITCHEN = "needs comfy-kitchen"
 
 
 @pytest.fixture
-def standing_on(monkeypatch, forget):
-    """standing_on(name, triton=reason or version): a device of `DEVICES`; returns it."""
+def standing_on(monkeypatch, card):
+    """standing_on(name, triton=reason or version, ...): a device of `DEVICES`; returns it."""
 
-    def stand(name, triton="3.9.0"):
+    def stand(name, triton="3.9.0", **rest):
         kind, capability, architecture = DEVICES[name]
-        unsupported_reason = triton if triton.startswith("needs") else None
-        monkeypatch.setattr(device_facts, "capability", lambda device: capability)
-        monkeypatch.setattr(device_facts, "amd_architecture", lambda device: architecture)
-        monkeypatch.setattr(device_facts, "triton_unsupported_reason", lambda: unsupported_reason)
+        card(capability, triton if triton.startswith("needs") else None, amd=architecture, **rest)
         monkeypatch.setattr("triton.__version__", triton)
-        monkeypatch.setattr(dispatch, "_test", lambda backend, device: None)
-        monkeypatch.setattr(fp8_rowwise, "_torch_runs", lambda device: True)
-        forget()
         return torch.device(kind, 0) if kind != "cpu" else torch.device(kind)
 
     return stand
 
 
+def path(device, precision, rows=None, dtype=torch.bfloat16):
+    """What a layer gets whose weight may be prepared."""
+    return kernels.execution_path(device, dtype, precision, rows, prepare="once")
+
+
+@pytest.mark.parametrize("has_kitchen", [True, False])
 @pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("name", DEVICES)
-def test_every_device_has_a_backend_for_everything(name, has_triton, standing_on):
-    device = standing_on(name, "3.9.0" if has_triton else NO_TRITON)
-    exact = "triton" if has_triton and device.type == "cuda" else "eager"
-    fast = {**dict.fromkeys(FP8_CARDS, "fp8"), **dict.fromkeys(BLOCK_CARDS, "torch_mx")}
-    for small_m in (False, True):
-        for precision in dispatch.PRECISIONS:
-            problem = Problem("linear", device, torch.bfloat16, precision, small_m)
-            expected = exact if small_m or precision == "exact" else fast.get(name, exact)
-            assert dispatch._choose(problem, None)[0].name == expected, (precision, small_m)
-    for op in ("quantize", "dequantize"):
-        assert dispatch._choose(Problem(op, device, torch.bfloat16), None)[0].name == exact
+def test_every_device_has_a_backend_for_everything(name, has_triton, has_kitchen, standing_on):
+    # What comfy-kitchen runs on, its own tests say.
+    kitchen = None if has_kitchen and name in ROTATES | BLOCK_CARDS else NO_KITCHEN
+    device = standing_on(name, "3.9.0" if has_triton else NO_TRITON, kitchen=kitchen)
+    triton = has_triton and device.type == "cuda"
+    unpacks = "triton" if triton else "eager"
+    old = name in ("sm_70", "sm_75")  # of which Triton knows no matrix instructions
+    decodes = {1: "triton_w8a16", 64: unpacks if old else "triton_w8a16"} if triton else {}
+    if kitchen is None and name == "sm_90":
+        fast = "torch_fp8" if triton else "kitchen_int8"
+    elif kitchen is None and name in ROTATES:
+        fast = "kitchen_int8"
+    elif name in FP8_CARDS and triton:
+        fast = "torch_fp8"
+    elif name in BLOCK_CARDS and (triton or kitchen is None):
+        fast = "torch_mx"
+    else:
+        fast = None
+    for rows in (1, 64, None):
+        for precision in ("exact", "auto"):
+            exact = "torch_bf16" if name == "cpu" and cpu_keeps_bf16() else unpacks
+            expected = decodes.get(rows, exact)
+            if rows is None and precision == "auto" and fast is not None:
+                expected = fast
+            assert path(device, precision, rows).backend == expected, (precision, rows)
+    for steps in (records.QUANTIZERS, records.DEQUANTIZERS):
+        assert dispatch.choose_step(steps, device, torch.bfloat16).name == unpacks
     for status in kernels.list_backends(device):
         assert status.available or status.reason, status.name
 
 
+def cpu_keeps_bf16() -> bool:
+    problem = Problem(torch.device("cpu"), torch.bfloat16, prepare="once")
+    return eager.bf16_unsupported_reason(problem) is None
+
+
 def reasons(device) -> dict[str, str]:
-    problem = Problem("linear", device, torch.bfloat16, "fast")
+    problem = Problem(device, torch.bfloat16, "fast")
     return {b.name: b.unsupported_reason(problem) for b in dispatch.BACKENDS}
 
 
@@ -83,7 +106,8 @@ def test_unsupported_reasons_say_what_a_device_lacks(name, standing_on):
     else:
         assert reason["torch_mx"].endswith(here) and "NVIDIA Blackwell" in reason["torch_mx"]
     if name not in FP8_CARDS | BLOCK_CARDS:
-        assert reason["fp8"].endswith(here) and "8.9 (RTX 40)" in reason["fp8"]
+        for backend in ("torch_fp8", "triton_fp8"):
+            assert reason[backend].endswith(here) and "8.9 (RTX 40)" in reason[backend]
     if name in ("sm_130", "sm_142"):
         version = "{}.{}".format(*capability)
         assert reason["triton_mx"] == f"was never compiled for compute capability {version}"
@@ -108,15 +132,12 @@ def test_a_triton_without_block_scales_is_unsupported(name, triton, unsupported,
 
 
 @pytest.mark.parametrize("name", ["sm_130", "sm_142"])
-def test_a_card_of_the_future_that_fails_its_self_test_runs_exact(name, standing_on, monkeypatch):
-    device = standing_on(name)
-    monkeypatch.setattr(dispatch, "_test", lambda b, d: "no kernel image" if b.input_form else None)
-    backend, precision = dispatch._choose(
-        Problem("linear", device, torch.bfloat16, "auto"), None
-    )  # fmt: skip
-    assert (backend.name, precision) == ("triton", "exact")
+def test_a_card_of_the_future_that_fails_its_self_test_runs_exact(name, standing_on):
+    device = standing_on(name, fails=("torch_mx", "triton_fp8"))
+    chosen = path(device, "auto")
+    assert (chosen.backend, chosen.precision) == ("triton", "exact")
     listed = {status.name: status.reason for status in kernels.list_backends(device)}
-    assert listed["torch_mx"] == listed["fp8"] == "no kernel image"
+    assert listed["torch_mx"] == listed["triton_fp8"] == "its self-test failed"
 
 
 # ---- what a results file has to show ---------------------------------------------------------
@@ -137,14 +158,13 @@ def test_what_is_preferred_is_backed_by_a_results_file():
 
 def test_only_the_card_that_was_measured_prefers_what_was_measured(standing_on, monkeypatch):
     monkeypatch.setattr(dispatch, "MEASURED", {(12, 0): {"triton_mx": "a card.json"}})
-    for name, expected in (("sm_120", "triton_mx"), ("sm_100", "torch_mx"), ("sm_90", "fp8")):
+    expectations = ("sm_120", "triton_mx"), ("sm_100", "torch_mx"), ("sm_90", "torch_fp8")
+    for name, expected in expectations:
         device = standing_on(name)
-        problem = Problem("linear", device, torch.bfloat16, "auto")
-        assert dispatch._choose(problem, None)[0].name == expected
+        assert path(device, "auto").backend == expected
         listed = {status.name: status for status in kernels.list_backends(device)}
         assert listed["triton_mx"].available == (name == "sm_120")
-        exact = dispatch._choose(Problem("linear", device, torch.bfloat16, "exact"), None)
-        assert exact[0].name == "triton"
+        assert path(device, "exact").backend == "triton"
 
 
 def measured(**changes):

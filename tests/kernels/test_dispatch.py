@@ -1,17 +1,21 @@
-"""Choosing a backend: which ones support a problem, why others do not, and one choice per kind."""
+"""Choosing a path: what runs a problem, why the rest does not, and one choice per kind of it."""
 
 import logging
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from cards import CARDS
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch
-from mxfp8.kernels.backends import reference
-from mxfp8.kernels.dispatch import Backend, BackendStatus, Problem
+from mxfp8.kernels import device_facts, dispatch, records, self_test
+from mxfp8.kernels.backends import fp8_rowwise, reference
+from mxfp8.kernels.dispatch import BackendStatus
+from mxfp8.kernels.records import Backend, Problem, Step
 
 
 @pytest.fixture(autouse=True)
@@ -23,47 +27,60 @@ def numbers(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-X = numbers(7, 512)
+X = numbers(70, 512)
 STORED = reference.quantize(numbers(64, 512))
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def oracle(precision):
-    return reference.linear(X, *STORED, None, 64, 512, precision)
+def oracle(precision, x=X):
+    return reference.linear(x, *STORED, None, 64, 512, precision)
 
 
-class Recorder:
-    """Backends that record each problem, and do not support some precisions."""
+class Made:
+    """Made-up backends, which record what they are asked."""
 
     def __init__(self):
         self.asked = []
 
-    def backend(self, name, unsupported=(), automatic=True):
+    def backend(self, name, precision, reason=None, **rest):
+        """Its results are 1 if it is exact and 2 if it is fast."""
+
         def unsupported_reason(problem):
             self.asked.append((name, problem))
-            return f"{name} cannot" if problem.precision in unsupported else None
+            return reason
 
-        def linear(x, qdata, scale, bias, rows, cols, precision):
-            return torch.full((x.shape[0], rows), {"exact": 1.0, "fast": 2.0}[precision])
+        def matmul(quantized, prepared, bias, dtype, N):
+            return torch.full((quantized[0].shape[0], N), {"exact": 1.0, "fast": 2.0}[precision])
 
-        return Backend(name, "made up", linear, unsupported_reason, automatic=automatic)
+        return Backend(
+            name, "made up", precision, matmul, unsupported_reason=unsupported_reason, **rest
+        )
 
 
 @pytest.fixture
 def offer(monkeypatch):
-    """offer(name=unsupported precisions, ...) replaces the backends and returns a Recorder."""
+    """offer(name=precision, or (precision, why it cannot), ...) replaces the backends; a `Made`."""
 
-    def replace(**backends):
-        recorder = Recorder()
-        made = tuple(recorder.backend(*item) for item in backends.items())
-        monkeypatch.setattr(dispatch, "BACKENDS", made)
-        return recorder
+    def offer(**backends):
+        made = Made()
+        both = ((name, (p,) if isinstance(p, str) else p) for name, p in backends.items())
+        records = tuple(made.backend(name, *parts) for name, parts in both)
+        monkeypatch.setattr(dispatch, "BACKENDS", records)
+        return made
 
-    return replace
+    return offer
 
 
-def ran(precision):
+def ran(precision, x=X):
     """What the made-up backend ran as, at the precision asked for."""
-    return {1.0: "exact", 2.0: "fast"}[float(kernels.linear(X, *STORED, precision=precision)[0, 0])]
+    return {1.0: "exact", 2.0: "fast"}[float(kernels.linear(x, *STORED, precision=precision)[0, 0])]
+
+
+def chosen(precision="auto", rows=None, device=CPU, dtype=torch.bfloat16, **rest) -> str:
+    return kernels.execution_path(device, dtype, precision, rows, **rest).backend
+
+
+# ---- what there is ---------------------------------------------------------------------------
 
 
 def test_every_backend_is_listed_with_its_state():
@@ -85,49 +102,75 @@ def test_a_state_prints_as_a_line(available, reason, text):
 
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_the_list_is_for_the_gpu_where_there_is_one(cuda, expected, offer, monkeypatch):
-    recorder = offer(a=())
+    made = offer(a="exact")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(device_facts, "capability", lambda device: None)
     kernels.list_backends()
-    assert [problem.device.type for _, problem in recorder.asked] == [expected]
+    assert [problem.device.type for _, problem in made.asked] == [expected]
 
 
 def test_the_list_says_why_a_backend_is_not_used(offer):
-    offer(a=("exact",), b=())
+    offer(a=("exact", "a cannot"), b="exact")
     assert [str(status) for status in kernels.list_backends("cpu")] == [
         "a: made up (not used: a cannot)",
         "b: made up (available)",
     ]
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_the_reference_runs_when_named(precision):
-    with kernels.use_backend("reference"):
+def test_a_description_has_a_line_for_each_precision(offer, monkeypatch):
+    offer(a="exact", b="fast")
+    assert kernels.describe_paths("cpu") == [
+        "auto: b (fast)", "exact: a (exact)", "fast: b (fast)",
+    ]  # fmt: skip
+    made = Made()
+    few = made.backend("a", "exact", m_classes=("one", "few"))
+    monkeypatch.setattr(dispatch, "BACKENDS", (few, made.backend("b", "exact")))
+    dispatch.forget()
+    assert (
+        kernels.describe_paths("cpu")[1] == "exact: up to 64 rows: a (exact), more rows: b (exact)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "name"), [("exact", "reference"), ("fast", "reference_mx"), ("auto", "both")]
+)
+def test_the_oracles_run_when_named(precision, name):
+    names = ("reference", "reference_mx") if name == "both" else (name,)
+    with kernels.use_backend(*names):
         got = kernels.linear(X, *STORED, precision=precision)
-    assert torch.equal(got, oracle(precision))
+    assert torch.equal(got, oracle("fast" if precision == "auto" else precision))
     assert not torch.equal(oracle("exact"), oracle("fast"))
 
 
-@pytest.mark.parametrize("name", ["torch_mx", "fp8", "triton_mx", "cute_mx"])
-def test_a_backend_that_only_multiplies_leaves_the_rest_to_others(name, monkeypatch):
-    made = [
-        dispatch.replace(
-            b, test=None,
-            unsupported_reason=lambda problem: None if problem.precision == "fast" else "no",
-            matmul=lambda x, w, bias, dtype, M, N: reference.linear(X, *w, bias, N, 512).to(dtype),
-            linear=lambda x, q, s, bias, rows, cols, precision: reference.linear(
-                x, q, s, bias, rows, cols
-            ),
-        ) if b.name == name else b for b in dispatch.BACKENDS
-    ]  # fmt: skip
-    monkeypatch.setattr(dispatch, "BACKENDS", tuple(made))
+def test_the_oracles_never_run_unnamed():
+    for precision in dispatch.PRECISIONS:
+        for rows in (1, 5, None):
+            assert not chosen(precision, rows, prepare="once").startswith("reference")
+
+
+FAST = [backend.name for backend in records.BACKENDS if backend.precision == "fast"]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_backend_that_is_named_multiplies_and_leaves_the_rest_to_others(name, monkeypatch):
+    """It takes any number of rows, and the forms that it needs are made on every call."""
+    backend = dispatch.named(name)
+    matmul = partial(reference.matmul, backend.weight_form, backend.input_form)
+    simulated = replace(backend, matmul=matmul, unsupported_reason=lambda problem: None, test=None)
+    made = tuple(simulated if b.name == name else b for b in dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", made)
     with kernels.use_backend(name):
-        assert torch.equal(kernels.linear(X, *STORED, precision="auto"), oracle("exact"))
+        for x in (X, X[:1]):
+            path = kernels.execution_path(CPU, x.dtype, "auto", len(x), prepare="each call")
+            operands = kernels.quantize_input(path, x), kernels.prepare_weight(path, *STORED)
+            expected = matmul(*operands, None, x.dtype, 64)[: len(x)]
+            assert torch.equal(kernels.linear(x, *STORED, precision="auto"), expected)
         assert torch.equal(kernels.quantize(X)[0].view(torch.uint8),
                            reference.quantize(X)[0].view(torch.uint8))  # fmt: skip
         x = X.clone().requires_grad_()
         kernels.linear(x, *STORED, precision="fast").sum().backward()
         assert x.grad is not None
-        with pytest.raises(ValueError, match=r"takes linear of .* at precision 'exact'"):
+        with pytest.raises(ValueError, match=r"takes a linear of .* at precision 'exact'"):
             kernels.linear(X, *STORED, precision="exact")
 
 
@@ -136,34 +179,70 @@ def test_choosing_imports_no_compiler():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
-def test_the_reference_never_runs_unnamed():
-    for precision in dispatch.PRECISIONS:
-        assert dispatch.choose("linear", X, precision)[0].name != "reference"
+def test_an_unknown_name_is_no_attribute_of_kernels():
+    with pytest.raises(AttributeError, match="no attribute 'multiply'"):
+        _ = kernels.multiply
+
+
+# ---- one choice for each kind of problem -----------------------------------------------------
 
 
 def test_the_first_backend_that_supports_a_problem_is_chosen(offer):
-    recorder = offer(a=("exact", "fast"), b=(), c=())
-    assert ran("exact") == "exact"
-    problem = Problem("linear", X.device, X.dtype, "exact", small_m=True)
-    assert recorder.asked == [("a", problem), ("b", problem)]
+    made = offer(a=("exact", "a cannot"), b="exact", c="exact")
+    path = kernels.execution_path(CPU, torch.float32, "exact", 7, (64, 512))
+    assert (path.backend, path.unsupported) == ("b", (("a", "a cannot"),))
+    problem = Problem(CPU, torch.float32, "exact", "few", (64, 512))
+    assert made.asked == [("a", problem), ("b", problem)]
 
 
-def test_a_choice_is_made_once_per_kind_of_problem(offer):
-    recorder = offer(a=())
-    for _ in range(3):
-        kernels.linear(X, *STORED, precision="exact")
-    assert len(recorder.asked) == 1
-    kernels.linear(X.bfloat16(), *STORED, precision="exact")
-    assert len(recorder.asked) == 2
+KIND = {
+    "device": (torch.device("cpu", 0),),
+    "dtype": (torch.bfloat16,),
+    "precision": ("exact", "fast"),
+    "rows": (1, 64),
+    "shape": ((64, 512), None),
+    "weight_form": ("bf16",),
+    "prepare": ("each call", "once"),
+}
+
+
+def test_a_path_is_chosen_once_for_each_kind_of_problem(monkeypatch):
+    made = Made()
+    backends = tuple(made.backend(form, "exact", weight_form=form) for form in ("stored", "bf16"))
+    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    first = {
+        "device": CPU, "dtype": torch.float32, "precision": "auto", "rows": 70, "shape": (32, 32)
+    }  # fmt: skip
+    kinds = [first, *({**first, name: v} for name, values in KIND.items() for v in values)]
+    paths = [kernels.execution_path(**kind) for kind in kinds]
+    problems = {problem for _, problem in made.asked}
+    assert len(problems) == len(kinds) == 12
+    asked = len(made.asked)
+    assert all(kernels.execution_path(**k) is p for k, p in zip(kinds, paths, strict=True))
+    for rows in (65, 4096, None):
+        assert kernels.execution_path(**{**first, "rows": rows}) is paths[0]
+    assert len(made.asked) == asked
+    with kernels.use_backend("stored"):
+        kernels.execution_path(**first)
+    assert len(made.asked) == asked + 1
+
+
+def test_a_forward_asks_no_one_again(offer):
+    made = offer(a="exact")
+    for rows in (70, 3000, 70):
+        kernels.linear(numbers(rows, 512), *STORED, precision="exact")
+    assert len(made.asked) == 1
+    kernels.linear(X[:5], *STORED, precision="exact")
+    assert len(made.asked) == 2
 
 
 @pytest.mark.parametrize(
     ("first", "second", "asked", "expected"),
     [
-        (("fast",), (), "auto", "fast"),
-        (("fast",), ("fast",), "auto", "exact"),
-        (("fast",), (), "exact", "exact"),
-        ((), (), "fast", "fast"),
+        ("exact", "fast", "auto", "fast"),
+        ("exact", ("fast", "cannot"), "auto", "exact"),
+        ("exact", "fast", "exact", "exact"),
+        ("fast", "exact", "fast", "fast"),
     ],
 )
 def test_auto_is_fast_where_any_backend_offers_it(first, second, asked, expected, offer):
@@ -171,18 +250,41 @@ def test_auto_is_fast_where_any_backend_offers_it(first, second, asked, expected
     assert ran(asked) == expected
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_few_rows_are_for_the_backends_that_take_them(rows, offer, monkeypatch, caplog):
+    made = Made()
+    many = made.backend("many", "fast", m_classes=("many",))
+    monkeypatch.setattr(dispatch, "BACKENDS", (many, made.backend("a", "exact")))
+    assert ran("fast", X[:rows]) == "exact"
+    assert ran("fast", X[:65]) == "fast"
+    assert caplog.records == []
+    with kernels.use_backend("many"):
+        assert ran("fast", X[:rows]) == "fast"
+
+
+# ---- running exact instead of fast, and errors -----------------------------------------------
+
+
 def test_fast_without_a_fast_backend_runs_exact_and_says_so_once(offer, caplog):
-    offer(a=("fast",))
+    offer(a=("fast", "a cannot"), b="exact")
     with caplog.at_level(logging.WARNING, logger="mxfp8.kernels"):
         assert [ran("fast") for _ in range(3)] == ["exact"] * 3
+        assert ran("fast", X.bfloat16()) == "exact"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "running exact instead of fast" in caplog.text
+    assert "running exact instead of fast on cpu. a: a cannot." in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["auto", "exact"])
 def test_exact_gives_no_warning_unless_fast_was_requested(precision, offer, caplog):
-    offer(a=("fast",))
+    offer(a=("fast", "a cannot"), b="exact")
     assert ran(precision) == "exact"
+    assert caplog.records == []
+
+
+def test_a_weight_at_hand_that_runs_exact_gives_no_warning(offer, caplog):
+    """Who loaded it was told."""
+    offer(a=("fast", "a cannot"), b="exact")
+    assert chosen("fast", prepare="never") == "b"
     assert caplog.records == []
 
 
@@ -196,55 +298,343 @@ def test_eager_runs_exact_when_fast_is_asked_of_it(caplog):
 
 
 def test_a_problem_that_no_backend_supports_is_an_error_every_time(offer):
-    offer(a=("exact", "fast"), b=("exact", "fast"))
-    message = r"takes linear of torch.float32 on cpu at precision 'auto': .*; b \(exact\): b cannot"
+    offer(a=("fast", "a cannot"), b=("exact", "b cannot"))
+    message = r"takes a linear of torch.float32 on cpu at precision 'auto' .*: a: a cannot; b: b"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             kernels.linear(X, *STORED)
 
 
 def test_a_forced_backend_without_support_is_an_error_though_others_have_it(offer):
-    offer(a=("exact", "fast"), b=())
-    with (
-        kernels.use_backend("a"),
-        pytest.raises(ValueError, match=r": a \(fast\): a cannot; a \(exact\): a cannot$"),
-    ):
+    offer(a=("exact", "a cannot"), b="exact")
+    with kernels.use_backend("a"), pytest.raises(ValueError, match=r": a: a cannot$"):
         kernels.linear(X, *STORED)
     assert ran("exact") == "exact"
 
 
 def test_an_unknown_backend_raises_with_the_known_names(offer):
-    offer(a=(), b=())
+    offer(a="exact", b="fast")
     message = "unknown backend 'quick'; choose one of: a, b"
-    with pytest.raises(ValueError, match=message), kernels.use_backend("quick"):
+    with pytest.raises(ValueError, match=message), kernels.use_backend("a", "quick"):
         pass
-    assert dispatch._forced is None
+    assert dispatch._forced == ()
 
 
 def test_leaving_a_context_restores_the_one_around_it():
-    def chosen():
-        return dispatch.choose("linear", X)[0].name
-
-    automatic = chosen()
+    automatic = chosen("exact")
     with kernels.use_backend("reference"):
         with kernels.use_backend("eager"):
-            assert chosen() == "eager"
-        assert chosen() == "reference"
+            assert chosen("exact") == "eager"
+        assert chosen("exact") == "reference"
         with pytest.raises(KeyError), kernels.use_backend("eager"):
             raise KeyError
-        assert chosen() == "reference"
-    assert chosen() == automatic
+        assert chosen("exact") == "reference"
+    assert chosen("exact") == automatic
 
 
 def test_a_forced_backend_holds_in_every_thread():
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(dispatch.choose("linear", X)[0].name))
+    thread = threading.Thread(target=lambda: seen.append(chosen("exact")))
     with kernels.use_backend("reference"):
         thread.start()
         thread.join()
     assert seen == ["reference"]
 
 
-def test_an_unknown_name_is_no_attribute_of_kernels():
-    with pytest.raises(AttributeError, match="no attribute 'multiply'"):
-        _ = kernels.multiply
+# ---- weights at hand -------------------------------------------------------------------------
+
+
+def test_a_form_is_prepared_as_often_as_the_caller_allows(monkeypatch):
+    made = Made()
+    slow, quick = Step("slow", reference.to_rowwise, one_pass=False), Step("quick", lambda: None)
+
+    def offered(*steps):
+        fast = made.backend("fast", "fast", weight_form="rowwise_fp8", preparers=steps)
+        monkeypatch.setattr(dispatch, "BACKENDS", (fast, made.backend("a", "exact")))
+        dispatch.forget()
+        paths = [kernels.execution_path(CPU, X.dtype, "auto", prepare=prepare)
+                 for prepare in ("never", "each call", "once")]  # fmt: skip
+        return [(path.backend, path.preparer) for path in paths]
+
+    assert offered(slow) == [("a", None), ("a", None), ("fast", "slow")]
+    assert offered(slow, quick) == [("a", None), ("fast", "quick"), ("fast", "slow")]
+    reasons = kernels.execution_path(CPU, X.dtype, "auto").unsupported
+    assert reasons == (("fast", "needs a weight prepared as rowwise_fp8"),)
+
+
+@pytest.mark.parametrize("rows", [1, 5, None])
+@pytest.mark.parametrize(
+    ("name", "weight_form", "expected"),
+    [
+        ("Hopper", "rowwise_fp8", "torch_fp8"),
+        ("Ada", "rotated_int8", "kitchen_int8"),
+        ("GeForce 50", "rotated_int8", "kitchen_int8"),
+    ],
+)
+def test_a_weight_at_hand_is_multiplied_whatever_m_is(name, weight_form, expected, rows, card):
+    card(CARDS[name], kitchen=None)
+    path = kernels.execution_path(GPU, torch.bfloat16, "auto", rows, weight_form=weight_form)
+    assert (path.backend, path.weight_form, path.preparer) == (expected, weight_form, None)
+    with pytest.raises(ValueError, match=f"with a weight that is {weight_form}"):
+        kernels.execution_path(GPU, torch.bfloat16, "exact", rows, weight_form=weight_form)
+
+
+@pytest.mark.parametrize("M", [1, 3, 100])
+@pytest.mark.parametrize("form", ["rowwise_fp8", "rotated_int8", "bf16", "mxfp8"])
+def test_a_prepared_weight_and_a_shared_input_are_used_as_given(form, M):
+    """By the oracle of the form: every N' and M' may be more than N and M."""
+    name = {"rowwise_fp8": "reference_fp8", "rotated_int8": "reference_int8", "bf16": "torch_bf16",
+            "mxfp8": "reference_mx"}[form]  # fmt: skip
+    x, bias = numbers(2, M, 96).bfloat16(), numbers(70)
+    stored = reference.quantize(numbers(70, 96))
+    problem = CPU, x.dtype, "fast"
+    with kernels.use_backend(name):
+        weight_form = "stored" if form == "mxfp8" else form
+        path = kernels.execution_path(*problem, 2 * M, weight_form=weight_form)
+        if form == "bf16":
+            prepared = (reference.dequantize(*stored, torch.bfloat16, 96, 96),)
+        else:
+            prepared = self_test._PREPARE[weight_form](*stored)
+        quantized = kernels.quantize_input(path, x)
+        out = kernels.linear_prepared(path, x, prepared, bias, 70)
+        expected = reference.matmul(
+            path.weight_form, path.input_form, quantized, prepared, bias.bfloat16(), x.dtype, 70
+        )[: 2 * M].reshape(2, M, 70)  # fmt: skip
+        torch.testing.assert_close(out, expected, rtol=2.0**-7, atol=1e-5)
+        assert out.is_contiguous() and out.dtype == x.dtype
+        nothing = torch.full_like(x, torch.nan)
+        again = kernels.linear_prepared(path, nothing, prepared, bias, 70, quantized)
+        assert torch.equal(again, out)
+
+
+# ---- quantizers on GPUs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("triton", "kitchen", "fails", "expected"),
+    [
+        (None, None, (), "triton"),
+        ("no Triton", None, (), "kitchen"),
+        (None, None, ("triton",), "kitchen"),
+        ("no Triton", "no kernels", (), None),
+        ("no Triton", None, ("kitchen",), None),
+    ],
+)
+def test_a_fast_matmul_on_a_gpu_has_a_quantizer_of_one_pass(triton, kitchen, fails, expected, card):
+    card((12, 0), triton, kitchen=kitchen, fails=fails)
+    path = kernels.execution_path(GPU, torch.bfloat16, "auto", prepare="once")
+    if expected is not None:
+        assert (path.backend, path.quantizer) == ("torch_mx", expected)
+        return
+    assert (path.backend, path.precision, path.quantizer) == ("eager", "exact", None)
+    reasons = dict(path.unsupported)
+    assert reasons["torch_mx"].startswith("nothing here quantizes inputs in one pass (triton: ")
+    listed = {status.name: status for status in kernels.list_backends(GPU)}
+    assert listed["torch_mx"].reason == reasons["torch_mx"]
+    with kernels.use_backend("torch_mx"):  # whoever names it knows
+        path = kernels.execution_path(GPU, torch.bfloat16, "fast")
+    assert path.quantizer == "eager"
+
+
+def test_an_input_too_wide_for_the_quantizer_runs_exact(card):
+    card((9, 0))
+    options = {"precision": "auto", "prepare": "once"}
+    assert chosen(device=GPU, shape=(64, 4096), **options) == "torch_fp8"
+    path = kernels.execution_path(GPU, torch.bfloat16, shape=(64, 65536), **options)
+    assert path.precision == "exact"
+    assert "holds a row of x in registers" in dict(path.unsupported)["torch_fp8"]
+
+
+# ---- which comes first -----------------------------------------------------------------------
+
+
+def order(device=GPU, **rest) -> list[str]:
+    """The fast backends in the order in which they are tried."""
+    problem = Problem(device, torch.bfloat16, "fast", prepare="once", **rest)
+    return [b.name for b in dispatch._candidates(problem, ()) if b.precision == "fast"]
+
+
+def test_hopper_tries_fp8_before_int8(card):
+    card(CARDS["Hopper"], kitchen=None)
+    names = order()
+    assert names.index("torch_fp8") < names.index("triton_fp8") < names.index("kitchen_int8")
+    assert chosen(device=GPU, prepare="once") == "torch_fp8"
+    card(CARDS["Hopper"], kitchen=None, fails=("torch_fp8", "triton_fp8"))
+    assert chosen(device=GPU, prepare="once") == "kitchen_int8"
+
+
+def test_other_cards_try_int8_before_fp8(card):
+    card(CARDS["Ada"], kitchen=None)
+    names = order()
+    assert names.index("kitchen_int8") < names.index("torch_fp8") < names.index("triton_fp8")
+    assert chosen(device=GPU, prepare="once") == "kitchen_int8"
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (12, 0), (13, 7)])
+def test_cards_with_block_scales_run_int8_only_when_it_is_named(capability, card):
+    card(capability, kitchen=None, fails=("torch_mx", "triton_fp8"))
+    path = kernels.execution_path(GPU, torch.bfloat16, "auto", prepare="once")
+    assert path.precision == "exact"
+    assert "when it is named" in dict(path.unsupported)["kitchen_int8"]
+    with kernels.use_backend("kitchen_int8"):
+        assert chosen(device=GPU, prepare="once") == "kitchen_int8"
+
+
+def test_a_cpu_runs_int8_when_fast_is_asked_for(monkeypatch):
+    """And auto stays exact there, where it is not so much faster as to change results unasked."""
+    quick = replace(dispatch.named("int8"), unsupported_reason=lambda problem: None, test=None)
+    made = tuple(quick if b.name == "int8" else b for b in dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", made)
+    for rows in (1, 64, None):
+        assert chosen("fast", rows, prepare="once") == "int8"
+        path = kernels.execution_path(CPU, torch.bfloat16, "auto", rows, prepare="once")
+        assert path.precision == "exact"
+        assert dict(path.unsupported)["int8"] == "on a CPU, auto stays exact"
+        assert chosen("auto", rows, weight_form="rotated_int8") == "int8"
+
+
+# ---- self-tests ------------------------------------------------------------------------------
+
+
+class SelfTest:
+    """One that says or raises one thing after another."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.runs = list(outcomes), []
+
+    def __call__(self, device, dtype):
+        self.runs.append((device, dtype))
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def with_self_test(monkeypatch, *outcomes):
+    """A fast backend whose quantizer has such a self-test, before an exact backend."""
+    test, made = SelfTest(*outcomes), Made()
+    step = Step("step", reference.quantize, test=test)
+    fast = [
+        made.backend(name, "fast", input_form="mxfp8", quantizers=(step,)) for name in ("f", "g")
+    ]
+    monkeypatch.setattr(dispatch, "BACKENDS", (*fast, made.backend("a", "exact")))
+    return test
+
+
+def test_there_is_one_verdict_for_a_step_a_device_and_a_dtype(monkeypatch, caplog):
+    test = with_self_test(monkeypatch, "it is wrong")
+    for precision in ("auto", "fast"):
+        for rows in (1, None):
+            path = kernels.execution_path(CPU, torch.float32, precision, rows)
+            assert path.backend == "a"
+            reason = "nothing here quantizes inputs in one pass (step: it is wrong)"
+            assert dict(path.unsupported) == {"f": reason, "g": reason}
+    assert test.runs == [(CPU, torch.float32)]
+    assert next(r.getMessage() for r in caplog.records if "step" in r.getMessage()) == (
+        "MXFP8: step is not used on cpu: it is wrong."
+    )
+    assert chosen() == "a"
+    assert test.runs == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+
+
+def test_steps_that_several_backends_use_are_the_same_step():
+    """So that they are tested once."""
+    quantizers = {}
+    for backend in records.BACKENDS:
+        for step in (*backend.quantizers, *backend.preparers):
+            form = backend.input_form if step in backend.quantizers else backend.weight_form
+            quantizers.setdefault((form, step.name, step in backend.quantizers), set()).add(step)
+    assert all(len(steps) == 1 for steps in quantizers.values())
+
+
+def test_an_exception_in_a_self_test_is_a_reason(monkeypatch):
+    test = with_self_test(monkeypatch, RuntimeError("no kernel image\nat line 3"))
+    for _ in range(2):
+        path = kernels.execution_path(CPU, torch.float32, "auto")
+    reason = "its self-test failed (RuntimeError: no kernel image)"
+    assert reason in dict(path.unsupported)["f"]
+    assert len(test.runs) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+)
+def test_a_self_test_without_memory_says_nothing_and_is_run_again(error, monkeypatch):
+    test = with_self_test(monkeypatch, error, None)
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
+        chosen()
+    assert chosen() == "f"
+    assert len(test.runs) == 2
+
+
+def test_while_a_graph_is_captured_nothing_is_tested_or_kept(monkeypatch):
+    test = with_self_test(monkeypatch, "it is wrong")
+    with monkeypatch.context() as capturing:
+        capturing.setattr(device_facts, "capturing", lambda: True)
+        assert chosen() == "f"
+        assert test.runs == []
+    assert chosen() == "a"
+    with monkeypatch.context() as capturing:
+        capturing.setattr(device_facts, "capturing", lambda: True)
+        assert chosen() == "a"
+    assert len(test.runs) == 1
+
+
+def test_who_quantizes_is_chosen_once_and_not_while_a_graph_is_captured(monkeypatch):
+    test = SelfTest("it is wrong")
+    steps = Step("step", reference.quantize, test=test), Step("last", reference.quantize)
+
+    def choose():
+        return dispatch.choose_step(steps, CPU, torch.float32).name
+
+    with monkeypatch.context() as capturing:
+        capturing.setattr(device_facts, "capturing", lambda: True)
+        assert choose() == "step"
+    assert [choose(), choose()] == ["last", "last"]
+    assert len(test.runs) == 1
+
+
+@pytest.mark.parametrize("name", ["reference_mx", "reference_fp8", "reference_int8"])
+def test_the_oracles_pass_the_self_tests_and_what_is_wrong_does_not(name):
+    backend = dispatch.named(name)
+    forms = backend.weight_form, backend.input_form
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert self_test.matmul(backend.matmul, *forms)(CPU, dtype) is None
+
+    def wrong(*arguments):
+        return backend.matmul(*arguments) * 1.1
+
+    assert "off" in self_test.matmul(wrong, *forms)(CPU, torch.bfloat16)
+
+
+def test_self_tests_of_steps_compare_bits():
+    def off_by_one(run):
+        def wrong(*arguments):
+            codes, scale = run(*arguments)
+            codes.view(torch.uint8)[-1, -1] += 1
+            return codes, scale
+
+        return wrong
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for test, run in (
+            (self_test.quantizer, reference.quantize),
+            (self_test.rowwise_quantizer, fp8_rowwise.quantize_rowwise),
+            (lambda run: self_test.preparer(run, reference.to_rowwise), fp8_rowwise.to_rowwise),
+        ):
+            assert test(run)(CPU, dtype) is None
+            assert test(off_by_one(run))(CPU, dtype) is not None
+    assert self_test.dequantizer(reference.dequantize)(CPU, torch.uint8) is None
+    doubled = self_test.dequantizer(lambda *a: reference.dequantize(*a) * 2)
+    assert doubled(CPU, torch.uint8) == "it dequantizes wrongly"
+    exact = partial(reference.matmul, "stored", None)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert self_test.exact(exact, (1, 5, 70))(CPU, dtype) is None
+    wrong = self_test.exact(lambda *a: exact(*a) * 1.1, (1,))
+    assert wrong(CPU, torch.bfloat16).startswith("with 1 rows, its result is 1.0e-01 off")

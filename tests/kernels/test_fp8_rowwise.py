@@ -10,8 +10,9 @@ from cards import CARDS
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch, ops
+from mxfp8.kernels import device_facts, dispatch, ops, self_test
 from mxfp8.kernels.backends import fp8_rowwise, reference, torch_mx
+from mxfp8.kernels.records import DEQUANTIZERS, QUANTIZERS, Problem
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,6 +29,12 @@ def equal(actual, expected) -> bool:
     )
 
 
+def linear(x, stored, N, bias=None):
+    """The three steps: x @ W.T + bias of an MXFP8 weight, quantized by row."""
+    operands = fp8_rowwise.quantize_rowwise(x), fp8_rowwise.to_rowwise(*stored)
+    return reference.matmul("rowwise_fp8", "rowwise_fp8", *operands, bias, x.dtype, N)
+
+
 # ---- bits ------------------------------------------------------------------------------------
 
 
@@ -36,14 +43,14 @@ def test_a_rowwise_weight_has_the_bits_of_the_oracle(shape):
     stored = reference.quantize(all_magnitudes(*shape, torch.float32)) if shape[0] else (
         torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(0, 4, dtype=torch.uint8)
     )  # fmt: skip
-    assert equal(fp8_rowwise.to_rowwise_eager(*stored), reference.to_rowwise(*stored))
+    assert equal(fp8_rowwise.to_rowwise(*stored), reference.to_rowwise(*stored))
 
 
 def test_row_scaling_changes_only_values_far_below_their_row():
     weight = normal(64, 256)
     weight[:, :128] *= torch.exp2(-torch.arange(64.0) / 4)[:, None]
     qdata, scale = reference.quantize(weight)
-    code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
+    code, row_scale = fp8_rowwise.to_rowwise(qdata, scale)
     scaled = code.double() * row_scale.double()[:, None]
     plain = reference.dequantize_exact(qdata, scale, 64, 256)
     size = plain.abs().amax(-1, keepdim=True)
@@ -57,8 +64,8 @@ def test_row_scaling_changes_only_values_far_below_their_row():
 def test_a_rowwise_input_has_the_bits_of_the_oracle(shape, dtype):
     x = all_magnitudes(*shape, dtype) if 0 not in shape else torch.empty(shape, dtype=dtype)
     if shape[1]:
-        assert equal(fp8_rowwise.quantize_rowwise_eager(x), reference.quantize_rowwise(x))
-    codes, scale = fp8_rowwise.quantize_rowwise_eager(x)
+        assert equal(fp8_rowwise.quantize_rowwise(x), reference.quantize_rowwise(x))
+    codes, scale = fp8_rowwise.quantize_rowwise(x)
     assert codes.shape[0] == scale.shape[0] == shape[0]
 
 
@@ -66,7 +73,7 @@ def test_a_row_with_nan_or_infinity_is_nan_in_the_result():
     x, weight = normal(4, 64), normal(32, 64)
     x[1, 5], x[2, 6] = torch.nan, torch.inf
     stored = reference.quantize(weight)
-    out = fp8_rowwise.linear(x, *stored, None, 32, 64)
+    out = linear(x, stored, 32)
     assert out[1:3].isnan().all()
     assert out[0].isfinite().all() and out[3].isfinite().all()
 
@@ -79,7 +86,7 @@ def errors(x, weight) -> tuple[float, float]:
     rows, cols = weight.shape
     expected = x.double() @ weight.double().t()
     stored = reference.quantize(weight)
-    actual = fp8_rowwise.linear(x, *stored, None, rows, cols)
+    actual = linear(x, stored, rows)
     native = reference.linear(x, *stored, None, rows, cols, "fast")
     return tuple(float((y.double() - expected).norm() / expected.norm()) for y in (actual, native))
 
@@ -123,7 +130,7 @@ def test_row_scaling_changes_trained_layers_by_less_than_1e_5():
     changes = []
     for weight, _ in minilm.layers().values():
         qdata, scale = reference.quantize(weight)
-        code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
+        code, row_scale = fp8_rowwise.to_rowwise(qdata, scale)
         plain = reference.dequantize_exact(qdata, scale, *qdata.shape)
         scaled = code.double() * row_scale.double()[:, None]
         changes.append(float((scaled - plain).norm() / plain.norm()))
@@ -131,13 +138,59 @@ def test_row_scaling_changes_trained_layers_by_less_than_1e_5():
     assert max(changes) < 1e-5
 
 
-def test_the_matmul_is_that_of_torch():
+@pytest.fixture
+def torch_here(monkeypatch):
+    """torch's matmul on a CPU: the rules of the one by row, then float64.
+
+    torch on a CPU has one scale for each whole matrix, which is tried with that, too.
+    """
+    whole = torch._scaled_mm
+    calls = []
+
+    def by_row(a, b, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        assert a.is_contiguous() and b.t().is_contiguous()  # K-major, for cuBLAS
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and a.shape[1] == b.shape[0]
+        assert a.shape[1] % 16 == b.shape[1] % 16 == 0
+        assert (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        assert bias is None or (bias.dtype == out_dtype and bias.shape == b.shape[1:])
+        calls.append((tuple(a.shape), tuple(b.shape)))
+        out = (a.double() * scale_a) @ (b.double() * scale_b)
+        return (out if bias is None else out + bias.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", by_row)
+    return whole, calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("N", [70, 96, 40])
+def test_torch_is_given_what_it_takes_and_the_product_is_right(N, bias, torch_here):
+    """Rows of the weight are padded to 32, or stored without that."""
+    a, (b, b_scale) = reference.quantize_rowwise(normal(33, 64)), reference.to_rowwise(
+        *reference.quantize(normal(N, 64, seed=1))
+    )  # fmt: skip
+    added = normal(N, seed=2).bfloat16() if bias else None
+    for weight in ((b, b_scale), (b[:N], b_scale[:N])):
+        actual = fp8_rowwise.matmul_by_torch(a, weight, added, torch.bfloat16, N)
+        expected = reference.matmul(
+            "rowwise_fp8", "rowwise_fp8", a, weight, added, torch.bfloat16, N
+        )
+        assert torch.equal(actual, expected) and actual.is_contiguous()
+    nothing = a[0][:0], a[1][:0]
+    out = fp8_rowwise.matmul_by_torch(nothing, (b, b_scale), added, torch.bfloat16, N)
+    assert (out.shape, out.dtype) == ((0, N), torch.bfloat16)
+    _, calls = torch_here
+    assert len(calls) == 2
+
+
+def test_the_matmul_is_that_of_torch(torch_here):
     """Which on a CPU has one scale for each whole matrix."""
     a, b = (normal(*s, seed=s[0]).to(torch.float8_e4m3fn) for s in ((40, 96), (64, 96)))
     scales = torch.full((40,), 0.5), torch.full((64,), 0.25)
     bias = normal(64, seed=9).bfloat16()
-    actual = fp8_rowwise.scaled_matmul(a, scales[0], b, scales[1], bias, torch.bfloat16, 64)
-    expected = torch._scaled_mm(
+    actual = fp8_rowwise.matmul_by_torch((a, scales[0]), (b, scales[1]), bias, torch.bfloat16, 64)
+    whole, _ = torch_here
+    expected = whole(
         a, b.t(), torch.tensor(0.5), torch.tensor(0.25), bias, out_dtype=torch.bfloat16
     )
     difference = (actual.double() - expected.double()).abs()
@@ -148,23 +201,9 @@ def test_the_matmul_is_that_of_torch():
 
 
 @pytest.fixture
-def fast_on_cpu(monkeypatch, forget):
-    """Fast on the CPU, by plain torch."""
-    record = next(b for b in dispatch.BACKENDS if b.input_form == "rowwise")
-    others = tuple(b for b in dispatch.BACKENDS if b.input_form != "rowwise")
-
-    def unsupported_reason(problem):
-        return "no" if problem.op != "linear" or problem.precision == "exact" else small_m(problem)
-
-    def small_m(problem):
-        return "small M" if problem.small_m else None
-
-    monkeypatch.setattr(
-        dispatch,
-        "BACKENDS",
-        (dispatch.replace(record, unsupported_reason=unsupported_reason), *others),
-    )
-    forget()
+def fast_on_cpu(prefer):
+    """Fast on the CPU, by the oracle's matmul."""
+    prefer("reference_fp8", m_classes=("many",))
 
 
 X = normal(2, 50, 96, seed=3)
@@ -176,7 +215,7 @@ BIAS = normal(70, seed=5)
 def test_fast_runs_the_three_steps(fast_on_cpu, dtype):
     x = X.to(dtype)
     actual = kernels.linear(x, *STORED, BIAS, shape=(70, 96))
-    expected = fp8_rowwise.linear(x.reshape(100, 96), *STORED, BIAS.to(dtype), 70, 96)
+    expected = linear(x.reshape(100, 96), STORED, 70, BIAS.to(dtype))
     assert torch.equal(actual, expected.reshape(2, 50, 70))
     assert actual.dtype == dtype
     exact = kernels.linear(x, *STORED, BIAS, shape=(70, 96), precision="exact")
@@ -188,15 +227,6 @@ def test_few_rows_run_exact_without_a_warning(fast_on_cpu, caplog):
     actual = kernels.linear(x, *STORED, shape=(70, 96), precision="fast")
     assert torch.equal(actual, kernels.linear(x, *STORED, shape=(70, 96), precision="exact"))
     assert caplog.records == []
-
-
-def test_a_prepared_weight_and_a_quantized_input_are_used_as_given(fast_on_cpu):
-    expected = kernels.linear(X, *STORED, shape=(70, 96))
-    prepared, quantized_input = kernels.to_rowwise(*STORED), kernels.quantize_input(X, "rowwise")
-    arguments = {"prepared_weight": prepared, "quantized_input": quantized_input, "shape": (70, 96)}
-    assert torch.equal(kernels.linear(X, *STORED, **arguments), expected)
-    nothing = torch.zeros_like(STORED[0].view(torch.uint8)).view(torch.float8_e4m3fn)
-    assert torch.equal(kernels.linear(X, nothing, STORED[1], **arguments), expected)
 
 
 def test_compiled_layers_share_one_quantization_of_their_input(fast_on_cpu):
@@ -212,13 +242,13 @@ def test_compiled_layers_share_one_quantization_of_their_input(fast_on_cpu):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     targets = [str(node.target) for node in recorder.fw_graphs[0].graph.nodes]
     name = ops.NAMESPACE
-    assert sum(t.startswith(f"{name}.scaled_matmul") for t in targets) == 3
-    assert sum(t.startswith(f"{name}.to_rowwise") for t in targets) == 3
+    assert sum(t.startswith(f"{name}.matmul") for t in targets) == 3
+    assert sum(t.startswith(f"{name}.prepare_weight") for t in targets) == 3
     # Three in the trace, one after common subexpressions are merged, as inductor does it.
     from torch._functorch.compile_utils import fx_graph_cse
 
     merged = fx_graph_cse(recorder.fw_graphs[0].graph)
-    assert sum(str(n.target).startswith(f"{name}.quantize_rowwise") for n in merged.nodes) == 1
+    assert sum(str(n.target).startswith(f"{name}.quantize_input") for n in merged.nodes) == 1
 
 
 def test_gradients_pass_straight_through(fast_on_cpu):
@@ -228,66 +258,62 @@ def test_gradients_pass_straight_through(fast_on_cpu):
     assert torch.allclose(x.grad, weight.sum(0).expand_as(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["to_rowwise", "quantize_rowwise", "scaled_matmul"])
-def test_ops_are_what_their_fakes_say(op):
-    function = getattr(getattr(torch.ops, ops.NAMESPACE), op).default
-    quantized_input, prepared = reference.quantize_rowwise(X[0]), reference.to_rowwise(*STORED)
-    arguments = {
-        "to_rowwise": STORED,
-        "quantize_rowwise": (X[0],),
-        "scaled_matmul": (*quantized_input, *prepared, BIAS, torch.bfloat16, 70),
-    }
-    torch.library.opcheck(function, arguments[op], test_utils="test_faketensor")
-
-
 # ---- which backend runs ----------------------------------------------------------------------
 
-LINEAR = [("exact", False), ("exact", True), ("auto", False), ("auto", True)]
-# Card -> backends of LINEAR with Triton, and without it.
-TRITON, FP8, EAGER, BLOCKS = "triton", "fp8", "eager", "torch_mx"
-OLD = ([TRITON] * 4, [EAGER] * 4)
+LINEAR = [("exact", None), ("exact", 64), ("auto", None), ("auto", 64)]
+# Card -> backends of LINEAR with Triton, and without it; comfy-kitchen's kernels are not there.
+TRITON, FEW, FP8, EAGER, BLOCKS = "triton", "triton_w8a16", "torch_fp8", "eager", "torch_mx"
+NOTHING = [EAGER] * 4  # torch's matmuls are not worth quantizing x in a dozen passes
 CHOSEN = {
-    "Turing": OLD,
-    "Ampere": OLD,
-    "GeForce 30": OLD,
-    "Ada": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
-    "Hopper": ([TRITON, TRITON, FP8, TRITON], [EAGER, EAGER, FP8, EAGER]),
-    "Blackwell": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
-    "GeForce 50": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
-    "a later card": ([TRITON, TRITON, BLOCKS, TRITON], [EAGER, EAGER, BLOCKS, EAGER]),
+    "Turing": [TRITON] * 4,
+    "Ampere": [TRITON, FEW, TRITON, FEW],
+    "GeForce 30": [TRITON, FEW, TRITON, FEW],
+    "Ada": [TRITON, FEW, FP8, FEW],
+    "Hopper": [TRITON, FEW, FP8, FEW],
+    "Blackwell": [TRITON, FEW, BLOCKS, FEW],
+    "GeForce 50": [TRITON, FEW, BLOCKS, FEW],
+    "a later card": [TRITON, FEW, BLOCKS, FEW],
 }
+GPU = torch.device("cuda", 0)
 
 
-def chosen(op="linear", precision="exact", small_m=False, dtype=torch.bfloat16) -> str:
-    problem = dispatch.Problem(op, torch.device("cuda", 0), dtype, precision, small_m)
-    return dispatch._choose(problem, None)[0].name
+def chosen(precision="exact", rows=None, dtype=torch.bfloat16) -> str:
+    return kernels.execution_path(GPU, dtype, precision, rows, prepare="once").backend
 
 
 @pytest.mark.parametrize("name", CARDS)
 @pytest.mark.parametrize("has_triton", [True, False])
 def test_each_card_has_its_backends(name, has_triton, card):
     card(CARDS[name], None if has_triton else "needs Triton")
-    expected = CHOSEN[name][0 if has_triton else 1]
-    assert [chosen(precision=p, small_m=small_m) for p, small_m in LINEAR] == expected
-    for op in ("quantize", "dequantize"):
-        assert chosen(op) == (TRITON if has_triton else EAGER)
+    expected = CHOSEN[name] if has_triton else NOTHING
+    assert [chosen(*problem) for problem in LINEAR] == expected
+    for steps in (QUANTIZERS, DEQUANTIZERS):
+        step = dispatch.choose_step(steps, GPU, torch.bfloat16)
+        assert step.name == ("triton" if has_triton else "eager")
+
+
+def test_float32_is_multiplied_by_triton(card):
+    card((9, 0))
+    assert chosen("auto", dtype=torch.float32) == "triton_fp8"
+    assert chosen("exact", 1, dtype=torch.float32) == FEW
+    assert chosen("exact", 5, dtype=torch.float32) == TRITON  # its instructions would round
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (12, 1)])
 def test_blackwell_says_what_block_scaled_matmuls_need(capability, card, monkeypatch):
     card(capability)
-    problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
+    problem = Problem(GPU, torch.bfloat16, "fast")
     assert torch_mx.unsupported_reason(problem) is None
-    assert chosen(precision="auto", dtype=torch.float32) == FP8
+    assert chosen("auto", dtype=torch.float32) == "triton_fp8"
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert (
         "needs a torch for CUDA 12.8 or later; this one is for 12.6"
         in torch_mx.unsupported_reason(problem)
     )
     card(capability)
-    assert chosen(precision="auto") == FP8
+    assert chosen("auto") == "triton_fp8"
     card(capability, "needs Triton")
-    assert chosen(precision="auto") == EAGER
+    assert chosen("auto") == EAGER
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
     assert "CUDA 12.8" in torch_mx.unsupported_reason(
         problem
@@ -298,34 +324,42 @@ def test_blackwell_says_what_block_scaled_matmuls_need(capability, card, monkeyp
 
 def test_triton_multiplies_blocks_only_when_named(card):
     card((12, 0))
-    problem = dispatch.Problem("linear", torch.device("cuda", 0), torch.bfloat16, "fast")
-    named = dispatch.named("triton_mx")
-    assert dispatch._choose(problem, named) == (named, "fast")
+    with kernels.use_backend("triton_mx"):
+        path = kernels.execution_path(GPU, torch.bfloat16, "fast")
+    assert (path.backend, path.precision, path.quantizer) == ("triton_mx", "fast", "triton")
     assert "not chosen automatically" in {
         s.name: s.reason for s in kernels.list_backends("cuda:0")
     }["triton_mx"]  # fmt: skip
     card((9, 0))
-    with pytest.raises(ValueError, match=r"needs block-scaled tensor cores .* this one has 9.0"):
-        dispatch._choose(problem, named)
+    message = r"needs block-scaled tensor cores .* this one has 9.0"
+    with kernels.use_backend("triton_mx"), pytest.raises(ValueError, match=message):
+        kernels.execution_path(GPU, torch.bfloat16, "fast")
 
 
 def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), "needs Triton: pip install triton-windows", "win32")
-    assert chosen(precision="auto") == EAGER
+    assert chosen("auto") == EAGER
     card((8, 9), None, "win32")
-    assert chosen(precision="auto") == FP8
-    assert not fp8_rowwise.torch_multiplies(torch.device("cuda", 0), torch.bfloat16)
+    assert chosen("auto") == "triton_fp8"
 
 
-def test_hopper_with_an_older_torch_needs_triton_for_fast(card):
-    card((9, 0), "needs Triton: pip install triton", torch_runs=False)
-    assert chosen(precision="auto") == EAGER
-    card((9, 0), None, torch_runs=False)
-    assert chosen(precision="auto") == FP8
+def test_a_torch_whose_matmul_does_not_run_leaves_it_to_triton(card):
+    """Which an older torch does, on Hopper or in float16: its self-test finds that out."""
+    card((9, 0), fails=("torch_fp8",))
+    assert chosen("auto") == "triton_fp8"
+    assert chosen("auto", dtype=torch.float16) == "triton_fp8"
 
 
-def test_a_torch_without_the_matmul_is_detected():
-    assert fp8_rowwise._torch_runs(torch.device("cpu")) is False
+def test_a_torch_without_the_matmul_is_detected(monkeypatch):
+    """Here on a CPU, which has no scales by row, and in a torch without the function."""
+    reason, final = self_test.verdict(
+        "torch_fp8", dispatch.named("torch_fp8").test, torch.device("cpu"), torch.bfloat16
+    )
+    assert reason.startswith("its self-test failed (") and final
+    monkeypatch.delattr(torch, "_scaled_mm")
+    monkeypatch.setattr(device_facts, "capability", lambda device: (9, 0))
+    problem = Problem(GPU, torch.bfloat16, "fast")
+    assert "has no _scaled_mm" in fp8_rowwise.torch_unsupported_reason(problem)
 
 
 def test_the_list_says_why_a_backend_is_not_used(card):
@@ -339,16 +373,11 @@ def test_the_list_says_why_a_backend_is_not_used(card):
     assert "needs an NVIDIA or AMD GPU; this is cpu" in listed[TRITON]
 
 
-def test_a_backend_that_fails_its_self_test_is_not_used(card, monkeypatch, caplog):
-    card((9, 0))
-    monkeypatch.setattr(
-        dispatch,
-        "_test",
-        lambda b, d: "it scales weights by row wrongly" if b.input_form == "rowwise" else None,
-    )
-    assert chosen(precision="auto") == TRITON
+def test_a_backend_that_fails_its_self_test_is_not_used(card):
+    card((9, 0), fails=("torch_fp8", "triton_fp8"))
+    assert chosen("auto") == TRITON
     listed = {status.name: status for status in kernels.list_backends("cuda:0")}
-    assert listed[FP8].reason == "it scales weights by row wrongly"
+    assert listed[FP8].reason == "its self-test failed"
 
 
 # ---- in blocks -------------------------------------------------------------------------------
@@ -357,18 +386,7 @@ def test_a_backend_that_fails_its_self_test_is_not_used(card, monkeypatch, caplo
 @pytest.fixture
 def blocks_here(prefer):
     """A block-scaled matmul on the CPU, in float64."""
-
-    def matmul(quantized_input, weight, bias, dtype, M, N):
-        assert quantized_input[0].dtype == torch.float8_e4m3fn
-        K = quantized_input[0].shape[1]
-        x, w = (
-            reference.dequantize_exact(*part, part[0].shape[0], K)
-            for part in (quantized_input, weight)
-        )
-        out = (x @ w.t())[:M, :N]
-        return (out if bias is None else out + bias.double()).to(dtype)
-
-    prefer(BLOCKS, matmul=matmul)
+    prefer("reference_mx", m_classes=("many",))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -379,10 +397,9 @@ def test_activations_in_blocks_are_those_of_the_oracle(blocks_here, dtype):
         x.reshape(100, 96), *STORED, BIAS.to(dtype), 70, 96, "fast"
     ).reshape(2, 50, 70)  # fmt: skip
     assert torch.equal(actual, expected)
-    quantized_input = kernels.quantize_input(x, kernels.input_form(x, "auto"))
-    assert torch.equal(
-        kernels.linear(x, *STORED, BIAS, shape=(70, 96), quantized_input=quantized_input), expected
-    )
+    path = kernels.execution_path(x.device, dtype, "auto", 100, (70, 96))
+    quantized = kernels.quantize_input(path, x)
+    assert torch.equal(kernels.linear_prepared(path, x, STORED, BIAS, 70, quantized), expected)
 
 
 def test_compiled_layers_share_their_blocks_too(blocks_here):
@@ -403,7 +420,7 @@ def test_the_bound_on_row_scaling_holds_and_is_not_far_off(spread):
     factor = torch.exp2(-spread * torch.rand(64, 16, generator=torch.Generator().manual_seed(1)))
     weight = normal(64, 512) * factor.repeat_interleave(32, 1)
     qdata, scale = reference.quantize(weight)
-    code, row_scale = fp8_rowwise.to_rowwise_eager(qdata, scale)
+    code, row_scale = fp8_rowwise.to_rowwise(qdata, scale)
     plain = reference.dequantize_exact(qdata, scale, 64, 512)
     change = (code.double() * row_scale.double()[:, None] - plain).view(64, 16, 32).norm(dim=-1)
     actual = float((change / plain.view(64, 16, 32).norm(dim=-1)).square().mean().sqrt())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from arithmetic import all_magnitudes
 
-from mxfp8.kernels import device_facts, layout, self_test
+from mxfp8.kernels import device_facts, dispatch, layout, records, self_test
 from mxfp8.kernels.backends import fp8_rowwise, reference
 from mxfp8.kernels.backends.triton import exact, fp8_gemm, rowwise, w8a16
 
@@ -74,7 +74,7 @@ def test_few_rows_take_rows_of_a_larger_tensor_and_rows_stored_without_padding(d
 def test_many_rows_are_exact(dtype, device):
     stored = [part.to(device) for part in stored_weight(70, 96)]
     x = normal(100, 96, dtype=dtype)
-    actual = exact.linear(x.to(device), *stored, None, 70, 96)
+    actual = exact.unpacking((x.to(device),), stored, None, dtype, 70)
     assert close(actual, x, plain(stored, 70, 96), None, dtype)
 
 
@@ -101,7 +101,7 @@ def test_a_rowwise_weight_has_the_bits_of_the_oracle(shape, decoding, device):
     stored = stored[0], layout.tile(padding)
     actual = rowwise.to_rowwise(*(part.to(device) for part in stored))
     assert equal(actual, reference.to_rowwise(*stored))
-    assert equal(fp8_rowwise.to_rowwise_eager(*stored), reference.to_rowwise(*stored))
+    assert equal(fp8_rowwise.to_rowwise(*stored), reference.to_rowwise(*stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -110,7 +110,7 @@ def test_a_rowwise_input_has_the_bits_of_the_oracle(shape, dtype, decoding, devi
     x = all_magnitudes(*shape, dtype)
     actual = rowwise.quantize_rowwise(x.to(device))
     assert equal(actual, reference.quantize_rowwise(x))
-    assert equal(fp8_rowwise.quantize_rowwise_eager(x), reference.quantize_rowwise(x))
+    assert equal(fp8_rowwise.quantize_rowwise(x), reference.quantize_rowwise(x))
 
 
 def check_matmul(M, N, K, dtype, bias, columns, device):
@@ -151,16 +151,37 @@ def test_several_programs_and_groups_of_tiles_cover_the_output(device, monkeypat
     check_matmul(1300, 544, 64, torch.float32, True, 544, device)
 
 
-def test_self_tests_pass(device):
-    assert self_test.exact(device) is None
-    if device_facts.interpreted() or device_facts.capability(device) >= (8, 9):
-        assert self_test.fast(device) is None
+# Of what Triton does: the verdicts that decide whether it is used on this device.
+TESTS = {
+    f"{form} {kind}": step.test
+    for form, kind, steps in (
+        ("mxfp8", "weight", records.QUANTIZERS),
+        ("stored", "weight", records.DEQUANTIZERS),
+        *((b.weight_form, "weight", b.preparers) for b in records.BACKENDS),
+        *((b.input_form, "input", b.quantizers) for b in records.BACKENDS),
+    )
+    for step in steps
+    if step.name == "triton"
+}
+TESTS |= {n: dispatch.named(n).test for n in ("triton", "triton_w8a16", "triton_fp8")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("name", TESTS)
+def test_self_tests_pass(name, dtype, device):
+    needs_fp8 = name == "triton_fp8" and not device_facts.interpreted()
+    if needs_fp8 and device_facts.capability(device) < (8, 9):
+        pytest.skip("this GPU has no FP8 tensor cores")
+    assert TESTS[name](device, dtype) is None
 
 
 def test_self_tests_name_what_is_wrong(device, monkeypatch):
-    monkeypatch.setattr(rowwise, "to_rowwise", fp8_rowwise.quantize_rowwise_eager)
-    assert self_test.fast(device).startswith("its self-test failed (TypeError: ")
+    test = dispatch.named("triton_w8a16").test
     right = w8a16.linear
     monkeypatch.setattr(w8a16, "linear", lambda *a: right(*a) * 1.1)
-    reason = self_test.exact(device)
-    assert re.fullmatch(r"its linear of 1 rows in bfloat16 is (9\.\de-02|1\.0e-01) off", reason)
+    reason = test(device, torch.bfloat16)
+    assert re.fullmatch(r"with 1 rows, its result is (9\.\de-02|1\.0e-01) off", reason)
+    monkeypatch.setattr(rowwise, "to_rowwise", fp8_rowwise.quantize_rowwise)
+    prepares = TESTS["rowwise_fp8 weight"]
+    reason, final = self_test.verdict("triton", prepares, device, torch.float32)
+    assert reason.startswith("its self-test failed (TypeError: ") and final
