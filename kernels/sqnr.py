@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import layout, ops
-from .backends import eager
+from .backends import eager, reference
 from .dispatch import choose_step
 from .layout import BLOCK
 from .records import QUANTIZERS
@@ -89,3 +89,31 @@ def rowwise_error_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
     change[0] = 0
     total = float((count * change.clamp_max(1).square()).sum())
     return (total / max(1.0, float(count.sum()))) ** 0.5
+
+
+def weight_change(qdata, scale, prepared: tuple[torch.Tensor, ...], form: str) -> float:
+    """How much a form changes a weight: the norm of the change, relative to the weight's.
+
+    Args:
+        qdata, scale: the stored weight [N', K'] with tiled scales.
+        prepared: (codes [N', K'], scale [N']), made of it by `prepare_weight`.
+        form: "rowwise_fp8" or "rotated_int8", which is compared where it is rotated.
+
+    Returns:
+        0 for a weight of zeros, NaN for one that holds NaN.
+    """
+    rows, cols = qdata.shape
+    codes, row_scale = prepared
+    square = torch.zeros(2, dtype=torch.float64, device=qdata.device)  # of the weight, the change
+    for r0, r1 in layout.slabs(rows, cols, _SLAB):
+        tiles = scale[r0 : layout.round_up(r1, layout.TILE_ROWS)]
+        value = ops.dequantize(qdata[r0:r1], tiles, torch.float32)
+        if form == "rotated_int8":
+            size = reference.group(cols)
+            matrix = reference.hadamard(size).to(value.device, torch.float32)
+            value = (value.view(-1, size) @ matrix).view(value.shape)
+        change = value - codes[r0:r1].float() * row_scale[r0:r1, None]
+        for total, part in zip(square, (value, change), strict=True):
+            total += part.double().square_().sum()
+    signal, noise = square.tolist()
+    return (noise / signal) ** 0.5 if signal else 0.0

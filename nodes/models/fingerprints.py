@@ -13,6 +13,7 @@ from ...quant.conversion import calibration
 from ...quant.reports import comparison
 from ..runtime.describe import linears
 from ..runtime.patch import PREFIX, mxfp8_linears
+from ..runtime.prepared import stored_weight
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into names
 
@@ -58,4 +59,4 @@ def of_linears(patcher) -> str | None:
 def _original(patcher, name: str, module) -> torch.Tensor:
     """A layer's weight without what another clone's LoRA has merged into it now."""
     backup = patcher.backup.get(f"{name}.weight")
-    return module.weight if backup is None else backup.weight
+    return stored_weight(module.weight if backup is None else backup.weight)

@@ -24,6 +24,7 @@ from ...quant.checks import scan
 from ...quant.container.header import quoted
 from ...quant.format import Header
 from ...quant.sources.file import as_bytes
+from ..runtime.prepared import stored_weight
 
 _SAMPLE = 256  # codes of a row by which a layer is known
 _ROWS_SAMPLE = 1 << 12  # values by which codes are told from weights
@@ -124,7 +125,8 @@ def _by_sample(header: Header) -> dict[tuple[int, bytes], list[format.Layer]]:
 
 def _sample(parameter: torch.Tensor, row: int) -> bytes:
     """A row's sample of a parameter whose values are codes; of any other, bytes that fit none."""
-    value = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter.detach()
+    quantized = isinstance(parameter, QuantizedTensor)
+    value = stored_weight(parameter)._qdata if quantized else parameter.detach()
     if not _is_matrix(value) or row >= len(value):
         return b""
     return _rounded(value[row].reshape(-1)[:_SAMPLE].cpu())

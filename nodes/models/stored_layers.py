@@ -7,6 +7,7 @@ import torch
 from ... import kernels
 from ...quant import format
 from ...quant.format import MARKER, MXFP8, SCALE, WEIGHT
+from ..runtime.prepared import stored_weight
 
 
 def stored_tensors(
@@ -26,6 +27,7 @@ def stored_tensors(
         state.pop(f"{name}.bias", None)
         return {**state, **weight.state_dict(name + WEIGHT)}
     if baked is None:
+        weight = stored_weight(weight)
         qdata, scale = weight._qdata, weight._params.scale
     else:
         qdata, scale = kernels.quantize(baked)

@@ -67,6 +67,7 @@ class ModelState:
     Attributes:
         stays_stored: linear -> why its weight is not prepared though its precision asks for it.
         changes: linear -> by how much preparing its weight changed that.
+        called: linears that were called since they were loaded.
         shared_inputs: linear -> the input that it shares with its siblings.
         forwards: names of our object patches that are on the model now.
         held: what a patcher's branches are loaded with, by what they are made for (`lora`).
@@ -79,6 +80,7 @@ class ModelState:
     def __init__(self) -> None:
         self.stays_stored: dict[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self.changes: dict[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+        self.called: set[torch.nn.Module] = weakref.WeakSet()
         self.shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()
         self.forwards: Sequence[str] = ()
         self.held: Mapping = weakref.WeakValueDictionary()
@@ -105,9 +107,15 @@ class ModelState:
         self.forwards = ()
         self.hooked.clear()
         self.unbind()
+        self.unloaded()
         if self.adapters is not None:
             self.adapters.drop()
             self.adapters = None
+
+    def unloaded(self) -> None:
+        """Forget what holds until the model is loaded anew."""
+        for remembered in (self.stays_stored, self.changes, self.called):
+            remembered.clear()
 
     def unbind(self) -> None:
         """Take the branches off the layers."""

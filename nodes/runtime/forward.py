@@ -17,6 +17,8 @@ from ... import kernels
 from ...kernels.ops import FLOATS
 from .cache import model_state
 from .prepared import PreparedWeight
+from .preparing import called_with_few_rows, give_back
+from .slot import prepare_in_slot
 
 
 def is_mxfp8_linear(module: torch.nn.Module) -> bool:
@@ -148,12 +150,15 @@ def _multiply(module, x: torch.Tensor, weight: QuantizedTensor, bias, precision:
     A weight that was prepared says how it is multiplied; one that is stored, because it is
     offloaded, is multiplied as stored.
     """
+    rows = math.prod(x.shape[:-1])
+    if not torch.compiler.is_compiling():
+        weight = _held(module, x, weight, rows, precision)
     form, tensors = form_and_tensors(weight)
     path = kernels.execution_path(
         x.device,
         x.dtype,
         precision if form == "stored" else "auto",
-        math.prod(x.shape[:-1]),
+        rows,
         tuple(weight.shape),
         weight_form=form,
     )
@@ -161,6 +166,27 @@ def _multiply(module, x: torch.Tensor, weight: QuantizedTensor, bias, precision:
     if path.quantizer is not None and not torch.compiler.is_compiling():
         quantized = model_state(module).quantized_input(module, x, path)
     return kernels.linear_prepared(path, x, tensors, bias, weight.shape[0], quantized)
+
+
+def _held(module, x: torch.Tensor, weight: QuantizedTensor, rows: int, precision: str):
+    """The weight of a call, once it is known whether the layer has few rows.
+
+    Args:
+        weight: on the device, as `cast_bias_weight` gave it.
+    """
+    state = model_state(module)
+    if module in state.stays_stored or (
+        isinstance(weight, PreparedWeight) and module in state.called
+    ):
+        return weight
+    path = wanted_path(module, precision, x.device, x.dtype)
+    if path.precision == "exact" or path.weight_form == "stored":
+        return weight
+    if not called_with_few_rows(module, rows):
+        return prepare_in_slot(module, weight, path)
+    if isinstance(weight, PreparedWeight):
+        return give_back(module, weight, wanted_path(module, "exact", x.device, x.dtype))
+    return weight
 
 
 def _forward_auto(module, x, *_, **__):

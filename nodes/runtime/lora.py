@@ -161,7 +161,7 @@ def adapters_of(patcher):
         held = comfy.model_patcher.CoreModelPatcher(MXFP8Adapters(), *devices)
         held.__class__ = _adapters_class(type(held))
         tensors = tensors_of(list(patcher.patches.values()))
-        itemsize = _dtype(patcher).itemsize
+        itemsize = activations_dtype(patcher).itemsize
         held.expected_size = sum(tensor.numel() for tensor in tensors) * itemsize
         state.held[known] = held
     held.owner = weakref.ref(patcher)
@@ -394,14 +394,14 @@ def _branch(
         bias,
         key,
         tuple(module.weight.shape),
-        _dtype(patcher),
+        activations_dtype(patcher),
         room,
         lambda: original(patcher, key),
     )
 
 
-def _dtype(patcher) -> torch.dtype:
-    """The dtype of branches. A text encoder's activations are float32."""
+def activations_dtype(patcher) -> torch.dtype:
+    """The dtype of a model's activations, and so of branches. A text encoder's are float32."""
     encoder = not isinstance(patcher.model, BaseModel)
     return torch.float32 if encoder else forward.compute_dtype(patcher)
 

@@ -30,6 +30,7 @@ from ...quant.format import AGAIN
 from . import cache, forward
 from .forward import compute_dtype, is_mxfp8_linear, our_patches
 from .patcher import patcher_class
+from .prepared import stored_weight
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def check_scales(model: torch.nn.Module) -> None:
         ValueError: those of an MXFP8 linear have another shape than its codes need, or hold NaN.
     """
     for name, module in mxfp8_linears(model):
-        stored, scale = module.weight._qdata.shape, module.weight._params.scale
+        weight = stored_weight(module.weight)
+        stored, scale = weight._qdata.shape, weight._params.scale
         try:
             rows, cols = layout.true_shape(stored)
             layout.check_scale(stored, scale.shape)

@@ -8,7 +8,9 @@ merges LoRAs into codes (`lora`) and sets our forward over one that was set sinc
 
 from __future__ import annotations
 
+import uuid
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import comfy.hooks
@@ -19,7 +21,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...quant.format import MARKER
-from . import forward, lora, values
+from . import forward, lora, residency, values
 from .cache import RELEASED, model_state
 from .forward import our_patches
 
@@ -114,17 +116,32 @@ class _QuantizedWeights:
             lora.drop_branches(self.model)
         try:
             lora.keep_loaded(self, self._side)
-            return super().partially_load(
+            loaded = super().partially_load(
                 device_to, extra_memory, force_patch_weights=force_patch_weights
             )
+            self._settle(self._side, {})  # where stock had nothing to load
+            return loaded
         finally:
             self._side = None
 
     def load(self, *args, **options):
         side = self._side or lora.side_branches(self)
+        masters = residency.masters(self)
         with self._showing(side.merged):
             super().load(*args, **options)
-        model_state(self.model).merge = lora.Merge.of(self, side)
+        self._settle(side, masters)
+
+    def _settle(self, side: lora.SideBranches, masters: dict) -> None:
+        """Prepare the weights of a model that is loaded."""
+        state = model_state(self.model)
+        state.merge = lora.Merge.of(self, side)
+        try:
+            residency.settle(self, masters)
+        finally:
+            if residency.holds_prepared(self):
+                # So that stock's own patcher, whose weights may be the same, sets the codes back.
+                state.merge = replace(state.merge, patches_uuid=uuid.uuid4())
+                self.model.current_weight_patches_uuid = state.merge.patches_uuid
 
     def pre_run(self):
         super().pre_run()
@@ -178,6 +195,8 @@ class _QuantizedWeights:
             return super().partially_unload(*args, **options)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            model_state(self.model).unloaded()
         lora.bind(self.model)
         self.eject_model()
         with self._foreign_forwards_left_alone():

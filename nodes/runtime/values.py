@@ -62,22 +62,21 @@ def _value(tensor: torch.Tensor, key: str, patches: list[tuple] | None) -> torch
 class _Values(QuantizedTensor):
     """A quantized tensor that is dequantized by every operation, copying it elsewhere included."""
 
-    key, patches = "", None
+    source, key, patches = None, "", None
 
     def dequantize(self):
-        tensor = QuantizedTensor(self._qdata, self._layout_cls, self._params)
-        return _value(tensor, self.key, self.patches)
+        return _value(self.source, self.key, self.patches)
 
     @classmethod
     def of(cls, tensor: QuantizedTensor, key: str, patches: list[tuple] | None) -> _Values:
         values = cls(tensor._qdata, tensor._layout_cls, tensor._params)
-        values.key, values.patches = key, patches
+        values.source, values.key, values.patches = tensor, key, patches
         return values
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:  # what makes it a parameter
-            return cls.of(args[0], args[0].key, args[0].patches)
+            return cls.of(args[0].source, args[0].key, args[0].patches)
         return cls._dequant_and_fallback(func, args, kwargs or {})
 
 

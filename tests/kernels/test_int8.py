@@ -9,6 +9,8 @@ import torch
 from arithmetic import all_magnitudes
 from comfy_kitchen.backends.eager import quantization as kitchen
 
+from mxfp8 import kernels
+from mxfp8.kernels import sqnr
 from mxfp8.kernels.backends import int8, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -287,3 +289,34 @@ def test_a_gpu_has_the_bits_of_the_cpu(M, dtype):
         torch.testing.assert_close(ours[1].cpu(), oracle[1], rtol=1e-6, atol=0)
         off = (ours[0].cpu().int() - oracle[0].int()).abs()
         assert off.max() <= 1 and off.double().mean() < 1e-3
+
+
+# ---- what a form changes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rotated_int8", "rowwise_fp8"])
+def test_the_change_of_a_weight_is_measured(form, monkeypatch):
+    """Of rows whose blocks differ by up to 2**20, in one slab and in several."""
+    factor = torch.exp2(-20 * torch.rand(200, 8, generator=torch.Generator().manual_seed(1)))
+    weight = normal(200, 256) * factor.repeat_interleave(32, 1)
+    qdata, scale = reference.quantize(weight)
+    prepare = {
+        "rotated_int8": reference.to_rotated_int8, "rowwise_fp8": reference.to_rowwise,
+    }[form]  # fmt: skip
+    code, row_scale = prepare(qdata, scale)
+    value = code.double() * row_scale.double()[:, None]
+    if form == "rotated_int8":
+        value = reference.rotate(value)
+    exact = reference.dequantize_exact(qdata, scale, 224, 256)
+    wanted = relative(value, exact)
+    assert wanted > 1e-7
+    for slab in (1 << 22, 1):
+        monkeypatch.setattr(sqnr, "_SLAB", slab)
+        change = kernels.weight_change(qdata, scale, (code, row_scale), form)
+        assert change == pytest.approx(wanted, rel=1e-2)
+
+
+def test_a_form_does_not_change_a_zero_weight():
+    qdata, scale = reference.quantize(torch.zeros(40, 64))
+    prepared = reference.to_rotated_int8(qdata, scale)
+    assert kernels.weight_change(qdata, scale, prepared, "rotated_int8") == 0

@@ -1,0 +1,143 @@
+"""When the weights of a model are prepared, and when their stored codes come back.
+
+A layer that runs on another form than the stored one (`forward.wanted_path`) holds that form while
+ComfyUI holds it on the device, in place of its codes (`PreparedWeight`). One layer after the other
+is prepared, so that at most one stands there twice. The codes are the master. They stay in RAM, in
+stock's `backup`, from which stock's own code sets them back when it unloads the layer, or a part of
+the model that it is in, or has another patcher load it. Offloaded layers run on their codes.
+
+On a CPU, where both lie in RAM, weights are prepared only in memory that is free: what is available
+less a quarter of the whole, at least 4 GiB. On a GPU a form is as large as the codes.
+
+Under dynamic VRAM stock loads a layer when it is called (`slot`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import namedtuple
+from collections.abc import Iterator, Mapping
+
+import comfy.model_management
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from . import forward, lora
+from .cache import model_state
+from .prepared import PreparedWeight, stored_weight
+from .preparing import free_memory, nbytes, prepare, replace
+from .slot import refault
+
+logger = logging.getLogger(__name__)
+
+NO_ROOM = "there is no free memory for its prepared weight"
+
+_Backup = namedtuple("_Backup", ("weight", "inplace_update"))  # as stock's
+
+
+def masters(patcher) -> dict[str, QuantizedTensor]:
+    """Before stock loads a model: weights in RAM that are to be prepared, by name.
+
+    Whoever holds them keeps them from being freed when stock moves the layers to the device.
+    """
+    if patcher.is_dynamic() or patcher.load_device == patcher.offload_device:
+        return {}
+    return {
+        name: stored_weight(module.weight)
+        for name, module in _linears(patcher.model)
+        if _wanted(patcher, name, module) is not None
+    }
+
+
+def settle(patcher, masters: Mapping[str, QuantizedTensor]) -> None:
+    """After loading: have each layer on the device hold the form that it runs on.
+
+    Args:
+        masters: from before.
+    """
+    stays_stored, short = model_state(patcher.model).stays_stored, 0
+    room = free_memory(patcher.load_device)
+    for name, module in _linears(patcher.model):
+        if patcher.is_dynamic():
+            path = _wanted(patcher, name, module)
+            refault(module, "stored" if path is None else path.weight_form)
+        elif _is_resident(patcher, name, module):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if stays_stored.get(module) == NO_ROOM:
+                del stays_stored[module]
+            room -= _settle(patcher, name, module, masters, room)
+            short += stays_stored.get(module) == NO_ROOM
+    if short:
+        logger.info("MXFP8: %d layers run exact: %s.", short, NO_ROOM)
+
+
+def holds_prepared(patcher) -> bool:
+    """Whether layers of a loaded model hold, or will hold, prepared weights."""
+    if patcher.is_dynamic():
+        return any(_wanted(patcher, *linear) is not None for linear in _linears(patcher.model))
+    return any(isinstance(m.weight, PreparedWeight) for _, m in _linears(patcher.model))
+
+
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    return ((n, m) for n, m in model.named_modules() if forward.is_mxfp8_linear(m))
+
+
+def _is_resident(patcher, name: str, module) -> bool:
+    """Whether stock loaded a layer, and its weight is not one that hooks merged."""
+    here, there = patcher.load_device, module.weight.device
+    loaded = getattr(module, "comfy_patched_weights", False)
+    same = (here.type, here.index or 0) == (there.type, there.index or 0)
+    return bool(loaded) and same and f"{name}.weight" not in patcher.hook_backup
+
+
+def _wanted(patcher, name: str, module):
+    """The path of a layer that runs on a prepared weight; None of one that runs on its codes."""
+    patch = patcher.object_patches.get(f"{name}.forward")
+    precision = forward.PRECISION_OF.get(getattr(patch, "__func__", None))
+    device, dtype = patcher.load_device, lora.activations_dtype(patcher)
+    if precision is None or forward.left_to_stock(module, precision, device, dtype) is not None:
+        return None
+    stays = model_state(module).stays_stored.get(module)
+    if stays is not None and stays != NO_ROOM:
+        precision = "exact"
+    path = forward.wanted_path(module, precision, device, dtype)
+    return path if path.weight_form != "stored" else None
+
+
+def _settle(patcher, name: str, module, masters, room: float) -> int:
+    """Bring a layer on the device to the form that it runs on; returns the bytes that it takes."""
+    path, weight = _wanted(patcher, name, module), module.weight
+    form = "stored" if path is None else path.weight_form
+    has = weight.form if isinstance(weight, PreparedWeight) else "stored"
+    if form == has:
+        return 0
+    key = f"{name}.weight"
+    if has == "stored":
+        codes, stored = weight, _master(patcher, key, weight, masters)
+    else:
+        stored = weight.stored
+        codes = stored.to(device=weight.device)
+    if path is not None and nbytes(path, weight) > room:
+        model_state(module).stays_stored[module] = NO_ROOM
+        path = None
+    if path is None:
+        replace(module, codes)
+        return 0
+    prepared = prepare(module, codes, stored, path)
+    if prepared is None:  # it stays exact
+        return _settle(patcher, name, module, masters, room)
+    if key not in patcher.backup:
+        patcher.backup[key] = _Backup(stored, False)
+    replace(module, prepared)
+    return nbytes(path, weight)
+
+
+def _master(patcher, key: str, weight: QuantizedTensor, masters) -> QuantizedTensor:
+    """The weight that a layer on the device holds, in RAM: copied there if it is nowhere else."""
+    if key not in lora.loaded_merge(patcher):
+        if key in patcher.backup:
+            return patcher.backup[key].weight
+        master = masters.get(key.removesuffix(".weight"))
+        if master is not None and master.device == patcher.offload_device:
+            return master
+    return weight.to(device=patcher.offload_device)
