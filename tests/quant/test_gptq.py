@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import pytest
-import quality
 import torch
 from checkpoints import load, same
 from safetensors.torch import save_file
@@ -625,17 +624,3 @@ def test_the_command_takes_a_calibration(model, capsys):
     words += ["--calibration", model / "calibration.safetensors"]
     assert main(list(map(str, words))) == 0
     assert "2 layers calibrated" in capsys.readouterr().out
-
-
-# ---- bench/quality.py ------------------------------------------------------------------------
-
-
-def test_rounding_to_nearest_is_measured_where_ratios_to_it_would_be_missing():
-    row = {"layer_output_error": 0.02, "end_to_end": 1e-4, "seconds": 1.0}
-    assert quality.needed(["gptq"], {}) == ["nearest", "gptq"]
-    assert quality.needed(["gptq", "nearest"], {}) == ["nearest", "gptq"]
-    assert quality.needed(["gptq"], {"nearest": row}) == ["gptq"]
-    assert quality.needed([], {}) == []
-    assert "| gptq | 2.00e-02 (1.00)" in quality.table(
-        dict.fromkeys(quality.needed(["gptq"], {}), row)
-    )

@@ -1,0 +1,109 @@
+"""bench/quality.py: what it multiplies in each form, and how near rotated INT8 is to exact."""
+
+from __future__ import annotations
+
+import json
+
+import minilm
+import pytest
+import quality
+import torch
+
+from mxfp8 import kernels
+from mxfp8.kernels.backends import fp8_rowwise, int8
+from mxfp8.quant.linear import MXFP8Linear
+
+
+def test_rounding_to_nearest_is_measured_where_ratios_to_it_would_be_missing():
+    row = {"layer_output_error": 0.02, "end_to_end": 1e-4, "seconds": 1.0}
+    assert quality.needed(["gptq"], {}) == ["nearest", "gptq"]
+    assert quality.needed(["gptq", "nearest"], {}) == ["nearest", "gptq"]
+    assert quality.needed(["gptq"], {"nearest": row}) == ["gptq"]
+    assert quality.needed([], {}) == []
+    assert "| gptq | 2.00e-02 (1.00)" in quality.table(
+        dict.fromkeys(quality.needed(["gptq"], {}), row)
+    )
+
+
+def scaled(codes, scale):
+    return codes.float() * scale[:, None]
+
+
+def products(x, weight, stored) -> dict[str, torch.Tensor]:
+    """The product in each form by the plain-torch functions that the pack runs, not the oracle."""
+    mxfp8 = kernels.dequantize(*kernels.quantize(x), torch.float32, tuple(x.shape))
+    rows = tuple(
+        scaled(*f) for f in (fp8_rowwise.quantize_rowwise(x), fp8_rowwise.to_rowwise(*stored))
+    )
+    ints = tuple(scaled(*f) for f in (int8.quantize_input(x), int8.prepare_weight(*stored)))
+    pairs = {
+        "exact": (x, weight), "mxfp8": (mxfp8, weight), "rowwise_fp8": rows, "rotated_int8": ints,
+    }  # fmt: skip
+    return {name: a[:, : b.shape[1]] @ b[: len(weight)].t() for name, (a, b) in pairs.items()}
+
+
+@torch.no_grad()
+def test_each_form_multiplies_what_its_backends_do():
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(320, 40)
+    x = torch.randn(3, 7, 320, generator=generator) * torch.randn(320, generator=generator).exp()
+    layer = MXFP8Linear.from_linear(linear)
+    stored = layer.qdata.view(torch.float8_e4m3fn), layer.weight_scale
+    rows = x.reshape(-1, 320)
+    expected = products(rows, layer.dequantize(torch.float32), stored)
+    assert expected.keys() == quality.FORMS.keys()
+
+    for name, form in quality.FORMS.items():
+        out = quality.multiply(x, form, layer, quality.prepare(form, layer))
+        assert out.shape == (3, 7, 40) and out.dtype == x.dtype
+        product = out.reshape(21, 40) - layer.bias
+        errors = {n: float((product - p).norm() / p.norm()) for n, p in expected.items()}
+        assert errors.pop(name) < 1e-4  # ties of INT8, which rotates in float32
+        assert min(errors.values()) > 5e-3, errors
+
+
+@pytest.mark.parametrize(
+    ("form", "figure", "value", "missed"),
+    [
+        ("rotated_int8", "layer_output_error", 1.29, []),
+        (
+            "rotated_int8",
+            "layer_output_error",
+            1.31,
+            ["rotated_int8, layer_output_error / exact's"],
+        ),
+        ("mxfp8", "layer_output_error", 1.5, ["rotated_int8, layer_output_error / mxfp8's"]),
+        ("rotated_int8", "end_to_end", 1.59, []),
+        ("rotated_int8", "end_to_end", 1.61, ["rotated_int8, end_to_end / exact's"]),
+    ],
+)
+def test_a_bound_that_is_missed_is_named(form, figure, value, missed):
+    plain = {"layer_output_error": 2.0, "end_to_end": 4.0, "seconds": 1.0}
+    exact = {"layer_output_error": 1.0, "end_to_end": 1.0}
+    forms = {name: dict(exact) for name in quality.FORMS}
+    forms["mxfp8"]["layer_output_error"] = 2.1
+    forms[form][figure] = value
+    results = {"nearest": plain, "gptq": exact | {"forms": forms}}
+    assert [line.partition(":")[0] for line in quality.misses(results, None)] == missed
+
+
+def test_the_results_have_every_form_of_what_converts_files_here():
+    methods = json.loads(quality.RESULTS.read_text("utf-8"))["methods"]
+    for name in quality.FORMED:
+        assert methods[name]["forms"].keys() == quality.FORMS.keys()
+        exact = methods[name]["forms"]["exact"]
+        assert {key: methods[name][key] for key in exact} == exact
+    layers = [r for r in quality.form_ratios(methods["gptq"]["forms"]) if "layer" in r[0]]
+    assert len(layers) == 2 and all(ratio <= most for _, ratio, most in layers)
+
+
+@pytest.mark.slow
+def test_rotated_int8_of_a_calibrated_file_is_nearly_as_exact_as_exact(tmp_path):
+    """All layers, but 40 texts calibrate and 8 test, not 160 each: a quarter of a minute."""
+    texts = minilm.paragraphs()
+    quality.calibrated(tmp_path / "model.safetensors", texts[:40])
+    unseen = minilm.batches(texts[quality.TEXTS :][:8])
+    forms = quality.measure(
+        tmp_path / "model.safetensors", unseen, ["exact", "mxfp8", "rotated_int8"]
+    )
+    assert [r for r in quality.form_ratios(forms) if r[1] > r[2]] == []
