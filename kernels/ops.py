@@ -153,8 +153,9 @@ def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=No
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     out = _ops.matmul(quantized, prepared, bias, x.dtype, N, path.backend)
-    M = math.prod(x.shape[:-1])
-    return (out if out.shape[0] == M else out[:M]).reshape(*x.shape[:-1], N)
+    if path.input_form == "mxfp8":  # has rows of padding; whether here is no reason to recompile
+        out = out[: math.prod(x.shape[:-1])]
+    return out.reshape(*x.shape[:-1], N)
 
 
 def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...]:

@@ -220,7 +220,9 @@ def _rowwise_fp8(name: str, summary: str, matmul: Callable, unsupported_reason: 
     )  # fmt: skip
 
 
-def _oracle(name: str, weight_form: str, input_form: str | None, prepare=None, quantize=None):
+def _oracle(
+    name: str, weight_form: str, input_form: str | None, prepare=None, quantize=None, **options
+):
     return Backend(
         name,
         f"the oracle in float64: weights {weight_form}, inputs {input_form or 'as they are'}",
@@ -231,6 +233,7 @@ def _oracle(name: str, weight_form: str, input_form: str | None, prepare=None, q
         () if prepare is None else (Step("reference", prepare),),
         () if quantize is None else (Step("reference", quantize),),
         automatic=False,
+        **options,
     )
 
 
@@ -324,5 +327,6 @@ BACKENDS: tuple[Backend, ...] = (
     _oracle("reference_fp8", "rowwise_fp8", "rowwise_fp8", reference.to_rowwise,
             reference.quantize_rowwise),
     _oracle("reference_int8", "rotated_int8", "rotated_int8", reference.to_rotated_int8,
-            reference.quantize_rotated_int8),
+            reference.quantize_rotated_int8,
+            unsupported_reason=int8.groups_unsupported_reason),
 )  # fmt: skip

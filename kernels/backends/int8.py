@@ -47,8 +47,9 @@ def cpu_instructions() -> tuple[str, ...]:
 
 def unsupported_reason(problem) -> str | None:
     """Why this cannot take a `records.Problem`, or None."""
-    if problem.shape is not None and problem.shape[1] % BLOCK:
-        return f"rotates whole groups along K, which is {problem.shape[1]}: not a multiple of 32"
+    reason = groups_unsupported_reason(problem)
+    if reason is not None:
+        return reason
     if problem.device.type == "cpu":
         if not cpu_instructions():
             return "needs a CPU with INT8 matrix instructions (VNNI with AVX-512, or AMX)"
@@ -58,6 +59,13 @@ def unsupported_reason(problem) -> str | None:
     if (device_facts.capability(problem.device) or (0, 0)) < (7, 5):
         actual = device_facts.described(problem.device)
         return f"needs INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later; {actual}"
+    return None
+
+
+def groups_unsupported_reason(problem) -> str | None:
+    """Why K cannot be rotated in whole groups, or None."""
+    if problem.shape is not None and problem.shape[1] % BLOCK:
+        return f"rotates whole groups along K, which is {problem.shape[1]}: not a multiple of 32"
     return None
 
 

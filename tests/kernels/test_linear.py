@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mxfp8 import kernels
-from mxfp8.kernels import ops
+from mxfp8.kernels import dispatch, ops, records
 from mxfp8.kernels.backends import eager, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -257,6 +257,110 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
         "linear with bias": (OPS.linear, (x, *stored, bias, 40, 70, "exact")),
     }[name]
     torch.library.opcheck(op.default, args)
+
+
+# ---- every backend that runs here ------------------------------------------------------------
+
+
+def here(shape) -> list[str]:
+    """The backends that take a weight [N, K] on this CPU, at the precision that they are for."""
+    return [
+        backend.name
+        for backend in records.BACKENDS
+        if backend.unsupported_reason(
+            records.Problem(
+                torch.device("cpu"), torch.bfloat16, backend.precision, shape=shape, prepare="once"
+            )
+        )
+        is None
+    ]
+
+
+SIZES = [(1, 70, 96), (5, 300, 130), (64, 96, 320), (100, 257, 512)]
+CASES = [(name, *size) for size in SIZES for name in here(size[1:])]
+
+
+def forms(name, M, N, K, dtype=torch.bfloat16):
+    """A named backend's path, and x, bias and stored weight of a problem."""
+    x, bias = numbers(M, K, dtype=dtype), numbers(N, seed=2)
+    stored, _ = weight(N, K)
+    with kernels.use_backend(name):
+        precision = dispatch.named(name).precision
+        path = kernels.execution_path(x.device, dtype, precision, M, (N, K), prepare="once")
+    return path, x, bias, stored
+
+
+def test_plain_torch_and_the_oracles_run_everywhere():
+    names = {name for name, *_ in CASES}
+    assert names >= {"eager", "reference", "reference_mx", "reference_fp8", "reference_int8"}
+
+
+@pytest.mark.parametrize(("name", "M", "N", "K"), CASES)
+def test_every_backend_multiplies_as_the_oracle_does_what_its_steps_made(name, M, N, K):
+    """Within the bound of `assert_close_to_float64`; sums of integers are exact."""
+    path, x, bias, stored = forms(name, M, N, K)
+    quantized, prepared = kernels.quantize_input(path, x), kernels.prepare_weight(path, *stored)
+    actual = kernels.linear_prepared(path, x, prepared, bias, N, quantized)
+    assert (actual.shape, actual.dtype) == ((M, N), x.dtype)
+    assert torch.equal(kernels.linear_prepared(path, x, prepared, bias, N), actual)
+
+    def product(bias):
+        out = reference.matmul(
+            path.weight_form, path.input_form, quantized, prepared, bias, torch.float64, N
+        )
+        return out[:M]
+
+    expected, without = product(bias.to(x.dtype)), product(None)
+    # Of the sum's terms: what rounding does to inputs changes their size by less than a fifth.
+    size = 1.2 * x.double().abs() @ weight(N, K)[1].abs().t() + bias.abs()
+    bound = (K + 2) * 2.0**-24 * size
+    bound += ROUNDING[x.dtype] * (without.abs() + expected.abs())
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+FORMS = ["reference_mx", "reference_fp8", "reference_int8", "torch_bf16", "eager"]
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Unpacked weights are kept on any CPU."""
+    monkeypatch.setattr(eager, "_cpu_multiplies", lambda dtype: dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("op", ["prepare_weight", "quantize_input", "matmul"])
+def test_the_ops_of_a_path_are_what_their_fakes_say(op, name, anywhere, forget):
+    path, x, bias, stored = forms(name, 5, 70, 96)
+    operands = kernels.quantize_input(path, x), kernels.prepare_weight(path, *stored)
+    if op == "matmul":
+        args = (*map(list, operands), bias.to(x.dtype), x.dtype, 70, path.backend)
+    elif op == "prepare_weight" and path.preparer:
+        args = (*stored, path.weight_form, path.preparer)
+    elif op == "quantize_input" and path.quantizer:
+        args = (x, path.input_form, path.quantizer)
+    else:
+        assert name in ("reference_mx", "torch_bf16", "eager")
+        return
+    # Its other checks multiply float8 tensors, which torch cannot.
+    torch.library.opcheck(getattr(OPS, op).default, args, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_prepared_linear_compiles_once_for_every_number_of_rows(name, anywhere, forget):
+    path, x, bias, stored = forms(name, 70, 70, 96)
+    prepared = kernels.prepare_weight(path, *stored)
+
+    def siblings(x):
+        quantized = kernels.quantize_input(path, x)
+        return [kernels.linear_prepared(path, x, prepared, b, 70, quantized) for b in (bias, None)]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(siblings, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for M in (75, 80, 333):  # 160 rows need no padding
+            x = numbers(2, M, 96, dtype=x.dtype, seed=M)
+            assert_all_equal(compiled(x), siblings(x))
+    assert counter.frame_count == 1
 
 
 X = torch.zeros(2, 96)
