@@ -113,18 +113,6 @@ app.registerExtension({
       defaultValue: "auto",
     },
     {
-      id: "MXFP8.KeepPreparedWeights",
-      category: ["MXFP8", "Memory", "Keep prepared weights"],
-      name: "Keep prepared weights",
-      tooltip:
-        "Hopper and Ada GPUs need the weights in another form to use their FP8 tensor cores. On: " +
-        "prepared weights stay in free GPU memory and are dropped when it is needed. Off: they are " +
-        "prepared again at every step. With --multi-user this setting is ignored; set the " +
-        "environment variable MXFP8_KEEP_PREPARED_WEIGHTS=0 on the server instead.",
-      type: "boolean",
-      defaultValue: true,
-    },
-    {
       id: "MXFP8.LoRAsBesideWeights",
       category: ["MXFP8", "LoRAs", "LoRAs beside weights"],
       name: "LoRAs beside weights",

@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 _LORAS_BESIDE = "MXFP8.LoRAsBesideWeights", "MXFP8_LORAS_BESIDE_WEIGHTS"
 
 
-def keep_prepared_weights() -> bool:
-    """Whether prepared weights may be kept between runs (`runtime.cache`)."""
-    return _chosen("MXFP8.KeepPreparedWeights", "MXFP8_KEEP_PREPARED_WEIGHTS")
-
-
 def loras_beside() -> bool:
     """Whether LoRAs run beside the weights (`runtime.lora`), or ComfyUI merges them."""
     return _chosen(*_LORAS_BESIDE)

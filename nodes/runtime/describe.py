@@ -28,6 +28,7 @@ from .forward import compute_dtype
 from .lora import SideBranches, tensors_of
 from .patch import PREFIX
 from .prepared import PreparedWeight, stored_weight
+from .preparing import judged_by_itself
 from .timer import median_microseconds
 
 ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel
@@ -143,15 +144,14 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
     state = cache.model_state(module)
     many = forward.wanted_path(module, asked, device, dtype)
     stays = state.stays_stored.get(module) or _offloaded(patcher, module, many)
+    shape, precision = tuple(module.weight.shape), asked if held is None else "exact"
     if stays is not None:
-        many = kernels.execution_path(device, dtype, asked, None, tuple(module.weight.shape))
+        form, _ = forward.form_and_tensors(module.weight)
+        many = kernels.execution_path(device, dtype, precision, None, shape, weight_form=form)
     path = many
-    if rows <= FEW_ROWS:
-        form = many.weight_form
-        path = kernels.execution_path(
-            device, dtype, "auto" if form != "stored" else asked if held is None else "exact",
-            rows, tuple(module.weight.shape), weight_form=form,
-        )  # fmt: skip
+    if rows <= FEW_ROWS:  # a layer that is called with few rows is given its codes back
+        form = "stored" if many.precision == "fast" else many.weight_form
+        path = kernels.execution_path(device, dtype, precision, rows, shape, weight_form=form)
     if held is not None:
         return path, f"exact: {held}"
     if stays is not None and path.precision == "exact":
@@ -252,10 +252,11 @@ def _time(patcher, name: str, rows: int, count: int, key: tuple, step) -> Timing
         lambda: type(module).forward(module, x),
     )
     wait = functools.partial(synchronize, device)
-    times = [
-        median_microseconds(call, wait, functools.partial(step, part))
-        for part, call in enumerate(calls)
-    ]
+    with judged_by_itself(module):
+        times = [
+            median_microseconds(call, wait, functools.partial(step, part))
+            for part, call in enumerate(calls)
+        ]
     return Timing(shape, backend, precision, count, rows, *times)
 
 

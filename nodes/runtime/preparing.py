@@ -8,6 +8,9 @@ form that changes a weight too much are remembered until the model is loaded ane
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -74,6 +77,20 @@ def called_with_few_rows(module: torch.nn.Module, rows: int) -> bool:
         return False
     state.stays_stored[module] = FEW_ROWS
     return True
+
+
+@contextmanager
+def judged_by_itself(module: torch.nn.Module) -> Iterator[None]:
+    """Within it a call shows whether a layer has few rows; afterwards it is as if none had."""
+    state = model_state(module)
+    called, stays = module in state.called, module in state.stays_stored
+    state.called.discard(module)
+    try:
+        yield
+    finally:
+        (state.called.add if called else state.called.discard)(module)
+        if not stays:  # its weight is prepared again when the model is loaded next
+            state.stays_stored.pop(module, None)
 
 
 def give_back(module: torch.nn.Module, weight: PreparedWeight, exact) -> QuantizedTensor:

@@ -30,7 +30,7 @@ from .slot import refault
 
 logger = logging.getLogger(__name__)
 
-NO_ROOM = "there is no free memory for its prepared weight"
+NO_ROOM = "there is no free memory for prepared weights"
 
 _Backup = namedtuple("_Backup", ("weight", "inplace_update"))  # as stock's
 

@@ -12,7 +12,7 @@ import torch
 from bad_files import LAYER, draft
 from checkpoints import load
 from comfyui import PromptError, comfyui_path
-from graphs import Graph, fp8_card, latents, unload
+from graphs import Graph, int8_cpu, latents, unload
 from lora_kinds import lora_file
 from safetensors.torch import save_file
 
@@ -28,17 +28,17 @@ def ours(graph: Graph, name: str = "flux-mxfp8", precision: str = "auto") -> lis
 
 
 def fast(graph: Graph, **options) -> list:
-    """The model on a CPU that passes for a card with FP8 tensor cores, where one row is few."""
-    model = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"), **options)
-    return graph.add("MXFP8Accelerate", model=model, precision="auto")
+    """The model on a CPU that multiplies INT8, where one row is few."""
+    model = int8_cpu(graph, graph.loader("flux-mxfp8.safetensors"), **options)
+    return graph.add("MXFP8Accelerate", model=model, precision="fast")
 
 
 @pytest.fixture
-def card(comfy):
-    """Afterwards the CPU is a CPU again."""
+def int8(comfy):
+    """Afterwards the CPU multiplies no INT8."""
     yield
     graph = Graph()
-    fp8_card(graph, graph.loader("flux.safetensors"), on=False, most_change=0.01)
+    int8_cpu(graph, graph.loader("flux.safetensors"), on=False)
     comfy.run(graph)
 
 
@@ -54,14 +54,22 @@ def by_name(report: dict) -> dict:
     return {layer["name"]: layer for layer in report["layers"]}
 
 
-def reported_and_recorded(comfy, make, kind: str = "flux") -> tuple[dict, dict, dict]:
-    """({layer: what is reported} for many rows, the same for one row, {layer: what ran})."""
+def reported_and_recorded(
+    comfy, make, kind: str = "flux", loaded: bool = False
+) -> tuple[dict, dict, dict]:
+    """({layer: what is reported} for many rows, the same for one row, {layer: what ran}).
+
+    Args:
+        loaded: whether reports are made after the run.
+    """
     graph = Graph()
     model = make(graph)
-    small_m = backend_report(graph, model, rows=1)
-    many = backend_report(graph, model)
     recording = graph.add("TestRecord", model=model, name="recorded")
     samples = graph.sample(recording, kind, steps=1)
+    if loaded:
+        model = graph.add("TestAfter", model=model, samples=samples)
+    small_m = backend_report(graph, model, rows=1)
+    many = backend_report(graph, model)
     recorded = graph.add("TestRecorded", samples=samples, name="recorded")
     outputs = comfy.run(graph)
     ran = json.loads(outputs[recorded[0]]["result"][0])
@@ -77,9 +85,6 @@ def recorded_path(entry: dict) -> str:
     if not ours:
         assert not entry["backends"]
         return "stock"
-    if "mxfp8.scaled_matmul" in ours:
-        assert not entry["backends"]
-        return "fp8, fast"
     (ran,) = entry["backends"]
     return ran
 
@@ -96,9 +101,13 @@ def check_all(many: dict, small_m: dict, ran: dict) -> None:
 
 @pytest.mark.parametrize("precision", ["auto", "exact", "fast"])
 def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
-    many, small_m, ran = reported_and_recorded(
-        comfy, lambda graph: ours(graph, precision=precision)
-    )
+    """On one without INT8 instructions."""
+
+    def accelerated(graph):
+        model = int8_cpu(graph, graph.loader("flux-mxfp8.safetensors"), on=False)
+        return graph.add("MXFP8Accelerate", model=model, precision=precision)
+
+    many, small_m, ran = reported_and_recorded(comfy, accelerated)
     check_all(many, small_m, ran)
     layer = many[LAYER]
     assert reported(layer) == recorded_path(ran[LAYER]) == "eager, exact"
@@ -130,26 +139,41 @@ def test_a_model_of_the_stock_loader_runs_as_stock_runs_it(comfy):
     assert (whole["limited_by"], whole["small_m"]) == (None, "stock")  # nothing of ours runs
 
 
-def test_fast_layers_have_row_wise_weights_and_few_rows_run_exact(comfy, card):
-    many, small_m, ran = reported_and_recorded(comfy, fast)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_fast_layers_have_prepared_weights_and_few_rows_run_exact(comfy, int8, loaded):
+    many, small_m, ran = reported_and_recorded(comfy, fast, loaded=loaded)
     check_all(many, small_m, ran)
-    assert recorded_path(ran[LAYER]) == "fp8, fast"
-    assert many[LAYER]["reason"].startswith("weight prepared with one scale per row, ")
-    assert float(many[LAYER]["reason"].rpartition(" ")[2]) < 1e-4
-    assert small_m[LAYER]["reason"] == "exact: 1 rows or fewer"
+    assert recorded_path(ran[LAYER]) == "int8, fast"
+    if loaded:
+        assert 1e-3 < float(many[LAYER]["reason"].rpartition(" ")[2]) < 0.01
+    assert small_m[LAYER]["reason"] == "exact: 64 rows or fewer"
     single = [n for n, e in ran.items() if e["rows"] == [1] and many[n]["decision"] == "mxfp8"]
     assert single  # the modulations
     assert {recorded_path(ran[n]) for n in single} == {"eager, exact"}
 
 
-def test_layers_that_row_wise_scaling_would_change_too_much_are_exact(comfy, card):
-    many, small_m, ran = reported_and_recorded(comfy, lambda graph: fast(graph, most_change=-1.0))
+def test_layers_that_a_form_would_change_too_much_are_exact(comfy, int8):
+    many, small_m, ran = reported_and_recorded(
+        comfy, lambda graph: fast(graph, most_change=1e-4), loaded=True
+    )
     check_all(many, small_m, ran)
     assert reported(many[LAYER]) == recorded_path(ran[LAYER]) == "eager, exact"
-    assert many[LAYER]["reason"].startswith("exact: row-wise scaling could change it by ")
+    assert many[LAYER]["reason"].startswith("exact: rotated_int8 would change its weight by ")
 
 
-def test_a_layer_marked_full_precision_is_exact(comfy, card):
+def test_measuring_few_rows_leaves_layers_fast(comfy, int8):
+    graph = Graph()
+    model = fast(graph)
+    report = backend_report(graph, model, rows=1, measure=True)
+    outputs = comfy.run(graph)
+    assert {t["backend"] for t in document(outputs, report)["timings"]} == {"eager"}
+    counted = graph.add("TestPrepared", model=model, samples=graph.sample(model, "flux", 1))
+    del graph[report[0]]
+    outputs = comfy.run(graph)
+    assert outputs[counted[0]]["result"][0] == 10
+
+
+def test_a_layer_marked_full_precision_is_exact(comfy, int8):
     folder = comfy.base / "models" / "diffusion_models"
     whole = draft(folder / "flux-mxfp8.safetensors")
     whole.mark(LAYER, full_precision_matrix_mult=True)
@@ -158,7 +182,7 @@ def test_a_layer_marked_full_precision_is_exact(comfy, card):
 
     def marked(graph):
         fast(graph)
-        return graph.add("MXFP8Accelerate", model=graph.loader(path.name), precision="auto")
+        return graph.add("MXFP8Accelerate", model=graph.loader(path.name), precision="fast")
 
     many, small_m, ran = reported_and_recorded(comfy, marked)
     path.unlink()
@@ -427,7 +451,7 @@ def test_measured_times_memory_and_what_is_not_used(comfy):
     )
     assert report["rows"] == 32
     assert {timing["rows"] for timing in report["timings"]} == {32}
-    assert any(line.startswith("fp8: needs FP8 tensor cores") for line in report["unsupported"])
+    assert any(line.startswith("torch_fp8: needs FP8 tensor") for line in report["unsupported"])
     assert any(line.startswith("triton: needs an NVIDIA") for line in report["unsupported"])
     text = outputs[node[0]]["text"][0]
     assert text.splitlines()[0].startswith("Flux on cpu: 13 MXFP8 layers, ")
@@ -510,20 +534,6 @@ def test_nothing_to_inspect(comfy):
 # ---- settings --------------------------------------------------------------------------------
 
 
-def test_prepared_weights_are_kept_unless_the_user_turned_that_off(comfy, card):
-    """The setting as the browser stores it, and the server's next run."""
-    kept = []
-    for index, value in enumerate((True, False, None)):
-        comfy.post("/api/settings", {"MXFP8.KeepPreparedWeights": value})
-        graph = Graph()
-        model = fast(graph, keep=True)
-        samples = graph.sample(model, "flux", steps=1)
-        node = graph.add("TestReuse", model=model, samples=samples)
-        graph[samples[0]]["inputs"]["seed"] = index
-        kept.append(comfy.run(graph)[node[0]]["result"][0])
-    assert kept == [10, 0, 10]
-
-
 SEVERAL_USERS = """
 import logging, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -533,7 +543,7 @@ logging.basicConfig(stream=sys.stdout, format="%(message)s")
 from mxfp8.nodes.host import settings
 settings._stored = None
 for _ in range(3):
-    print(settings.keep_prepared_weights())
+    print(settings.loras_beside())
 """
 
 
@@ -542,10 +552,10 @@ def test_of_several_users_nobodys_setting_holds_and_that_is_said_once(variable, 
     lines = subprocess.check_output(
         [sys.executable, "-c", SEVERAL_USERS, comfyui_path(), "--multi-user"],
         text=True,
-        env={**os.environ, "MXFP8_KEEP_PREPARED_WEIGHTS": variable},
+        env={**os.environ, "MXFP8_LORAS_BESIDE_WEIGHTS": variable},
     ).splitlines()
     notice = (
-        "MXFP8: ComfyUI serves several users, so the setting MXFP8.KeepPreparedWeights is ignored; "
-        "set MXFP8_KEEP_PREPARED_WEIGHTS=0 or 1 for all."
+        "MXFP8: ComfyUI serves several users, so the setting MXFP8.LoRAsBesideWeights is ignored; "
+        "set MXFP8_LORAS_BESIDE_WEIGHTS=0 or 1 for all."
     )
     assert lines == [notice] * (not variable) + [kept] * 3

@@ -13,7 +13,7 @@ from graphs import (
     Graph,
     calibrated,
     difference,
-    fp8_card,
+    int8_cpu,
     latents,
     load_ours,
     quantized,
@@ -225,19 +225,19 @@ def test_outputs_that_are_no_numbers_are_named_by_seed(comfy):
 
 def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
     graph = Graph()
-    loaded = fp8_card(graph, graph.loader("flux-mxfp8.safetensors"))
-    model = graph.add("MXFP8Accelerate", model=loaded, precision="auto")
+    loaded = int8_cpu(graph, graph.loader("flux-mxfp8.safetensors"))
+    model = graph.add("MXFP8Accelerate", model=loaded, precision="fast")
     exact = graph.add("MXFP8Accelerate", model=model, precision="exact")
     nodes = [compare(graph, exact, m, steps=1) for m in (model, exact)]
     try:
         outputs = comfy.run(graph)
     finally:
         graph = Graph()
-        fp8_card(graph, graph.loader("flux.safetensors"), on=False)
+        int8_cpu(graph, graph.loader("flux.safetensors"), on=False)
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
-    note = "`fast` applies to inputs of more than 1 rows; smaller ones run eager, exact"
-    assert fast.model.paths == {"fp8, fast": 13} and note in fast.notes
+    note = "`fast` applies to inputs of more than 64 rows; smaller ones run eager, exact"
+    assert fast.model.paths == {"int8, fast": 10, "eager, exact": 3} and note in fast.notes
     assert plain.model.paths == {"eager, exact": 13} and note not in plain.notes
 
 

@@ -154,9 +154,9 @@ def with_lora(graph: Graph, model: list, file: str = "lora.safetensors") -> list
     return graph.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
 
 
-def fp8_card(graph: Graph, model: list, on: bool = True, **options) -> list:
-    """A model, after the server was made to take the CPU for a card with FP8 tensor cores."""
-    options = {"keep": False, "most_change": 1.0, **options}
+def int8_cpu(graph: Graph, model: list, on: bool = True, **options) -> list:
+    """A model, after the server was made to take the CPU for one that multiplies INT8, or not."""
+    options = {"memory": True, "most_change": 0.02, **options}
     return graph.add("TestFast", model=model, on=on, **options)
 
 

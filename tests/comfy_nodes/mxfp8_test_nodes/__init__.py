@@ -531,12 +531,13 @@ def _pack(module: str):
 
 
 class TestFast(_Node):
-    """Has the pack take this CPU for a card with FP8 tensor cores, or no longer."""
+    """Has the pack take this CPU for one that multiplies INT8, and one row for few; or for one that
+    does not. Linears are fast where that is chosen: on a CPU, auto is exact."""
 
     INPUTS = {
         "model": "MODEL",
         "on": "BOOLEAN",
-        "keep": "BOOLEAN",  # whether prepared weights are kept
+        "memory": "BOOLEAN",  # whether there is some for prepared weights
         "most_change": ("FLOAT", {"default": 1.0}),
     }
     RETURN_TYPES = ("MODEL",)
@@ -546,43 +547,30 @@ class TestFast(_Node):
     def IS_CHANGED(cls, **_):
         return float("nan")
 
-    def run(self, model, on, keep, most_change):
-        dispatch, cache = _pack("kernels.dispatch"), _pack("nodes.runtime.cache")
-
-        def unsupported_reason(problem):
-            linear = problem.op == "linear" and problem.precision == "fast"
-            return None if linear and not problem.small_m else "not here"
-
-        fast_linear = dispatch.fp8_rowwise
-        reason = unsupported_reason if on else fast_linear.unsupported_reason
-        dispatch.BACKENDS = tuple(
-            dataclasses.replace(b, unsupported_reason=reason) if b.input_form == "rowwise" else b
-            for b in dispatch.BACKENDS
-        )
-        fast_linear.SMALL_M = 1 if on else 64
-        cache.RESERVE = -(1 << 60) if keep else 1 << 60
-        cache.SHARE = 1 << 62
-        _pack("nodes.runtime.patch").MAX_ROWWISE_CHANGE = most_change
-        for cached in (dispatch._choose, dispatch._test):
-            cached.cache_clear()
-        # Here, so that calls of its self-test are not counted.
-        dispatch.input_form(torch.device("cpu"), torch.float32, "auto")
-        for name in ("to_rowwise_eager", "quantize_rowwise_eager"):
-            _count(_pack("kernels.backends.fp8_rowwise"), name)
+    def run(self, model, on, memory, most_change):
+        dispatch, ops = _pack("kernels.dispatch"), _pack("kernels.ops")
+        _pack("kernels.backends.int8").cpu_instructions = lambda: ("VNNI",) if on else ()
+        _pack("kernels").FEW_ROWS = 1 if on else 64
+        preparing = _pack("nodes.runtime.preparing")
+        preparing.RESERVE, preparing.SHARE = 0 if memory else 1 << 60, 1 << 62
+        preparing.MAX_CHANGE = most_change
+        dispatch.forget()
+        comfy.model_management.unload_all_models()
+        for steps in (ops._PREPARERS, ops._QUANTIZERS):
+            _count(steps, ("rotated_int8", "torch"))
         return (model,)
 
 
-def _count(module, name: str) -> None:
-    """Have a module count the calls of a function, from 0."""
-    function = getattr(module, name)
-    function = getattr(function, "counted", function)
+def _count(steps: dict, key: tuple) -> None:
+    """Have a step count its calls, from 0."""
+    run = getattr(steps[key].run, "counted", steps[key].run)
 
     def counting(*args):
         counting.calls += 1
-        return function(*args)
+        return run(*args)
 
-    counting.calls, counting.counted = 0, function
-    setattr(module, name, counting)
+    counting.calls, counting.counted = 0, run
+    steps[key] = dataclasses.replace(steps[key], run=counting)
 
 
 class TestInterrupt(_Node):
@@ -624,15 +612,16 @@ class TestBackend(_Node):
 
     def run(self, model, name):
         dispatch = _pack("kernels.dispatch")
-        dispatch._forced = dispatch.named(name) if name else None
+        dispatch._forced = (dispatch.named(name),) if name else ()
         return (model,)
 
 
-class TestReuse(_Node):
-    """How many prepared weights a model keeps once `samples` are there, how often weights were
-    prepared since the last TestFast, and how often inputs were quantized."""
+class TestPrepared(_Node):
+    """How many layers of a model hold prepared weights once `samples` are there, how often weights
+    were prepared since the last TestFast, and how often inputs were quantized."""
 
     INPUTS = {"model": "MODEL", "samples": "LATENT"}
+    RETURN_TYPES = ("LATENT",)
     OUTPUT_NODE = True
 
     @classmethod
@@ -640,34 +629,11 @@ class TestReuse(_Node):
         return float("nan")
 
     def run(self, model, samples):
-        kept = len(_pack("nodes.runtime.cache").model_state(model.model).prepared)
-        module = _pack("kernels.backends.fp8_rowwise")
-        calls = [module.to_rowwise_eager.calls, module.quantize_rowwise_eager.calls]
-        return {"ui": {"result": [kept, *calls]}}
-
-
-class TestKeeping(_Node):
-    """How many prepared weights a model may keep: as it is, as if under dynamic VRAM, and how many
-    are left when its patcher is gone."""
-
-    INPUTS = {"model": "MODEL"}
-    OUTPUT_NODE = True
-
-    def run(self, model):
-        cache = _pack("nodes.runtime.cache")
-        linears = [m for m in model.model.modules() if getattr(m, "quant_format", None)]
-        cache.attach(model.model, linears)
-        state, kept = cache.model_state(model.model), {}
-        for name, members in (("static", {}), ("dynamic", {"is_dynamic": lambda self: True})):
-            clone = model.clone()
-            clone.__class__ = type(name, (type(clone),), members)
-            state.keep(clone, wanted=True, merged=bool(clone.patches))
-            prepared = [state.prepared_weight(m, m.weight) for m in linears]
-            kept[name] = sum(weight is not None for weight in prepared)
-            del clone, prepared
-            gc.collect()
-            kept[f"{name}, gone"] = len(state.prepared)
-        return {"ui": {"result": [json.dumps(kept)]}}
+        ops = _pack("kernels.ops")
+        held = [hasattr(getattr(m, "weight", None), "form") for m in model.model.modules()]
+        key = "rotated_int8", "torch"
+        calls = [steps[key].run.calls for steps in (ops._PREPARERS, ops._QUANTIZERS)]
+        return {"ui": {"result": [sum(held), *calls]}, "result": (samples,)}
 
 
 NODE_CLASS_MAPPINGS = {
@@ -677,7 +643,7 @@ NODE_CLASS_MAPPINGS = {
         TestEmptyAfter, TestAfter, TestMoved, TestSaveTensor, TestCompile, TestGraphBreaks,
         TestLayers, TestDigest, TestConfig,
         TestMemory, TestFail, TestLora, TestForward, TestMoments, TestRights, TestFast,
-        TestInterrupt, TestBackend, TestReuse, TestKeeping, TestForeignForward, TestForeignForwards,
+        TestInterrupt, TestBackend, TestPrepared, TestForeignForward, TestForeignForwards,
     )
 }  # fmt: skip
 NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES | branches.NODES

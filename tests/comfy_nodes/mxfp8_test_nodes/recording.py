@@ -59,7 +59,6 @@ class TestRecord:
             dispatch = _pack("kernels.dispatch")
             before = dispatch.BACKENDS
             dispatch.BACKENDS = tuple(_recording(backend, recorder) for backend in before)
-            dispatch._choose.cache_clear()
             hooks = []
             for key, module in linears.items():
                 short = key.removeprefix("diffusion_model.")
@@ -74,7 +73,6 @@ class TestRecord:
                     return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
             finally:
                 dispatch.BACKENDS = before
-                dispatch._choose.cache_clear()
                 for hook in hooks:
                     hook.remove()
 
@@ -83,13 +81,13 @@ class TestRecord:
 
 
 def _recording(backend, recorder):
-    """A backend whose linear notes that it ran, and at what precision."""
+    """A backend whose matmul notes that it ran."""
 
-    def linear(x, qdata, scale, bias, rows, cols, precision):
-        recorder.note("backends", f"{backend.name}, {precision}")
-        return backend.linear(x, qdata, scale, bias, rows, cols, precision)
+    def matmul(*args):
+        recorder.note("backends", f"{backend.name}, {backend.precision}")
+        return backend.matmul(*args)
 
-    return dataclasses.replace(backend, linear=linear)
+    return dataclasses.replace(backend, matmul=matmul)
 
 
 class TestRecorded:
