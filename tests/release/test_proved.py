@@ -71,10 +71,10 @@ def without(results, arch: str, kernel: str, config: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "arch", "kernel"),
     [
-        ("triton", "sm_80", "small_m_kernel"), ("triton", "sm_110", "one_row_kernel"),
-        ("triton", "gfx950", "quantize_kernel"), ("fp8", "sm_89", "rowwise_weight_kernel"),
-        ("fp8", "sm_90", "rowwise_matmul_kernel"), ("fp8", "sm_103", "rowwise_input_kernel"),
-        ("triton_mx", "sm_121", "mx_kernel"),
+        ("triton_w8a16", "sm_80", "small_m_kernel"), ("triton_w8a16", "sm_110", "one_row_kernel"),
+        ("triton", "gfx950", "quantize_kernel"), ("triton_fp8", "sm_89", "rowwise_weight_kernel"),
+        ("triton_fp8", "sm_90", "rowwise_matmul_kernel"),
+        ("triton_fp8", "sm_103", "rowwise_input_kernel"), ("triton_mx", "sm_121", "mx_kernel"),
     ],
 )  # fmt: skip
 def test_every_kernel_of_a_backend_has_to_be_compiled(results, backend, arch, kernel):
@@ -135,3 +135,9 @@ def test_the_error_of_a_compiler_is_its_own_line():
     stderr = "warning: x\nptxas fatal   : Value 'sm_110a' is not defined\n.version 8.8\n}\n"
     assert proved.error_line(stderr) == "ptxas fatal   : Value 'sm_110a' is not defined"
     assert proved.error_line("Traceback\nRuntimeError: nothing\n") == "RuntimeError: nothing"
+
+
+def test_forms_in_the_cpu_results_show_what_ran_on_such_a_cpu(results):
+    results["cpu.json"] = {"machine": {"flags": ["AMX"]}, "rows": [{"form": "rotated_int8"}]}
+    ran = [arch for arch in proved.CARDS if proved.runs(results, "int8", arch)]
+    assert ran == ["cpu AMX"] and not proved.runs(results, "torch_bf16", "cpu AMX")
