@@ -45,11 +45,9 @@ class Linears:
         """Two linears with the same input."""
         if not self.method.shares:
             return self(first, x), self(second, x)
-        quantized_input = kernels.quantize_input(x, kernels.input_form(x, "fast") or "rowwise")
+        quantized = kernels.quantize_input(self.method.path, x)
         layers = (self.layers[name] for name in (first, second))
-        return tuple(
-            method.run(x, stored, bias, quantized_input) for method, stored, bias in layers
-        )
+        return tuple(method.run(x, stored, bias, quantized) for method, stored, bias in layers)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from functools import partial
 
 import torch
 from gpu.clock import reason
-from gpu.paths import block_backends, exact_weight, fast_unsupported_reason, relative
+from gpu.paths import Method, all_methods, exact_weight, fast_backends, relative
 from gpu.shapes import numbers, weight
 
 from mxfp8 import kernels
-from mxfp8.kernels import device_facts, layout
+from mxfp8.kernels import layout
 from mxfp8.kernels.backends import eager, fp8_rowwise, reference
+from mxfp8.kernels.dispatch import choose_step, named
 
 _SLAB = 128  # rows at either end that the oracle computes: a whole tile of scales
 _EXACT = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}  # roundings are 2**-9 and 2**-12
@@ -111,13 +112,12 @@ def checks(device: torch.device, quick: bool, shapes) -> Iterator[Check]:
             kind = str(dtype).removeprefix("torch.")
             yield Check(f"dequantize to {kind}", (N, K), partial(_dequantize, device, N, K, dtype))
             yield Check(f"quantize {kind}", (N, K), partial(_quantize, device, N, K, dtype))
-        if fast_unsupported_reason(device) is None:
-            yield Check("to_rowwise", (N, K), partial(_to_rowwise, device, N, K))
+        yield Check("to_rowwise", (N, K), partial(_to_rowwise, device, N, K))
     yield from _quantize_rowwise_checks(device, quick)
     yield from _exact_checks(device, quick)
-    if fast_unsupported_reason(device) is None:
-        yield from _fast_checks(device, quick)
+    yield from _rowwise_checks(device, quick)
     yield from _block_checks(device, quick)
+    yield from _error_checks(device, quick)
 
 
 def _slabs(rows: int) -> list[tuple[int, int]]:
@@ -156,9 +156,9 @@ def _to_rowwise(device, N: int, K: int) -> str | None:
     code = _random_bytes(device, N, K).view(torch.float8_e4m3fn)
     scale = _random_bytes(device, *layout.scale_shape(N, K), seed=1)
     scale[: layout.TILE_ROWS] = scale[: layout.TILE_ROWS].remainder(24) + 100  # as in weights
-    expected = fp8_rowwise.to_rowwise_eager(code, scale)
+    expected = fp8_rowwise.to_rowwise(code, scale)
     poison(device, *(t.nbytes for t in expected))
-    out = fp8_rowwise.to_rowwise(code, scale)
+    out = choose_step(named("torch_fp8").preparers, device, torch.bfloat16).run(code, scale)
     wrong = next(filter(None, map(same_bits, out, expected)), None)
     for r0, r1 in _slabs(N):
         oracle = reference.to_rowwise(code[r0:r1].cpu(), scale[r0:].cpu())
@@ -181,9 +181,9 @@ def _quantize_rowwise_checks(device, quick: bool) -> Iterator[Check]:
 
 def _quantize_rowwise(device, M: int, K: int, dtype) -> str | None:
     x = hard_values(device, M, K, dtype)
-    expected = fp8_rowwise.quantize_rowwise_eager(x)
+    expected = fp8_rowwise.quantize_rowwise(x)
     poison(device, *(t.nbytes for t in expected))
-    out = fp8_rowwise.quantize_rowwise(x)
+    out = choose_step(named("torch_fp8").quantizers, device, dtype).run(x)
     wrong = next(filter(None, map(same_bits, out, expected)), None)
     oracle = reference.quantize_rowwise(x[:_SLAB].cpu())
     for part, expected_part in zip(out, oracle, strict=True):
@@ -229,42 +229,43 @@ def _twice(device, run: Callable[[], torch.Tensor], expected, bound: float) -> s
     return wrong
 
 
-def _fast_checks(device, quick: bool) -> Iterator[Check]:
+def _rowwise_checks(device, quick: bool) -> Iterator[Check]:
+    """Every row-wise scaled matmul that runs here; K and columns that are not multiples of a tile
+    as well."""
     shapes = ((96, 256),) if quick else ((3840, 3840), (3072, 15360), (10240, 3840), (13824, 5120))
-    matmuls = {}
-    if fp8_rowwise.torch_multiplies(device, torch.bfloat16):
-        matmuls["torch._scaled_mm"] = _by_torch
-    if device_facts.runs_triton(device):
-        matmuls["triton"] = _by_triton
-    if device.type != "cuda":
-        matmuls["plain torch"] = fp8_rowwise.scaled_matmul
-    for N, K in shapes:
-        for M in (70,) if quick else (16, 65, 256, 1000, 4096):
-            for name, matmul in matmuls.items():
-                run = partial(_rowwise_matmul, device, M, N, K, matmul, M != 256)
+    counts = (70,) if quick else (16, 65, 256, 1000, 4096)
+    tails = ((70, 96, 160),) if quick else ((77, 1056, 1056), (513, 3104, 96))
+    for name, backend in fast_backends(device, "rowwise_fp8")[0].items():
+        for N, K in shapes:
+            for M in counts:
+                run = partial(_rowwise_matmul, device, M, N, K, backend.matmul, M != 256)
                 yield Check(f"FP8 matmul, {name}", (M, N, K), run)
-    if "triton" in matmuls:  # K and columns that are not multiples of a tile
-        for M, N, K in ((70, 96, 160),) if quick else ((77, 1056, 1056), (513, 3104, 96)):
-            run = partial(_rowwise_matmul, device, M, N, K, _by_triton, True, 24)
-            yield Check("FP8 matmul, triton, tails", (M, N, K), run)
-    for kind in ("normal", "heavy-tailed", "column outliers"):
-        M, N, K = (70, 96, 256) if quick else (1024, 3840, 3840)
-        yield Check(f"fast against native MX x MX, {kind} activations", (M, N, K),
-                    partial(_against_native, device, M, N, K, kind))  # fmt: skip
+        for M, N, K in tails:
+            run = partial(_rowwise_matmul, device, M, N, K, backend.matmul, True, 24)
+            yield Check(f"FP8 matmul, {name}, tails", (M, N, K), run)
+
+
+def _error_checks(device, quick: bool) -> Iterator[Check]:
+    M, N, K = (70, 96, 256) if quick else (1024, 3840, 3840)
+    for name, method in all_methods(device).items():
+        if method.precision == "fast" and not method.shares:
+            for kind in ("normal", "heavy-tailed", "column outliers"):
+                run = partial(_against_native, device, M, N, K, kind, method)
+                yield Check(f"{name} against native MX x MX, {kind} activations", (M, N, K), run)
 
 
 def _block_checks(device, quick: bool) -> Iterator[Check]:
     """Every block-scaled matmul that runs here: tails in M, N and K, and real shapes."""
     small = ((33, 70, 100), (70, 50, 160))
     large = () if quick else ((65, 3840, 3840), (1000, 10240, 3840), (4096, 3072, 15360))
-    for name, matmul in block_backends(device)[0].items():
+    for name, backend in fast_backends(device, "mxfp8")[0].items():
         for M, N, K in small:
             for dtype in (torch.bfloat16, torch.float16):
-                yield Check(f"block matmul, {name}", (M, N, K),
-                            partial(_within_bound, device, M, N, K, matmul, dtype))  # fmt: skip
+                run = partial(_within_bound, device, M, N, K, backend.matmul, dtype)
+                yield Check(f"block matmul, {name}", (M, N, K), run)
         for M, N, K in large:
             yield Check(f"block matmul, {name}", (M, N, K),
-                        partial(_block_matmul, device, M, N, K, matmul))  # fmt: skip
+                        partial(_block_matmul, device, M, N, K, backend.matmul))  # fmt: skip
 
 
 def _within_bound(device, M: int, N: int, K: int, matmul, dtype) -> str | None:
@@ -274,7 +275,7 @@ def _within_bound(device, M: int, N: int, K: int, matmul, dtype) -> str | None:
     bias = numbers(device, N, seed=3, dtype=dtype)
     operands = reference.quantize(x.to(dtype)), reference.quantize(weight(device, N, K, M))
     poison(device, M * N * 2)
-    out = matmul(*operands, bias, dtype, M, N)
+    out = matmul(*operands, bias, dtype, N)[:M]
     if out.shape != (M, N) or out.dtype != dtype:
         return f"{out.dtype} {list(out.shape)}"
     expected, allowed = reference.block_bound(*operands, bias, dtype, M, N)
@@ -296,23 +297,9 @@ def _block_matmul(device, M: int, N: int, K: int, matmul) -> str | None:
     expected = exact_weight(*quantized_input)[:M] @ exact_weight(*stored)[:N].t()
 
     def run():
-        return matmul(quantized_input, stored, None, torch.bfloat16, M, N)
+        return matmul(quantized_input, stored, None, torch.bfloat16, N)[:M]
 
     return _twice(device, run, expected, 2.5e-3 + K / 32 * 2.0**-24)
-
-
-def _by_torch(a, a_scale, b, b_scale, bias, dtype, columns):
-    out = torch._scaled_mm(
-        a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None, :], bias=bias, out_dtype=dtype,
-        use_fast_accum=True,
-    )  # fmt: skip
-    return out[:, :columns]
-
-
-def _by_triton(*arguments):
-    from mxfp8.kernels.backends.triton import fp8_gemm
-
-    return fp8_gemm.matmul(*arguments)
 
 
 def _rowwise_matmul(device, M, N, K, matmul, biased: bool, padding: int = 0) -> str | None:
@@ -322,20 +309,20 @@ def _rowwise_matmul(device, M, N, K, matmul, biased: bool, padding: int = 0) -> 
     bit for each of these, and the rounding to BF16.
     """
     x, w = numbers(device, M, K, seed=M), weight(device, N, K, seed=M + 1)
-    a, a_scale = fp8_rowwise.quantize_rowwise_eager(x)
-    b, b_scale = fp8_rowwise.to_rowwise_eager(*eager.quantize(w))
+    a, a_scale = fp8_rowwise.quantize_rowwise(x)
+    b, b_scale = fp8_rowwise.to_rowwise(*eager.quantize(w))
     columns = N - padding
     bias = numbers(device, columns, seed=3) if biased else None
     x, w = a.double() * a_scale.double()[:, None], b.double() * b_scale.double()[:, None]
     expected = (x @ w.t())[:, :columns] + (bias.double() if biased else 0)
 
     def run():
-        return matmul(a, a_scale, b, b_scale, bias, torch.bfloat16, columns)
+        return matmul((a, a_scale), (b, b_scale), bias, torch.bfloat16, columns)
 
     return _twice(device, run, expected, 2.5e-3 + K / 32 * 2.0**-15)
 
 
-def _against_native(device, M: int, N: int, K: int, kind: str) -> str | None:
+def _against_native(device, M: int, N: int, K: int, kind: str, method: Method) -> str | None:
     """The output error is at most that of MXFP8 activations, which Blackwell multiplies.
 
     Both against float64 with the stored weights; 2% are allowed for the random draw.
@@ -346,13 +333,10 @@ def _against_native(device, M: int, N: int, K: int, kind: str) -> str | None:
     elif kind == "column outliers":
         x[:, :: K // 8] *= 50
     x = x.bfloat16()
-    qdata, scale = kernels.quantize(weight(device, N, K, 9))
-    stored = exact_weight(qdata, scale)
+    plain = weight(device, N, K, 9)
+    stored = exact_weight(*kernels.quantize(plain))
     expected = x.double() @ stored.t()
     native = relative(exact_weight(*eager.quantize(x))[:M] @ stored.t(), expected)
-    if device.type == "cuda":
-        out = kernels.linear(x, qdata, scale, precision="fast")
-    else:
-        out = fp8_rowwise.linear(x, qdata, scale, None, N, K)
+    out = method.run(x, method.store(plain), None)
     error = relative(out, expected)
     return None if error <= 1.02 * native else f"error {error:.3e}, native {native:.3e}"

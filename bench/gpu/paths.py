@@ -9,7 +9,8 @@ import torch
 
 from mxfp8 import kernels
 from mxfp8.kernels import dispatch, layout
-from mxfp8.kernels.backends import eager, fp8_rowwise, reference, torch_mx
+from mxfp8.kernels.backends import eager, torch_mx
+from mxfp8.kernels.records import Backend, Problem
 
 try:
     import comfy_kitchen
@@ -29,7 +30,7 @@ class Method:
         precision: "exact" or "fast"; None for dense BF16.
         cached: whether the prepared weight is kept; None where there is none.
         shares: whether linears with the same input quantize it once.
-        backend: the backend that is named; None: the one that is chosen.
+        path: of the fast ones.
     """
 
     store: Callable
@@ -37,7 +38,7 @@ class Method:
     precision: str | None = None
     cached: bool | None = None
     shares: bool = False
-    backend: str | None = None
+    path: kernels.ExecutionPath | None = None
 
 
 def stock_quantize(x: torch.Tensor):
@@ -83,66 +84,73 @@ def _stock_block_scaled(x, stored, bias):
 
 def _stock_multiplies(device: torch.device) -> bool:
     """Whether stock ComfyUI multiplies in MXFP8 here."""
-    return kitchen is not None and torch_mx.unsupported_reason(_fast_problem(device)) is None
+    problem = Problem(device, torch.bfloat16, "fast")
+    return kitchen is not None and torch_mx.unsupported_reason(problem) is None
 
 
-def _fast_problem(device: torch.device) -> dispatch.Problem:
-    return dispatch.Problem("linear", device, torch.bfloat16, "fast")
+STAND_INS = ("reference_fp8", "reference_mx")  # on a CPU, to try the script
 
 
-def block_backends(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(block-scaled matmuls that run here, reasons why the others do not), both by backend.
+def fast_backends(
+    device: torch.device, input_form: str | None = None
+) -> tuple[dict[str, Backend], dict[str, str]]:
+    """(fast backends that run here, reasons why the others do not), both by name.
 
-    On a CPU that is the oracle alone, to try the script.
+    Args:
+        input_form: of those that are wanted; None: any.
     """
-    if device.type != "cuda":
-        return {"reference": reference.block_matmul}, {}
-    matmuls, reasons = {}, {}
-    for record in dispatch.BACKENDS:
-        if record.input_form == "mxfp8":
-            reason = dispatch._unsupported_reason(record, _fast_problem(device))
+    found, reasons = {}, {}
+    problem = Problem(device, torch.bfloat16, "fast", prepare="once")
+    for backend in dispatch.BACKENDS:
+        if device.type == "cuda":  # where `int8`, in plain torch, is not chosen
+            wanted = not backend.name.startswith("reference") and backend.name != "int8"
+        else:
+            wanted = backend.name in STAND_INS
+        wanted = wanted and backend.precision == "fast"
+        if wanted and input_form in (None, backend.input_form):
+            reason = dispatch._Verdicts().reason(backend, problem)
             if reason is None:
-                matmuls[record.name] = record.matmul
+                found[backend.name] = backend
             else:
-                reasons[record.name] = reason
-    return matmuls, reasons
+                reasons[backend.name] = reason
+    return found, reasons
 
 
-def _by_backend(name: str) -> Callable:
-    """Our fast linear by one backend."""
+def path_of(device: torch.device, *names: str, prepare: str = "once") -> kernels.ExecutionPath:
+    """How a fast linear of many rows runs: by these backends, or as it is chosen."""
+    with kernels.use_backend(*names):
+        return kernels.execution_path(device, torch.bfloat16, "fast", prepare=prepare)
+
+
+def fast_path(device: torch.device) -> kernels.ExecutionPath:
+    """That which is chosen on a GPU, though it may be exact; on a CPU an oracle stands in."""
+    return path_of(device, *(() if device.type == "cuda" else STAND_INS[:1]))
+
+
+def _fast(path: kernels.ExecutionPath, shares: bool = False) -> Method:
+    """A path with the weight prepared once."""
+
+    def store(weight):
+        return kernels.prepare_weight(path, *kernels.quantize(weight))
+
+    def run(x, prepared, bias, quantized=None):
+        return kernels.linear_prepared(path, x, prepared, bias, prepared[0].shape[0], quantized)
+
+    cached = None if path.weight_form == "stored" else True
+    return Method(store, run, "fast", cached, shares, path)
+
+
+def _on_each_call(path: kernels.ExecutionPath) -> Method:
+    """The functional linear, which prepares the weight in one pass on each call."""
 
     def run(x, stored, bias):
-        with kernels.use_backend(name):
-            return _fast(x, stored, bias)
+        return kernels.linear(x, *stored, bias, precision="fast")
 
-    return run
+    return Method(kernels.quantize, run, "fast", False, path=path)
 
 
 def _exact(x, stored, bias):
     return kernels.linear(x, *stored, bias, precision="exact")
-
-
-def _with_prepared_weight(weight):
-    qdata, scale = kernels.quantize(weight)
-    return qdata, scale, kernels.to_rowwise(qdata, scale)
-
-
-def _fast(x, stored, bias, quantized_input=None):
-    qdata, scale, *prepared = stored
-    return kernels.linear(
-        x, qdata, scale, bias, precision="fast",
-        prepared_weight=prepared[0] if prepared else None, quantized_input=quantized_input,
-    )  # fmt: skip
-
-
-def _fast_in_torch(x, stored, bias, quantized_input=None):
-    """Without FP8 tensor cores: the same three steps in plain torch, to try the script."""
-    qdata, scale, *prepared = stored
-    if quantized_input is None:
-        quantized_input = fp8_rowwise.quantize_rowwise(x.reshape(-1, x.shape[-1]))
-    weight = prepared[0] if prepared else fp8_rowwise.to_rowwise(qdata, scale)
-    out = fp8_rowwise.scaled_matmul(*quantized_input, *weight, bias, x.dtype, qdata.shape[0])
-    return out.reshape(*x.shape[:-1], -1)
 
 
 def all_methods(device: torch.device) -> dict[str, Method]:
@@ -155,36 +163,33 @@ def all_methods(device: torch.device) -> dict[str, Method]:
     }
     if fast_unsupported_reason(device) is not None:
         return methods
-    form_and_backend = dispatch.input_form(device, torch.bfloat16, "fast")
-    if form_and_backend and form_and_backend[0] == "mxfp8":  # no weight is prepared
-        methods["fast"] = Method(kernels.quantize, _fast, "fast")
-        methods["fast shared"] = Method(kernels.quantize, _fast, "fast", shares=True)
-        for name in sorted(block_backends(device)[0].keys() - {form_and_backend[1]}):
-            methods[name] = Method(kernels.quantize, _by_backend(name), "fast", backend=name)
-        return methods
-    fast = _fast if form_and_backend else _fast_in_torch
-    methods["fast"] = Method(kernels.quantize, fast, "fast", False)
-    methods["fast cached"] = Method(_with_prepared_weight, fast, "fast", True)
-    methods["fast cached shared"] = Method(_with_prepared_weight, fast, "fast", True, shares=True)
+    path = fast_path(device)
+    name = "fast" if path.weight_form == "stored" else "fast cached"
+    methods[name] = _fast(path)
+    if path.quantizer is not None:
+        methods[f"{name} shared"] = _fast(path, shares=True)
+    if device.type == "cuda":
+        each = path_of(device, prepare="each call")
+        if each.precision == "fast" and each.preparer is not None:
+            methods["fast"] = _on_each_call(each)
+    for other in sorted(fast_backends(device)[0].keys() - {path.backend}):
+        methods[other] = _fast(path_of(device, other))
     return methods
 
 
 def fast_unsupported_reason(device: torch.device) -> str | None:
-    """Why there is no fast linear to measure, or None. On a CPU plain torch stands in."""
-    if device.type != "cuda" or dispatch.input_form(device, torch.bfloat16, "fast"):
+    """Why there is no fast linear to measure, or None."""
+    path = fast_path(device)
+    if path.precision == "fast":
         return None
-    return next(s.reason for s in kernels.list_backends(device) if s.name == "fp8")
+    return "; ".join(f"{name}: {reason}" for name, reason in path.unsupported)
 
 
 def backend_name(device: torch.device, method: Method, rows: int) -> str:
     """The backend that runs one of our methods with this many rows."""
-    if method.backend is not None:
-        return method.backend
-    probe = torch.empty(0, dtype=torch.bfloat16, device=device)
-    name = dispatch.choose("linear", probe, method.precision, rows)[0].name
-    if method.precision == "fast" and not dispatch.input_form(device, torch.bfloat16, "fast"):
-        name = "plain torch"
-    return f"{name}, shared input" if method.shares else name
+    if method.path is None:
+        return kernels.execution_path(device, torch.bfloat16, method.precision, rows).backend
+    return f"{method.path.backend}, shared input" if method.shares else method.path.backend
 
 
 def exact_weight(qdata, scale) -> torch.Tensor:

@@ -16,8 +16,9 @@ from gpu.paths import (
     Method,
     all_methods,
     backend_name,
-    block_backends,
     exact_weight,
+    fast_backends,
+    path_of,
     relative,
     stock_dequantize,
     stock_quantize,
@@ -26,8 +27,8 @@ from gpu.shapes import numbers, sets_beyond, weight
 from working_copy import l2_bytes
 
 from mxfp8 import kernels
-from mxfp8.kernels import device_facts, dispatch
-from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.kernels.dispatch import choose_step, named
+from mxfp8.kernels.records import DEQUANTIZERS, FEW_ROWS, QUANTIZERS
 
 SAMPLE = 128  # rows at either end of an output whose error is measured
 
@@ -76,14 +77,20 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
     count = bench.sets(N * K)
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
     packed = [kernels.quantize(w) for w in plain]
-    bf16 = torch.bfloat16
+    bf16, by_row = torch.bfloat16, named("torch_fp8")
+    steps = {
+        "dequantize": choose_step(DEQUANTIZERS, bench.device, packed[0][0].dtype),
+        "quantize": choose_step(QUANTIZERS, bench.device, bf16),
+        "to_rowwise": choose_step(by_row.preparers, bench.device, bf16),
+        "quantize_rowwise": choose_step(by_row.quantizers, bench.device, bf16),
+    }
     runs = {
         "dequantize": lambda i: kernels.dequantize(*packed[i], bf16),
         "stock dequantize": lambda i: stock_dequantize(*packed[i]),
         "quantize": lambda i: kernels.quantize(plain[i]),
         "stock quantize": lambda i: stock_quantize(plain[i]),
-        "to_rowwise": lambda i: kernels.to_rowwise(*packed[i]),
-        "quantize_rowwise": lambda i: kernels.quantize_input(plain[i], "rowwise"),
+        "to_rowwise": lambda i: steps["to_rowwise"].run(*packed[i]),
+        "quantize_rowwise": lambda i: steps["quantize_rowwise"].run(plain[i]),
     }
     spent = bench.time(f"casts of {N} x {K}", runs, count)
     limits = {
@@ -94,12 +101,9 @@ def casts(bench: Bench, N: int, K: int) -> Iterator[dict]:
     }
     for op, limit in limits.items():
         if op in spent:
-            name = "triton" if device_facts.runs_triton(bench.device) else "eager"
-            if op in ("dequantize", "quantize"):
-                name = dispatch.choose(op, packed[0][0] if op == "dequantize" else plain[0])[0].name
             stock = spent.get(f"stock {op}")
             M, rows = (N, None) if op == "quantize_rowwise" else (None, N)
-            yield row(op, None, name, None, M, rows, K, spent[op], stock_us=stock,
+            yield row(op, None, steps[op].name, None, M, rows, K, spent[op], stock_us=stock,
                       roofline_us=limit)  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
     count = bench.sets(N * K + 2 * M * K)
     xs = [numbers(bench.device, M, K, seed=seed) for seed in range(count)]
     plain = [weight(bench.device, N, K, seed) for seed in range(count)]
-    small_m = fp8_rowwise.SMALL_M >= M
+    small_m = FEW_ROWS >= M
     chosen = {
         name: method
         for name, method in bench.methods.items()
@@ -119,8 +123,10 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
         name: lambda i, n=name, m=method: m.run(xs[i], stored[n][i], None)
         for name, method in chosen.items()
     }
-    products = _products(bench, xs, plain, M, N) if M >= 16 else {}
-    products |= _block_products(bench, xs, plain, M, N) if M >= 16 else {}
+    products = {}
+    if M >= 16:
+        for op, input_form in (("scaled_matmul", "rowwise_fp8"), ("block_matmul", "mxfp8")):
+            products |= _products(bench, op, input_form, xs, plain, N)
     if small_m and M >= 16:
         runs["unpacked"] = lambda i: torch.nn.functional.linear(
             xs[i], kernels.dequantize(*stored["exact"][i], torch.bfloat16)
@@ -151,48 +157,26 @@ def linears(bench: Bench, M: int, N: int, K: int) -> Iterator[dict]:
         yield measured("linear", chosen["exact"], "dequantize + torch", "unpacked", limit)
     for name in products:
         if name in spent:
-            op, _, backend = name.rpartition(": ")
-            limit = bench.ceilings.matmul(M, N, K, 1 + 1 / 32 * bool(op), fp8=True)
-            yield measured(op or "scaled_matmul", None, backend, name, limit)
+            op, _, backend = name.partition(": ")
+            limit = bench.ceilings.matmul(M, N, K, 1 + (op == "block_matmul") / 32, fp8=True)
+            yield measured(op, None, backend, name, limit)
 
 
-def _products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
-    """The row-wise scaled FP8 matmul alone, on prepared weights and quantized inputs."""
-    device = bench.device
-    runs: dict[str, Callable] = {}
-    by_torch = fp8_rowwise.torch_multiplies(device, torch.bfloat16)
-    by_triton = device_facts.runs_triton(device)
-    if device.type == "cuda" and (device_facts.capability(device) or (0, 0)) < (8, 9):
-        return runs
-    if not by_torch and not by_triton:
-        return runs
-    inputs = [kernels.quantize_input(x, "rowwise") for x in xs]
-    weights = [kernels.to_rowwise(*kernels.quantize(w)) for w in plain]
-    if by_torch:
-        runs["torch._scaled_mm"] = lambda i: torch._scaled_mm(
-            inputs[i][0], weights[i][0].t(), scale_a=inputs[i][1][:, None],
-            scale_b=weights[i][1][None, :], out_dtype=torch.bfloat16, use_fast_accum=True,
-        )  # fmt: skip
-    if by_triton:
-        from mxfp8.kernels.backends.triton import fp8_gemm
-
-        runs["triton"] = lambda i: fp8_gemm.matmul(*inputs[i], *weights[i], None, torch.bfloat16, N)
-    return runs
-
-
-def _block_products(bench: Bench, xs, plain, M: int, N: int) -> dict[str, Callable]:
-    """The block-scaled matmuls alone, by every backend that has one here."""
-    matmuls, reasons = block_backends(bench.device)
-    lines = [f"block_matmul by {name}: {reason}" for name, reason in reasons.items()]
+def _products(bench: Bench, op: str, input_form: str, xs, plain, N: int) -> dict[str, Callable]:
+    """The matmuls alone of quantized inputs and prepared weights, by every backend that has one."""
+    backends, reasons = fast_backends(bench.device, input_form)
+    lines = [f"{op} by {name}: {reason}" for name, reason in reasons.items()]
     bench.left_out += [line for line in lines if line not in bench.left_out]
-    if not matmuls:
+    if not backends:
         return {}
-    inputs, weights = ([kernels.quantize(t) for t in tensors] for tensors in (xs, plain))
+    path = path_of(bench.device, next(iter(backends)))
+    inputs = [kernels.quantize_input(path, x) for x in xs]
+    weights = [kernels.prepare_weight(path, *kernels.quantize(w)) for w in plain]
     return {
-        f"block_matmul: {name}": lambda i, matmul=matmul: matmul(
-            inputs[i], weights[i], None, torch.bfloat16, M, N
+        f"{op}: {name}": lambda i, b=backend: b.matmul(
+            inputs[i], weights[i], None, torch.bfloat16, N
         )
-        for name, matmul in matmuls.items()
+        for name, backend in backends.items()
     }
 
 
@@ -204,7 +188,7 @@ def host(bench: Bench) -> Iterator[dict]:
         x = numbers(bench.device, M, K)
         spent = {}
         for name, method in bench.methods.items():
-            if method.shares or (method.precision == "fast" and fp8_rowwise.SMALL_M >= M):
+            if method.shares or (method.precision == "fast" and FEW_ROWS >= M):
                 continue
             stored = method.store(plain)
             spent[name] = bench.clock.host(lambda m=method, s=stored, x=x: m.run(x, s, None))

@@ -46,11 +46,11 @@ def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
     ops = {row["op"] for row in kernels["rows"]}
     assert ops == {
         "dequantize", "quantize", "to_rowwise", "quantize_rowwise", "linear",
-        "linear, LoRA", "host_us", "block_matmul",
+        "linear, LoRA", "host_us", "scaled_matmul", "block_matmul",
         "Z-Image block", "Flux double block",
     }  # fmt: skip
     linears = {(r["precision"], r["cached"]) for r in kernels["rows"] if r["op"] == "linear"}
-    assert linears == {("exact", None), ("fast", False), ("fast", True)}
+    assert linears == {("exact", None), ("fast", None), ("fast", True)}
 
 
 def test_times_are_times_and_errors_those_of_eight_bits(kernels):
@@ -78,18 +78,23 @@ def test_checks_were_made_and_hold(kernels):
     assert [check for check in kernels["checks"] if check["wrong"]] == []
 
 
-def test_block_scaled_matmuls_have_rows_beside_their_rivals_and_checks(kernels):
+@pytest.mark.parametrize(
+    ("op", "backend", "check", "count"),
+    [("block_matmul", "reference_mx", "block matmul", 4),
+     ("scaled_matmul", "reference_fp8", "FP8 matmul", 1)],
+)  # fmt: skip
+def test_matmuls_alone_have_rows_beside_their_rivals_and_checks(kernels, op, backend, check, count):
     """On a CPU by the oracle, which stands in for what needs a card."""
-    rows = [row for row in kernels["rows"] if row["op"] == "block_matmul"]
-    assert {(r["backend"], r["precision"]) for r in rows} == {("reference", "fast")}
+    rows = [row for row in kernels["rows"] if row["op"] == op]
+    assert {(r["backend"], r["precision"]) for r in rows} == {(backend, "fast")}
     assert {(r["M"], r["N"], r["K"]) for r in rows} == {
         (r["M"], r["N"], r["K"]) for r in kernels["rows"] if r["op"] == "linear" and r["M"] >= 16
     }
     for row in rows:
         assert min(row["bf16_us"], row["stock_us"], row["roofline_us"]) > 0
         assert 5e-3 < row["error"] < 6e-2
-    checks = [c for c in kernels["checks"] if c["check"] == "block matmul, reference"]
-    assert len(checks) == 4
+    checks = [c for c in kernels["checks"] if c["check"] == f"{check}, {backend}"]
+    assert len(checks) == count
 
 
 def test_results_tell_no_one_where_they_were_made():
