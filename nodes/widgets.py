@@ -32,9 +32,10 @@ def precision_input() -> io.Input:
         default="auto",
         tooltip=(
             "exact: stored weights times unquantized activations. "
-            "fast: activations are quantized too, for tensor cores that multiply 8-bit values. "
-            "auto: fast where the GPU has such tensor cores (RTX 40 series and later, H100), else "
-            "exact. Layers that the file marks as full precision are always exact."
+            "fast: activations are quantized too, for an 8-bit matmul: INT8 on RTX 20 to 40, "
+            "RX 7000 and 9000 and CPUs with VNNI or AMX, FP8 on H100, MXFP8 on Blackwell. "
+            "auto: fast on such GPUs, else exact. "
+            "Layers that the file marks as full precision are always exact."
         ),
     )
 
