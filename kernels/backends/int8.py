@@ -32,10 +32,11 @@ from ..layout import BLOCK
 from . import eager, reference
 
 SMALLEST_SCALE = 1e-30
-_CHUNK = 1 << 18  # values quantized at a time: with buffers, 2 MB of cache
+_CHUNK = 1 << 19  # values quantized at a time
 _TILE = 1 << 20  # results scaled at a time: 4 MB
-_TALLEST = 1024  # rows of such a tile
+_TALLEST = 512  # rows of such a tile
 _GPU_CHUNK = 1 << 24
+_TO_INTEGER = 1.5 * 2.0**23  # from here to 2**24, floats are integers
 
 
 @cache
@@ -164,8 +165,11 @@ class _Quantizer:
         step = (amax / self.steps[:rows]).clamp_min_(SMALLEST_SCALE)
         if value is not rotated:
             value.copy_(rotated)
-        # Not beyond +-127, as amax / step rounds to at most 127.
-        code.copy_(value.div_(step).round_()).masked_fill_(bad, 0)
+        # At most 127: amax / step rounds to that. The sum has the rounded value in its low bits;
+        # torch's `round` starts its threads for as few as 2,048 values.
+        code.copy_(value.div_(step).add_(_TO_INTEGER).view(torch.int32))
+        if code.device.type != "cpu" or bad.any():  # on a GPU, looking would wait for it
+            code.masked_fill_(bad, 0)
         scale.copy_(step.masked_fill_(bad, torch.nan).squeeze(-1))
 
 
@@ -202,7 +206,7 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
 
 def _tiles(M: int, N: int):
     """Cut [M, N] into tiles (rows, columns, int32 buffer [m, n])."""
-    height = min(M, _TALLEST)
+    height = min(M, _TALLEST if M >= _TALLEST else _TALLEST // 4)  # 2 times 128: 0.8 of one 256
     width = min(N, _TILE // height)
     buffer = torch.empty(height * width, dtype=torch.int32)
     for c0 in range(0, N, width):
