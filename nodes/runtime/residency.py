@@ -31,7 +31,7 @@ from .slot import refault
 logger = logging.getLogger(__name__)
 
 NO_ROOM = "there is no free memory for prepared weights"
-
+RAM = torch.device("cpu")
 _Backup = namedtuple("_Backup", ("weight", "inplace_update"))  # as stock's
 
 
@@ -40,7 +40,7 @@ def masters(patcher) -> dict[str, QuantizedTensor]:
 
     Whoever holds them keeps them from being freed when stock moves the layers to the device.
     """
-    if patcher.is_dynamic() or patcher.load_device == patcher.offload_device:
+    if patcher.is_dynamic() or patcher.load_device == RAM:
         return {}
     return {
         name: stored_weight(module.weight)
@@ -138,6 +138,6 @@ def _master(patcher, key: str, weight: QuantizedTensor, masters) -> QuantizedTen
         if key in patcher.backup:
             return patcher.backup[key].weight
         master = masters.get(key.removesuffix(".weight"))
-        if master is not None and master.device == patcher.offload_device:
+        if master is not None and master.device == RAM:
             return master
-    return weight.to(device=patcher.offload_device)
+    return weight.to(device=RAM)  # which is not where ComfyUI offloads to with --highvram

@@ -26,10 +26,11 @@ from lora_kinds import linears, lora_file
 from safetensors.torch import load_file
 
 from mxfp8 import kernels
-from mxfp8.kernels.backends import int8
+from mxfp8.kernels import dispatch
+from mxfp8.kernels.backends import eager, int8
 from mxfp8.nodes.models import fingerprints
 from mxfp8.nodes.models.save import save_model
-from mxfp8.nodes.runtime import lora, preparing, slot
+from mxfp8.nodes.runtime import lora, preparing, slot, values
 from mxfp8.nodes.runtime.cache import model_state
 from mxfp8.nodes.runtime.patch import accelerate, check_scales
 from mxfp8.nodes.runtime.prepared import PreparedWeight, stored_weight
@@ -135,13 +136,16 @@ def saving(flux: Flux):
     yield "a saved file", same_state(*files)
     now = [f(flux.fast) for f in (fingerprints.of_mxfp8, fingerprints.of_linears)]
     yield "fingerprints", now == marks and None not in marks
-    values = flux.fast.model_state_dict()
+    dense = {f"{n}.weight": stored_weight(m.weight).dequantize()
+             for n, m in layers(flux.fast).items()}  # fmt: skip
+    state = flux.fast.model_state_dict()
+    yield "values", all(torch.equal(state[key], dense[key]) for key in dense)
+    values.show(flux.fast.model, {})
+    state = flux.fast.model.state_dict()
+    values.hide(flux.fast.model)
     yield (
-        "values",
-        all(
-            torch.equal(values[f"{n}.weight"], stored_weight(m.weight).dequantize())
-            for n, m in layers(flux.fast).items()
-        ),
+        "values while it is sampled",
+        all(torch.equal(state[key] + 0, dense[key]) for key in dense),
     )
     check_scales(flux.fast.model)  # raises
     yield "still fast", flux.as_fast()
@@ -218,6 +222,11 @@ def hooks(flux: Flux):
             patcher.apply_hooks(group)
             hooked.append(codes(patcher))
             patcher.apply_hooks(None)
+        patcher.forced_hooks = group
+        comfy.model_management.load_models_gpu([patcher])  # which prepares none of them
+        hooked.append(codes(patcher))
+        patcher.forced_hooks = None
+        comfy.model_management.load_models_gpu([patcher])
         after = {n: m.weight for n, m in layers(patcher).items()}
         yield (
             f"{len(hooked)} as before hooks",
@@ -298,6 +307,27 @@ def limits(flux: Flux):
     yield "no longer marked", flux.as_fast()
 
 
+def unpacked(flux: Flux):
+    """Exact in bfloat16 on a CPU that multiplies it."""
+    kept, eager._cpu_multiplies = eager._cpu_multiplies, lambda dtype: True
+    dispatch.forget()
+    patcher = flux.exact.clone()
+    patcher.set_model_compute_dtype(torch.bfloat16)
+    comfy.model_management.load_models_gpu([patcher])
+    yield "as bfloat16", set(forms(patcher)) == {"bf16"} and codes(patcher) == flux.codes
+    same = []
+    for module in layers(patcher).values():
+        x = torch.randn(3, module.in_features).bfloat16()
+        weight, bias = stored_weight(module.weight).dequantize(), module.bias
+        bias = bias if bias is None else bias.bfloat16()
+        wanted = torch.nn.functional.linear(x, weight.bfloat16(), bias)
+        same.append(torch.equal(module.forward(x), wanted))
+    yield "the same outputs", all(same)
+    eager._cpu_multiplies = kept
+    dispatch.forget()
+    yield "fast again", flux.as_fast()
+
+
 def slots(flux: Flux):
     """The rules of `slot` on a layer as stock leaves it after it copied its codes to a slot."""
     path = kernels.execution_path(torch.device("cpu"), torch.float32, "fast", prepare="once")
@@ -349,7 +379,7 @@ def main() -> None:
     with torch.no_grad():
         flux = Flux()
         parts = (precisions, saving, unloading, loras, merging, hooks, other_models, compiled,
-                 limits, slots)  # fmt: skip
+                 limits, unpacked, slots)  # fmt: skip
         for part in parts:
             results[part.__name__] = dict(part(flux))
     print(json.dumps(results))
