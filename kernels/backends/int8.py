@@ -13,7 +13,7 @@ largest.
 How the time is kept down on a CPU, where the matmul takes half of bfloat16's:
 
 * Chunks of rows are quantized and tiles of the result are scaled while they are in the cache, in
-  buffers that are allocated once per call, as in `eager`.
+  memory that is kept from call to call.
 * For a single row of x, `W @ x.T` is computed: oneDNN packs the second matrix on every call.
 
 Rejected: a single `_int_mm` (its int32 result leaves the cache); oneDNN's prepacked `qlinear`
@@ -23,6 +23,8 @@ Rejected: a single `_int_mm` (its int32 result leaves the cache); oneDNN's prepa
 
 from __future__ import annotations
 
+import math
+import threading
 from functools import cache
 
 import torch
@@ -130,27 +132,47 @@ def _rotation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.bfloat16 if native and x.dtype == torch.bfloat16 else torch.float32
 
 
+def _scratch(size: int, device: torch.device) -> torch.Tensor:
+    """Memory for one step, in bytes; on a CPU the same on every call of a thread.
+
+    Fresh memory costs page faults, as much as the arithmetic where x has few rows. 4 MB are kept.
+    """
+    kept = getattr(_kept, "scratch", None) if device.type == "cpu" else None
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):  # usable in any mode
+            kept = torch.empty(size, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            _kept.scratch = kept
+    return kept[:size]
+
+
+_kept = threading.local()
+
+
 @cache
-def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # as a tensor that is kept, usable in any mode
-        return reference.hadamard(size).to(device, dtype)
+def _constants(cols: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The rotation, the bits of a magnitude, and the number of steps: numbers cost conversions."""
+    integer = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    with torch.inference_mode(False):  # usable in any mode
+        return (
+            reference.hadamard(reference.group(cols)).to(device, dtype),
+            torch.tensor(torch.iinfo(integer).max, dtype=integer, device=device),
+            torch.full((1, 1), 127.0, device=device),
+        )
 
 
 class _Quantizer:
-    """Rotates and quantizes chunks of at most `rows` rows, in buffers that it keeps."""
+    """Rotates and quantizes chunks of at most `rows` rows, in the scratch memory."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device):
-        def empty(dtype):
-            return torch.empty(rows, cols, dtype=dtype, device=device)
-
-        self.matrix = _hadamard(reference.group(cols), dtype, device)
-        self.integer = torch.int16 if dtype == torch.bfloat16 else torch.int32
-        self.rotated = empty(dtype)
-        self.value = self.rotated if dtype == torch.float32 else empty(torch.float32)
-        self.bits = empty(self.integer)
-        largest = torch.iinfo(self.integer).max
-        self.magnitude = torch.tensor(largest, dtype=self.integer, device=device)
-        self.steps = torch.full((rows, 1), 127.0, device=device)
+        self.matrix, self.magnitude, self.steps = _constants(cols, dtype, device)
+        count = rows * cols
+        memory = _scratch(8 * count, device)
+        self.value = memory[: 4 * count].view(torch.float32).view(rows, cols)
+        self.rotated = self.value
+        if dtype != torch.float32:
+            self.rotated = memory[6 * count :].view(dtype).view(rows, cols)
+        self.bits = memory[4 * count :].view(self.magnitude.dtype)[:count].view(rows, cols)
 
     def run(self, x, code, scale) -> None:
         """Fill code [m, K] and scale [m] from x [m, K]."""
@@ -159,18 +181,18 @@ class _Quantizer:
         groups = x.to(rotated.dtype).reshape(-1, size)
         torch.mm(groups, self.matrix, out=rotated.view(-1, size))
         # Magnitudes of floats compare as their bits do, and NaN is above infinity: no NaN is lost.
-        torch.bitwise_and(rotated.view(self.integer), self.magnitude, out=bits)
+        torch.bitwise_and(rotated.view(bits.dtype), self.magnitude, out=bits)
         amax = bits.amax(-1, keepdim=True).view(rotated.dtype).float()
-        bad = ~amax.isfinite()
-        step = (amax / self.steps[:rows]).clamp_min_(SMALLEST_SCALE)
+        step = torch.div(amax, self.steps, out=scale.unsqueeze(-1)).clamp_min_(SMALLEST_SCALE)
         if value is not rotated:
             value.copy_(rotated)
         # At most 127: amax / step rounds to that. The sum has the rounded value in its low bits;
         # torch's `round` starts its threads for as few as 2,048 values.
         code.copy_(value.div_(step).add_(_TO_INTEGER).view(torch.int32))
-        if code.device.type != "cpu" or bad.any():  # on a GPU, looking would wait for it
+        if code.device.type != "cpu" or not math.isfinite(step.sum()):  # no look at a GPU's values
+            bad = ~step.isfinite()
             code.masked_fill_(bad, 0)
-        scale.copy_(step.masked_fill_(bad, torch.nan).squeeze(-1))
+            step.masked_fill_(bad, torch.nan)
 
 
 def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
@@ -193,8 +215,8 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
         product = _gpu_product(a, b)[:M, :N].float()
         _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
     elif M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
-        product = torch._int_mm(b[:N], a.t()).view(1, N).float()
-        _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
+        product = torch._int_mm(b[:N], a.t()).view(1, N)
+        _scale(product.float(), a_scale, b_scale[:N], bias, out)
     else:
         for rows, columns, product in _tiles(M, N):
             torch._int_mm(a[rows], b[columns].t(), out=product)
@@ -208,7 +230,7 @@ def _tiles(M: int, N: int):
     """Cut [M, N] into tiles (rows, columns, int32 buffer [m, n])."""
     height = min(M, _TALLEST if M >= _TALLEST else _TALLEST // 4)  # 2 times 128: 0.8 of one 256
     width = min(N, _TILE // height)
-    buffer = torch.empty(height * width, dtype=torch.int32)
+    buffer = _scratch(4 * height * width, torch.device("cpu")).view(torch.int32)
     for c0 in range(0, N, width):
         for r0 in range(0, M, height):
             r1, c1 = min(M, r0 + height), min(N, c0 + width)
