@@ -28,7 +28,9 @@ def test_every_way_of_loading_samples_what_stock_samples(comfy, kind):
 
     for name in models:
         if name.startswith(("loaded", "accelerated")):
-            assert difference(latent[name], latent["stock"]) < SAME, name
+            # By INT8 on CPUs that multiply it, on inputs of more than 64 rows.
+            same = 0.03 if name == "loaded fast" else SAME
+            assert difference(latent[name], latent["stock"]) < same, name
     # E4M3 keeps 4 significant bits: a rounding of at most 2**-4 per weight, 3% on average.
     assert 1e-4 < difference(latent["stock"], latent["bf16"]) < 0.1
 
