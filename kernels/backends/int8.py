@@ -14,7 +14,9 @@ How the time is kept down on a CPU, where the matmul takes half of bfloat16's:
 
 * Chunks of rows are quantized and tiles of the result are scaled while they are in the cache, in
   memory that is kept from call to call.
-* For a single row of x, `W @ x.T` is computed: oneDNN packs the second matrix on every call.
+* `_int_mm` packs its second matrix on every call. A single row of x in bfloat16 is multiplied by
+  torch's matmul for int8 weights instead, which does not, but rounds the sum to bfloat16 before it
+  is scaled; in another dtype, `W @ x.T` is computed.
 
 Rejected: a single `_int_mm` (its int32 result leaves the cache); oneDNN's prepacked `qlinear`
 (applies one scale to all of x, and weights would be opaque); rotating by sums and differences
@@ -196,7 +198,7 @@ class _Quantizer:
 
 
 def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
-    """x @ W.T + bias from rotated INT8, summed exactly and scaled in float32.
+    """x @ W.T + bias from rotated INT8, summed exactly (but see above) and scaled in float32.
 
     Args:
         quantized, prepared: (codes, scale) of x [M, K] and of W [N', K]; N' is at least N.
@@ -214,6 +216,10 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
     if a.device.type != "cpu":
         product = _gpu_product(a, b)[:M, :N].float()
         _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
+    elif M == 1 and dtype == torch.bfloat16:  # reads the weight as it lies; rounds the sum
+        ones = torch.ones(N, dtype=dtype)
+        product = torch._weight_int8pack_mm(a.to(dtype), b[:N], ones)
+        _scale(product.float(), a_scale, b_scale[:N], bias, out)
     elif M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
         product = torch._int_mm(b[:N], a.t()).view(1, N)
         _scale(product.float(), a_scale, b_scale[:N], bias, out)
