@@ -11,7 +11,7 @@ from cards import CARDS
 
 from mxfp8 import kernels
 from mxfp8.kernels import dispatch
-from mxfp8.kernels.backends import fp8_rowwise
+from mxfp8.kernels.records import m_class
 from mxfp8.quant.reports import execution
 from mxfp8.quant.reports.adapters import AdapterUse
 from mxfp8.quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
@@ -19,32 +19,40 @@ from mxfp8.quant.reports.execution import STOCK, BackendReport, LayerExecution, 
 CUDA = torch.device("cuda", 0)
 
 
+def path_of(precision="auto", rows=None, device=CUDA):
+    return kernels.execution_path(device, torch.bfloat16, precision, rows, prepare="once")
+
+
 def reason(precision="auto", rows=4096, change=2e-7) -> str:
-    path = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
-    many = kernels.execution_path(CUDA, torch.bfloat16, precision)
+    path, many = path_of(precision, rows), path_of(precision)
     return execution.layer_reason(path, many, precision, change)
 
 
-ROWWISE = "weight prepared with one scale per row, which changes it by at most 2e-07"
+NO_KITCHEN = "needs comfy-kitchen"
+ROWWISE = "weight and inputs in FP8 with one scale per row; this changes the weight by 2e-07"
+INT8 = "weight and inputs rotated, in INT8 with one scale per row; this changes the weight by 2e-07"
 FEW = "exact: 64 rows or fewer"
-BLOCKS = "activations quantized to MXFP8, weights as stored"
+BLOCKS = "inputs quantized to MXFP8, weights as stored"
 CHOSEN = "triton: exact was chosen"
-NO_FP8 = "triton: needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; this one"
-# The reason with precision auto and many rows, auto and few rows, exact and many rows.
+# The reason with precision auto and many rows, auto and few rows, exact and many rows; where
+# comfy-kitchen's kernels are missing, and where they run.
 REASONS = {
-    "Ampere": (NO_FP8, NO_FP8, CHOSEN),
-    "Ada": (ROWWISE, FEW, CHOSEN),
-    "Hopper": (ROWWISE, FEW, CHOSEN),
-    "Blackwell": (BLOCKS, FEW, CHOSEN),
+    "Ampere": ((f"triton: {NO_KITCHEN}", f"triton_w8a16: {NO_KITCHEN}", CHOSEN), INT8),
+    "Ada": ((ROWWISE, FEW, CHOSEN), INT8),
+    "Hopper": ((ROWWISE, FEW, CHOSEN), ROWWISE),
+    "Blackwell": ((BLOCKS, FEW, CHOSEN), BLOCKS),
 }
 
 
 @pytest.mark.parametrize("name", REASONS)
 def test_each_card_has_its_reasons(name, card):
     card(CARDS[name])
+    without, with_kitchen = REASONS[name]
     reasons = reason(), reason(rows=64), reason("exact")
-    for actual, expected in zip(reasons, REASONS[name], strict=True):
+    for actual, expected in zip(reasons, without, strict=True):
         assert actual.startswith(expected)
+    card(CARDS[name], kitchen=None)
+    assert reason().startswith(with_kitchen)
 
 
 def test_without_triton_the_reason_is_that(card):
@@ -56,19 +64,13 @@ def test_without_triton_the_reason_is_that(card):
 @pytest.mark.parametrize("rows", [None, 1, 64, 65])
 @pytest.mark.parametrize("precision", dispatch.PRECISIONS)
 def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
+    """Of all that come before it and are for that precision and number of rows, in order."""
     card(CARDS[name])
-    small_m = rows is not None and rows <= fp8_rowwise.SMALL_M
-    problem = dispatch.Problem("linear", CUDA, torch.bfloat16, precision, small_m)
-    backend, runs_as = dispatch._choose(problem, None)
-    path = kernels.execution_path(CUDA, torch.bfloat16, precision, rows)
-    assert (path.backend, path.precision, path.input_form) == (
-        backend.name,
-        runs_as,
-        backend.input_form,
-    )
-    assert path.backend not in dict(path.unsupported)
-    before = [b.name for b in dispatch.BACKENDS if b.automatic]
-    assert before[: before.index(backend.name)] == [name for name, _ in path.unsupported]
+    path, size = path_of(precision, rows), m_class(rows)
+    order = [b for b in dispatch._automatic(CUDA) if size in b.m_classes]
+    tried = [b.name for b in order if b.precision == "fast" and precision != "exact"]
+    tried += [b.name for b in order if b.precision == "exact"]
+    assert [name for name, _ in path.unsupported] == tried[: tried.index(path.backend)]
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -76,18 +78,18 @@ def test_an_explanation_is_of_what_is_chosen(name, rows, precision, card):
 @pytest.mark.parametrize("precision", ["auto", "fast"])
 def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
     card(CARDS[name], triton)
-    many = kernels.execution_path(CUDA, torch.bfloat16, precision)
+    many = path_of(precision)
     limit = execution.limiting_reason("cuda", many, precision)
     if many.precision == "fast":
         assert limit is None
     else:
         assert reason(precision) == f"{many.backend}: {limit}"
-        assert limit.startswith(triton or "needs FP8 tensor cores")
+        assert limit == (triton or NO_KITCHEN)
 
 
 def test_nobody_chose_that_text_encoders_run_exact(card):
     card(CARDS["Ampere"])
-    path = kernels.execution_path(CUDA, torch.bfloat16, "exact")
+    path = path_of("exact")
     assert execution.limiting_reason("cuda", path, "exact") == "exact was chosen"
     limit = execution.limiting_reason("cuda", path, "exact", encoder=True)
     assert limit == "text encoders run exact, as in ComfyUI"
@@ -96,22 +98,25 @@ def test_nobody_chose_that_text_encoders_run_exact(card):
 
 
 def test_on_a_cpu_what_is_refused_is_what_a_gpu_would_have():
-    path = kernels.execution_path(torch.device("cpu"), torch.bfloat16, "auto")
-    assert (path.backend, path.precision) == ("eager", "exact")
+    path = path_of(device=torch.device("cpu"))
+    assert (path.precision, path.input_form) == ("exact", None)
     why = dict(path.unsupported)
-    assert why.keys() == {"torch_mx", "fp8", "triton"}
+    assert {"torch_mx", "kitchen_int8", "torch_fp8", "triton_fp8", "int8", "triton"} <= why.keys()
     assert why["triton"] == "needs an NVIDIA or AMD GPU; this is cpu"
-    assert why["fp8"].endswith("or later; this is cpu")
+    assert why["torch_fp8"].endswith("or later; this is cpu")
+    assert why["int8"] == "on a CPU, auto stays exact"
     assert execution.limiting_reason("cpu", path, "auto") == "no GPU"
 
 
 def test_a_forced_backend_is_explained():
-    with kernels.use_backend("reference"):
-        path = kernels.execution_path(torch.device("cpu"), torch.float32, "fast")
-    assert (path.backend, path.precision) == ("reference", "fast")
+    with kernels.use_backend("reference", "reference_mx"):
+        path = path_of("fast", device=torch.device("cpu"))
+    assert (path.backend, path.precision) == ("reference_mx", "fast")
 
 
-def layer(name: str, backend="fp8", precision="fast", decision="mxfp8", **options):
+def layer(name: str, backend="torch_fp8", precision="fast", decision="mxfp8", **options):
+    forms = {"fast": "rowwise_fp8", "exact": "stored", None: None}
+    options.setdefault("weight_form", forms[precision])
     return LayerExecution(
         name=name, shape=(64, 32), decision=decision, reason="because", dtype="BF16",
         bytes=2_000_000, device="cuda:0", backend=backend, precision=precision, **options,
@@ -130,11 +135,11 @@ def made(*layers, **options) -> BackendReport:
 @pytest.mark.parametrize(
     ("report", "line"),
     [
-        (made(layer("a"), layer("b")), "2 MXFP8 layers, 4.00 MB: fp8, fast"),
-        (made(layer("a"), limited_by="no GPU"), "1 MXFP8 layer, 2.00 MB: fp8, fast (no GPU)"),
+        (made(layer("a"), layer("b")), "2 MXFP8 layers, 4.00 MB: torch_fp8, fast"),
+        (made(layer("a"), limited_by="no GPU"), "1 MXFP8 layer, 2.00 MB: torch_fp8, fast (no GPU)"),
         (
             made(layer("a"), layer("b"), layer("c", STOCK, None)),
-            "3 MXFP8 layers, 6.00 MB: 2 fp8, fast; 1 stock",
+            "3 MXFP8 layers, 6.00 MB: 2 torch_fp8, fast; 1 stock",
         ),
         (
             made(layer("a", STOCK, None, decision="kept")),
@@ -179,20 +184,23 @@ def test_a_lora_is_one_line(change, line):
 
 
 def test_json_and_words_have_everything():
-    timing = Timing((64, 32), "fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
+    timing = Timing((64, 32), "torch_fp8", "fast", 2, 256, 10.0, 20.0, 50.0)
     report = made(layer("a", microseconds=10.0), layer("b"), timings=(timing,))
     data = json.loads(report.to_json())
     assert data["mxfp8_backend_report"] == 1
     assert data["layers"][0]["microseconds"] == 10.0
+    assert data["layers"][0]["weight_form"] == "rowwise_fp8"
+    assert data["layers"][0]["expected_error"] == execution.EXPECTED_ERROR["rowwise_fp8"]
     assert (data["rows"], data["timings"][0]["rows"]) == (4096, 256)
     assert data["timings"][0]["faster_than_dense"] == 2.0
     assert data["timings"][0]["faster_than_stock"] == 5.0
     assert data["memory"]["codes"] == {"device": 3_000_000, "offloaded": 1_000_000}
     summary = report.summary()
     assert "2 layers: because" in summary
+    assert "expected error of rowwise_fp8: 1.99 times that of exact" in summary
     assert "not used: torch_mx: no" in summary
     assert "offloaded: 1.00 MB" in summary
-    assert "2 layers [64, 32] on fp8, 256 rows: 10 us" in summary
+    assert "2 layers [64, 32] on torch_fp8, 256 rows: 10 us" in summary
     assert "2.00x as fast as dense BF16, 5.00x as fast as stock" in summary
 
 
