@@ -269,6 +269,17 @@ BACKENDS: tuple[Backend, ...] = (
         fp8_rowwise.triton_unsupported_reason,
     ),
     Backend(
+        "int8_one_row",
+        "one row on CPUs with VNNI or AMX: rotated INT8 weights, inputs as they are",
+        "fast",
+        int8.matmul_one_row,
+        "rotated_int8",
+        preparers=_WEIGHT_TO_INT8,
+        m_classes=("one",),
+        unsupported_reason=int8.one_row_unsupported_reason,
+        test=self_test.rotating(int8.matmul_one_row),
+    ),
+    Backend(
         "int8",
         "INT8 in plain torch: CPUs with VNNI or AMX, weights and inputs rotated",
         "fast",

@@ -14,9 +14,8 @@ How the time is kept down on a CPU, where the matmul takes half of bfloat16's:
 
 * Chunks of rows are quantized and tiles of the result are scaled while they are in the cache, in
   memory that is kept from call to call.
-* `_int_mm` packs its second matrix on every call. A single row of x in bfloat16 is multiplied by
-  torch's matmul for int8 weights instead, which does not, but rounds the sum to bfloat16 before it
-  is scaled; in another dtype, `W @ x.T` is computed.
+* `_int_mm` packs its second matrix on every call. For a single row, `W @ x.T` is computed; in
+  bfloat16 there is a matmul of its own (`matmul_one_row`).
 
 Rejected: a single `_int_mm` (its int32 result leaves the cache); oneDNN's prepacked `qlinear`
 (applies one scale to all of x, and weights would be opaque); rotating by sums and differences
@@ -160,6 +159,7 @@ def _constants(cols: int, dtype: torch.dtype, device: torch.device) -> tuple[tor
             reference.hadamard(reference.group(cols)).to(device, dtype),
             torch.tensor(torch.iinfo(integer).max, dtype=integer, device=device),
             torch.full((1, 1), 127.0, device=device),
+            torch.full((1, 1), _TO_INTEGER, device=device),
         )
 
 
@@ -167,7 +167,7 @@ class _Quantizer:
     """Rotates and quantizes chunks of at most `rows` rows, in the scratch memory."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device):
-        self.matrix, self.magnitude, self.steps = _constants(cols, dtype, device)
+        self.matrix, self.magnitude, self.steps, self.magic = _constants(cols, dtype, device)
         count = rows * cols
         memory = _scratch(8 * count, device)
         self.value = memory[: 4 * count].view(torch.float32).view(rows, cols)
@@ -190,7 +190,8 @@ class _Quantizer:
             value.copy_(rotated)
         # At most 127: amax / step rounds to that. The sum has the rounded value in its low bits;
         # torch's `round` starts its threads for as few as 2,048 values.
-        code.copy_(value.div_(step).add_(_TO_INTEGER).view(torch.int32))
+        torch.addcdiv(self.magic, value, step, out=value)  # divided, rounded, then added
+        code.copy_(value.view(torch.int32))
         if code.device.type != "cpu" or not math.isfinite(step.sum()):  # no look at a GPU's values
             bad = ~step.isfinite()
             code.masked_fill_(bad, 0)
@@ -198,7 +199,7 @@ class _Quantizer:
 
 
 def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
-    """x @ W.T + bias from rotated INT8, summed exactly (but see above) and scaled in float32.
+    """x @ W.T + bias from rotated INT8, summed exactly and scaled in float32.
 
     Args:
         quantized, prepared: (codes, scale) of x [M, K] and of W [N', K]; N' is at least N.
@@ -216,10 +217,6 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
     if a.device.type != "cpu":
         product = _gpu_product(a, b)[:M, :N].float()
         _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
-    elif M == 1 and dtype == torch.bfloat16:  # reads the weight as it lies; rounds the sum
-        ones = torch.ones(N, dtype=dtype)
-        product = torch._weight_int8pack_mm(a.to(dtype), b[:N], ones)
-        _scale(product.float(), a_scale, b_scale[:N], bias, out)
     elif M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
         product = torch._int_mm(b[:N], a.t()).view(1, N)
         _scale(product.float(), a_scale, b_scale[:N], bias, out)
@@ -230,6 +227,43 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
             part = None if bias is None else bias[columns]
             _scale(value, a_scale[rows, None], b_scale[None, columns], part, out[rows, columns])
     return out
+
+
+def one_row_unsupported_reason(problem) -> str | None:
+    """Why `matmul_one_row` cannot take a `records.Problem`, or None."""
+    if problem.device.type != "cpu":
+        return "torch has this matmul for CPUs"
+    if problem.m_class != "one" or problem.dtype != torch.bfloat16:
+        return "takes one row of bfloat16"
+    if not hasattr(torch, "_weight_int8pack_mm"):
+        return f"this torch ({torch.__version__}) has no _weight_int8pack_mm"
+    return unsupported_reason(problem)
+
+
+def matmul_one_row(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
+    """x @ W.T + bias for one row of bfloat16, which is rotated but not quantized.
+
+    The bytes of the weight decide how long that takes, so that a row in 8 bits would gain nothing.
+    The rotated row and the sum are rounded to bfloat16.
+
+    Args:
+        quantized: (x,), [1, K] bfloat16; prepared, bias: as of `matmul`.
+
+    Returns:
+        [1, N] bfloat16.
+    """
+    (x,), (code, scale) = quantized, prepared
+    matrix, *_ = _constants(x.shape[1], dtype, x.device)
+    rotated = (x.reshape(-1, matrix.shape[0]) @ matrix).view(1, -1)
+    out = torch._weight_int8pack_mm(rotated, code[:N], _ones(N, dtype))
+    _scale(out.float(), None, scale[:N], None if bias is None else bias.float(), out)
+    return out
+
+
+@cache
+def _ones(N: int, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):  # usable in any mode
+        return torch.ones(N, dtype=dtype)
 
 
 def _tiles(M: int, N: int):
@@ -245,8 +279,13 @@ def _tiles(M: int, N: int):
 
 
 def _scale(value, row_scale, column_scale, bias, out) -> None:
-    """out = value * row_scale * column_scale + bias; value is overwritten."""
-    value.mul_(row_scale)
+    """out = value * row_scale * column_scale + bias; value is overwritten.
+
+    Args:
+        row_scale: None for 1.
+    """
+    if row_scale is not None:
+        value.mul_(row_scale)
     if bias is None:
         value.mul_(column_scale)
     else:

@@ -486,7 +486,7 @@ def test_a_cpu_runs_int8_when_fast_is_asked_for(monkeypatch):
     quick = replace(dispatch.named("int8"), unsupported_reason=lambda problem: None, test=None)
     made = tuple(quick if b.name == "int8" else b for b in dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "BACKENDS", made)
-    for rows in (1, 64, None):
+    for rows in (2, 64, None):
         assert chosen("fast", rows, prepare="once") == "int8"
         path = kernels.execution_path(CPU, torch.bfloat16, "auto", rows, prepare="once")
         assert path.precision == "exact"
