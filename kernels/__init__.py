@@ -19,9 +19,7 @@ _MODULES = {
         "dequantize", "linear", "linear_prepared", "prepare_weight", "quantize", "quantize_input",
     ),
     "records": ("FEW_ROWS",),
-    "sqnr": (
-        "quantize_and_measure", "rowwise_error_bound", "signal_and_noise", "weight_change",
-    ),
+    "sqnr": ("quantize_and_measure", "signal_and_noise", "weight_change"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -65,32 +65,6 @@ def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch
     return signal, noise
 
 
-def rowwise_error_bound(stored: tuple[int, int], scale: torch.Tensor) -> float:
-    """An upper bound on how much row-wise scaling changes a weight, from its scales alone.
-
-    `fp8_rowwise.to_rowwise` shifts the codes of a block whose scale is 2**d below the largest of
-    its row, and rounds away at most half of E4M3's smallest step, 2**-10, of each; the block's
-    largest code is 224 or above. So the relative change of the block is at most
-    2**(d - 10) * sqrt(32) / 224, and at most 1.
-
-    Args:
-        stored: shape of the codes, [N', K'].
-        scale: the tiled scales.
-
-    Returns:
-        The root mean square over all nonzero blocks.
-    """
-    rows, cols = stored
-    byte = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
-    byte = byte.masked_fill(byte == layout.E8M0_NAN, 0)
-    shift = (byte.amax(-1, keepdim=True) - byte)[byte > 0]
-    count = torch.bincount(shift.flatten().int(), minlength=256).double().cpu()
-    change = torch.exp2(torch.arange(256).double() - 10) * BLOCK**0.5 / 224
-    change[0] = 0
-    total = float((count * change.clamp_max(1).square()).sum())
-    return (total / max(1.0, float(count.sum()))) ** 0.5
-
-
 def weight_change(qdata, scale, prepared: tuple[torch.Tensor, ...], form: str) -> float:
     """How much a form changes a weight: the norm of the change, relative to the weight's.
 
