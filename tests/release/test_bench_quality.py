@@ -12,6 +12,7 @@ import torch
 from mxfp8 import kernels
 from mxfp8.kernels.backends import fp8_rowwise, int8
 from mxfp8.quant.linear import MXFP8Linear
+from mxfp8.quant.reports import execution
 
 
 def test_rounding_to_nearest_is_measured_where_ratios_to_it_would_be_missing():
@@ -95,6 +96,12 @@ def test_the_results_have_every_form_of_what_converts_files_here():
         assert {key: methods[name][key] for key in exact} == exact
     layers = [r for r in quality.form_ratios(methods["gptq"]["forms"]) if "layer" in r[0]]
     assert len(layers) == 2 and all(ratio <= most for _, ratio, most in layers)
+
+
+def test_the_backend_report_expects_the_error_that_was_measured():
+    forms = json.loads(quality.RESULTS.read_text("utf-8"))["methods"]["gptq"]["forms"]
+    measured = {name: round(form["layer_output_error"], 4) for name, form in forms.items()}
+    assert measured == execution.EXPECTED_ERROR
 
 
 @pytest.mark.slow
