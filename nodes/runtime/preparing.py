@@ -21,9 +21,9 @@ from .prepared import PreparedWeight
 
 # A weight that a form would change by more runs exact; MXFP8 itself rounds by 0.027.
 MAX_CHANGE = 0.02
-RESERVE = 4 << 30  # at least
+RESERVE = 4 << 30  # bytes that stay free on a CPU, at least
 SHARE = 4  # the reserve is total memory / SHARE
-FEW_ROWS = f"it is called with at most {kernels.FEW_ROWS} rows"
+CALLED_WITH_FEW_ROWS = f"it is called with at most {kernels.FEW_ROWS} rows"
 
 
 def nbytes(path: kernels.ExecutionPath, weight: torch.Tensor) -> int:
@@ -75,7 +75,7 @@ def called_with_few_rows(module: torch.nn.Module, rows: int) -> bool:
     state.called.add(module)
     if rows > kernels.FEW_ROWS:
         return False
-    state.stays_stored[module] = FEW_ROWS
+    state.stays_stored[module] = CALLED_WITH_FEW_ROWS
     return True
 
 
