@@ -7,7 +7,7 @@ run here is ruled out before the call, with its reason, and an exception in a ke
 caller.
 
 Precision: "exact" multiplies the stored weights by activations as they are (W8A16); "fast"
-quantizes activations too (W8A8), for 8-bit tensor cores; "auto" is fast where a GPU has them, else
+quantizes activations too (W8A8), for an 8-bit matmul; "auto" is fast on GPUs that have one, else
 exact.
 
 On a GPU a fast matmul is worth having only with a quantizer beside it that reads x once. In plain
