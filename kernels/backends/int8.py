@@ -159,7 +159,6 @@ def _constants(cols: int, dtype: torch.dtype, device: torch.device) -> tuple[tor
             reference.hadamard(reference.group(cols)).to(device, dtype),
             torch.tensor(torch.iinfo(integer).max, dtype=integer, device=device),
             torch.full((1, 1), 127.0, device=device),
-            torch.full((1, 1), _TO_INTEGER, device=device),
         )
 
 
@@ -167,7 +166,7 @@ class _Quantizer:
     """Rotates and quantizes chunks of at most `rows` rows, in the scratch memory."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device):
-        self.matrix, self.magnitude, self.steps, self.magic = _constants(cols, dtype, device)
+        self.matrix, self.magnitude, self.steps = _constants(cols, dtype, device)
         count = rows * cols
         memory = _scratch(8 * count, device)
         self.value = memory[: 4 * count].view(torch.float32).view(rows, cols)
@@ -190,8 +189,7 @@ class _Quantizer:
             value.copy_(rotated)
         # At most 127: amax / step rounds to that. The sum has the rounded value in its low bits;
         # torch's `round` starts its threads for as few as 2,048 values.
-        torch.addcdiv(self.magic, value, step, out=value)  # divided, rounded, then added
-        code.copy_(value.view(torch.int32))
+        code.copy_(value.div_(step).add_(_TO_INTEGER).view(torch.int32))
         if code.device.type != "cpu" or not math.isfinite(step.sum()):  # no look at a GPU's values
             bad = ~step.isfinite()
             code.masked_fill_(bad, 0)
