@@ -15,6 +15,9 @@ Where the specification leaves room, it fixes these rules:
   infinity never becomes a finite number.
 * Otherwise: code = round-to-nearest-even E4M3 of x / s, with the sign of x kept on zeros.
 
+The forms with a scale per row, FP8 and rotated INT8, have their rules in `to_rowwise`,
+`quantize_rowwise` and `quantize_rotated_int8`. `matmul` multiplies any of the forms in float64.
+
 `block_matmul` models the arithmetic of a block-scaled matmul, and `block_bound` bounds the error of
 any implementation against float64.
 """

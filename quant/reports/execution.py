@@ -18,8 +18,8 @@ from .conversion import MXFP8, format_count, format_size
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
 _SLOWEST = "eager"  # the backend that takes every problem
-# Arithmetic -> the relative error of a layer's output that it has by itself and with its weights,
-# on calibrated weights: the mean over MiniLM's 36 layers (bench/results/quality.json).
+# Arithmetic -> the relative error of a layer's output, with that of its calibrated MXFP8 weight:
+# the mean over MiniLM's 36 layers (bench/results/quality.json).
 EXPECTED_ERROR = {"exact": 0.0117, "mxfp8": 0.0249, "rowwise_fp8": 0.0233, "rotated_int8": 0.0147}
 _FORMS = {
     "stored": "inputs quantized to MXFP8, weights as stored",
