@@ -378,7 +378,7 @@ def cell(results: dict[str, dict], backend: str, arch: str, reason: str | None) 
         return f"compiled for bfloat16 with a bias, CuTe DSL {versions}" if versions else MISSING
     if backend == "kitchen_int8":
         return "by comfy-kitchen, not run"
-    if backend in ("eager", "int8", "torch_bf16"):
+    if backend in ("eager", "int8_one_row", "int8", "torch_bf16"):
         return "plain torch, not run"
     return MISSING if backend in KERNELS else "library, not run"
 
