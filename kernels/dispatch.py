@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -183,9 +183,27 @@ def _choose(key: tuple) -> ExecutionPath:
     wants_fast = problem.precision == "fast" and problem.prepare != "never"
     if wants_fast and path.precision == "exact" and problem.m_class == "many":
         _warn_exact(problem.device.type, path)
+    if problem.m_class != "many" and problem.precision != "exact" and path.backend == "eager":
+        many, known = _as_many(problem, forced)
+        path, verdicts.final = many or path, verdicts.final and known
     if verdicts.final:
         _paths[key] = path
     return path
+
+
+def _as_many(problem: Problem, forced: tuple[Backend, ...]) -> tuple[ExecutionPath | None, bool]:
+    """(the path of many rows, whether it is kept) for few rows on a GPU without Triton.
+
+    Plain torch unpacks a whole weight for them, and tensor cores that multiply it as it is stored
+    read half of its bytes once. The path is None where those do not run.
+    """
+    if forced or problem.device.type == "cpu":
+        return None, True
+    many = replace(problem, m_class="many")
+    parts = tuple(getattr(many, part.name) for part in fields(many))
+    path = _path(*parts)
+    fits = path.precision == "fast" and path.weight_form == problem.weight_form
+    return path if fits else None, (*parts, forced) in _paths
 
 
 def _candidates(problem: Problem, forced: tuple[Backend, ...]) -> Iterator[Backend]:

@@ -481,6 +481,17 @@ def test_cards_with_block_scales_run_int8_only_when_it_is_named(capability, card
         assert chosen(device=GPU, prepare="once") == "kitchen_int8"
 
 
+def test_few_rows_run_as_many_do_where_plain_torch_would_unpack_the_weight(card):
+    card((12, 0), kitchen=None)
+    assert chosen("auto", 1, device=GPU) == "triton_w8a16"
+    card((12, 0), "needs Triton", kitchen=None)
+    assert chosen("auto", 1, device=GPU) == chosen("fast", 64, device=GPU) == "torch_mx"
+    assert chosen("exact", 1, device=GPU) == "eager"
+    card((8, 6), "needs Triton", kitchen=None)  # there a weight would have to be prepared
+    assert chosen("auto", 1, device=GPU) == "eager"
+    assert chosen("auto", 1, device=GPU, prepare="once") == "eager"
+
+
 def test_a_cpu_runs_int8_when_fast_is_asked_for(monkeypatch):
     """And auto stays exact there, where it is not so much faster as to change results unasked."""
     quick = replace(dispatch.named("int8"), unsupported_reason=lambda problem: None, test=None)
