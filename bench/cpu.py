@@ -2,7 +2,7 @@
 
     python bench/cpu.py [--rounds 7] [--threads 2] [--only NAME] [--check] [--json FILE]
 
-"paths" are linears as ComfyUI runs them, with the weight prepared once in the form that runs,
+"paths" are linears with the weight prepared once in the form that runs,
 against dense BF16 and stock's way, which unpacks the weight on every call.
 
 The last measurement is a layer with LoRAs of rank 32 in sum, in the real ComfyUI: beside the

@@ -26,8 +26,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ...kernels import layout
-from ...kernels.records import FEW_ROWS
+from ...kernels import FEW_ROWS, layout
 from ...quant.container.header import quoted
 from ...quant.reports import metrics
 from ...quant.reports.comparison import (

@@ -16,7 +16,7 @@ from comfy.model_base import BaseModel
 from comfy.quant_ops import QuantizedTensor
 
 from ... import kernels
-from ...kernels.records import FEW_ROWS
+from ...kernels import FEW_ROWS
 from ...quant.reports import execution
 from ...quant.reports.conversion import KEPT, MXFP8
 from ...quant.reports.execution import STOCK, BackendReport, LayerExecution, Memory, Timing
