@@ -18,7 +18,7 @@ from .host import paths
 from .host.progress import Progress, ending_shown, output
 from .models import fingerprints
 from .models.save import save_model
-from .runtime.patch import mxfp8_linears
+from .runtime.forward import mxfp8_linears
 from .widgets import CATEGORY, ComparisonType
 
 logger = logging.getLogger(__name__)

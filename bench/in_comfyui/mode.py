@@ -228,7 +228,7 @@ def layers(patcher, precision: str) -> str | None:
     import comfy.model_management
     import torch
 
-    from mxfp8.nodes.runtime.patch import mxfp8_linears
+    from mxfp8.nodes.runtime.forward import mxfp8_linears
     from mxfp8.nodes.runtime.prepared import PreparedWeight
 
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)

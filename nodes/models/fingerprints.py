@@ -12,7 +12,8 @@ from comfy.quant_ops import QuantizedTensor
 from ...quant.conversion import calibration
 from ...quant.reports import comparison
 from ..runtime.describe import linears
-from ..runtime.patch import PREFIX, mxfp8_linears
+from ..runtime.forward import mxfp8_linears
+from ..runtime.patch import PREFIX
 from ..runtime.prepared import stored_weight
 
 _COMPILED = "_orig_mod."  # torch.compile puts it into names

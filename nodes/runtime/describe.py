@@ -188,20 +188,14 @@ def _memory(patcher, side: SideBranches) -> dict[str, Memory]:
     model = patcher.model
     for tensor in (*model.parameters(), *model.buffers()):
         for kind, part in _parts(tensor):
-            sizes[kind][_is_away(part, patcher)] += part.nbytes
+            sizes[kind][forward.is_away(part, patcher)] += part.nbytes
     beside = [t for b in side.branches.values() for t in (*b.parameters(), *b.buffers())]
     merged = tensors_of(list(side.merged.values()))
     for kind, parts in (("LoRAs beside the weights", beside), ("LoRAs to merge", merged)):
         sizes[kind] = [0, 0]
         for part in parts:
-            sizes[kind][_is_away(part, patcher)] += part.nbytes
+            sizes[kind][forward.is_away(part, patcher)] += part.nbytes
     return {kind: Memory(*size) for kind, size in sizes.items()}
-
-
-def _is_away(tensor: torch.Tensor, patcher) -> bool:
-    """Whether a tensor is not on the device that its model computes on ("mps" is "mps:0")."""
-    here, there = patcher.load_device, tensor.device
-    return (here.type, here.index or 0) != (there.type, there.index or 0)
 
 
 def load_for_report(patcher) -> None:

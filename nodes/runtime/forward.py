@@ -8,6 +8,7 @@ Which backend multiplies, `kernels.execution_path` decides, for the form that th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import comfy.ops
 import torch
@@ -29,6 +30,17 @@ def is_mxfp8_linear(module: torch.nn.Module) -> bool:
         and isinstance(getattr(module, "weight", None), QuantizedTensor)
         and module.weight.ndim == 2
     )
+
+
+def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of every MXFP8 linear in a model, in module order."""
+    return ((n, m) for n, m in model.named_modules() if is_mxfp8_linear(m))
+
+
+def is_away(tensor: torch.Tensor, patcher) -> bool:
+    """Whether a tensor is not on the device that its model computes on ("mps" is "mps:0")."""
+    here, there = patcher.load_device, tensor.device
+    return (here.type, here.index or 0) != (there.type, there.index or 0)
 
 
 def compute_dtype(patcher) -> torch.dtype:

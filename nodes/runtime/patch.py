@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
 from types import MethodType
 
 import comfy.utils
@@ -28,7 +27,7 @@ from ... import kernels
 from ...kernels import layout
 from ...quant.format import AGAIN
 from . import cache, forward
-from .forward import compute_dtype, is_mxfp8_linear, our_patches
+from .forward import compute_dtype, is_mxfp8_linear, mxfp8_linears, our_patches
 from .patcher import patcher_class
 from .prepared import stored_weight
 
@@ -36,11 +35,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."  # prefix of the diffusion model's parameters in a MODEL
 _KEY = "mxfp8"
-
-
-def mxfp8_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of every MXFP8 linear in a model, in module order."""
-    return ((n, m) for n, m in model.named_modules() if is_mxfp8_linear(m))
 
 
 def check_scales(model: torch.nn.Module) -> None:

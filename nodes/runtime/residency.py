@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import comfy.model_management
 import torch
@@ -24,6 +24,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from . import forward, lora
 from .cache import model_state
+from .forward import mxfp8_linears
 from .prepared import PreparedWeight, stored_weight
 from .preparing import free_memory, nbytes, prepare, replace
 from .slot import refault
@@ -44,7 +45,7 @@ def masters(patcher) -> dict[str, QuantizedTensor]:
         return {}
     return {
         name: stored_weight(module.weight)
-        for name, module in _linears(patcher.model)
+        for name, module in mxfp8_linears(patcher.model)
         if _wanted(patcher, name, module) is not None
     }
 
@@ -57,7 +58,7 @@ def settle(patcher, masters: Mapping[str, QuantizedTensor]) -> None:
     """
     stays_stored, short = model_state(patcher.model).stays_stored, 0
     room = free_memory(patcher.load_device)
-    for name, module in _linears(patcher.model):
+    for name, module in mxfp8_linears(patcher.model):
         if patcher.is_dynamic():
             path = _wanted(patcher, name, module)
             refault(module, "stored" if path is None else path.weight_form)
@@ -74,20 +75,15 @@ def settle(patcher, masters: Mapping[str, QuantizedTensor]) -> None:
 def holds_prepared(patcher) -> bool:
     """Whether layers of a loaded model hold, or will hold, prepared weights."""
     if patcher.is_dynamic():
-        return any(_wanted(patcher, *linear) is not None for linear in _linears(patcher.model))
-    return any(isinstance(m.weight, PreparedWeight) for _, m in _linears(patcher.model))
-
-
-def _linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    return ((n, m) for n, m in model.named_modules() if forward.is_mxfp8_linear(m))
+        return any(_wanted(patcher, *linear) is not None for linear in mxfp8_linears(patcher.model))
+    return any(isinstance(m.weight, PreparedWeight) for _, m in mxfp8_linears(patcher.model))
 
 
 def _is_resident(patcher, name: str, module) -> bool:
     """Whether stock loaded a layer, and its weight is not one that hooks merged."""
-    here, there = patcher.load_device, module.weight.device
     loaded = getattr(module, "comfy_patched_weights", False)
-    same = (here.type, here.index or 0) == (there.type, there.index or 0)
-    return bool(loaded) and same and f"{name}.weight" not in patcher.hook_backup
+    here = loaded and not forward.is_away(module.weight, patcher)
+    return here and f"{name}.weight" not in patcher.hook_backup
 
 
 def _wanted(patcher, name: str, module):
