@@ -12,6 +12,8 @@ from importlib import import_module
 
 import torch
 
+from . import memory
+
 OLDEST = (3, 3)  # of Triton; the kernels were never compiled with earlier versions
 # Compute capability -> the first Triton whose machine code for it multiplies with block scales
 # (`aot`, bench/results/compiled.json). 3.6 does not know sm_110, and on sm_121 it silently
@@ -29,7 +31,7 @@ def triton_unsupported_reason() -> str | None:
 def package_unsupported_reason(
     label: str, package: str, oldest: tuple[int, int], *modules: str
 ) -> str | None:
-    """Why an optional package cannot be used here, or None.
+    """Why an optional package cannot be used here, or None; raises what says that memory ran out.
 
     Args:
         modules: to import; the first has the version.
@@ -40,6 +42,8 @@ def package_unsupported_reason(
     except ModuleNotFoundError:
         return f"needs {label}: pip install {package}"
     except Exception as error:  # a broken installation may raise anything
+        if memory.is_out_of_memory(error):  # which says nothing about it
+            raise
         return f"{label} does not import here ({type(error).__name__}: {error})"
     if version < oldest:
         needed = ".".join(map(str, oldest))

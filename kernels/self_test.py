@@ -15,8 +15,9 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from . import device_facts
+from . import device_facts, memory
 from .backends import reference
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _OTHERWISE = 1.5e-2
 Test = Callable[[torch.device, torch.dtype], "str | None"]
 
 _verdicts: dict[tuple[Test, torch.device, torch.dtype], str | None] = {}
-_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # of Triton and cuBLAS, as RuntimeErrors
 
 
 def verdict(
@@ -58,13 +58,14 @@ def forget() -> None:
 
 def _run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
-        with torch.inference_mode():
+        # Whoever asks first may have a default device, or trace with tensors without values.
+        with torch.device("cpu"), _disable_current_modes(), torch.inference_mode():
             return test(device, dtype)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
         message = next(iter(str(error).splitlines()), "")
-        if any(words in str(error) for words in _OUT_OF_MEMORY):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        if memory.is_out_of_memory(error):
             raise torch.OutOfMemoryError(message) from error
         return f"its self-test failed ({type(error).__name__}: {message[:200]})"
 

@@ -27,10 +27,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from ..kernels.memory import is_out_of_memory
 from . import format
 from .container.header import plain
 from .conversion import policy
-from .memory import is_out_of_memory
 from .reports.conversion import listed
 
 _MODEL = (

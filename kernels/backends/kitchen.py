@@ -34,7 +34,7 @@ from importlib import import_module, metadata
 
 import torch
 
-from .. import device_facts, layout
+from .. import device_facts, layout, memory
 from . import eager
 
 GROUP = 256  # values along K that the fused kernel rotates together
@@ -208,9 +208,9 @@ def _import_error() -> str | None:
     """Why comfy-kitchen does not import here, or None."""
     try:
         import_module("comfy_kitchen")
-    except (MemoryError, torch.OutOfMemoryError):  # which says nothing about it
-        raise
     except Exception as error:  # a broken installation may raise anything
+        if memory.is_out_of_memory(error):  # which says nothing about it
+            raise
         if isinstance(error, ModuleNotFoundError) and error.name == "comfy_kitchen":
             return "needs comfy-kitchen: pip install comfy-kitchen"
         return f"comfy-kitchen does not import here ({type(error).__name__}: {error})"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import comfy.lora
 import torch
 
-from ...quant.memory import is_out_of_memory
+from ...kernels.memory import is_out_of_memory
 
 _COMFY = os.path.dirname(comfy.lora.__file__)
 

@@ -20,9 +20,9 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...kernels.memory import is_out_of_memory
 from ...quant.conversion import calibration
 from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
-from ...quant.memory import is_out_of_memory
 from ...quant.reports.conversion import format_size
 from ...quant.sources.file import FileSource
 from ..host import paths

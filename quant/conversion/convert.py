@@ -27,13 +27,13 @@ import torch
 
 from ... import kernels
 from ...kernels import layout
+from ...kernels.memory import is_out_of_memory
 from .. import format
 from ..container.header import FormatError, quoted
 from ..container.part_file import would_replace
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
-from ..memory import is_out_of_memory
 from ..progress import VERIFY, Meter, Progress
 from ..reports.conversion import (
     KEPT,

@@ -1,5 +1,6 @@
 """Choosing a path: what runs a problem, why the rest does not, and one choice per kind of it."""
 
+import errno
 import logging
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from functools import partial
 import pytest
 import torch
 from cards import CARDS
+from torch._subclasses import FakeTensorMode
 
 from mxfp8 import kernels
 from mxfp8.kernels import device_facts, dispatch, records, self_test
-from mxfp8.kernels.backends import fp8_rowwise, reference
+from mxfp8.kernels.backends import fp8_rowwise, int8, reference
+from mxfp8.kernels.backends.cute import mx
 from mxfp8.kernels.dispatch import BackendStatus
 from mxfp8.kernels.records import Backend, Problem, Step
 
@@ -574,8 +577,13 @@ def test_an_exception_in_a_self_test_is_a_reason(monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate(handle)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        Exception("DSLCudaRuntimeError: CUDA_ERROR_OUT_OF_MEMORY"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         MemoryError(),
     ],
+    ids=str,
 )
 def test_a_self_test_without_memory_says_nothing_and_is_run_again(error, monkeypatch):
     test = with_self_test(monkeypatch, error, None)
@@ -583,6 +591,43 @@ def test_a_self_test_without_memory_says_nothing_and_is_run_again(error, monkeyp
         chosen()
     assert chosen() == "f"
     assert len(test.runs) == 2
+
+
+@pytest.mark.parametrize("what", ["triton", "cutlass"])
+def test_no_memory_to_import_an_optional_package_is_not_a_verdict(what, monkeypatch):
+    ask = {
+        "triton": device_facts.triton_unsupported_reason, "cutlass": mx.dsl_unsupported_reason,
+    }[what]  # fmt: skip
+    ask.cache_clear()
+    with monkeypatch.context() as full:
+
+        def fail(name):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        full.setattr(device_facts, "import_module", fail)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            ask()
+    reason = ask()
+    assert reason is None or reason.startswith("needs ")
+
+
+@pytest.mark.parametrize("around", [FakeTensorMode, partial(torch.device, "meta")])
+def test_a_verdict_does_not_depend_on_who_asks_first(around):
+    """Nor does what is kept: tensors without values would stay in the constants of a backend."""
+    for name in ("reference_int8", "int8", "reference_fp8", "eager"):
+        reference.e4m3_magnitudes.cache_clear()
+        int8._constants.cache_clear()
+        backend = dispatch.named(name)
+        test = (
+            self_test.exact(backend.matmul, (5,))
+            if name == "eager"
+            else self_test.matmul(backend.matmul, backend.weight_form, backend.input_form)
+        )
+        for _ in range(2):
+            with around():
+                assert self_test.verdict(name, test, CPU, torch.bfloat16) == (None, True)
+            self_test.forget()
+        assert test(CPU, torch.bfloat16) is None
 
 
 def test_while_a_graph_is_captured_nothing_is_tested_or_kept(monkeypatch):
