@@ -45,8 +45,10 @@ def is_away(tensor: torch.Tensor, patcher) -> bool:
 
 def compute_dtype(patcher) -> torch.dtype:
     """The dtype of a model's activations; bfloat16 where the model does not say."""
-    dtype = patcher.object_patches.get("manual_cast_dtype")
-    dtype = dtype or getattr(patcher.model, "get_dtype_inference", lambda: None)()
+    model, name = patcher.model, "manual_cast_dtype"
+    dtype = None
+    if hasattr(model, name):  # which another patcher may have patched on the model
+        dtype = patcher.get_model_object(name) or model.get_dtype()
     return dtype if dtype in FLOATS else torch.bfloat16
 
 

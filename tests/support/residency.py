@@ -177,6 +177,10 @@ def loras(flux: Flux):
     unmoved = [m.weight._qdata.data_ptr() for m in layers(fast).values()] == tensors
     yield "another strength prepares nothing", unmoved and made.total() == before
     yield "and has an effect", difference(other, got) > 1e-3
+    half = exact.clone()
+    half.add_object_patch("manual_cast_dtype", torch.bfloat16)
+    comfy.model_management.load_models_gpu([half])
+    yield "a LoRA after one in bfloat16", torch.equal(output(exact), wanted)
     yield "without the LoRA", flux.as_fast()
 
 
@@ -323,6 +327,13 @@ def unpacked(flux: Flux):
         wanted = torch.nn.functional.linear(x, weight.bfloat16(), bias)
         same.append(torch.equal(module.forward(x), wanted))
     yield "the same outputs", all(same)
+    flux.as_fast()
+    kept_reserve, preparing.RESERVE = preparing.RESERVE, 1 << 60
+    patcher = flux.fast.clone()
+    patcher.add_object_patch("manual_cast_dtype", torch.bfloat16)
+    comfy.model_management.load_models_gpu([patcher])
+    preparing.RESERVE = kept_reserve
+    yield "few rows stay exact once there was no memory for bfloat16", flux.as_fast()
     eager._cpu_multiplies = kept
     dispatch.forget()
     yield "fast again", flux.as_fast()
