@@ -114,7 +114,7 @@ def _settle(patcher, name: str, module, masters, room: float) -> int:
         stored = weight.stored
         codes = stored.to(device=weight.device)
     if path is not None and nbytes(path, weight) > room:
-        model_state(module).stays_stored[module] = NO_ROOM
+        model_state(module).stays_stored.setdefault(module, NO_ROOM)  # it may have another reason
         path = None
     if path is None:
         replace(module, codes)
