@@ -71,7 +71,8 @@ def _run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _normal(rows: int, seed: int, cols: int = K) -> torch.Tensor:
-    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, cols, generator=generator, dtype=torch.float32)
 
 
 def _all_sizes(rows: int, seed: int, dtype: torch.dtype, cols: int = K) -> torch.Tensor:

@@ -32,7 +32,7 @@ def quantize_and_measure(x: torch.Tensor):
         qdata, scale = ops.quantize(x)
         return qdata, scale, *(energy.cpu() for energy in signal_and_noise(x, qdata, scale))
     rows, blocks = x.shape[0], layout.padded_shape(*x.shape)[1] // BLOCK
-    energy = [torch.empty(rows, blocks, device=x.device) for _ in range(2)]
+    energy = [torch.empty(rows, blocks, dtype=torch.float32, device=x.device) for _ in range(2)]
     qdata, scale = eager.quantize(x, energy)
     # On the CPU: not every device has float64.
     unit = eager.decode_e8m0(layout.untile(scale.cpu(), rows, blocks)).double().square_()

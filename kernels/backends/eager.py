@@ -107,7 +107,7 @@ class _QuantizeBuffers:
         self.keep = empty(torch.int16, blocks)
 
         def constant(value, dtype=torch.int32):
-            return torch.tensor(value, dtype=dtype)
+            return torch.tensor(value, dtype=dtype, device="cpu")
 
         self.none, self.infinity = constant(0), constant(_F32_INF)
         self.to_rceil, self.exponent_shift = constant(0x1FFFFF - (8 << 23)), constant(23)
@@ -244,9 +244,10 @@ class _DequantizeBuffers:
         self.half = torch.empty(rows, cols, dtype=torch.int16, device=device)
         self.nan = torch.empty_like(self.half)
         self.value = torch.empty(rows, cols, dtype=torch.float32, device=device)
-        constants = torch.tensor([128, -0x4080, 0x3F80, 0x80, 0x4000], dtype=torch.int16)
+        constants = [128, -0x4080, 0x3F80, 0x80, 0x4000]
+        constants = torch.tensor(constants, dtype=torch.int16, device="cpu")
         self.shift, self.layout, self.magnitude, self.carry, self.overflow = constants
-        self.unscale = torch.tensor(2.0**8)
+        self.unscale = torch.tensor(2.0**8, dtype=torch.float32, device="cpu")
 
 
 def _decode_chunk(code: torch.Tensor, buffer: _DequantizeBuffers) -> torch.Tensor:
@@ -286,11 +287,11 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
         weight = dequantize(qdata, scale, x.dtype, N, K)
         return torch.nn.functional.linear(x, weight, bias)
 
-    out = torch.empty(x.shape[0], N, dtype=x.dtype)
+    out = x.new_empty(x.shape[0], N)
     wide = x.float()
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
     slabs = list(layout.slabs(N, K, _CPU_CHUNK))
-    weight = torch.empty(slabs[0][1] if slabs else 0, K)
+    weight = wide.new_empty(slabs[0][1] if slabs else 0, K)
     for r0, r1 in slabs:
         slab = weight[: r1 - r0]
         dequantize_rows(qdata, factor, slab, r0)

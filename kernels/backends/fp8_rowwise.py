@@ -99,7 +99,7 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     relative = shifted.clamp_min(0).to(torch.uint8).masked_fill(byte == E8M0_NAN, E8M0_NAN)
     code = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=qdata.device)
     for first, last in layout.slabs(rows, cols, _SLAB):
-        value = torch.empty(last - first, cols, device=qdata.device)
+        value = torch.empty(last - first, cols, dtype=torch.float32, device=qdata.device)
         eager.dequantize_rows(qdata, relative, value, first)
         value.masked_fill_(value.isnan(), torch.nan)  # one NaN, 0x7F
         code[first:last] = value.to(torch.float8_e4m3fn)

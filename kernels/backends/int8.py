@@ -87,7 +87,7 @@ def prepare_weight(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     factor = layout.untile(scale.view(torch.uint8), rows, cols // BLOCK)
     result = _empty(rows, cols, qdata.device)
     height = _height(rows, cols, qdata.device)
-    values = torch.empty(height, cols, device=qdata.device)
+    values = torch.empty(height, cols, dtype=torch.float32, device=qdata.device)
     quantizer = _Quantizer(height, cols, torch.float32, qdata.device)
     for first in range(0, rows, height):
         part = values[: min(height, rows - first)]
@@ -158,7 +158,7 @@ def _constants(cols: int, dtype: torch.dtype, device: torch.device) -> tuple[tor
         return (
             reference.hadamard(reference.group(cols)).to(device, dtype),
             torch.tensor(torch.iinfo(integer).max, dtype=integer, device=device),
-            torch.full((1, 1), 127.0, device=device),
+            torch.full((1, 1), 127.0, dtype=torch.float32, device=device),
         )
 
 
@@ -261,7 +261,7 @@ def matmul_one_row(quantized, prepared, bias, dtype: torch.dtype, N: int) -> tor
 @cache
 def _ones(N: int, dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(False):  # usable in any mode
-        return torch.ones(N, dtype=dtype)
+        return torch.ones(N, dtype=dtype, device="cpu")
 
 
 def _tiles(M: int, N: int):

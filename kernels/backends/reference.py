@@ -40,7 +40,7 @@ _ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2
 @cache
 def e4m3_magnitudes() -> torch.Tensor:
     """Values of the codes 0x00..0x7E, ascending. float64 [127]."""
-    code = torch.arange(127)
+    code = torch.arange(127, device="cpu")
     exponent, mantissa = code >> 3, (code & 7).double()
     subnormal = mantissa * 2.0**-9
     normal = (1 + mantissa / 8) * torch.exp2(exponent.double() - 7)
@@ -49,7 +49,7 @@ def e4m3_magnitudes() -> torch.Tensor:
 
 def decode_e4m3(code: torch.Tensor) -> torch.Tensor:
     """uint8 codes -> float64 values; 0x7F and 0xFF are NaN."""
-    magnitude = torch.cat([e4m3_magnitudes(), torch.tensor([torch.nan], dtype=torch.float64)])
+    magnitude = torch.nn.functional.pad(e4m3_magnitudes(), (0, 1), value=torch.nan)
     value = magnitude[(code & 0x7F).long()]
     return torch.where(code >= 0x80, -value, value)
 
@@ -75,7 +75,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[M, K] -> (float8_e4m3fn [M', K'], uint8 tiled scales); see the module docstring."""
     rows, cols = x.shape
     padded_rows, padded_cols = layout.padded_shape(rows, cols)
-    padded = torch.zeros(padded_rows, padded_cols, dtype=torch.float64)
+    padded = torch.zeros(padded_rows, padded_cols, dtype=torch.float64, device="cpu")
     padded[:rows, :cols] = x.double().cpu()
     blocks = padded.reshape(padded_rows, padded_cols // BLOCK, BLOCK)  # [M', K'/32, 32]
 
@@ -182,7 +182,7 @@ def block_matmul(quantized_input, weight, bias, dtype, M: int, N: int) -> torch.
         [M, N] of `dtype`.
     """
     (a, a_exponent), (b, b_exponent) = _in_blocks(quantized_input, M), _in_blocks(weight, N)
-    total = torch.zeros(M, N, dtype=torch.float64)
+    total = torch.zeros(M, N, dtype=torch.float64, device="cpu")
     for k in range(a.shape[1]):
         product = a[:, None, k] * b[None, :, k]  # [M, N, 32], exact in float64
         exponent = a_exponent[:, None, k] + b_exponent[None, :, k]
@@ -277,7 +277,8 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (codes, scale): float8_e4m3fn [M, K'], K' rounded up to 32 and padding zero; float32 [M].
     """
     rows, cols = x.shape
-    value = torch.zeros(rows, layout.padded_shape(rows, cols)[1])
+    stored = layout.round_up(cols, BLOCK)
+    value = torch.zeros(rows, stored, dtype=torch.float32, device="cpu")
     value[:, :cols] = x.float().cpu()
     amax = value.abs().amax(-1, keepdim=True)
     finite = amax.isfinite()
@@ -307,7 +308,7 @@ def hadamard(size: int) -> torch.Tensor:
         float64 [size, size].
     """
     signs = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
-    quarter = torch.tensor(signs, dtype=torch.float64)
+    quarter = torch.tensor(signs, dtype=torch.float64, device="cpu")
     matrix = quarter
     while matrix.shape[0] < size:
         matrix = torch.kron(matrix, quarter)

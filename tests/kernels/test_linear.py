@@ -1,5 +1,6 @@
 """linear: every path against float64, gradients, and the ops under torch's transformations."""
 
+import threading
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mxfp8 import kernels
 from mxfp8.kernels import dispatch, ops, records
-from mxfp8.kernels.backends import eager, reference
+from mxfp8.kernels.backends import eager, int8, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 N, K = 300, 130  # neither a multiple of 32; three slabs of 128 rows
@@ -262,18 +263,15 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
 # ---- every backend that runs here ------------------------------------------------------------
 
 
-def here(shape) -> list[str]:
-    """The backends that take a weight [N, K] on this CPU, at the precision that they are for."""
-    return [
-        backend.name
-        for backend in records.BACKENDS
-        if backend.unsupported_reason(
-            records.Problem(
-                torch.device("cpu"), torch.bfloat16, backend.precision, shape=shape, prepare="once"
-            )
-        )
-        is None
-    ]
+def here(shape, m_class="many") -> list[str]:
+    """The backends for those rows that take a weight [N, K] on this CPU, at their precision."""
+
+    def takes(backend) -> bool:
+        device, dtype = torch.device("cpu"), torch.bfloat16
+        problem = records.Problem(device, dtype, backend.precision, m_class, shape, prepare="once")
+        return backend.unsupported_reason(problem) is None
+
+    return [backend.name for backend in records.BACKENDS if takes(backend)]
 
 
 SIZES = [(1, 70, 96), (5, 300, 130), (64, 96, 320), (100, 257, 512)]
@@ -316,6 +314,38 @@ def test_every_backend_multiplies_as_the_oracle_does_what_its_steps_made(name, M
     bound = (K + 2) * 2.0**-24 * size
     bound += ROUNDING[x.dtype] * (without.abs() + expected.abs())
     assert ((actual.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", here((70, 96), "one"))
+def test_defaults_of_torch_change_no_bit(name, monkeypatch):
+    """Constants that are kept, and buffers: a default device, or a default dtype that a loader of
+    other models left behind."""
+    backend = dispatch.named(name)
+    path, x, bias, stored = forms(name, 5 if "many" in backend.m_classes else 1, 70, 96)
+    x, bias = (x.float(), bias) if name == "eager" else (x, bias.to(x.dtype))
+    prepare = next((s.run for s in backend.preparers if s.name == path.preparer), None)
+    quantize = next((s.run for s in backend.quantizers if s.name == path.quantizer), None)
+
+    def multiply():
+        prepared = stored if prepare is None else prepare(*stored)
+        quantized = (x,) if quantize is None else quantize(x)
+        return *prepared, *quantized, backend.matmul(quantized, prepared, bias, x.dtype, 70)
+
+    def forget():
+        for kept in (int8._constants, int8._ones, reference.e4m3_magnitudes):
+            kept.cache_clear()
+
+    expected = multiply()
+    forget()
+    monkeypatch.setattr(int8, "_kept", threading.local())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = multiply()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_all_equal(got, expected)
+    forget()
 
 
 FORMS = ["reference_mx", "reference_fp8", "reference_int8", "torch_bf16", "eager"]
