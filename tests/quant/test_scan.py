@@ -57,7 +57,10 @@ def test_files_of_the_tool_that_made_the_format_pass():
 def test_plain_fp8_files_pass(tmp_path, largest):
     """A cast, a cast that was scaled to the range, and one that overflows to NaN."""
     weights = {f"{i}.weight": matrix(256, 256, torch.float32, i) for i in range(3)}
-    weights = {k: (w * (largest / w.abs().max())).to(DATA) for k, w in weights.items()}
+    for name, weight in weights.items():
+        weight *= largest / weight.abs().max()
+        overflow = weight.abs() > 464  # newer versions of torch would make them 448
+        weights[name] = weight.masked_fill(overflow, torch.nan).to(DATA)
     assert scan.check_file(save(tmp_path, weights)) == []
 
 
