@@ -142,9 +142,10 @@ def test_row_scaling_changes_trained_layers_by_less_than_1e_5():
 def torch_here(monkeypatch):
     """torch's matmul on a CPU: the rules of the one by row, then float64.
 
-    torch on a CPU has one scale for each whole matrix, which is tried with that, too.
+    What every torch has on a CPU takes one scale for each whole matrix, which is tried, too; the
+    one by row runs in `test_torch_fp8.py`.
     """
-    whole = torch._scaled_mm
+    own = torch._scaled_mm
     calls = []
 
     def by_row(a, b, *, scale_a, scale_b, bias, out_dtype, use_fast_accum):
@@ -159,7 +160,7 @@ def torch_here(monkeypatch):
         return (out if bias is None else out + bias.double()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", by_row)
-    return whole, calls
+    return own, calls
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -184,15 +185,13 @@ def test_torch_is_given_what_it_takes_and_the_product_is_right(N, bias, torch_he
 
 
 def test_the_matmul_is_that_of_torch(torch_here):
-    """Which on a CPU has one scale for each whole matrix."""
+    """By one scale for each whole matrix, which torch has on every CPU."""
     a, b = (normal(*s, seed=s[0]).to(torch.float8_e4m3fn) for s in ((40, 96), (64, 96)))
     scales = torch.full((40,), 0.5), torch.full((64,), 0.25)
     bias = normal(64, seed=9).bfloat16()
     actual = fp8_rowwise.matmul_by_torch((a, scales[0]), (b, scales[1]), bias, torch.bfloat16, 64)
-    whole, _ = torch_here
-    expected = whole(
-        a, b.t(), torch.tensor(0.5), torch.tensor(0.25), bias, out_dtype=torch.bfloat16
-    )
+    own, _ = torch_here
+    expected = own(a, b.t(), torch.tensor(0.5), torch.tensor(0.25), bias, out_dtype=torch.bfloat16)
     difference = (actual.double() - expected.double()).abs()
     assert (difference <= expected.double().abs() * 2.0**-7 + 1e-5).all()
 
@@ -350,12 +349,17 @@ def test_a_torch_whose_matmul_does_not_run_leaves_it_to_triton(card):
     assert chosen("auto", dtype=torch.float16) == "triton_fp8"
 
 
-def test_a_torch_without_the_matmul_is_detected(monkeypatch):
-    """Here on a CPU, which has no scales by row, and in a torch without the function."""
+def test_a_torch_without_the_matmul_is_detected(monkeypatch, forget):
+    """One that has no scales by row, as 2.11 on a CPU, and one without the function."""
+
+    def whole_only(*args, **kwargs):
+        raise RuntimeError("only per-tensor scales")
+
+    monkeypatch.setattr(torch, "_scaled_mm", whole_only)
     reason, final = self_test.verdict(
         "torch_fp8", dispatch.named("torch_fp8").test, torch.device("cpu"), torch.bfloat16
     )
-    assert reason.startswith("its self-test failed (") and final
+    assert reason == "its self-test failed (RuntimeError: only per-tensor scales)" and final
     monkeypatch.delattr(torch, "_scaled_mm")
     monkeypatch.setattr(device_facts, "capability", lambda device: (9, 0))
     problem = Problem(GPU, torch.bfloat16, "fast")
