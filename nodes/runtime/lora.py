@@ -22,6 +22,7 @@ import operator
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -138,8 +139,23 @@ class _Adapters:
     def partially_load(self, *args, **options):
         patcher = self.owner()
         if patcher is not None and not self.dropped:
-            self.make(patcher)
+            with unloaded_on_failure(patcher):
+                self.make(patcher)
         return super().partially_load(*args, **options)
+
+
+@contextmanager
+def unloaded_on_failure(patcher) -> Iterator[None]:
+    """Unload a model whose loading fails or is interrupted.
+
+    ComfyUI has already taken it off its list of loaded models, so it would stay on the device and
+    never be freed. Stock does this for an Exception, which ComfyUI's interrupt is not.
+    """
+    try:
+        yield
+    except BaseException:
+        patcher.detach()
+        raise
 
 
 @cache

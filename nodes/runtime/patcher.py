@@ -111,16 +111,17 @@ class _QuantizedWeights:
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         make = lora.without_branches if self._merges else lora.side_branches
-        self._side = make(self)
-        if not self._side.branches:
-            lora.drop_branches(self.model)
         try:
-            lora.keep_loaded(self, self._side)
-            loaded = super().partially_load(
-                device_to, extra_memory, force_patch_weights=force_patch_weights
-            )
-            self._settle(self._side, {})  # where stock had nothing to load
-            return loaded
+            with lora.unloaded_on_failure(self):
+                self._side = make(self)
+                if not self._side.branches:
+                    lora.drop_branches(self.model)
+                lora.keep_loaded(self, self._side)
+                loaded = super().partially_load(
+                    device_to, extra_memory, force_patch_weights=force_patch_weights
+                )
+                self._settle(self._side, {})  # where stock had nothing to load
+                return loaded
         finally:
             self._side = None
 

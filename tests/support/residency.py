@@ -166,6 +166,43 @@ def unloading(flux: Flux):
     yield "loaded anew", flux.as_fast()
 
 
+def failing(flux: Flux):
+    """Preparing is interrupted, or runs out of memory."""
+    interrupt = comfy.model_management.InterruptProcessingException()
+    check = "throw_exception_if_processing_interrupted"
+    with_one = with_lora(flux.fast, flux.lora, 0.8)
+    for patcher, owner, name, error in (
+        (flux.fast, comfy.model_management, check, interrupt),
+        (with_one, comfy.model_management, check, interrupt),
+        (flux.fast, kernels, "prepare_weight", MemoryError()),
+    ):
+        for before in (flux.exact, None):  # in stock's loading, or after it had nothing to load
+            comfy.model_management.unload_all_models()
+            if before is not None:
+                output(before)
+            calls = iter([None, None, None, error])
+            kept = getattr(owner, name)
+
+            def failing_later(*arguments, calls=calls, kept=kept):
+                raised = next(calls)
+                if raised is not None:
+                    raise raised
+                return kept(*arguments)
+
+            setattr(owner, name, failing_later)
+            try:
+                comfy.model_management.load_models_gpu([patcher])
+            except BaseException as raised:
+                failed = raised is error
+            setattr(owner, name, kept)
+            what = f"{type(error).__name__} {patcher is with_one} {before is None}"
+            yield f"{what}: fails", failed
+            unloaded = flux.stock.model.current_weight_patches_uuid is None and not flux.fast.backup
+            yield f"{what}: unloaded", flux.as_stored() and unloaded
+            yield f"{what}: fast", flux.as_fast()
+            yield f"{what}: exact", torch.equal(output(flux.exact), flux.of_exact)
+
+
 def loras(flux: Flux):
     exact, fast = with_lora(flux.exact, flux.lora, 0.8), with_lora(flux.fast, flux.lora, 0.8)
     wanted, got = output(exact), output(fast)
@@ -389,8 +426,8 @@ def main() -> None:
     results = {}
     with torch.no_grad():
         flux = Flux()
-        parts = (precisions, saving, unloading, loras, merging, hooks, other_models, compiled,
-                 limits, unpacked, slots)  # fmt: skip
+        parts = (precisions, saving, unloading, failing, loras, merging, hooks, other_models,
+                 compiled, limits, unpacked, slots)  # fmt: skip
         for part in parts:
             results[part.__name__] = dict(part(flux))
     print(json.dumps(results))
