@@ -27,6 +27,8 @@ from . import device_facts, self_test
 from .records import (
     BACKENDS,
     FEW_ROWS,
+    FLOATS,
+    PREPARE,
     Backend,
     Problem,
     Step,
@@ -112,6 +114,7 @@ class _Verdicts:
 
 
 _forced: tuple[Backend, ...] = ()
+_entered: list[list[tuple[Backend, ...]]] = []  # of `use_backend`, each the only one in its list
 _paths: dict[tuple, ExecutionPath] = {}
 _steps: dict[tuple, Step] = {}
 _warned: set[tuple[str, str]] = set()
@@ -146,7 +149,7 @@ def execution_path(
         prepare: whether a stored weight may be prepared: "never", "each call", "once" (`Problem`).
 
     Raises:
-        ValueError: no backend takes it.
+        ValueError: no backend takes it, or one of the arguments is none of the above.
     """
     return _path(device, dtype, precision, m_class(rows), shape, weight_form, prepare)
 
@@ -164,6 +167,7 @@ _path._dynamo_marked_constant = True
 def _choose(key: tuple) -> ExecutionPath:
     *parts, forced = key
     problem, verdicts, reasons = Problem(*parts), _Verdicts(), {}
+    _check(problem)
     for backend in _candidates(problem, forced):
         steps, reason = _steps_for(backend, problem, verdicts, bool(forced))
         if steps is not None:
@@ -189,6 +193,18 @@ def _choose(key: tuple) -> ExecutionPath:
     if verdicts.final:
         _paths[key] = path
     return path
+
+
+def _check(problem: Problem) -> None:
+    """Raise ValueError for a problem that there is not: once, as its path would be kept."""
+    for name, value, allowed in (
+        ("precision", problem.precision, PRECISIONS),
+        ("x's dtype", problem.dtype, FLOATS),
+        ("prepare", problem.prepare, PREPARE),
+    ):
+        if value not in allowed:
+            names = ", ".join(str(one).removeprefix("torch.") for one in allowed)
+            raise ValueError(f"{name} is {value!r}; it must be one of {names}")
 
 
 def _as_many(problem: Problem, forced: tuple[Backend, ...]) -> tuple[ExecutionPath | None, bool]:
@@ -348,14 +364,22 @@ def use_backend(*names: str) -> Iterator[None]:
     """Choose among these backends for every linear within the context, in all threads.
 
     They need not be automatic, and take any number of rows. Of an exact and a fast one, the
-    precision of the call decides.
+    precision of the call decides. Of several contexts, the one that was entered last holds.
 
     Raises:
         ValueError: on entry, no backend has that name; at a call, none of them takes the problem.
     """
-    global _forced
-    before, _forced = _forced, tuple(named(name) for name in names)
+    entered = [tuple(named(name) for name in names)]
+    _entered.append(entered)
+    _force()
     try:
         yield
     finally:
-        _forced = before
+        # Threads may leave in another order than they entered.
+        _entered[:] = [other for other in _entered if other is not entered]
+        _force()
+
+
+def _force() -> None:
+    global _forced
+    (_forced,) = _entered[-1] if _entered else ((),)

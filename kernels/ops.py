@@ -13,9 +13,8 @@ import torch
 
 from . import layout
 from .dispatch import PRECISIONS, ExecutionPath, choose_step, execution_path, named
-from .records import BACKENDS, DEQUANTIZERS, QUANTIZERS, Step
+from .records import BACKENDS, DEQUANTIZERS, FLOATS, QUANTIZERS, Step
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DATA = (torch.float8_e4m3fn, torch.uint8)
 SCALES = (torch.uint8, torch.float8_e8m0fnu)
 
@@ -107,7 +106,8 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
             passes to make are left to `linear_prepared`.
 
     Returns:
-        [..., N] of x's dtype. Differentiable in x and bias.
+        [..., N] of x's dtype. Differentiable in x and bias; under torch.func exact, whatever the
+        precision.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
@@ -120,6 +120,10 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, bias)
     )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Ops do not pass through torch.func: it would drop a tangent, and has no rule for lists.
+        weight = _ops.dequantize(qdata, scale, x.dtype, N, K)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if needs_grad or not _are_numbers(N, K):
         bias = None if bias is None else bias.contiguous()
         return _ops.linear(x, qdata, scale, bias, N, K, precision)
@@ -147,7 +151,14 @@ def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=No
 
     Returns:
         [..., N] of x's dtype. Not differentiable.
+
+    Raises:
+        ValueError: x, weight, N and bias are not of one linear.
     """
+    rows, cols = prepared[0].shape
+    fits = 0 <= rows - N < layout.ROW_PAD and 0 <= cols - x.shape[-1] < layout.BLOCK
+    if not fits or (bias is not None and bias.shape != (N,)):
+        raise ValueError(_mismatch(path, x, prepared, bias, N))
     if quantized is None:
         quantized = quantize_input(path, x)
     if bias is not None:
@@ -156,6 +167,17 @@ def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=No
     if path.input_form == "mxfp8":  # has rows of padding; whether here is no reason to recompile
         out = out[: math.prod(x.shape[:-1])]
     return out.reshape(*x.shape[:-1], N)
+
+
+def _mismatch(path: ExecutionPath, x, prepared, bias, N: int) -> str:
+    """What is wrong with the operands of `linear_prepared`."""
+    rows, cols = layout.padded_shape(N, x.shape[-1])
+    return (
+        f"a linear with x {list(x.shape)} and N = {N} needs a {path.weight_form} weight of "
+        f"{[rows, cols]} ({[N, cols]} without padding of rows) and a bias of {[N]} or None; these "
+        f"are {list(prepared[0].shape)} and {bias if bias is None else list(bias.shape)}. "
+        "Pass what prepare_weight made of this layer's weight, and the layer's own bias and N"
+    )
 
 
 def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...]:
@@ -314,6 +336,20 @@ for _name, _kernel, _fake in (
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     # The fake. `register_fake` looks its caller up in every module: 0.2 s of ComfyUI's start.
     _lib.impl(_name, _fake, "Meta")
+
+
+def _without_autocast(device: str):
+    def matmul(*args):
+        with torch.autocast(device, enabled=False):
+            return _ops.matmul(*args)
+
+    return matmul
+
+
+# A path is chosen for x's dtype, which autocast would change inside of it, and so that of the
+# result, where a compiled graph relies on the fake's.
+for _device in ("cpu", "cuda", "mps", "xpu"):
+    _lib.impl("matmul", _without_autocast(_device), f"Autocast{_device.upper()}")
 torch.library.register_autograd(
     f"{NAMESPACE}::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib
 )

@@ -35,6 +35,8 @@ from .backends.cute import mx
 
 Tensors = tuple[torch.Tensor, ...]
 FEW_ROWS = 64  # up to this many rows of x the weight's bytes decide
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of x
+PREPARE = ("never", "each call", "once")  # of `Problem`
 M_CLASSES = ("one", "few", "many")  # 1 row of x, up to FEW_ROWS, more
 
 
@@ -55,8 +57,8 @@ class Problem:
         m_class: of `M_CLASSES`.
         shape: (N, K), unpadded; None if any.
         weight_form: of the weight at hand.
-        prepare: whether a weight that is at hand as stored may be prepared: "never"; "each call",
-            where one pass does it; "once", by a caller that keeps the result.
+        prepare: of `PREPARE`, whether a weight that is at hand as stored may be prepared: "never";
+            "each call", where one pass does it; "once", by a caller that keeps the result.
     """
 
     device: torch.device

@@ -292,7 +292,9 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def group(K: int) -> int:
     """Values along K that are rotated together: 256, else 64, else 16, whichever divides K."""
-    return next(size for size in (256, 64, 16) if K % size == 0)
+    sizes = [size for size in (256, 64, 16) if K % size == 0]
+    assert sizes, f"K = {K} is not a multiple of 16"
+    return sizes[0]
 
 
 def hadamard(size: int) -> torch.Tensor:

@@ -316,6 +316,21 @@ def test_a_forced_backend_without_support_is_an_error_though_others_have_it(offe
     assert ran("exact") == "exact"
 
 
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        ({"precision": "quick"}, "precision is 'quick'; it must be one of auto, exact, fast"),
+        ({"dtype": torch.float64}, "x's dtype is torch.float64; it must be one of float32, "),
+        ({"prepare": "twice"}, "prepare is 'twice'; it must be one of never, each call, once"),
+    ],
+)
+def test_a_problem_that_there_is_not_is_refused(problem, words):
+    problem = {"device": CPU, "dtype": torch.float32, "precision": "exact", **problem}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            kernels.execution_path(**problem)
+
+
 def test_an_unknown_backend_raises_with_the_known_names(offer):
     offer(a="exact", b="fast")
     message = "unknown backend 'quick'; choose one of: a, b"
@@ -333,6 +348,17 @@ def test_leaving_a_context_restores_the_one_around_it():
         with pytest.raises(KeyError), kernels.use_backend("eager"):
             raise KeyError
         assert chosen("exact") == "reference"
+    assert chosen("exact") == automatic
+
+
+def test_contexts_of_threads_may_overlap():
+    automatic = chosen("exact")
+    first, second = kernels.use_backend("reference"), kernels.use_backend("eager")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen("exact") == "eager"
+    second.__exit__(None, None, None)
     assert chosen("exact") == automatic
 
 

@@ -1,7 +1,7 @@
 """linear: every path against float64, gradients, and the ops under torch's transformations."""
 
 import threading
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -189,6 +189,41 @@ def test_only_what_requires_a_gradient_gets_one(wanted):
     assert (x.grad is not None, bias.grad is not None) == (wanted == "x", wanted == "bias")
 
 
+@pytest.mark.parametrize("precision", dispatch.PRECISIONS)
+def test_transformations_of_torch_func_are_those_of_the_dense_weight(precision):
+    stored, dense = weight()
+    x, tangent, bias = numbers(4, 3, K), numbers(4, 3, K, seed=5), numbers(N, seed=2)
+
+    def linear(x, bias):
+        return kernels.linear(x, *stored, bias, shape=(N, K), precision=precision)
+
+    batched = torch.vmap(linear, in_dims=(1, None), out_dims=1)(x, bias)
+    assert_close_to_float64(batched, x, dense, bias)
+    _, along = torch.func.jvp(lambda x: linear(x, bias), (x,), (tangent,))
+    assert_close_to_float64(along, tangent, dense)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.equal(jacobian(linear)(x[0, 0], bias), dense.float())
+    grad = torch.vmap(torch.func.grad(lambda x: linear(x, bias).sum()))(x)
+    ones = torch.ones(4, 3, N)
+    assert_close_to_float64(grad, ones, dense.t())
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_neither_dtype_nor_value(compiled, dtype):
+    """The dtype is what a compiled graph was told, and "exact" is of x's dtype."""
+    stored, dense = weight()
+    x, bias = numbers(5, K, dtype=dtype), numbers(N, seed=2)
+    linear = partial(kernels.linear, shape=(N, K), precision="exact")
+    if compiled:
+        linear = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear(x, *stored, bias)
+    assert got.dtype == dtype
+    assert_close_to_float64(got, x, dense, bias)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_modes_change_no_value(mode):
     w, x, bias = numbers(N, K), numbers(3, K).requires_grad_(), numbers(N).requires_grad_()
@@ -346,6 +381,31 @@ def test_defaults_of_torch_change_no_bit(name, monkeypatch):
         torch.set_default_dtype(torch.float32)
     assert_all_equal(got, expected)
     forget()
+
+
+@pytest.mark.parametrize("name", here((70, 96), "one"))
+def test_operands_of_different_linears_are_refused(name):
+    """Some backends would multiply a part of the weight, or repeat a bias of one value."""
+    M = 5 if "many" in dispatch.named(name).m_classes else 1
+    path, x, bias, stored = forms(name, M, 70, 96)
+    prepared = kernels.prepare_weight(path, *stored)
+    linear = partial(kernels.linear_prepared, path)
+    assert linear(x, prepared, bias, 70).shape == (M, 70)
+    for wrong in (
+        (x[:, :64], prepared, bias, 70),
+        (numbers(M, 128, dtype=x.dtype), prepared, bias, 70),
+        (x, prepared, None, 97),
+        (x, prepared, None, 64),
+        (x, prepared, bias[:1], 70),
+        (x, prepared, bias[:69], 70),
+        (x, prepared, bias[None], 70),
+    ):
+        N, shape = wrong[-1], list(wrong[0].shape)
+        with pytest.raises(ValueError) as error:
+            linear(*wrong)
+        message = str(error.value)
+        assert f"x {shape} and N = {N} needs a {path.weight_form} weight of " in message
+        assert "these are [96, 96] and " in message and "Pass what prepare_weight" in message
 
 
 FORMS = ["reference_mx", "reference_fp8", "reference_int8", "torch_bf16", "eager"]
