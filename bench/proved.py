@@ -50,7 +50,6 @@ if "mxfp8" not in sys.modules:
 import mocked_card  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from gpu.report import impersonal  # noqa: E402
 
 from mxfp8.kernels import aot, device_facts, dispatch, self_test  # noqa: E402
 from mxfp8.kernels.backends import eager, int8  # noqa: E402
@@ -437,7 +436,7 @@ def evidence(results: dict[str, dict]) -> list[str]:
         by_reason: dict[str, list[str]] = {}
         for arch in CARDS:
             if reasons[arch][name] is not None and not runs(results, name, arch):
-                reason = impersonal(reasons[arch][name]).partition("; this")[0]
+                reason = working_copy.impersonal(reasons[arch][name]).partition("; this")[0]
                 by_reason.setdefault(reason, []).append(arch)
         lines += [f"- {name} {why}: {', '.join(archs)}" for why, archs in by_reason.items()]
     return [*lines, ""]

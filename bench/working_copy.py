@@ -36,6 +36,23 @@ def kernels_sha256() -> str:
     return digest.hexdigest()
 
 
+def impersonal(text: str) -> str:
+    """Text without the folders of this machine, which error messages may contain."""
+    folders = {str(ROOT), sys.prefix, str(Path.home())}
+    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
+        if len(folder) > 1:
+            text = text.replace(folder, "...")
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file of results, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(impersonal(text), encoding="utf-8")
+    part.replace(path)
+
+
 def machine(device) -> dict[str, object]:
     """The device, and the versions that its speed depends on."""
     import torch

@@ -1,14 +1,17 @@
 """The kernels on a GPU: correctness at real shapes, and speed, in one run.
 
-    python bench/gpu [--minutes 8] [--out DIR] [--section NAME ...] [--check]
+    python bench/gpu [--minutes 6] [--out DIR] [--section NAME ...] [--check]
     python bench/gpu --device cpu --quick            to try the script without a GPU
 
-Needs torch and Triton, and comfy-kitchen (its wheel on PYTHONPATH will do) for stock ComfyUI's
-kernels. It measures the limits of the device, checks every kernel against the oracle, then times
-every operation against dense BF16, stock and its roofline, and two blocks end to end. Goals are
-printed last, each with holds or FAILS. Results go to bench/results/<gpu>-<date>.json, and tables
-beside it, after every section, so that a run that is cut short leaves what it has. Exits with 1 if
-a kernel is wrong, and with --check also if a goal fails.
+Needs torch; Triton for this pack's own kernels, and comfy-kitchen (its wheel on PYTHONPATH will do)
+for stock ComfyUI's. It measures the limits of the device, then times every linear by every method:
+dense BF16, stock MXFP8, stock INT8, and each backend of this pack that runs here; then the casts,
+the host's part, LoRAs and two blocks end to end. Every kernel is checked against the oracle. The
+most telling shapes come first, and what there is no time for is listed as left out.
+
+Results go to bench/results/<gpu>-<date>.json, and tables beside it, after every shape, so that a
+run that is killed leaves what it has. Goals are printed last, each with holds or FAILS. Exits with
+1 if a kernel is wrong, and with --check also if a goal fails.
 """
 
 from __future__ import annotations
@@ -24,34 +27,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import working_copy
 
+START = time.monotonic()
 working_copy.load()
 
 import torch  # noqa: E402
 from gpu import ceilings, report  # noqa: E402
-from gpu.clock import Clock, reason  # noqa: E402
+from gpu.clock import Clock, OutOfTimeError, reason  # noqa: E402
 from gpu.shapes import plan  # noqa: E402
 
-SECTIONS = ("check", "casts", "linears", "loras", "host", "blocks")
+SECTIONS = ("linears", "host", "blocks", "casts", "loras", "check")
+_LAST = 5  # seconds for the ceilings after everything else
 
 
 class Run:
-    """One run of the script: its results so far, and the time that is left."""
+    """One run of the script, and its results so far."""
 
     def __init__(self, arguments, device: torch.device):
-        from gpu.paths import STOCK, fast_unsupported_reason
+        from gpu.methods import NO_STOCK
 
         from mxfp8 import kernels
 
         self.device = device
         self.plan = plan(arguments.quick)
         self.quick = arguments.quick
-        self.end = time.monotonic() + 60 * arguments.minutes
-        self.clock = Clock(device, rounds=2 if arguments.quick else 11)
+        end = START + 60 * arguments.minutes - _LAST
+        self.clock = Clock(device, rounds=2 if arguments.quick else 11, end=end)
         today = datetime.date.today().isoformat()
         parts = [] if arguments.section == list(SECTIONS) else arguments.section
         name = "-".join([working_copy.slug(device), today, *parts])
         self.path = arguments.out / f"{name}.json"
-        machine = working_copy.machine(device) | {"stock": STOCK}
+        machine = working_copy.machine(device)
         machine["backends"] = [str(status) for status in kernels.list_backends(device)]
         self.result = {
             "machine": machine,
@@ -61,19 +66,9 @@ class Run:
             "goals": [],
             "checks": [],
             "peak_memory": [],
-            "left_out": [],
+            "left_out": [] if NO_STOCK is None else [f"stock: {NO_STOCK}"],
             "rows": [],
         }
-        unsupported_reason = fast_unsupported_reason(device)
-        if unsupported_reason is not None:
-            self.result["left_out"].append(f"precision fast: {unsupported_reason}")
-
-    def has_time(self, what: str) -> bool:
-        """Whether there is time left; if not, list what is left out."""
-        if time.monotonic() < self.end:
-            return True
-        self.result["left_out"].append(f"{what}: no time left")
-        return False
 
     def save(self) -> None:
         # The goals are for GPUs: on a CPU none of them was measured.
@@ -83,53 +78,53 @@ class Run:
 
     def rows(self, what: str, rows: Iterable[dict]) -> None:
         """Collect rows as they come, and print them."""
-        if not self.has_time(what):
-            return
         try:
+            self.clock.check()
             for row in rows:
                 self.result["rows"].append(row)
                 print(*(f"{v}" for v in row.values() if v is not None), flush=True)
-        except torch.cuda.OutOfMemoryError as error:
+        except OutOfTimeError:
+            self.result["left_out"].append(f"{what}: no time left")
+        except torch.OutOfMemoryError as error:
             self.result["left_out"].append(f"{what}: {reason(error)}")
         except Exception as error:  # a kernel that raises is wrong; the rest is still measured
-            wrong = {"check": what, "shape": [], "wrong": reason(error)}
-            self.result["checks"].append(wrong)
-            print(f"WRONG {what}: {wrong['wrong']}", flush=True)
+            self._wrong({"check": what, "shape": [], "wrong": reason(error)})
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def check(self) -> None:
+    def _wrong(self, check: dict) -> None:
+        self.result["checks"].append(check)
+        if check["wrong"]:
+            print(f"WRONG {check['check']} {check['shape']}: {check['wrong']}", flush=True)
+
+    def checks(self) -> Iterable[dict]:
+        """Makes the checks; yields no rows."""
         from gpu.checks import checks
 
-        for check in checks(self.device, self.quick, self.plan.shapes):
-            if self.has_time(f"check of {check.name} {check.shape}"):
-                result = check.result()
-                self.result["checks"].append(result)
-                if result["wrong"]:
-                    print(f"WRONG {check.name} {check.shape}: {result['wrong']}", flush=True)
-        wrong = sum(bool(c["wrong"]) for c in self.result["checks"])
-        print(f"{len(self.result['checks'])} checks, {wrong} failed", flush=True)
+        for done, check in enumerate(checks(self.device, self.quick, self.plan.shapes)):
+            self.clock.check()
+            self._wrong(check.result())
+            if done % 20 == 0:
+                self.save()
+        yield from ()
 
-    def measure(self, section: str, bench) -> None:
+    def item(self, section: str, argument, bench) -> None:
         from gpu import blocks, loras, rows
 
-        if section == "casts":
-            for shape in self.plan.shapes:
-                self.rows(f"casts of {shape}", rows.casts(bench, *shape))
+        if section == "check":
+            self.rows("some checks", self.checks())
         elif section == "linears":
-            for problem in self.plan.problems:
-                self.rows(f"linear {problem}", rows.linears(bench, *problem))
+            self.rows(f"linear {argument}", rows.linears(bench, *argument))
+        elif section == "casts":
+            self.rows(f"casts of {argument}", rows.casts(bench, *argument))
         elif section == "loras":
-            for shape in self.plan.lora_shapes:
-                problem = (self.plan.tokens, *shape)
-                self.rows(f"LoRA beside {problem}", loras.loras(bench, *problem))
+            self.rows(f"LoRA beside {argument}", loras.loras(bench, *argument))
         elif section == "host":
             self.rows("host", rows.host(bench))
-        elif section == "blocks":
-            for make in (blocks.ZImage.make, blocks.Flux.make):
-                block = make(self.plan.shrink)
-                measured = blocks.measure(bench, block, self.plan.tokens)
-                self.rows(block.name, self._peaks(measured))
+        else:
+            block = blocks.BLOCKS[argument](self.plan.shrink)
+            measured = blocks.measure(bench, block, self.plan.tokens)
+            self.rows(block.name, self._peaks(measured))
 
     def _peaks(self, measured):
         for row, peak in measured:
@@ -139,20 +134,17 @@ class Run:
     def sections(self, names: list[str]) -> None:
         from gpu.rows import Bench
 
-        limits = ceilings.measure(self.clock, self.quick)
+        left_out = self.result["left_out"]
+        self.save()
+        limits = ceilings.measure(self.clock, self.quick, left_out)
         self.result["ceilings"] = limits.as_dict()
-        bench = Bench.start(self.clock, limits, self.result["left_out"])
-        for name in names:
-            start = time.monotonic()
-            try:
-                if name == "check":
-                    self.check()
-                else:
-                    self.measure(name, bench)
-            finally:
+        bench = Bench(self.device, self.clock, limits, left_out)
+        for section, argument in self.plan.items:
+            if section in names:
+                self.item(section, argument, bench)
                 self.save()
-            print(f"-- {name}: {time.monotonic() - start:.0f} s", flush=True)
-        after = ceilings.measure(self.clock, self.quick)
+        self.clock.end += _LAST
+        after = ceilings.measure(self.clock, self.quick, left_out)
         self.result["ceilings"]["after"] = after.as_dict()
         self.save()
 
@@ -161,7 +153,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--minutes", type=float, default=8, help="stop after this time")
+    parser.add_argument("--minutes", type=float, default=6, help="stop after this time")
     parser.add_argument("--out", type=Path, default=working_copy.RESULTS, metavar="DIR")
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal fails")
@@ -189,6 +181,7 @@ def main() -> int:
         print(f"WRONG {check['check']} {check['shape']}: {check['wrong']}")
     for what in run.result["left_out"]:
         print(f"left out: {what}")
+    print(f"{len(run.result['checks'])} checks, {len(wrong)} failed")
     print(f"results: {run.path}")
     return int(bool(wrong) or (arguments.check and failed > 0))
 

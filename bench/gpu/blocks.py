@@ -1,4 +1,4 @@
-"""One Z-Image block and one Flux double block, end to end, with every method of `paths`.
+"""One Z-Image block and one Flux double block, end to end, with every method of `methods`.
 
 The linears, their shapes and the operations around them are those of the models; weights are
 random. Z-Image keeps its modulation in BF16, as its conversion preset does. Times are those of
@@ -13,41 +13,44 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from gpu.paths import Method, backend_name, relative
+from gpu.clock import reason
+from gpu.methods import Method, Weight, relative, the_chosen
 from gpu.rows import Bench, row
 from gpu.shapes import numbers, weight
+from torch.nn.functional import linear
 
 from mxfp8 import kernels
 
 _HEAD = 128
+Layers = dict[str, tuple[Weight, torch.Tensor | None]]
 
 
 class Linears:
-    """The linears of a block by name, their weights stored as a method needs them."""
+    """The linears of a block by name, run by one method."""
 
-    def __init__(
-        self, block: Block, device, methods: dict[str, Method], name: str, dtype=torch.bfloat16
-    ):
-        self.method = methods[name]
+    def __init__(self, block: Block, layers: Layers, method: Method, exact: Method):
+        """
+        Args:
+            exact: runs the layers of one row if the method is fast.
+        """
+        self.method = method
         self.layers = {}
-        for seed, (layer, (N, K)) in enumerate(block.shapes.items()):
-            used = methods["bf16"] if layer in block.kept else self.method
-            if used.precision == "fast" and layer in block.vectors:
-                used = methods["exact"]  # as `kernels.linear` does; no prepared weight is needed
-            bias = numbers(device, N, seed=seed, scale=0.02).to(dtype) if block.biased else None
-            self.layers[layer] = used, used.store(weight(device, N, K, seed).to(dtype)), bias
+        for name, (kept, bias) in layers.items():
+            used = exact if method.precision == "fast" and name in block.vectors else method
+            if name in block.kept:
+                self.layers[name] = linear, kept.plain, bias
+            else:
+                self.layers[name] = used.run, kept.form(used), bias
 
-    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        method, stored, bias = self.layers[name]
-        return method.run(x, stored, bias)
+    def __call__(self, name: str, x: torch.Tensor, *quantized) -> torch.Tensor:
+        run, stored, bias = self.layers[name]
+        return run(x, stored, bias, *quantized)
 
     def pair(self, first: str, second: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Two linears with the same input."""
-        if not self.method.shares:
-            return self(first, x), self(second, x)
-        quantized = kernels.quantize_input(self.method.path, x)
-        layers = (self.layers[name] for name in (first, second))
-        return tuple(method.run(x, stored, bias, quantized) for method, stored, bias in layers)
+        """Two linears with the same input, which ours quantize once."""
+        path = self.method.path
+        shared = () if path is None else (kernels.quantize_input(path, x),)
+        return self(first, x, *shared), self(second, x, *shared)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class Block:
     biased: bool
     kept: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+
+    def layers(self, device, dtype=torch.bfloat16) -> Layers:
+        """Random weights and biases."""
+        layers = {}
+        for seed, (name, (N, K)) in enumerate(self.shapes.items()):
+            bias = numbers(device, N, seed=seed, scale=0.02).to(dtype) if self.biased else None
+            layers[name] = Weight(weight(device, N, K, seed).to(dtype)), bias
+        return layers
 
     def inputs(self, device, tokens: int, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -169,36 +180,48 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 def measure(bench: Bench, block: Block, tokens: int) -> Iterator[tuple[dict, dict]]:
     """(row, peak memory) of every method; N and K of a row are null."""
-    device, methods = bench.device, bench.methods
-    wide = Linears(block, device, methods, "bf16", torch.float32)
+    device = bench.device
+    dense, *others = bench.methods(tokens)
+    exact = the_chosen(device, 1)["exact"]
+    wide = Linears(block, block.layers(device, torch.float32), dense, exact)
     expected = block.forward(wide, block.inputs(device, tokens, torch.float32))
     expected = expected.to("cpu", torch.float32)
     del wide
     inputs = block.inputs(device, tokens)
-    peaks, errors = {}, {}
-    for name in methods:
-        # One method at a time, so that its peak holds only its own weights.
-        before = bench.clock.allocated()
-        linears = Linears(block, device, methods, name)
-        block.forward(linears, inputs)
-        outputs: list[torch.Tensor] = []
-        peaks[name] = bench.clock.peak_bytes(
-            lambda linears=linears, outputs=outputs: outputs.append(block.forward(linears, inputs)),
-            before,
-        )
-        errors[name] = relative(outputs[0].to("cpu", torch.float32), expected)
-        del linears, outputs
-
-    built = {name: Linears(block, device, methods, name) for name in methods}
-    runs = {name: lambda i, b=b: block.forward(b, inputs) for name, b in built.items()}
+    layers = block.layers(device)
+    runs, peaks, errors = {}, {}, {}
+    methods = {method.name: method for method in (dense, *others)}
+    for name, method in methods.items():
+        bench.clock.check()
+        try:
+            linears = Linears(block, layers, method, exact)
+            block.forward(linears, inputs)
+            kept = sum(_nbytes(stored) for _, stored, _ in linears.layers.values())
+            outputs: list[torch.Tensor] = []
+            peak = bench.clock.peak_bytes(
+                lambda b=linears, outputs=outputs: outputs.append(block.forward(b, inputs))
+            )
+            errors[name] = relative(outputs[0].to("cpu", torch.float32), expected)
+        except (RuntimeError, ValueError) as error:  # out of memory too
+            bench.left_out.append(f"{block.name}, {name}: {reason(error)}")
+            continue
+        runs[name] = lambda i, b=linears: block.forward(b, inputs)
+        peaks[name] = None if peak is None else peak + kept
     spent = bench.time(block.name, runs, graph=False)
-    rivals = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
+    columns = {"bf16_us": spent.get("bf16"), "stock_us": spent.get("stock")}
     for name, us in spent.items():
-        method = methods[name]
-        if name in ("bf16", "stock"):
-            backend = "torch" if name == "bf16" else "stock"
-        else:
-            backend = backend_name(device, method, tokens)
-        result = row(block.name, method.precision, backend, method.cached, tokens, None, None, us,
-                     **rivals, error=errors[name])  # fmt: skip
+        result = row(block.name, methods[name], tokens, None, None, us, **columns,
+                     error=errors[name])  # fmt: skip
         yield result, {"op": block.name, "method": name, "M": tokens, "peak_bytes": peaks[name]}
+
+
+def _nbytes(stored) -> int:
+    """Bytes of a tensor, of a quantized one's parts, or of several."""
+    if isinstance(stored, tuple):
+        return sum(map(_nbytes, stored))
+    if hasattr(stored, "_qdata"):
+        return _nbytes((stored._qdata, stored._params.scale))
+    return stored.nbytes
+
+
+BLOCKS = {"Z-Image": ZImage.make, "Flux": Flux.make}

@@ -7,6 +7,7 @@ through sets of inputs that together exceed its cache. Without a GPU the host's 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,13 +19,29 @@ _LEAST_US = 1500.0  # per timed stretch: events resolve half a microsecond
 _MOST_CALLS = 256
 
 
-class Clock:
-    """`failures`: contestant -> why the last `time` could not time it."""
+class OutOfTimeError(Exception):
+    """The time for the whole run is over."""
 
-    def __init__(self, device: torch.device, rounds: int = ROUNDS):
+
+class Clock:
+    """Times calls until `end`, in seconds of `time.monotonic`; from then on it raises.
+
+    `failures`: contestant -> why the last `time` could not time it.
+    """
+
+    def __init__(self, device: torch.device, rounds: int = ROUNDS, end: float = math.inf):
         self.device = device
         self.rounds = rounds
+        self.end = end
         self.failures: dict[str, str] = {}
+
+    def check(self) -> None:
+        """
+        Raises:
+            OutOfTimeError: the time is over.
+        """
+        if time.monotonic() >= self.end:
+            raise OutOfTimeError("no time left")
 
     def time(
         self, runs: dict[str, Callable[[int], object]], sets: int = 1, graph: bool = True
@@ -36,21 +53,25 @@ class Clock:
             graph: whether to time replays of a CUDA graph; otherwise calls from the host.
         """
         self.failures = {}
+        # Graphs overwrite each other's results, which nobody reads: so all fit a small card.
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" and graph else None
         prepared = {}
         for name, run in runs.items():
+            self.check()
             try:
-                prepared[name] = self._prepare(run, sets, graph)
+                prepared[name] = self._prepare(run, sets, pool)
             except Exception as error:  # one contestant's failure must not lose the others
                 self.failures[name] = reason(error)
         measured: dict[str, list[float]] = {name: [] for name in prepared}
         for counted in [False] + [True] * self.rounds:
+            self.check()
             for name, (stretch, calls) in prepared.items():
                 spent = self._stretch(stretch) / calls
                 if counted:
                     measured[name].append(spent)
         return {name: statistics.median(values) for name, values in measured.items()}
 
-    def _prepare(self, run, sets: int, graph: bool) -> tuple[Callable[[], None], int]:
+    def _prepare(self, run, sets: int, pool) -> tuple[Callable[[], None], int]:
         """(a function to time, calls in it), after running on every set, which compiles it."""
         for _ in range(2):
             for index in range(sets):
@@ -65,13 +86,13 @@ class Clock:
         one = self._stretch(all_sets) / sets
         rotations = max(1, min(_MOST_CALLS // sets, round(_LEAST_US / max(one, 0.1) / sets)))
         calls = rotations * sets
-        if not graph:
+        if pool is None:
             return lambda: [run(i % sets) for i in range(calls)] and None, calls
         recorded = torch.cuda.CUDAGraph()
         # Results are kept for one rotation: a buffer that is reused at once stays in the cache.
         kept: list[object] = [None] * sets
         torch.cuda.synchronize()
-        with torch.cuda.graph(recorded):
+        with torch.cuda.graph(recorded, pool=pool):
             for index in range(calls):
                 kept[index % sets] = run(index % sets)
         return recorded.replay, calls
@@ -97,6 +118,7 @@ class Clock:
         measured = []
         calls = 200 if self.device.type == "cuda" else 10
         for counted in [False] + [True] * self.rounds:
+            self.check()
             self.wait()
             start = time.perf_counter()
             for _ in range(calls):
@@ -125,16 +147,13 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def allocated(self) -> int:
-        """Bytes of the device's memory that tensors occupy."""
-        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-
-    def peak_bytes(self, run: Callable[[], object], before: int) -> int | None:
-        """The peak of allocated memory during a run, less `before`."""
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """The peak of allocated memory during a run, beyond what was allocated before."""
         if self.device.type != "cuda":
             run()
             return None
         self.wait()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         self.wait()

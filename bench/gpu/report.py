@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import working_copy
 from gpu.shapes import LARGE, MODELS, ONE_ROW, SHAPES
+
+# Form -> what its matmul alone, preparing a weight and quantizing an input are called.
+MATMULS = {
+    "mxfp8": "block_matmul", "rowwise_fp8": "scaled_matmul", "rotated_int8": "int8_matmul",
+}  # fmt: skip
+PREPARING = {"rowwise_fp8": "to_rowwise", "rotated_int8": "to_int8"}
+QUANTIZING = {
+    "mxfp8": "quantize", "rowwise_fp8": "quantize_rowwise", "rotated_int8": "quantize_int8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,12 @@ def _cast(op: str, backend: str) -> Callable[[dict], bool]:
     return lambda r: r["op"] == op and (r["N"], r["K"]) in LARGE and r["backend"] == backend
 
 
-def _linear(precision: str, cached, *counts: int, shapes=SHAPES) -> Callable[[dict], bool]:
+def _linear(precision: str, *counts: int, shapes=SHAPES) -> Callable[[dict], bool]:
+    """Rows of the method that is chosen for that precision."""
+
     def selects(r: dict) -> bool:
-        ours = r["op"] == "linear" and r["backend"] != "dequantize + torch"
-        same = r["precision"] == precision and r["cached"] is cached
-        return ours and same and r["M"] in counts and (r["N"], r["K"]) in shapes
+        ours = r["op"] == "linear" and r["precision"] == precision and r["chosen"]
+        return bool(ours) and r["M"] in counts and (r["N"], r["K"]) in shapes
 
     return selects
 
@@ -62,21 +72,27 @@ GOALS = (
     Goal("dequantize, of copy bandwidth", 0.85, "roofline_us", 2, _cast("dequantize", "triton")),
     Goal("quantize, of copy bandwidth", 0.80, "roofline_us", 2, _cast("quantize", "triton")),
     Goal("exact, M = 1, 5120 x 5120, over dense BF16", 1.6, "bf16_us", 1,
-         _linear("exact", None, 1, shapes=(ONE_ROW,))),
-    Goal("exact, M = 4096, of its roofline", 0.95, "roofline_us", _COUNT,
-         _linear("exact", None, 4096)),
-    Goal("fast cached, M = 4096, of its roofline", 0.90, "roofline_us", _COUNT,
-         _linear("fast", True, 4096)),
-    Goal("fast cached, M = 4096, over dense BF16", 1.5, "bf16_us", _COUNT,
-         _linear("fast", True, 4096)),
-    Goal("fast cached, M = 1024, 2048, 4096, over stock", 3.0, "stock_us", 3 * _COUNT,
-         _linear("fast", True, 1024, 2048, 4096)),
-    Goal("host microseconds per linear", 25, "us", 1, lambda r: r["op"] == "host_us"),
+         _linear("exact", 1, shapes=(ONE_ROW,))),
+    Goal("exact, M = 4096, of its roofline", 0.95, "roofline_us", _COUNT, _linear("exact", 4096)),
+    Goal("fast, M = 4096, of its roofline", 0.90, "roofline_us", _COUNT, _linear("fast", 4096)),
+    Goal("fast, M = 4096, over dense BF16", 1.5, "bf16_us", _COUNT, _linear("fast", 4096)),
+    Goal("fast, M = 1024, 2048, 4096, over stock", 3.0, "stock_us", 3 * _COUNT,
+         _linear("fast", 1024, 2048, 4096)),
 )  # fmt: skip
 
 
+def _host_goals(rows: list[dict]) -> list[Goal]:
+    """One for each of our methods, of its own rows."""
+    names = {r["backend"]: None for r in rows if r["op"] == "host_us" and r["chosen"] is not None}
+    return [
+        Goal(f"host microseconds per linear, {name}", 25, "us", 1,
+             lambda r, name=name: r["op"] == "host_us" and r["backend"] == name)
+        for name in names
+    ]  # fmt: skip
+
+
 def goals(rows: list[dict]) -> list[dict]:
-    return [goal.result(rows) for goal in GOALS]
+    return [goal.result(rows) for goal in (*GOALS, *_host_goals(rows))]
 
 
 def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | None:
@@ -107,26 +123,13 @@ def prefers(result: dict, backend: str, capability: tuple[int, int]) -> str | No
 
 
 def write(result: dict, path: Path) -> None:
-    """Write the results as JSON and as tables; each file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the results as JSON and as tables."""
     lines = [json.dumps(row) for row in result["rows"]]
     rest = {key: value for key, value in result.items() if key != "rows"}
     text = json.dumps(rest, indent=1).removesuffix("\n}")
     text += ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    for target, content in ((path, text), (path.with_suffix(".md"), markdown(result))):
-        content = impersonal(content)
-        part = target.with_suffix(target.suffix + ".part")
-        part.write_text(content, encoding="utf-8")
-        part.replace(target)
-
-
-def impersonal(text: str) -> str:
-    """Text without the folders of this machine, which error messages may contain."""
-    folders = {str(Path(__file__).resolve().parents[2]), sys.prefix, str(Path.home())}
-    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
-        if len(folder) > 1:
-            text = text.replace(folder, "...")
-    return text
+    working_copy.write(path, text)
+    working_copy.write(path.with_suffix(".md"), markdown(result))
 
 
 def markdown(result: dict) -> str:
@@ -146,7 +149,7 @@ def markdown(result: dict) -> str:
     lines += ["## Linears with a LoRA", "", *_table(result["rows"], _is_lora, _LORA)]
     known = (_is_cast, _is_lora, lambda r: _is_of(r, SHAPES))
     others = [r for r in result["rows"] if not any(kind(r) for kind in known)]
-    lines += ["## Blocks and launches", "", *_table(others, lambda r: True, _LINEAR)]
+    lines += ["## Blocks and the host", "", *_table(others, lambda r: True, _LINEAR)]
     lines += _peaks(result["peak_memory"])
     if result["left_out"]:
         lines += ["## Not measured", "", *(f"- {what}" for what in result["left_out"]), ""]
@@ -172,19 +175,20 @@ def _ceilings(ceilings: dict) -> list[str]:
 
 
 _CAST = ("op", "backend", "M", "N", "K", "us", "stock_us", "roofline_us")
-_LINEAR = ("op", "precision", "backend", "cached", "M", "N", "K", "us", "bf16_us", "stock_us",
-           "roofline_us", "error")  # fmt: skip
-_LORA = (*_LINEAR[:-2], "without_us", "added_launches", *_LINEAR[-2:])
+_LINEAR = ("op", "backend", "precision", "chosen", "M", "N", "K", "us", "bf16_us", "stock_us",
+           "roofline_us", "error", "total_error")  # fmt: skip
+_LORA = (*_LINEAR[:-3], "without_us", "added_launches", "roofline_us", "error")
 _RATIOS = {
     "without_us": "/ without",
     "stock_us": "/ stock",
     "roofline_us": "of roofline",
     "bf16_us": "/ bf16",
 }
+_OPS = ("linear", *MATMULS.values())
 
 
 def _is_cast(r: dict) -> bool:
-    return r["precision"] is None and r["op"] != "host_us" and r["K"] is not None
+    return r["op"] in ("dequantize", *PREPARING.values(), *QUANTIZING.values())
 
 
 def _is_lora(r: dict) -> bool:
@@ -192,7 +196,7 @@ def _is_lora(r: dict) -> bool:
 
 
 def _is_of(r: dict, shapes) -> bool:
-    return r["op"] in ("linear", "scaled_matmul", "block_matmul") and (r["N"], r["K"]) in shapes
+    return r["op"] in _OPS and (r["N"], r["K"]) in shapes
 
 
 def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, ...]) -> list[str]:

@@ -1,17 +1,16 @@
-"""Models in the real ComfyUI on a GPU: ours against stock, in every mode of loading and patching.
+"""Models in the real ComfyUI on a GPU: ours against stock and BF16.
 
-    python bench/in_comfyui [--wheels DIR] [--mode NAME ...] [--minutes 9] [--out DIR]
+    python bench/in_comfyui [--image-model FILE --prompts FILE] [--minutes 5] [--out DIR]
     python bench/in_comfyui --device cpu --quick      to try the script without a GPU
 
-ComfyUI is that of the tests, or the one at COMFYUI_PATH. Packages that it needs and this Python
-lacks can be wheels in the folder DIR: beside torch, transformers and their dependencies, these are
-comfy-kitchen, comfy-aimdo, torchsde and trampoline.
+ComfyUI is the one at COMFYUI_PATH, or that of the tests; this Python must have what it needs.
 
-A tiny Flux and a Z-Image of several full-width layers are sampled in BF16, in MXFP8 by stock, and
-in MXFP8 by ours, exact and fast. Each mode has its own process, so that a crash does not affect the
-others. `difference` is the relative difference of the latents: exact against stock, at most a
-quarter of the change by quantizing the weights; fast against BF16, at most twice that change.
-Results go to bench/results/<gpu>-comfy-<date>.json and a table beside it. The exit status is 1 if
+A Z-Image with few layers of full width, and a trained image model if one is given, are sampled in
+BF16, in MXFP8 by stock, and in MXFP8 by ours, exact and fast. Each mode has its own process, so
+that a crash does not affect the others; dynamic VRAM is on, as it is by default, except where a
+mode turns it off. `difference` is the relative difference of the latents from those in BF16, and
+`quantized_by` stock's, of which `bound` is 1.25 (exact) or 2 (fast) times. Results go to
+bench/results/<gpu>-comfy-<date>.json and a table beside it, as rows come. The exit status is 1 if
 something is wrong.
 """
 
@@ -21,24 +20,22 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import working_copy
 
-ROOT = working_copy.ROOT
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+START = time.monotonic()
+sys.path.insert(0, str(working_copy.ROOT / "tests" / "support"))
 
 from comfyui import comfyui_path  # noqa: E402
-
-_STATIC = ("--disable-dynamic-vram",)
-_OFFLOAD = ("--novram",)
 
 
 @dataclass(frozen=True)
@@ -46,152 +43,144 @@ class Mode:
     """How ComfyUI is started and what is done to the model.
 
     Attributes:
-        lora: "merged" or "bypass", as LoraLoader and LoraLoaderBypass do it.
-        part: the share of the model that fits the memory; 0 for no limit.
-        layers: whether each linear is also compared with stock's.
-        cpu: whether it is meaningful on a CPU, where nothing is offloaded.
+        reload: whether it is also unloaded and sampled again.
+        cpu: whether it is tried without a GPU.
     """
 
     name: str
-    options: tuple[str, ...] = _STATIC
-    dynamic: bool = False
-    lora: str = ""
+    options: tuple[str, ...] = ()
+    lora: bool = False
     compile: bool = False
-    part: float = 0.0
     reload: bool = False
-    layers: bool = False
     cpu: bool = False
 
 
 MODES = (
-    Mode("full load", layers=True, cpu=True),
-    Mode("offload all", _OFFLOAD),
-    Mode("offload part", part=0.7),
-    Mode("dynamic VRAM", (), dynamic=True),
-    Mode("LoRA merged", lora="merged", cpu=True),
-    Mode("LoRA bypass", lora="bypass", cpu=True),
-    Mode("unload and reload", reload=True, cpu=True),
-    Mode("LoRA merged, dynamic VRAM", (), dynamic=True, lora="merged"),
-    Mode("LoRA bypass, dynamic VRAM", (), dynamic=True, lora="bypass"),
-    Mode("unload and reload, dynamic VRAM", (), dynamic=True, reload=True),
-    Mode("LoRA merged, offload all", _OFFLOAD, lora="merged"),
-    Mode("LoRA bypass, offload all", _OFFLOAD, lora="bypass"),
-    # Last, because compiling takes the longest.
     Mode("TorchCompile", compile=True),
-    Mode("TorchCompile, dynamic VRAM", (), dynamic=True, compile=True),
+    Mode("default", reload=True, cpu=True),
+    Mode("LoRA", lora=True, cpu=True),
+    Mode("static VRAM", ("--disable-dynamic-vram",), reload=True),
+    Mode("offload all", ("--novram",)),
 )
+_LEAST = 15  # seconds in which a mode may have a row
+_SHARE = 0.5  # of the time that is left, which one mode may take
 
 
 class Run:
     def __init__(self, arguments, work: Path):
         self.arguments, self.work = arguments, work
-        self.end = time.monotonic() + 60 * arguments.minutes
+        self.end = START + 60 * arguments.minutes
         self.comfyui = str(comfyui_path())
-        self.on_cpu = arguments.device == "cpu"
         self.models = arguments.models or work / "models"
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        if arguments.wheels:
-            self._unpack(arguments.wheels)
+        machine = self._make_models()
+        date = datetime.date.today().isoformat()
+        self.path = arguments.out / f"{machine.pop('slug')}-comfy-{date}.json"
+        version = Path(self.comfyui, "comfyui_version.py").read_text(encoding="utf-8")
         self.result = {
-            "machine": self._machine(),
-            "date": datetime.date.today().isoformat(),
+            "machine": machine | {"comfyui": version.split('"')[1]},
+            "date": date,
             "kernels_sha256": working_copy.kernels_sha256(),
             "rows": [],
             "not_run": [],
         }
-        name = f"{self.result['machine'].pop('slug')}-comfy-{self.result['date']}"
-        self.path = arguments.out / f"{name}.json"
 
-    def _unpack(self, wheels: Path) -> None:
-        site = self.work / "site"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        files = sorted(map(str, wheels.glob("*.whl")))
-        subprocess.run([*command, "--no-compile", "--target", str(site), *files], check=True)
-        old = self.environment.get("PYTHONPATH")
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), old]))
+    def _make_models(self) -> dict:
+        """Facts of the machine, from a process that has ended when the memory is needed."""
+        quick, given = self.arguments.quick, self.arguments
+        layers = str(0 if quick else given.layers)
+        command = ["models.py", self.comfyui, str(self.models), given.device, layers]
+        if given.image_model:
+            command += [str(given.image_model), str(given.prompts)]
+        process = self._child(command, "models")
+        process.wait(max(1, self.end - time.monotonic()))
+        output = self._log("models")
+        if process.returncode:
+            sys.exit(f"the models could not be made:\n{output}")
+        return json.loads(output.splitlines()[-1])
 
-    def _machine(self) -> dict:
-        """Facts of the machine, from another process: this one must not use the device's memory."""
-        script = (
-            "import json, sys; sys.path.insert(0, sys.argv[1]); import working_copy, torch; "
-            "d = torch.device(sys.argv[2]); "
-            "print(json.dumps(working_copy.machine(d) | {'slug': working_copy.slug(d)}))"
-        )
-        bench = str(Path(__file__).resolve().parents[1])
-        output = subprocess.run(
-            [sys.executable, "-c", script, bench, self.arguments.device],
-            env=self.environment, check=True, stdout=subprocess.PIPE, text=True,
-        ).stdout  # fmt: skip
-        version = Path(self.comfyui, "comfyui_version.py").read_text(encoding="utf-8")
-        return json.loads(output.splitlines()[-1]) | {"comfyui": version.split('"')[1]}
-
-    def make_models(self) -> None:
-        if not list(self.models.glob("*-mxfp8.safetensors")):
-            layers = 0 if self.arguments.quick else self.arguments.layers
-            command = ["models.py", self.comfyui, str(self.models), str(layers)]
-            ended, log = self._child(command, "models", 600)
-            if ended:
-                sys.exit(f"the models could not be made:\n{log}")
-
-    def _child(self, command: list[str], name: str, seconds: float) -> tuple[int, str]:
-        """(exit status, end of the output) of a script in this folder."""
-        log = self.work / f"{name}.log"
+    def _child(self, command: list[str], name: str) -> subprocess.Popen:
+        """A script of this folder, its output in a file."""
         script = str(Path(__file__).resolve().parent / command[0])
-        with log.open("wb") as file:
-            try:
-                status = subprocess.run(
-                    [sys.executable, script, *command[1:]],
-                    env=self.environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds,
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                status = -1
-                file.write(f"\nstopped after {seconds:.0f} s".encode())
-        return status, log.read_text(errors="replace")[-1500:].strip()
+        with (self.work / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, script, *command[1:]], stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    def _log(self, name: str) -> str:
+        """The end of its output."""
+        return (self.work / f"{name}.log").read_text(errors="replace")[-1500:].strip()
+
+    def _reason(self, mode: Mode) -> str | None:
+        """Why a mode is not run, or None."""
+        if self.arguments.device == "cpu" and not mode.cpu:
+            return "needs a GPU"
+        compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang", "cl"))
+        if mode.compile and not any(map(shutil.which, compilers)):
+            return "torch.compile needs a C compiler, such as gcc"
+        return "no time left" if self.end - time.monotonic() < _LEAST else None
 
     def mode(self, mode: Mode) -> None:
-        left = self.end - time.monotonic()
-        reason = "needs a GPU" if self.on_cpu and not mode.cpu else ""
-        if reason or left < 10:
-            reason = reason or "no time left"
-            self.result["not_run"].append({"mode": mode.name, "reason": reason})
-            print(f"{mode.name}: not run: {reason}", flush=True)
+        reason = self._reason(mode)
+        if reason is not None:
+            self._not_run(mode, reason)
             return
-        start = time.monotonic()
-        name = mode.name.replace(",", "").replace(" ", "-")
-        job, report = self.work / f"{name}.job.json", self.work / f"{name}.rows.json"
+        job, report = self.work / "job.json", self.work / "rows.json"
+        report.unlink(missing_ok=True)
         job.write_text(json.dumps(self._job(mode, report)), encoding="utf-8")
-        seconds = min(left, 60 * self.arguments.minutes_each)
-        status, log = self._child(["mode.py", str(job)], name, seconds)
-        rows = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
-        if status and not any(row["wrong"] for row in rows):
-            rows.append({"mode": mode.name, "wrong": f"ended with {status}: {log}"})
-        self.result["rows"] += rows
-        self.save()
-        for row in rows:
+        left = self.end - time.monotonic()
+        last = mode is MODES[-1] or len(self.arguments.mode) == 1
+        end = time.monotonic() + (left if last else max(_LEAST, _SHARE * left))
+        process = self._child(["mode.py", str(job)], "mode")
+        before = self.result["rows"]
+        rows: list[dict] = []
+        try:
+            while True:
+                ended = process.poll() is not None
+                found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
+                for row in found[len(rows) :]:
+                    print(_line(row), flush=True)
+                if len(found) > len(rows):
+                    rows = found
+                    self.result["rows"] = before + rows
+                    self.save()
+                if ended or time.monotonic() >= end:
+                    break
+                time.sleep(0.2)
+        finally:
+            process.kill()
+        if not ended:
+            self._not_run(mode, f"stopped after {len(rows)} rows: no time left")
+        elif process.returncode and not any(row["wrong"] for row in rows):
+            log = self._log("mode")
+            row = {"mode": mode.name, "wrong": f"ended with {process.returncode}: {log}"}
+            self.result["rows"] = [*before, *rows, row]
             print(_line(row), flush=True)
-        print(f"-- {mode.name}: {time.monotonic() - start:.0f} s", flush=True)
+        self.save()
+
+    def _not_run(self, mode: Mode, reason: str) -> None:
+        self.result["not_run"].append({"mode": mode.name, "reason": reason})
+        print(f"{mode.name}: not run: {reason}", flush=True)
 
     def _job(self, mode: Mode, report: Path) -> dict:
         of = sorted(p.stem.removesuffix("-mxfp8") for p in self.models.glob("*-mxfp8.safetensors"))
-        if mode.part:  # a tiny model is too small to load in part
-            of = [model for model in of if model != "flux"]
-        job = {k: v for k, v in asdict(mode).items() if k != "name"} | {"mode": mode.name}
-        return job | {
-            "options": ["--cpu"] if self.on_cpu else list(mode.options),
+        return {
+            "mode": mode.name,
+            "lora": mode.lora,
+            "compile": mode.compile,
+            "reload": mode.reload,
+            "options": ["--cpu"] if self.arguments.device == "cpu" else list(mode.options),
             "device": self.arguments.device,
             "comfyui": self.comfyui,
             "models": str(self.models),
-            "of": of,
+            "of": of[::-1],  # zimage first
             "report": str(report),
-            "side": self.arguments.side or (16 if self.arguments.quick else 128),
             "steps": 2 if self.arguments.quick else 4,
         }
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.result, indent=1)
-        self.path.write_text(text + "\n", encoding="utf-8")
-        self.path.with_suffix(".md").write_text(markdown(self.result), encoding="utf-8")
+        working_copy.write(self.path, json.dumps(self.result, indent=1) + "\n")
+        working_copy.write(self.path.with_suffix(".md"), markdown(self.result))
 
 
 def _size(value: int | None) -> str:
@@ -202,8 +191,8 @@ def _line(row: dict) -> str:
     if "model" not in row:
         return f"{row['mode']}: WRONG: {row['wrong']}"
     parts = [row["mode"], row["model"], row["variant"], f"{1000 * row['seconds_per_step']:.1f} ms"]
-    if row["difference"] is not None:
-        parts.append(f"difference {row['difference']:.2e}, bound {row['bound']:.2e}")
+    parts.append(f"difference {row['difference']:.2e}")
+    parts.append(f"bound {row['bound']:.2e}" if row["bound"] else "")
     parts.append(f"peak {_size(row['peak_torch_bytes'])}" if row["peak_torch_bytes"] else "")
     return " ".join(filter(None, parts)) + (f" WRONG: {row['wrong']}" if row["wrong"] else "")
 
@@ -211,8 +200,8 @@ def _line(row: dict) -> str:
 def markdown(result: dict) -> str:
     """The rows as a table, and the modes that were not run."""
     machine = result["machine"]
-    heads = ("mode", "model", "variant", "ms a step", "peak in torch", "peak of the device",
-             "model in VRAM", "difference", "bound", "")  # fmt: skip
+    heads = ("mode", "model", "variant", "dynamic VRAM", "ms a step", "peak in torch",
+             "peak of the device", "model in VRAM", "difference", "bound", "")  # fmt: skip
     lines = [
         f"# ComfyUI {machine['comfyui']} on {machine['gpu'] or 'CPU'}, {result['date']}", "",
         "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
@@ -224,9 +213,9 @@ def markdown(result: dict) -> str:
             continue
         near = [f"{row[k]:.1e}" if row[k] is not None else "" for k in ("difference", "bound")]
         loaded = f"{100 * row['loaded_bytes'] / max(1, row['model_bytes']):.0f}%"
-        cells = (row["mode"], row["model"], row["variant"], f"{1000 * row['seconds_per_step']:.1f}",
-                 _size(row["peak_torch_bytes"]), _size(row["peak_device_bytes"]), loaded, *near,
-                 wrong)  # fmt: skip
+        cells = (row["mode"], row["model"], row["variant"], "yes" if row["dynamic_vram"] else "no",
+                 f"{1000 * row['seconds_per_step']:.1f}", _size(row["peak_torch_bytes"]),
+                 _size(row["peak_device_bytes"]), loaded, *near, wrong)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {m['mode']}: not run: {m['reason']}" for m in result["not_run"]), ""]
     return "\n".join(lines)
@@ -236,27 +225,24 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [mode.name for mode in MODES]
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="only the tiny Flux, small latents")
-    parser.add_argument(
-        "--wheels", type=Path, metavar="DIR", help="packages that this Python lacks"
-    )
+    parser.add_argument("--quick", action="store_true", help="a tiny Flux for the Z-Image")
+    parser.add_argument("--image-model", type=Path, help="a trained diffusion model to measure too")
+    parser.add_argument("--prompts", type=Path, help="its prompts, encoded")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the models here")
-    parser.add_argument(
-        "--layers", type=int, default=4, help="layers of the Z-Image; 0 to leave it out"
-    )
-    parser.add_argument("--side", type=int, help="side of the latent: an eighth of the image's")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the Z-Image")
     parser.add_argument("--mode", nargs="+", choices=names, default=names)
-    parser.add_argument("--minutes", type=float, default=9, help="start no mode after this many")
-    parser.add_argument("--minutes-each", type=float, default=4, help="stop a mode after this many")
+    parser.add_argument("--minutes", type=float, default=5, help="stop after this time")
     parser.add_argument("--out", type=Path, default=working_copy.RESULTS, metavar="DIR")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.image_model is None) != (arguments.prompts is None):
+        parser.error("--image-model and --prompts go together")
+    return arguments
 
 
 def main() -> int:
     arguments = parse()
     with tempfile.TemporaryDirectory() as folder:
         run = Run(arguments, Path(folder))
-        run.make_models()
         for mode in MODES:
             if mode.name in arguments.mode:
                 run.mode(mode)
