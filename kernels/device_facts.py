@@ -62,7 +62,7 @@ def block_scaled_unsupported_reason(device: torch.device) -> str | None:
     version = capability(device)
     if amd_architecture(device) != "gfx950":
         if (version or (0, 0)) < (10, 0):
-            return f"needs block-scaled tensor cores (Blackwell, gfx950); {described(device)}"
+            return needs("block-scaled tensor cores (Blackwell, gfx950)", device)
         if version not in BLOCK_SCALED:
             return f"was never compiled for compute capability {version[0]}.{version[1]}"
     reason = triton_unsupported_reason()
@@ -115,12 +115,21 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def described(device: torch.device) -> str:
-    """What a device is, as the end of a sentence on what a backend needs."""
+class DeviceReason(str):
+    """Why a backend does not run here that only another device would change."""
+
+
+def needs(what: str, device: torch.device) -> DeviceReason:
+    """That a backend needs what a device is not or has not."""
+    return lacks(f"needs {what}", device)
+
+
+def lacks(sentence: str, device: torch.device) -> DeviceReason:
+    """A sentence on what does not run on a device, ended by what that is."""
     version = capability(device)
     if version:
-        return f"this one has {version[0]}.{version[1]}"
-    return f"this is {amd_architecture(device) or device.type}"
+        return DeviceReason(f"{sentence}; this one has {version[0]}.{version[1]}")
+    return DeviceReason(f"{sentence}; this is {amd_architecture(device) or device.type}")
 
 
 @cache

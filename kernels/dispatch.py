@@ -164,6 +164,14 @@ def _path(*parts) -> ExecutionPath:
 _path._dynamo_marked_constant = True
 
 
+def _path_of(problem: Problem) -> ExecutionPath:
+    return _path(*_parts(problem))
+
+
+def _parts(problem: Problem) -> tuple:
+    return tuple(getattr(problem, part.name) for part in fields(problem))
+
+
 def _choose(key: tuple) -> ExecutionPath:
     *parts, forced = key
     problem, verdicts, reasons = Problem(*parts), _Verdicts(), {}
@@ -186,7 +194,10 @@ def _choose(key: tuple) -> ExecutionPath:
         )
     wants_fast = problem.precision == "fast" and problem.prepare != "never"
     if wants_fast and path.precision == "exact" and problem.m_class == "many":
-        _warn_exact(problem.device.type, path)
+        if problem.shape is None:
+            _warn_exact(problem.device.type, path)
+        else:  # which warns unless it is this layer alone
+            _path_of(replace(problem, shape=None))
     if problem.m_class != "many" and problem.precision != "exact" and path.backend == "eager":
         many, known = _as_many(problem, forced)
         path, verdicts.final = many or path, verdicts.final and known
@@ -216,10 +227,9 @@ def _as_many(problem: Problem, forced: tuple[Backend, ...]) -> tuple[ExecutionPa
     if forced or problem.device.type == "cpu":
         return None, True
     many = replace(problem, m_class="many")
-    parts = tuple(getattr(many, part.name) for part in fields(many))
-    path = _path(*parts)
+    path = _path_of(many)
     fits = path.precision == "fast" and path.weight_form == problem.weight_form
-    return path if fits else None, (*parts, forced) in _paths
+    return path if fits else None, (*_parts(many), forced) in _paths
 
 
 def _candidates(problem: Problem, forced: tuple[Backend, ...]) -> Iterator[Backend]:
@@ -279,7 +289,10 @@ def _named_only(backend: Backend, problem: Problem) -> str | None:
 
 
 def _warn_exact(device: str, path: ExecutionPath) -> None:
-    """Log once per device type and set of reasons, whatever the dtype."""
+    """Log once per device type and set of reasons, whatever the dtype.
+
+    A layer whose shape alone keeps it from running fast is for the backend report.
+    """
     fast = {b.name for b in BACKENDS if b.precision == "fast"}
     reasons = "; ".join(f"{name}: {reason}" for name, reason in path.unsupported if name in fast)
     reasons = reasons or "Those that are named are exact"

@@ -134,7 +134,7 @@ def _triton(module: str, name: str) -> Callable:
 
 def _triton_unsupported_reason(problem: Problem) -> str | None:
     if problem.device.type != "cuda" and not device_facts.interpreted():
-        return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
+        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
     return device_facts.triton_unsupported_reason()
 
 

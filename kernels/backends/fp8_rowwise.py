@@ -35,8 +35,8 @@ _SLAB = 1 << 22  # values at a time
 def _unsupported_reason(problem) -> str | None:
     """Why a device has no FP8 tensor cores, or None."""
     if (device_facts.capability(problem.device) or (0, 0)) < (8, 9):
-        actual = device_facts.described(problem.device)
-        return f"needs FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later; {actual}"
+        card = "FP8 tensor cores: NVIDIA compute capability 8.9 (RTX 40) or later"
+        return device_facts.needs(card, problem.device)
     return None
 
 
@@ -51,7 +51,7 @@ def torch_unsupported_reason(problem) -> str | None:
         return reason
     capability = device_facts.capability(problem.device)
     if capability[0] > 9:
-        return "torch's row-wise matmul is for Ada and Hopper"
+        return device_facts.DeviceReason("torch's row-wise matmul is for Ada and Hopper")
     if capability == (8, 9) and sys.platform == "win32":
         return "torch for Windows has no row-wise matmul for Ada"
     if problem.dtype == torch.float32:
@@ -70,7 +70,7 @@ def quantize_by_triton_unsupported_reason(problem) -> str | None:
     """Why the quantizer in Triton cannot take a `records.Problem`, or None."""
     reason = device_facts.triton_unsupported_reason()
     if reason is None and problem.device.type != "cuda" and not device_facts.interpreted():
-        return f"needs an NVIDIA or AMD GPU; this is {problem.device.type}"
+        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
     if reason is None and problem.shape is not None:
         from .triton import rowwise
 

@@ -61,8 +61,8 @@ def unsupported_reason(problem) -> str | None:
             return "this torch was built without oneDNN, which multiplies INT8 on CPUs"
         return None
     if (device_facts.capability(problem.device) or (0, 0)) < (7, 5):
-        actual = device_facts.described(problem.device)
-        return f"needs INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later; {actual}"
+        card = "INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later"
+        return device_facts.needs(card, problem.device)
     return None
 
 

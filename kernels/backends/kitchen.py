@@ -107,7 +107,7 @@ def unsupported_reason(problem) -> str | None:
     if device_facts.capability(problem.device) == (7, 5):
         name = torch.cuda.get_device_name(problem.device)
         if _NO_TENSOR_CORES.search(name):
-            return f"needs INT8 tensor cores; {name} has none"
+            return device_facts.DeviceReason(f"needs INT8 tensor cores; {name} has none")
     return None if problem.shape is None else _passes_reason(problem, problem.shape[1])
 
 
@@ -149,7 +149,7 @@ def _compiled_unsupported_reason(
 ) -> str | None:
     """Why comfy-kitchen would not run compiled kernels for functions on a device, or None."""
     if device.type != "cuda":
-        return f"needs an NVIDIA or AMD GPU; {device_facts.described(device)}"
+        return device_facts.needs("an NVIDIA or AMD GPU", device)
     reason = _import_error()
     if reason is not None:
         return reason
@@ -167,11 +167,11 @@ def _compiled_unsupported_reason(
             found = known.get("unavailable_reason") or f"version {_version()} has none"
             return f"{kernels} are not available ({found})"
         if function not in known["capabilities"]:
-            return f"{kernels} have no {function}; {device_facts.described(device)}"
+            return device_facts.lacks(f"{kernels} have no {function}", device)
         oldest_card = registry.get_constraints(platform, function).min_compute_capability
         if oldest_card and (device_facts.capability(device) or oldest_card) < oldest_card:
             needed = ".".join(map(str, oldest_card))
-            return f"needs compute capability {needed}; {device_facts.described(device)}"
+            return device_facts.needs(f"compute capability {needed}", device)
         # Dtypes stand for tensors. It checks those, and the capability of the current GPU.
         weight = torch.int8 if function == "int8_linear" else torch.float32
         arguments = {"x": dtype, "weight": weight}

@@ -31,8 +31,8 @@ _ALIGNMENT = 16  # of the rows and columns of a matrix, for cuBLASLt
 def unsupported_reason(problem) -> str | None:
     """Why this cannot take a `records.Problem`, or None."""
     if (device_facts.capability(problem.device) or (0, 0)) < (10, 0):
-        actual = device_facts.described(problem.device)
-        return f"needs block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200); {actual}"
+        card = "block-scaled tensor cores: NVIDIA Blackwell (RTX 50, B200)"
+        return device_facts.needs(card, problem.device)
     if problem.dtype == torch.float32:
         return "returns 16-bit results; this linear is in float32"
     if not (_public() or _private()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-from ...kernels import FEW_ROWS, ExecutionPath
+from ...kernels import FEW_ROWS, DeviceReason, ExecutionPath
 from . import document
 from .adapters import AdapterUse
 from .conversion import MXFP8, format_count, format_size
@@ -242,10 +242,5 @@ def _exact_reason(path: ExecutionPath, precision: str, encoder: bool) -> str | N
     if path.backend == _SLOWEST and "triton" in reasons:
         return reasons["triton"]
     # What the device lacks can be changed less easily than what is missing on it.
-    missing = [reason for reason in reasons.values() if not _is_of_device(reason)]
+    missing = [reason for reason in reasons.values() if not isinstance(reason, DeviceReason)]
     return next(iter([*missing, *reasons.values()]), None)
-
-
-def _is_of_device(reason: str) -> bool:
-    """Whether a backend needs another device (`kernels.device_facts.described`)."""
-    return "; this one has " in reason or "; this is " in reason

@@ -277,6 +277,21 @@ def test_fast_without_a_fast_backend_runs_exact_and_says_so_once(offer, caplog):
     assert "running exact instead of fast on cpu. a: a cannot." in caplog.text
 
 
+def test_a_layer_whose_shape_is_not_for_fast_gives_no_warning(monkeypatch, caplog):
+    def unsupported_reason(problem):
+        return "K is odd" if problem.shape and problem.shape[1] % 2 else cannot
+
+    made = Made()
+    fast = replace(made.backend("f", "fast"), unsupported_reason=unsupported_reason)
+    monkeypatch.setattr(dispatch, "BACKENDS", (fast, made.backend("a", "exact")))
+    for cannot in (None, "it cannot"):
+        dispatch.forget()
+        path = kernels.execution_path(CPU, X.dtype, "fast", shape=(64, 35), prepare="once")
+        assert (path.backend, path.unsupported) == ("a", (("f", "K is odd"),))
+        assert len(caplog.records) == (cannot is not None)
+    assert "running exact instead of fast on cpu. f: it cannot." in caplog.text
+
+
 @pytest.mark.parametrize("precision", ["auto", "exact"])
 def test_exact_gives_no_warning_unless_fast_was_requested(precision, offer, caplog):
     offer(a=("fast", "a cannot"), b="exact")

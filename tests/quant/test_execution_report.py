@@ -87,6 +87,16 @@ def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
         assert limit == (triton or NO_KITCHEN)
 
 
+def test_what_can_be_installed_is_the_reason_and_not_what_the_card_lacks(card):
+    """However it is worded: this one ends as those do that name the card."""
+    old = "needs comfy-kitchen 0.2.15 or later; this is 0.2.8"
+    card(CARDS["Ampere"], kitchen=old)
+    path = path_of()
+    lacking = [name for name, why in path.unsupported if isinstance(why, kernels.DeviceReason)]
+    assert lacking == ["torch_mx", "torch_fp8", "triton_fp8"]
+    assert execution.limiting_reason("cuda", path, "auto") == old
+
+
 def test_nobody_chose_that_text_encoders_run_exact(card):
     card(CARDS["Ampere"])
     path = path_of("exact")

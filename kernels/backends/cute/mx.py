@@ -69,8 +69,8 @@ def unsupported_reason(problem) -> str | None:
     """Why this cannot run, or None (`records.Problem`)."""
     if device_facts.capability(problem.device) not in ARCHITECTURES:
         *most, last = (f"{major}.{minor}" for major, minor in ARCHITECTURES)
-        actual = device_facts.described(problem.device)
-        return f"needs NVIDIA Blackwell, compute capability {', '.join(most)} or {last}; {actual}"
+        card = f"NVIDIA Blackwell, compute capability {', '.join(most)} or {last}"
+        return device_facts.needs(card, problem.device)
     return dsl_unsupported_reason()
 
 
