@@ -11,7 +11,7 @@ use, so that reading a file's header does not import torch.
 from importlib import import_module
 
 _MODULES = {
-    "device_facts": ("DeviceReason", "machine"),
+    "device_facts": ("DeviceReason", "has_float8", "machine"),
     "dispatch": (
         "ExecutionPath", "describe_paths", "execution_path", "list_backends", "use_backend",
     ),

@@ -140,6 +140,11 @@ def amd_architecture(device: torch.device) -> str | None:
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether torch can hold float8 tensors on a device: not on Apple's GPUs (torch 2.14)."""
+    return device.type != "mps"
+
+
 def hardware_e4m3(device: torch.device) -> bool:
     """Whether the device has instructions that convert E4M3: NVIDIA from Ada (sm_89) on."""
     return (capability(device) or (0, 0)) >= (8, 9)

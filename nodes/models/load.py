@@ -18,6 +18,7 @@ import logging
 from pathlib import Path
 
 import comfy.memory_management
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import safetensors.torch
@@ -30,10 +31,13 @@ from ...quant import format
 from ...quant.checks import scan
 from ...quant.format import MARKER, Header
 from ...quant.sources.file import FileSource
+from ..host.float8 import check_float8
 from ..host.paths import is_safetensors
 from .raw_codes import check_layers
 
 logger = logging.getLogger(__name__)
+
+_DIFFUSION_MODEL = "model.diffusion_model."  # prefix of its tensors in a checkpoint
 
 
 def formats() -> tuple[str, ...]:
@@ -124,11 +128,13 @@ def load_diffusion_model(
 
     Raises:
         FormatError: what the file marks as MXFP8 is not a linear layer of the model.
+        ValueError: the device that it would compute on has no float8.
         RuntimeError: stock does not recognize the model.
     """
     header = _mxfp8_header(path, header)
     if header is None:
         return comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+    check_float8(comfy.model_management.get_torch_device(), header.path.name)
     state, metadata = read_state(header, scales)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state, metadata=metadata, disable_dynamic=disable_dynamic
@@ -161,6 +167,8 @@ def load_checkpoint(
     header = _mxfp8_header(path, header)
     if header is None:
         return comfy.sd.load_checkpoint_guess_config(path, **options)[:3]
+    if any(name.startswith(_DIFFUSION_MODEL) for name in (*header.layers, *header.experts)):
+        check_float8(comfy.model_management.get_torch_device(), header.path.name)
     state, metadata = read_state(header)
     loaded = comfy.sd.load_state_dict_guess_config(state, metadata=metadata, **options)
     if loaded is None:
@@ -203,7 +211,7 @@ def load_text_encoder(
         headers: the files', if they were read already.
 
     Raises:
-        FormatError: as `load_diffusion_model`.
+        FormatError, ValueError: as `load_diffusion_model`.
     """
     settings = {
         "embedding_directory": embeddings,
@@ -214,6 +222,9 @@ def load_text_encoder(
     headers = list(map(_mxfp8_header, paths, headers or [None] * len(paths)))
     if not any(headers):
         return comfy.sd.load_clip(paths, **settings)
+    device = options.get("load_device", comfy.model_management.text_encoder_device())
+    for header in filter(None, headers):
+        check_float8(device, header.path.name)
     states = [
         _stock_state(path) if header is None else read_state(header)[0]
         for path, header in zip(paths, headers, strict=True)

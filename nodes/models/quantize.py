@@ -13,7 +13,7 @@ from dataclasses import replace
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
-from ...kernels import layout
+from ...kernels import has_float8, layout
 from ...quant.container.header import advising, quoted
 from ...quant.conversion.calibration import Calibration
 from ...quant.conversion.convert import convert, plan_source
@@ -22,6 +22,7 @@ from ...quant.format import WEIGHT
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
 from ..host import paths
+from ..host.float8 import check_float8
 from .load import load_diffusion_model
 from .source import ModelSource
 from .transfer import check_movable, give_model
@@ -32,7 +33,7 @@ _SAVE_INSTEAD = "to bake a LoRA into this one, use Save Model (MXFP8)"
 def device() -> str:
     """The device to quantize on: ComfyUI's, if it has float8."""
     chosen = comfy.model_management.get_torch_device()
-    return "cpu" if chosen.type == "mps" else str(chosen)
+    return str(chosen) if has_float8(chosen) else "cpu"
 
 
 def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
@@ -77,8 +78,9 @@ def quantize_model(
     """The MXFP8 version of a MODEL, and the report on it.
 
     Raises:
-        ValueError: as `plan_model`.
+        ValueError: as `plan_model`, or the model's device has no float8.
     """
+    check_float8(patcher.load_device, f"this {type(patcher.model).__name__}")
     source, plan = plan_model(patcher, selection)
     file = paths.TemporaryFile()
     report = convert(

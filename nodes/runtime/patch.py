@@ -26,6 +26,7 @@ from comfy.patcher_extension import CallbacksMP
 from ... import kernels
 from ...kernels import layout
 from ...quant.format import AGAIN
+from ..host.float8 import check_float8
 from . import cache, forward
 from .forward import compute_dtype, is_mxfp8_linear, mxfp8_linears, our_patches
 from .patcher import patcher_class
@@ -66,6 +67,9 @@ def accelerate(patcher, precision: str):
 
     A model that is accelerated already takes the new precision. One without MXFP8 layers comes
     back as a plain clone, and the log says so.
+
+    Raises:
+        ValueError: the model's device has no float8.
     """
     clone = patcher.clone()
     linears = list(mxfp8_linears(clone.model))
@@ -73,6 +77,7 @@ def accelerate(patcher, precision: str):
     if not linears:
         logger.info("MXFP8: no layer of this %s is MXFP8; it runs as ComfyUI loaded it.", model)
         return clone
+    check_float8(clone.load_device, f"this {model}")
     foreign = clone.object_patches.keys() - our_patches(clone)
     for name, module in linears:
         if f"{name}.forward" in foreign:

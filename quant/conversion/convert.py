@@ -526,7 +526,7 @@ def _device(name: str | None) -> torch.device:
         ValueError: torch has no such device here, or it has no float8.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and accelerator.type == "mps":  # which has no float8
+    if accelerator is not None and not kernels.has_float8(accelerator):
         accelerator = None
     if name is None:
         return accelerator or torch.device("cpu")

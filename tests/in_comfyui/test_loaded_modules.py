@@ -47,6 +47,17 @@ def test_raw_codes_are_refused(results, case, layer, remedy):
     assert ("Load Text Encoder" in message) == (case == "order, accelerated")
 
 
+def test_a_gpu_without_float8_is_refused_before_anything_is_loaded(results):
+    """With what works there; a text encoder that ComfyUI keeps on the CPU is loaded."""
+    found = results["on Apple"]
+    assert found.pop("text encoder on the CPU") is None
+    files = {"diffusion model": "sd1", "checkpoint": "sd1", "text encoder": "small"}
+    for case, message in found.items():
+        name = f"{files[case]}-mxfp8.safetensors" if case in files else "this BaseModel"
+        assert message.startswith(f"{name} would be on the device mps in MXFP8"), case
+        assert message.endswith("start ComfyUI with --cpu, or use the BF16 or FP16 original")
+
+
 def test_raw_codes_are_known_without_their_file(results):
     name = "clip_l.transformer.text_model.encoder.layers.0.self_attn.out_proj"
     assert f"{name!r} [64, 64]" in results["refused"]["unknown file"]

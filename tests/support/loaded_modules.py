@@ -3,7 +3,8 @@
     python tests/support/loaded_modules.py COMFYUI FOLDER
 
 Stock's option for other sizes (`..._model_config`) makes text encoders small. Prints JSON:
-{"off": how far a language model is from its BF16 file's, "refused": messages, None if loaded}.
+{"off": how far a language model is from its BF16 file's, "refused": messages, None if loaded,
+"on Apple": the same where the GPU has no float8}.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 from comfyui_modules import FOLDER
 
 # isort: split
+import comfy.model_management
 import comfy.ops
 import comfy.sd
+import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd import CLIPType
@@ -25,6 +28,9 @@ from safetensors.torch import load_file, save_file
 
 from mxfp8.nodes.accelerating import check_loaded
 from mxfp8.nodes.models.load import load_checkpoint, load_diffusion_model, load_text_encoder
+from mxfp8.nodes.models.quantize import quantize_model
+from mxfp8.nodes.runtime.patch import accelerate
+from mxfp8.quant.conversion.policy import Selection
 
 GENERATOR = torch.Generator().manual_seed(0)
 QWEN = {
@@ -179,6 +185,27 @@ def refusal(load, *names: str, **config) -> str | None:
     return None
 
 
+def on_apple() -> dict[str, str | None]:
+    """What is refused on an Apple GPU, where ComfyUI runs text encoders on the CPU unless told."""
+    mps, alone = torch.device("mps"), {"kind": CLIPType.STABLE_DIFFUSION}
+    sd1 = comfy.sd.load_checkpoint_guess_config(*paths(["sd1"]), output_vae=False)[0]
+    quantized = accelerate(
+        comfy.sd.load_checkpoint_guess_config(*paths(["sd1-mxfp8"]), output_vae=False)[0], "auto"
+    )
+    sd1.load_device = quantized.load_device = mps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_management, "get_torch_device", lambda: mps)
+        found = {
+            "diffusion model": refusal(diffusion_model, "sd1-mxfp8"),
+            "checkpoint": refusal(checkpoint_of, "sd1-mxfp8"),
+            "text encoder on the CPU": refusal(ours, "small-mxfp8", **alone),
+            "model from another loader": refusal(lambda: accelerate(quantized, "exact")),
+            "model to quantize": refusal(lambda: quantize_model(sd1, Selection())),
+        }
+        patch.setattr(comfy.model_management, "text_encoder_device", lambda: mps)
+        return found | {"text encoder": refusal(ours, "small-mxfp8", **alone)}
+
+
 @torch.inference_mode()
 def main() -> None:
     os.chdir(FOLDER)
@@ -231,6 +258,7 @@ def main() -> None:
             "unknown name, accelerated": refusal(accelerated, "small unknown", **alone),
             "unknown name in a UNet": refusal(diffusion_model, "sd1 unknown"),
         },
+        "on Apple": on_apple(),
     }))  # fmt: skip
 
 
