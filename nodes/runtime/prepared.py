@@ -22,6 +22,8 @@ _COPYING = {
     _aten.detach.default,
     _aten.clone.default,
     _aten._to_copy.default,
+    _aten.to.dtype,  # in inference mode, in place of _to_copy
+    _aten.to.dtype_layout,
     _aten.contiguous.default,
     _aten.is_contiguous.default,
     _aten.empty_like.default,

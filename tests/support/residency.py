@@ -424,7 +424,7 @@ def main() -> None:
     int8.cpu_instructions = lambda: ("VNNI",)  # slow where it has none, but right
     count_prepared()
     results = {}
-    with torch.no_grad():
+    with torch.inference_mode():  # as ComfyUI runs nodes
         flux = Flux()
         parts = (precisions, saving, unloading, failing, loras, merging, hooks, other_models,
                  compiled, limits, unpacked, slots)  # fmt: skip
