@@ -208,6 +208,7 @@ def path_rows(rounds: int) -> list[dict]:
                         "op": "linear",
                         "precision": precision,
                         "form": path.weight_form,
+                        "backend": path.backend,
                         "M": M,
                         "N": N,
                         "K": K,

@@ -137,7 +137,7 @@ def test_the_error_of_a_compiler_is_its_own_line():
     assert proved.error_line("Traceback\nRuntimeError: nothing\n") == "RuntimeError: nothing"
 
 
-def test_forms_in_the_cpu_results_show_what_ran_on_such_a_cpu(results):
-    results["cpu.json"] = {"machine": {"flags": ["AMX"]}, "rows": [{"form": "rotated_int8"}]}
-    ran = [arch for arch in proved.CARDS if proved.runs(results, "int8", arch)]
-    assert ran == ["cpu AMX"] and not proved.runs(results, "torch_bf16", "cpu AMX")
+def test_backends_in_the_cpu_results_show_what_ran_on_such_a_cpu(results):
+    results["cpu.json"] = {"machine": {"flags": ["AMX"]}, "rows": [{"backend": "int8_one_row"}]}
+    ran = [arch for arch in proved.CARDS if proved.runs(results, "int8_one_row", arch)]
+    assert ran == ["cpu AMX"] and not proved.runs(results, "int8", "cpu AMX")
