@@ -197,7 +197,13 @@ _INPUT_TO_ROWWISE = (
     Step("torch", fp8_rowwise.quantize_rowwise, one_pass=False),
 )
 _WEIGHT_TO_INT8 = (
-    Step("kitchen", kitchen.prepare_weight, kitchen.unsupported_reason, one_pass=False),
+    Step(
+        "kitchen",
+        kitchen.prepare_weight,
+        kitchen.unsupported_reason,
+        one_pass=False,
+        test=self_test.int8_preparer(kitchen.prepare_weight),
+    ),
     Step("torch", int8.prepare_weight, one_pass=False),
 )
 

@@ -153,6 +153,21 @@ def preparer(run: Callable, oracle: Callable) -> Test:
     return test
 
 
+def int8_preparer(run: Callable) -> Test:
+    """Of what rewrites weights as rotated INT8: sums in an order of its own move codes at ties."""
+
+    def test(device, dtype):
+        stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16))
+        codes, scale = (part.cpu() for part in run(*(part.to(device) for part in stored)))
+        expected, expected_scale = reference.to_rotated_int8(*stored)
+        off = (codes.int() - expected.int()).abs()
+        right = torch.allclose(scale, expected_scale, rtol=1e-5, atol=0)
+        right = right and off.max() <= 1 and off.double().mean() < 1e-3
+        return None if right else "it prepares weights wrongly"
+
+    return test
+
+
 def exact(matmul: Callable, rows: tuple[int, ...]) -> Test:
     """Of an exact matmul, with these numbers of rows."""
 

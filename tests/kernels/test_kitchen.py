@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import comfy_kitchen
 import pytest
 import torch
+from comfy_kitchen.backends.eager.quantization import quantize_int8_rowwise
 from comfyui import fetch_package
 
-from mxfp8.kernels import layout, self_test
+from mxfp8.kernels import layout, records, self_test
 from mxfp8.kernels.backends import kitchen, reference
 from mxfp8.kernels.records import Problem
 
@@ -57,6 +58,20 @@ def test_weights_are_prepared_as_by_the_oracle(rows, slab, by_eager, monkeypatch
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     different = (codes.int() - expected.int()).abs()
     assert different.max() <= 1 and different.float().mean() < 1e-4  # ties
+
+
+def test_a_kernel_that_prepares_weights_wrongly_is_found_out(by_eager, monkeypatch):
+    (step,) = (step for step in records._WEIGHT_TO_INT8 if step.name == "kitchen")
+    assert step.test(torch.device("cpu"), torch.bfloat16) is None
+    registry = SimpleNamespace(get_implementation=lambda *_, **__: lambda w, _: as_on_cuda(w))
+    monkeypatch.setattr(kitchen, "_registry", lambda: registry)
+    assert step.test(torch.device("cpu"), torch.bfloat16) is None
+
+    def unrotated(weight, group):
+        return quantize_int8_rowwise(weight)
+
+    registry.get_implementation = lambda *_, **__: unrotated
+    assert step.test(torch.device("cpu"), torch.bfloat16) == "it prepares weights wrongly"
 
 
 def test_weights_may_be_stored_without_padding(by_eager):
