@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -126,10 +126,11 @@ class Backend:
 def _triton(module: str, name: str) -> Callable:
     """A function of a Triton module, which is imported on first call because Triton is optional."""
 
-    def call(*args):
-        return getattr(import_module(f".backends.triton.{module}", __package__), name)(*args)
+    @cache  # `import_module` takes 1 us of every call
+    def imported():
+        return import_module(f".backends.triton.{module}", __package__)
 
-    return call
+    return lambda *args: getattr(imported(), name)(*args)
 
 
 def _triton_unsupported_reason(problem: Problem) -> str | None:

@@ -60,7 +60,7 @@ def left_to_stock(module, precision: str, device: torch.device, dtype: torch.dty
     """
     if module.weight_function or module.bias_function:
         return "ComfyUI applies a patch on the fly, as it does to offloaded layers"
-    if getattr(module, "pre_quant_scale", None) is not None:
+    if module._parameters.get("pre_quant_scale") is not None:
         return "ComfyUI scales its input (pre_quant_scale)"
     # Where stock multiplies in MXFP8, which is faster than anything exact.
     if precision != "exact" and not module._full_precision_mm and held_exact(module) is None:
@@ -97,7 +97,7 @@ def held_exact(module) -> str | None:
     """Why a layer runs exact whatever precision was chosen, or None."""
     if module._full_precision_mm_config:
         return "marked full precision in the file"
-    if getattr(module, "comfy_force_cast_weights", False):
+    if vars(module).get("comfy_force_cast_weights"):  # `getattr` takes 1 us where it is missing
         return "ComfyUI was told to cast the weights of this model"
     return None
 
@@ -108,17 +108,24 @@ def _forward(module, x: torch.Tensor, precision: str | None) -> torch.Tensor:
     Args:
         precision: None for stock's forward.
     """
-    branches = getattr(module, "mxfp8_branches", ())
-    if branches and isinstance(x, QuantizedTensor):
+    branches = vars(module).get("mxfp8_branches")
+    if not branches:
+        return _base(module, x, precision)
+    if isinstance(x, QuantizedTensor):
         x = x.dequantize()
     inputs = [x]
     for branch in reversed(branches):
         inputs.append(branch.adjust_input(inputs[-1]))
     x = inputs.pop()
-    out = type(module).forward(module, x) if precision is None else _linear(module, x, precision)
+    out = _base(module, x, precision)
     for branch in branches:
         out = branch.add_to(out, inputs.pop())
     return out
+
+
+def _base(module, x: torch.Tensor, precision: str | None) -> torch.Tensor:
+    """A linear's output without branches."""
+    return type(module).forward(module, x) if precision is None else _linear(module, x, precision)
 
 
 def _linear(module, x: torch.Tensor, precision: str) -> torch.Tensor:
@@ -143,7 +150,7 @@ def _linear(module, x: torch.Tensor, precision: str) -> torch.Tensor:
     weight, bias, stream = comfy.ops.cast_bias_weight(
         module,
         input=None,
-        dtype=module.weight.dtype,  # another dtype would hand back a dequantized weight
+        dtype=module._parameters["weight"].dtype,  # else a dequantized weight would come back
         device=x.device,
         bias_dtype=x.dtype,
         offloadable=True,
@@ -188,6 +195,8 @@ def _held(module, x: torch.Tensor, weight: QuantizedTensor, rows: int, precision
     Args:
         weight: on the device, as `cast_bias_weight` gave it.
     """
+    if precision == "exact":
+        return weight
     state = model_state(module)
     if module in state.stays_stored or (
         isinstance(weight, PreparedWeight) and module in state.called

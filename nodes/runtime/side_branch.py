@@ -368,10 +368,9 @@ class SideBranch(nn.Module):
 
         Autograd may need the base's output as it was, so it gets a copy.
         """
-        y, shape = out, None
+        y = out
         if out.ndim != 2:
-            y, shape = out.reshape(-1, self.out_features), out.shape
-            x = x.reshape(-1, self.in_features)
+            y, x = out.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
         if x.dtype != y.dtype:
             x = x.to(y.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
@@ -394,4 +393,4 @@ class SideBranch(nn.Module):
             _return(dense, weight, stream)
         if self.bias is not None:
             y.add_(_like(self.bias, y, torch.float32))
-        return y if shape is None else y.reshape(shape)
+        return y if out.ndim == 2 else y.view_as(out)

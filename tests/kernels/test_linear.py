@@ -6,6 +6,8 @@ from functools import cache, partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp8 import kernels
 from mxfp8.kernels import dispatch, ops, records
@@ -451,6 +453,39 @@ def test_a_prepared_linear_compiles_once_for_every_number_of_rows(name, anywhere
             x = numbers(2, M, 96, dtype=x.dtype, seed=M)
             assert_all_equal(compiled(x), siblings(x))
     assert counter.frame_count == 1
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_a_plain_call_goes_past_the_ops_and_all_that_looks_sees_them(anywhere, forget, monkeypatch):
+    path, x, bias, stored = forms("reference_int8", 5, 70, 96)
+    prepared = kernels.prepare_weight(path, *stored)
+
+    def linear(x):
+        return kernels.linear_prepared(path, x, prepared, bias, 70)
+
+    names = [f"{ops.NAMESPACE}.{name}.default" for name in ("quantize_input", "matmul")]
+    with torch.no_grad():
+        with Ops() as recorder:
+            expected = linear(x)
+        assert [name for name in recorder.names if name in names] == names
+        traced = make_fx(linear)(x).graph.nodes
+        assert [str(node.target) for node in traced if str(node.target) in names] == names
+        graph = str(torch.jit.trace(linear, x, check_trace=False).graph)
+        assert f"{ops.NAMESPACE}::matmul(" in graph
+        with pytest.raises(RuntimeError, match=f"not implemented for {ops.NAMESPACE}::"):
+            torch.vmap(linear)(x[:, None])
+    monkeypatch.setattr(ops, "_ops", None)
+    assert torch.equal(linear(x), expected)
 
 
 X = torch.zeros(2, 96)
