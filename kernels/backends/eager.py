@@ -26,6 +26,8 @@ by 120 (turns E4M3 subnormals into float32 subnormals, which some devices flush 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import layout
@@ -272,31 +274,43 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
     """x [M, K] @ W[N, K].T + bias, exact weights, accumulated in at least float32.
 
     On a CPU without 16-bit matrix instructions, where such a matmul takes 10 times as long as in
-    float32, weights are unpacked to float32 in slabs of rows that stay in the cache, and the result
-    is rounded once; no full-size weight is materialized. Elsewhere the weight is rounded to x's
-    dtype first, as ComfyUI does: bfloat16 and float32 hold it exactly; float16 loses values below
-    2**-14 or above 65504.
+    float32, weights are unpacked to float32 in slabs and the result is rounded once. Elsewhere the
+    weight is rounded to x's dtype first, as ComfyUI does: bfloat16 and float32 hold it exactly;
+    float16 loses values below 2**-14 or above 65504.
 
     Args:
         quantized: (x,), of `dtype`.
         prepared: (qdata, tiled scale).
     """
     (x,), (qdata, scale) = quantized, prepared
-    K = x.shape[1]
     if x.device.type != "cpu" or _cpu_multiplies(x.dtype):
-        weight = dequantize(qdata, scale, x.dtype, N, K)
+        weight = dequantize(qdata, scale, x.dtype, N, x.shape[1])
         return torch.nn.functional.linear(x, weight, bias)
 
-    out = x.new_empty(x.shape[0], N)
-    wide = x.float()
     factor = layout.untile(scale.view(torch.uint8), *_blocks(qdata))
-    slabs = list(layout.slabs(N, K, _CPU_CHUNK))
+    return _matmul_in_slabs(
+        x, lambda slab, first: dequantize_rows(qdata, factor, slab, first), bias, N
+    )
+
+
+def _matmul_in_slabs(x, fill: Callable, bias, N: int) -> torch.Tensor:
+    """x [M, K] @ W[N, K].T + bias in float32, rounded once to x's dtype.
+
+    A slab of W stays in the cache where x does; then it is about as large as x, so that x is
+    not read too often. No full-size float32 weight is materialized for a small x.
+
+    Args:
+        fill: (float32 [n, K], first row) fills it with rows of W from that one on.
+    """
+    M, K = x.shape
+    out, wide = x.new_empty(M, N), x.float()
+    slabs = list(layout.slabs(N, K, max(_CPU_CHUNK, x.numel())))
     weight = wide.new_empty(slabs[0][1] if slabs else 0, K)
-    for r0, r1 in slabs:
-        slab = weight[: r1 - r0]
-        dequantize_rows(qdata, factor, slab, r0)
-        part = None if bias is None else bias[r0:r1].float()
-        out[:, r0:r1] = torch.nn.functional.linear(wide, slab, part)
+    for first, last in slabs:
+        slab = weight[: last - first]
+        fill(slab, first)
+        part = None if bias is None else bias[first:last].float()
+        out[:, first:last] = torch.nn.functional.linear(wide, slab, part)
     return out
 
 
@@ -308,17 +322,23 @@ def prepare_bf16(qdata, scale) -> tuple[torch.Tensor]:
 def matmul_bf16(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
     """As `matmul`, of a weight that `prepare_bf16` unpacked before."""
     (x,), (weight,) = quantized, prepared
-    return torch.nn.functional.linear(x, weight[:N, : x.shape[1]].to(x.dtype), bias)
+    weight = weight[:N, : x.shape[1]]
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    return _matmul_in_slabs(
+        x, lambda slab, first: slab.copy_(weight[first : first + slab.shape[0]]), bias, N
+    )
 
 
 def bf16_unsupported_reason(problem) -> str | None:
     """Why unpacked weights are not kept for a `records.Problem`, or None.
 
-    They take twice the memory of stored ones, which on a GPU is better spent on more layers.
+    They take twice the memory of stored ones, which on a GPU is better spent on more layers. In
+    float32 a model's BF16 weights are widened on each call as well: ComfyUI does so on CPUs.
     """
     if problem.device.type != "cpu":
         return "keeps unpacked weights on CPUs only"
-    if problem.weight_form == "bf16":
+    if problem.weight_form == "bf16" or problem.dtype == torch.float32:
         return None
     if problem.dtype != torch.bfloat16:
         return f"keeps weights in bfloat16; this linear is in {problem.dtype}"

@@ -90,6 +90,19 @@ def test_a_bias_of_any_dtype(bias_dtype, dtype):
     assert_close_to_float64(got, x, dense, bias)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5, 200])
+@pytest.mark.parametrize("shape", [(1, 33), (300, 100)], ids=str)
+def test_unpacked_weights_multiply_float32_exactly_in_slabs(shape, rows, monkeypatch, forget):
+    monkeypatch.setattr(eager, "_CPU_CHUNK", 1000)
+    stored, dense = weight(*shape)
+    x, bias = numbers(rows, shape[1]), numbers(shape[0], seed=2).bfloat16()
+    with kernels.use_backend("torch_bf16"):
+        path = kernels.execution_path(x.device, x.dtype, "exact", rows, shape=shape, prepare="once")
+        prepared = kernels.prepare_weight(path, *stored)
+        out = kernels.linear_prepared(path, x, prepared, bias, shape[0])
+    assert_close_to_float64(out, x, dense, bias)
+
+
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shape", [(1, 1), (33, 31), (31, 33), (129, 127), (256, 64)], ids=str)
 def test_any_size_of_weight(shape):

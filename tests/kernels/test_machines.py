@@ -306,6 +306,9 @@ def test_the_path_of_a_cpu(cpu, monkeypatch):
     for precision, backend in zip(("auto", "fast", "exact"), backends, strict=True):
         quantizer = "torch" if backend == "int8" else ""
         _check_path(torch.device("cpu"), precision, backend, quantizer)
+    # In float32, as ComfyUI computes on CPUs, unpacked weights are kept on all of them.
+    path = dispatch.execution_path(torch.device("cpu"), torch.float32, "auto", prepare="once")
+    assert path.backend == "torch_bf16"
     dispatch.forget()
 
 
