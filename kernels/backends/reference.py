@@ -1,7 +1,7 @@
-"""The oracle: MXFP8 quantize, dequantize and linear in float64, written to be read.
+"""The oracle: MXFP8 quantize, dequantize and matmul in float64, written to be read.
 
 Every other implementation in this package must produce these bits (quantize, dequantize) or stay
-within a stated error of these values (linear). It is slow and materializes everything, and runs
+within a stated error of these values (matmul). It is slow and materializes everything, and runs
 only when it is named.
 
 Where the specification leaves room, it fixes these rules:
@@ -107,21 +107,6 @@ def dequantize_exact(qdata, scale, rows: int, cols: int) -> torch.Tensor:
     factor = layout.untile(scale.view(torch.uint8).cpu(), padded_rows, blocks)
     value = value * decode_e8m0(factor)[..., None]
     return value.reshape(padded_rows, padded_cols)[:rows, :cols].to(qdata.device)
-
-
-def linear(x, qdata, scale, bias, rows: int, cols: int, precision: str = "exact") -> torch.Tensor:
-    """x [M, K] @ W[N, K].T + bias in float64, rounded to x's dtype.
-
-    "fast" quantizes x to MXFP8 too: the value that a native MX x MX matmul approximates.
-    """
-    weight = dequantize_exact(qdata, scale, rows, cols)
-    value = x.double()
-    if precision == "fast":
-        value = dequantize_exact(*quantize(x), *x.shape)
-    out = value @ weight.t()
-    if bias is not None:
-        out = out + bias.double()
-    return out.to(x.dtype)
 
 
 def matmul(

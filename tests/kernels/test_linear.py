@@ -51,12 +51,12 @@ def test_the_oracle_is_the_float64_product_rounded_once(dtype):
     stored, dense = weight()
     x, bias = numbers(5, K, dtype=dtype), numbers(N, dtype=dtype, seed=2)
     quantized = reference.dequantize_exact(*reference.quantize(x), 5, K)
-    for precision, value in (("exact", x.double()), ("fast", quantized)):
+    forms = {None: ((x,), x.double()), "mxfp8": (reference.quantize(x), quantized)}
+    for form, (operand, value) in forms.items():
         expected = value @ dense.t()
-        got = reference.linear(x, *stored, None, N, K, precision)
-        assert torch.equal(got, expected.to(dtype))
-        got = reference.linear(x, *stored, bias, N, K, precision)
-        assert torch.equal(got, (expected + bias.double()).to(dtype))
+        multiply = partial(reference.matmul, "stored", form, operand, stored)
+        assert torch.equal(multiply(None, dtype, N)[:5], expected.to(dtype))
+        assert torch.equal(multiply(bias, dtype, N)[:5], (expected + bias.double()).to(dtype))
 
 
 @pytest.fixture(params=["this CPU's", "slabs", "direct"])
@@ -119,7 +119,7 @@ def test_sums_that_float32_holds_are_exact(dtype):
     code = torch.randint(0, 0x7F, (160, 64), generator=generator, dtype=torch.uint8)
     stored = code, torch.full((256, 4), 127, dtype=torch.uint8)
     x = torch.randint(-1, 2, (9, 64), generator=generator).to(dtype)
-    expected = reference.linear(x, *stored, None, 160, 64)
+    expected = reference.matmul("stored", None, (x,), stored, None, dtype, 160)
     assert torch.equal(kernels.linear(x, *stored), expected)
 
 

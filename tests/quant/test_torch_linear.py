@@ -30,8 +30,9 @@ def test_it_computes_what_the_oracle_computes():
     linear = nn.Linear(70, 50)
     ours = MXFP8Linear.from_linear(linear, precision="exact")
     x = torch.randn(2, 3, 70)
-    qdata, scale = reference.quantize(linear.weight.detach())
-    wanted = reference.linear(x.reshape(-1, 70), qdata, scale, linear.bias, 50, 70)
+    stored = reference.quantize(linear.weight.detach())
+    flat = x.reshape(-1, 70)
+    wanted = reference.matmul("stored", None, (flat,), stored, linear.bias, x.dtype, 50)
     assert torch.allclose(ours(x).reshape(-1, 50), wanted, rtol=0, atol=1e-5)
 
 
