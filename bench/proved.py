@@ -52,7 +52,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from mxfp8.kernels import aot, device_facts, dispatch, self_test  # noqa: E402
-from mxfp8.kernels.backends import eager, int8  # noqa: E402
+from mxfp8.kernels.backends import int8  # noqa: E402
 from mxfp8.kernels.backends.cute import mx  # noqa: E402
 from mxfp8.kernels.records import BACKENDS, Problem  # noqa: E402
 
@@ -284,7 +284,7 @@ def standing_on(arch: str) -> Iterator[torch.device]:
             (dispatch, "_warn_exact", None),
             (mx, "dsl_unsupported_reason", None),
             (int8, "cpu_instructions", instructions),
-            (eager, "_cpu_multiplies", "AMX" in instructions),
+            (device_facts, "cpu_multiplies", "AMX" in instructions),
         ):
             patch.setattr(module, name, lambda *_, value=value: value)
         patch.setattr("triton.__version__", TRITONS[-1])

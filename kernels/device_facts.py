@@ -140,6 +140,17 @@ def amd_architecture(device: torch.device) -> str | None:
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has matrix instructions for a 16-bit dtype, as oneDNN reports it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False
+
+
 def has_float8(device: torch.device) -> bool:
     """Whether torch can hold float8 tensors on a device: not on Apple's GPUs (torch 2.14)."""
     return device.type != "mps"

@@ -30,7 +30,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import layout
+from .. import device_facts, layout
 from ..layout import BLOCK, E8M0_NAN
 
 _F32_INF = 0x7F800000
@@ -283,7 +283,7 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
         prepared: (qdata, tiled scale).
     """
     (x,), (qdata, scale) = quantized, prepared
-    if x.device.type != "cpu" or _cpu_multiplies(x.dtype):
+    if x.device.type != "cpu" or device_facts.cpu_multiplies(x.dtype):
         weight = dequantize(qdata, scale, x.dtype, N, x.shape[1])
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -342,17 +342,6 @@ def bf16_unsupported_reason(problem) -> str | None:
         return None
     if problem.dtype != torch.bfloat16:
         return f"keeps weights in bfloat16; this linear is in {problem.dtype}"
-    if not _cpu_multiplies(problem.dtype):
+    if not device_facts.cpu_multiplies(problem.dtype):
         return "needs a CPU with bfloat16 matrix instructions (AVX512_BF16, AMX)"
     return None
-
-
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix instructions for a 16-bit dtype, as oneDNN reports it."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return False

@@ -129,7 +129,7 @@ def _height(rows: int, cols: int, device: torch.device) -> int:
 
 
 def _rotation_dtype(x: torch.Tensor) -> torch.dtype:
-    native = x.device.type == "cpu" and eager._cpu_multiplies(torch.bfloat16)
+    native = x.device.type == "cpu" and device_facts.cpu_multiplies(torch.bfloat16)
     return torch.bfloat16 if native and x.dtype == torch.bfloat16 else torch.float32
 
 

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch, ops, records
+from mxfp8.kernels import device_facts, dispatch, ops, records
 from mxfp8.kernels.backends import eager, int8, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -63,7 +63,7 @@ def test_the_oracle_is_the_float64_product_rounded_once(dtype):
 def path(request, monkeypatch):
     """How eager multiplies: as it chooses here, in slabs of 128 rows, or by torch in x's dtype."""
     if request.param != "this CPU's":
-        monkeypatch.setattr(eager, "_cpu_multiplies", lambda dtype: request.param == "direct")
+        monkeypatch.setattr(device_facts, "cpu_multiplies", lambda dtype: request.param == "direct")
     if request.param == "slabs":
         monkeypatch.setattr(eager, "_CPU_CHUNK", 1000)
 
@@ -429,7 +429,7 @@ FORMS = ["reference_mx", "reference_fp8", "reference_int8", "torch_bf16", "eager
 @pytest.fixture
 def anywhere(monkeypatch):
     """Unpacked weights are kept on any CPU."""
-    monkeypatch.setattr(eager, "_cpu_multiplies", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(device_facts, "cpu_multiplies", lambda dtype: dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", FORMS)

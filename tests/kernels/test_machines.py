@@ -300,7 +300,7 @@ CPUS = {
 def test_the_path_of_a_cpu(cpu, monkeypatch):
     instructions, bf16, *backends = CPUS[cpu]
     monkeypatch.setattr(int8, "cpu_instructions", lambda: instructions)
-    monkeypatch.setattr(eager, "_cpu_multiplies", lambda dtype: bf16)
+    monkeypatch.setattr(device_facts, "cpu_multiplies", lambda dtype: bf16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     _install_triton(monkeypatch, has_triton=True)
     for precision, backend in zip(("auto", "fast", "exact"), backends, strict=True):

@@ -26,8 +26,8 @@ from lora_kinds import linears, lora_file
 from safetensors.torch import load_file
 
 from mxfp8 import kernels
-from mxfp8.kernels import dispatch
-from mxfp8.kernels.backends import eager, int8
+from mxfp8.kernels import device_facts, dispatch
+from mxfp8.kernels.backends import int8
 from mxfp8.nodes.models import fingerprints
 from mxfp8.nodes.models.save import save_model
 from mxfp8.nodes.runtime import lora, preparing, slot, values
@@ -350,7 +350,7 @@ def limits(flux: Flux):
 
 def unpacked(flux: Flux):
     """Exact in bfloat16 on a CPU that multiplies it."""
-    kept, eager._cpu_multiplies = eager._cpu_multiplies, lambda dtype: True
+    kept, device_facts.cpu_multiplies = device_facts.cpu_multiplies, lambda dtype: True
     dispatch.forget()
     patcher = flux.exact.clone()
     patcher.set_model_compute_dtype(torch.bfloat16)
@@ -371,7 +371,7 @@ def unpacked(flux: Flux):
     comfy.model_management.load_models_gpu([patcher])
     preparing.RESERVE = kept_reserve
     yield "few rows stay exact once there was no memory for bfloat16", flux.as_fast()
-    eager._cpu_multiplies = kept
+    device_facts.cpu_multiplies = kept
     dispatch.forget()
     yield "fast again", flux.as_fast()
 
