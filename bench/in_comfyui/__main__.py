@@ -11,7 +11,7 @@ that a crash does not affect the others; dynamic VRAM is on, as it is by default
 mode turns it off. `difference` is the relative difference of the latents from those in BF16, and
 `quantized_by` stock's, of which `bound` is 1.25 (exact) or 2 (fast) times. Results go to
 bench/results/<gpu>-comfy-<date>.json and a table beside it, as rows come. The exit status is 1 if
-something is wrong.
+something is wrong, 3 if there is no ComfyUI that starts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,7 +71,10 @@ class Run:
     def __init__(self, arguments, work: Path):
         self.arguments, self.work = arguments, work
         self.end = START + 60 * arguments.minutes
-        self.comfyui = str(comfyui_path())
+        try:
+            self.comfyui = str(comfyui_path())
+        except FileNotFoundError as error:
+            _leave(f"{error}, or set COMFYUI_PATH")
         self.models = arguments.models or work / "models"
         machine = self._make_models()
         date = datetime.date.today().isoformat()
@@ -92,11 +96,18 @@ class Run:
         if given.image_model:
             command += [str(given.image_model), str(given.prompts)]
         process = self._child(command, "models")
-        process.wait(max(1, self.end - time.monotonic()))
+        try:
+            process.wait(max(1, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            sys.exit("no time left to make the models")
         output = self._log("models")
+        lines = output.splitlines()
+        if process.returncode and lines and lines[-1].startswith("ModuleNotFoundError"):
+            _leave(f"{lines[-1]}, for it pip install -r {self.comfyui}/requirements.txt")
         if process.returncode:
             sys.exit(f"the models could not be made:\n{output}")
-        return json.loads(output.splitlines()[-1])
+        return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
     def _child(self, command: list[str], name: str) -> subprocess.Popen:
         """A script of this folder, its output in a file."""
@@ -181,6 +192,11 @@ class Run:
     def save(self) -> None:
         working_copy.write(self.path, json.dumps(self.result, indent=1) + "\n")
         working_copy.write(self.path.with_suffix(".md"), markdown(self.result))
+
+
+def _leave(reason: str) -> NoReturn:
+    print(f"left out: {reason}")
+    sys.exit(3)
 
 
 def _size(value: int | None) -> str:

@@ -22,7 +22,7 @@ from mxfp8.kernels.records import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.comfy]
 
 COLUMNS = [
     "op", "precision", "backend", "cached", "chosen", "M", "N", "K", "us", "bf16_us", "stock_us",
@@ -32,30 +32,54 @@ COLUMNS = [
 ORACLES = {"reference_mx", "reference_fp8", "reference_int8"}
 
 
-def start(script: str, out: Path, *arguments: str) -> subprocess.Popen:
-    """A script's tiny run."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["OMP_NUM_THREADS"] = "1"  # tiny sizes: more threads only wait for each other
-    command = [sys.executable, ROOT / "bench" / script, "--device", "cpu", "--quick", "--out", out]
+def environment(**changes: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Tiny sizes: more threads only wait for each other.
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | changes
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen:
+    """A tiny run of bench/gpu."""
+    command = [sys.executable, ROOT / "bench/gpu", "--device", "cpu", "--quick", "--out", out]
     return subprocess.Popen(
-        [*map(str, command), *arguments], cwd=out, env=environment, text=True,
+        [*map(str, command), *arguments], cwd=out, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def run(script: str, out: Path, *arguments: str) -> dict:
-    """The results of a script's tiny run."""
-    process = start(script, out, *arguments)
+def run(out: Path, *arguments: str) -> dict:
+    """Its results."""
+    process = start(out, *arguments)
     output = process.communicate()[0]
     assert process.returncode == 0, output[-3000:]
-    (path,) = out.glob("*.json")
+    return result_in(out)
+
+
+def result_in(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# ")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def first_card(out: Path, *parts: str, **changes: str) -> subprocess.CompletedProcess:
+    """What a card's owner runs, without a card."""
+    command = [ROOT / "bench" / "first_card.sh", "--device", "cpu", "--quick", *parts]
+    changed = environment(OUT=str(out), **changes)
+    return subprocess.run(list(map(str, command)), env=changed, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> dict:
-    return run("gpu", tmp_path_factory.mktemp("kernels"))
+def packed(tmp_path_factory) -> Path:
+    """The folder that it leaves."""
+    out = tmp_path_factory.mktemp("first_card")
+    ended = first_card(out)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def kernels(packed) -> dict:
+    return result_in(packed / "kernels")
 
 
 def test_every_row_has_the_columns_and_every_section_has_rows(kernels):
@@ -183,14 +207,14 @@ def test_the_host_has_a_goal_for_each_of_our_methods():
 
 
 def test_the_time_is_kept_and_what_is_left_out_is_named(tmp_path):
-    found = run("gpu", tmp_path, "--minutes", "0.001")
+    found = run(tmp_path, "--minutes", "0.001")
     assert found["rows"] == found["checks"] == []
     left_out = [line.partition(": no time left")[0] for line in found["left_out"]]
     assert {"host", "Z-Image block", "some checks", "linear (1, 96, 256)"} <= set(left_out)
 
 
 def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
-    process = start("gpu", tmp_path)
+    process = start(tmp_path)
     while not (found := whole_rows(tmp_path)):
         assert process.poll() is None
         time.sleep(0.02)
@@ -223,22 +247,102 @@ def test_results_name_machine_kernels_and_ceilings(kernels):
 
 
 def test_a_section_alone_does_not_replace_the_whole(tmp_path):
-    found = run("gpu", tmp_path, "--section", "casts")
+    found = run(tmp_path, "--section", "casts")
     assert {row["op"] for row in found["rows"]} >= {"quantize", "dequantize"}
     assert {row["chosen"] for row in found["rows"]} == {None}
     (path,) = tmp_path.glob("*.json")
     assert path.stem.endswith("-casts")
 
 
-@pytest.mark.comfy
-def test_the_models_sample_in_the_real_comfyui(tmp_path):
-    found = run("in_comfyui", tmp_path, "--mode", "TorchCompile", "default")
-    rows = {row["variant"]: row for row in found["rows"]}
-    assert list(rows) == ["bf16", "stock", "fast", "exact"]
+def test_the_models_sample_in_the_real_comfyui(packed):
+    found = result_in(packed / "models")
+    rows = {(row["mode"], row["variant"]): row for row in found["rows"]}
+    variants = "bf16", "stock", "fast", "exact"
+    assert list(rows) == [(mode, name) for mode in ("default", "LoRA") for name in variants]
     for row in rows.values():
         assert row["wrong"] is None
         assert row["seconds_per_step"] > 0
+        assert row["difference"] <= (row["bound"] or 1)
     # ComfyUI computes in float32 on a CPU: roundings are far below what quantizing changes.
-    quantized_by = rows["exact"]["quantized_by"]
-    assert 1e-3 < quantized_by == pytest.approx(rows["exact"]["difference"], rel=1e-3)
-    assert found["not_run"] == [{"mode": "TorchCompile", "reason": "needs a GPU"}]
+    exact = rows["default", "exact"]
+    assert 1e-3 < exact["quantized_by"] == pytest.approx(exact["difference"], rel=1e-3)
+    # Stock rounds a LoRA away that runs beside our weights.
+    exact = rows["LoRA", "exact"]
+    assert exact["difference"] < 0.8 * exact["quantized_by"]
+    names = ("TorchCompile", "static VRAM", "offload all")
+    assert found["not_run"] == [{"mode": name, "reason": "needs a GPU"} for name in names]
+
+
+def test_one_folder_has_it_all(packed):
+    files = [path for path in packed.rglob("*") if path.is_file()]
+    assert len(files) == 8
+    summary = (packed / "summary.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in summary if line.startswith("==")] == [
+        "== correctness", *(line for line in summary if " passed in " in line),
+        "== kernels", "== models", "== nothing is wrong",
+    ]  # fmt: skip
+    assert any(line.endswith(" checks, 0 failed") for line in summary)
+    assert "TorchCompile: not run: needs a GPU" in summary
+
+
+STUB = """#!/bin/bash
+case "$*" in
+    *pytest_timeout*) {pytest} ;;
+    *"-m pytest"*) {tests} ;;
+    *bench/gpu*) {kernels} ;;
+    "- cpu") echo torch ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+def stub(folder: Path, **commands: str) -> str:
+    """A Python that runs other commands in place of tests and of bench/gpu."""
+    filled = {"pytest": "true", "tests": "echo 1 passed", "kernels": "echo 3 checks, 0 failed"}
+    path = folder / "python"
+    path.write_text(STUB.format(python=sys.executable, **filled | commands), encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_failed_test_fails_the_run_and_the_rest_runs_all_the_same(tmp_path):
+    tests = "head -c 20M /dev/zero | tr '\\0' x; echo; echo FAILED tests/x.py::test_y; exit 1"
+    out = tmp_path / "out"
+    ended = first_card(out, "correctness", "kernels", PYTHON=stub(tmp_path, tests=tests))
+    assert ended.returncode == 1
+    summary = (out / "summary.txt").read_text(encoding="utf-8")
+    assert "FAILED tests/x.py::test_y\n== kernels\n3 checks, 0 failed\n" in summary
+    assert summary.endswith("== something is wrong\n")
+    log = out / "correctness" / "log.txt"
+    assert log.stat().st_size <= 16 << 20
+
+
+def test_a_failed_check_of_a_kernel_fails_the_run(tmp_path):
+    python = stub(tmp_path, kernels="echo 'WRONG block matmul, x [1, 2, 3]: noise'; exit 1")
+    ended = first_card(tmp_path / "out", "kernels", PYTHON=python)
+    assert ended.returncode == 1
+    assert "WRONG block matmul" in (tmp_path / "out/summary.txt").read_text(encoding="utf-8")
+
+
+def test_what_takes_too_long_is_stopped_and_named(tmp_path):
+    """Found with a `timeout` that does not wait."""
+    timeout = tmp_path / "timeout"
+    timeout.write_text("#!/bin/bash\nexit 124\n", encoding="utf-8")
+    timeout.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    ended = first_card(tmp_path / "out", "kernels", PYTHON=stub(tmp_path), PATH=path)
+    assert ended.returncode == 0
+    summary = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
+    assert "== kernels\nstopped after 355 s\n" in summary
+
+
+def test_what_is_missing_is_left_out_and_named(tmp_path):
+    """No pytest: the checks of bench/gpu stand in. No ComfyUI: no models."""
+    python = stub(tmp_path, pytest="echo No module named pytest >&2; exit 1")
+    parts = "correctness", "models"
+    ended = first_card(tmp_path / "out", *parts, PYTHON=python, COMFYUI_PATH=str(tmp_path))
+    assert ended.returncode == 0
+    summary = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
+    assert "left out: the tests, No module named pytest" in summary
+    assert "pip install pytest" in summary and "3 checks, 0 failed" in summary
+    assert "left out: no ComfyUI at" in summary
