@@ -274,7 +274,9 @@ def _steps_for(backend: Backend, problem: Problem, verdicts: _Verdicts, forced: 
         one_pass = problem.device.type != "cpu" and not forced
         quantizer, reason = verdicts.first(backend.quantizers, problem, one_pass)
         if quantizer is None:
-            return None, f"nothing here quantizes inputs in one pass ({reason})"
+            slower = one_pass and not all(step.one_pass for step in backend.quantizers)
+            named = f"; use_backend({backend.name!r}) runs it with plain torch's" if slower else ""
+            return None, f"nothing here quantizes inputs in one pass ({reason}){named}"
     return (preparer, quantizer), None
 
 

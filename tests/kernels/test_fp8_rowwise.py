@@ -340,6 +340,21 @@ def test_triton_multiplies_blocks_only_when_named(card):
         kernels.execution_path(GPU, torch.bfloat16, "fast")
 
 
+@pytest.mark.parametrize("name", ["Ada", "Hopper"])
+def test_without_a_compiler_it_runs_when_it_is_named(name, card):
+    """Triton is there and cannot compile; torch's matmul needs none, and plain torch its steps."""
+    card(CARDS[name], fails=("triton", "triton_fp8", "triton_w8a16"))
+    path = kernels.execution_path(GPU, torch.bfloat16, "auto", prepare="once")
+    assert path.backend == EAGER
+    reason = dict(path.unsupported)[FP8]
+    assert reason.startswith("nothing here quantizes inputs in one pass (triton: its self-test ")
+    assert reason.endswith("; use_backend('torch_fp8') runs it with plain torch's")
+    for prepare in ("once", "each call"):
+        with kernels.use_backend(FP8):
+            path = kernels.execution_path(GPU, torch.bfloat16, "fast", prepare=prepare)
+        assert (path.backend, path.preparer, path.quantizer) == (FP8, "torch", "torch")
+
+
 def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), "needs Triton: pip install triton-windows", "win32")
     assert chosen("auto") == EAGER
