@@ -13,7 +13,8 @@ from importlib import import_module
 _MODULES = {
     "device_facts": ("DeviceReason", "has_float8", "machine"),
     "dispatch": (
-        "ExecutionPath", "describe_paths", "execution_path", "list_backends", "use_backend",
+        "ExecutionPath", "describe_paths", "execution_path", "list_backends", "try_shape",
+        "use_backend",
     ),
     "ops": (
         "dequantize", "linear", "linear_prepared", "prepare_weight", "quantize", "quantize_input",

@@ -20,10 +20,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 
 from . import device_facts, self_test
+from .backends import eager
 from .records import (
     BACKENDS,
     FEW_ROWS,
@@ -118,6 +120,8 @@ _entered: list[list[tuple[Backend, ...]]] = []  # of `use_backend`, each the onl
 _paths: dict[tuple, ExecutionPath] = {}
 _steps: dict[tuple, Step] = {}
 _warned: set[tuple[str, str]] = set()
+_tried: set[tuple] = set()  # (path, device, dtype, shape, rows)
+_refused: dict[tuple, str] = {}  # (backend, device, dtype, shape) -> reason
 
 
 def forget() -> None:
@@ -125,6 +129,8 @@ def forget() -> None:
     _paths.clear()
     _steps.clear()
     _warned.clear()
+    _tried.clear()
+    _refused.clear()
     self_test.forget()
 
 
@@ -256,7 +262,12 @@ def _automatic(device: torch.device) -> list[Backend]:
 
 def _steps_for(backend: Backend, problem: Problem, verdicts: _Verdicts, forced: bool):
     """((preparer, quantizer), None) of a backend that takes a problem, else (None, reason)."""
-    reason = None if forced else _named_only(backend, problem)
+    reason = (
+        None
+        if forced
+        else _named_only(backend, problem)
+        or _refused.get((backend.name, problem.device, problem.dtype, problem.shape))
+    )
     reason = reason or verdicts.reason(backend, problem)
     if reason is not None:
         return None, reason
@@ -301,6 +312,61 @@ def _warn_exact(device: str, path: ExecutionPath) -> None:
     if (device, reasons) not in _warned:
         _warned.add((device, reasons))
         logger.warning("MXFP8: running exact instead of fast on %s. %s.", device, reasons)
+
+
+def try_shape(
+    device: torch.device, dtype: torch.dtype, precision: str, shape: tuple[int, int]
+) -> None:
+    """Before a model runs: try how its linears of a shape will run, and refuse what is wrong.
+
+    Each path runs once on random numbers, against torch's linear. A backend that raises or differs
+    is not chosen for this shape any more, unless it is named, and the next one is tried. Plain
+    torch is not: the others are held to it. Nothing is tried where there is no memory for it.
+
+    Args:
+        as of `execution_path`.
+    """
+    stored = None
+    for rows in self_test.ROWS_ON_CPUS if device.type == "cpu" else self_test.ROWS:
+        prepare = "once" if m_class(rows) == "many" else "never"
+        while True:
+            path = execution_path(device, dtype, precision, rows, shape, prepare=prepare)
+            key, backend = (path, device, dtype, shape, rows), named(path.backend)
+            if key in _tried or backend.test is None:
+                break
+            try:
+                stored = stored or self_test.random_weight(*shape, device)
+                reason = self_test.run(partial(_try, path, stored, shape, rows), device, dtype)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                logger.info("MXFP8: layers of %d x %d were not tried: %s.", *shape, error)
+                return
+            _tried.add(key)
+            if reason is not None:
+                logger.warning(
+                    "MXFP8: %s is not used for layers of %d x %d on %s: %s.",
+                    path.backend, *shape, device, reason,
+                )  # fmt: skip
+                _refused[path.backend, device, dtype, shape] = reason
+                for known in [known for known in _paths if shape in known]:
+                    del _paths[known]
+
+
+def _try(path: ExecutionPath, stored, shape, rows: int, device, dtype) -> str | None:
+    """What is wrong with a path at a shape, or None."""
+    backend = named(path.backend)
+    quantize, prepare = (
+        next(step.run for step in steps if step.name == name) if name else lambda *tensors: tensors
+        for steps, name in (
+            (backend.quantizers, path.quantizer), (backend.preparers, path.preparer)
+        )
+    )  # fmt: skip
+    prepared = prepare(*stored)
+
+    def linear(x):
+        return backend.matmul(quantize(x), prepared, None, dtype, shape[0])
+
+    form = None if path.precision == "exact" else path.input_form or path.weight_form
+    return self_test.at_shape(linear, eager.dequantize(*stored, dtype, *shape), rows, form)
 
 
 def choose_step(steps: tuple[Step, ...], device: torch.device, dtype: torch.dtype) -> Step:

@@ -1,5 +1,8 @@
 """Self-tests: a small problem against the oracle, before a step's first use on a device.
 
+What a small problem does not reach, second tiles and long pipelines, `at_shape` does: a linear of
+a model's own shape, against torch's of the unpacked weight.
+
 A kernel that a driver or a card breaks is ruled out by name instead of returning noise. There is
 one verdict per step, device and dtype, and everyone who asks gets it: that Triton can be imported
 does not say that it can compile, nor that a version of torch has a matmul that it returns float16.
@@ -12,12 +15,13 @@ the kernel is not kept: there is no verdict without memory, nor while a CUDA gra
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import device_facts, memory
+from . import device_facts, layout, memory
 from .backends import reference
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ def verdict(
     if key not in _verdicts:
         if device_facts.capturing():  # nothing can be read back
             return None, False
-        reason = _run(test, device, dtype)
+        reason = run(test, device, dtype)
         if reason is not None:
             logger.warning("MXFP8: %s is not used on %s: %s.", name, device, reason)
         _verdicts[key] = reason
@@ -56,7 +60,12 @@ def forget() -> None:
     _verdicts.clear()
 
 
-def _run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
+def run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong, an exception included, or None.
+
+    Raises:
+        as of `verdict`.
+    """
     try:
         # Whoever asks first may have a default device, or trace with tensors without values.
         with torch.device("cpu"), _disable_current_modes(), torch.inference_mode():
@@ -229,3 +238,60 @@ def rotating(run: Callable) -> Test:
         return _wrong(run((x.to(device),), on_device, None, dtype, N), expected)
 
     return test
+
+
+# Rows of x: the kernel of one row, that of few, a partial tile of many, and many tiles.
+ROWS = (1, 40, 300, 4096)
+ROWS_ON_CPUS = (300,)  # where it takes seconds, and plain torch multiplies
+TILE = 32  # rows and columns of an output whose error counts together
+# Quantized inputs are 0.029 off, rotated ones 0.013; a matmul that drops one of the K / 64 steps of
+# a layer with K = 15,360 is 0.065 off.
+_AT_SHAPE = {None: 1e-2, "mxfp8": 0.05, "rowwise_fp8": 0.05, "rotated_int8": 0.03}
+
+
+def random_weight(N: int, K: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """An MXFP8 weight [N, K], its values around 2**-6 and its padding zero, made on the device."""
+    rows, cols = layout.padded_shape(N, K)
+    options = {"generator": _generator(device), "dtype": torch.uint8, "device": device}
+    code = torch.randint(0, 0xFE, (rows, cols), **options)
+    code += code >= 0x7F  # which is NaN; so is 0xFF
+    code[N:], code[:, K:] = 0, 0
+    scale = torch.randint(114, 116, layout.scale_shape(rows, cols), **options)
+    return code.view(torch.float8_e4m3fn), scale
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Of its own: a seed that somebody set for noise goes on."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def at_shape(linear: Callable, weight: torch.Tensor, rows: int, form: str | None) -> str | None:
+    """What is wrong with a linear at the shape of a model's, or None: torch's shows it, by tiles.
+
+    One wrong tile among thousands counts: each is compared by itself. Memory is that of x, of two
+    outputs, and of float32 copies of 256 rows.
+
+    Args:
+        linear: x [rows, K] -> [rows or more, N].
+        weight: [N, K], unpacked, in x's dtype, on the device.
+        form: that x is quantized to on the way.
+    """
+    N, K = weight.shape
+    options = {"device": weight.device, "dtype": weight.dtype}
+    x = torch.randn(rows, K, generator=_generator(weight.device), **options)
+    out, expected = linear(x), torch.nn.functional.linear(x, weight)
+    if out.shape[1] != N or out.shape[0] < rows:
+        return f"it returns {list(out.shape)} instead of {[rows, N]}"
+    worst = torch.zeros((), device=weight.device)
+    for first in range(0, rows, 256):
+        exact = expected[first : first + 256].float()
+        error = out[first : first + exact.shape[0]].float() - exact
+        # A part of a tile at the edge counts as a whole one with zeros: few values vary much.
+        error = torch.nn.functional.avg_pool2d(
+            error.square()[None], TILE, ceil_mode=True, divisor_override=TILE**2
+        )
+        worst = torch.maximum(worst, error.max() / exact.square().mean())  # NaN stays
+    worst = math.sqrt(worst)
+    if worst <= _AT_SHAPE[form]:
+        return None
+    return f"with {rows} rows of x, a part of its result is {worst:.1e} off"

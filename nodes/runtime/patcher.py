@@ -127,6 +127,7 @@ class _QuantizedWeights:
 
     def load(self, *args, **options):
         side = self._side or lora.side_branches(self)
+        residency.try_shapes(self)
         masters = residency.masters(self)
         with self._showing(side.merged):
             super().load(*args, **options)

@@ -22,6 +22,7 @@ import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ... import kernels
 from . import forward, lora
 from .cache import model_state
 from .forward import mxfp8_linears
@@ -34,6 +35,19 @@ logger = logging.getLogger(__name__)
 NO_ROOM = "there is no free memory for prepared weights"
 RAM = torch.device("cpu")
 _Backup = namedtuple("_Backup", ("weight", "inplace_update"))  # as stock's
+
+
+def try_shapes(patcher) -> None:
+    """Before stock loads a model: try the kernels at the shapes of its layers, each shape once."""
+    device, dtype = patcher.load_device, lora.activations_dtype(patcher)
+    asked = {}  # in the model's order
+    for name, module in mxfp8_linears(patcher.model):
+        precision = _precision(patcher, name)
+        if precision is not None:
+            exact = forward.held_exact(module) is not None
+            asked["exact" if exact else precision, tuple(module.weight.shape)] = None
+    for precision, shape in asked:
+        kernels.try_shape(device, dtype, precision, shape)
 
 
 def masters(patcher) -> dict[str, QuantizedTensor]:
@@ -86,10 +100,15 @@ def _is_resident(patcher, name: str, module) -> bool:
     return here and f"{name}.weight" not in patcher.hook_backup
 
 
+def _precision(patcher, name: str) -> str | None:
+    """The precision that was chosen for a layer, or None: its forward is not ours."""
+    patch = patcher.object_patches.get(f"{name}.forward")
+    return forward.PRECISION_OF.get(getattr(patch, "__func__", None))
+
+
 def _wanted(patcher, name: str, module):
     """The path of a layer that runs on a prepared weight; None of one that runs on its codes."""
-    patch = patcher.object_patches.get(f"{name}.forward")
-    precision = forward.PRECISION_OF.get(getattr(patch, "__func__", None))
+    precision = _precision(patcher, name)
     device, dtype = patcher.load_device, lora.activations_dtype(patcher)
     if precision is None or forward.left_to_stock(module, precision, device, dtype) is not None:
         return None

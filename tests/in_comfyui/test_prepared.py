@@ -39,7 +39,17 @@ def test_a_model_holds_the_weights_that_its_precision_runs_on(held):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
-    ["saving", "unloading", "failing", "hooks", "other_models", "compiled", "unpacked", "slots"],
+    [
+        "saving",
+        "unloading",
+        "failing",
+        "hooks",
+        "other_models",
+        "compiled",
+        "unpacked",
+        "slots",
+        "refused",
+    ],
 )
 def test_prepared_weights_do_not_show(held, part):
     assert held[part] and set(held[part].values()) == {True}, held[part]

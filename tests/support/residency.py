@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 
 from comfyui_modules import FOLDER
 
@@ -60,8 +61,8 @@ def layers(patcher) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in modules if isinstance(getattr(m, "weight", 0), QuantizedTensor)}
 
 
-def forms(patcher) -> Counter:
-    return Counter(getattr(m.weight, "form", "stored") for m in layers(patcher).values())
+def forms(patcher) -> dict[str, str]:
+    return {name: getattr(m.weight, "form", "stored") for name, m in layers(patcher).items()}
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -100,11 +101,16 @@ class Flux:
     def as_fast(self) -> bool:
         """Whether the model holds what it does when it runs fast, and computes the same."""
         again = torch.equal(output(self.fast), self.of_fast)
-        stored = {n for n, m in layers(self.fast).items() if type(m.weight) is QuantizedTensor}
-        return again and stored == set(self.few) and codes(self.fast) == self.codes
+        others = {n for n, form in forms(self.fast).items() if form != "rotated_int8"}
+        return again and others == set(self.few) and codes(self.fast) == self.codes
+
+    def as_exact(self) -> bool:
+        """Whether it holds what it does when it runs exact: on a CPU, unpacked weights as well."""
+        held = set(forms(self.fast).values())
+        return held <= {"stored", "bf16"} and codes(self.fast) == self.codes
 
     def as_stored(self) -> bool:
-        return set(forms(self.fast)) == {"stored"} and codes(self.fast) == self.codes
+        return set(forms(self.fast).values()) == {"stored"} and codes(self.fast) == self.codes
 
 
 def precisions(flux: Flux):
@@ -112,7 +118,7 @@ def precisions(flux: Flux):
     yield "layers with few rows are exact", flux.as_fast() and len(flux.few) > 3
     before = made.total()
     yield "loaded again", flux.as_fast() and made.total() == before
-    yield "exact after fast", torch.equal(output(flux.exact), flux.of_exact) and flux.as_stored()
+    yield "exact after fast", torch.equal(output(flux.exact), flux.of_exact) and flux.as_exact()
     yield "fast after exact", flux.as_fast()
     stock = output(flux.stock)
     yield "stock after fast", difference(stock, flux.of_exact) < 1e-5 and flux.as_stored()
@@ -155,10 +161,11 @@ def unloading(flux: Flux):
     flux.as_fast()
     size = flux.fast.loaded_size()
     freed = flux.fast.partially_unload(torch.device("cpu"), size // 10)
-    kinds = forms(flux.fast)
+    kinds = Counter(forms(flux.fast).values())
     yield "a part is given back", 0 < freed < size and kinds["rotated_int8"] > 0
-    yield "as codes", kinds["stored"] > len(flux.few) and codes(flux.fast) == flux.codes
     gone = [n for n, m in layers(flux.fast).items() if not m.comfy_patched_weights]
+    as_codes = {forms(flux.fast)[n] for n in gone} == {"stored"}
+    yield "as codes", as_codes and codes(flux.fast) == flux.codes
     yield "from stock's backup", not any(f"{n}.weight" in flux.fast.backup for n in gone)
     yield "loaded again whole", flux.as_fast()
     comfy.model_management.unload_all_models()
@@ -334,7 +341,7 @@ def limits(flux: Flux):
     yield "with memory again", flux.as_fast()
     comfy.model_management.unload_all_models()
     kept, preparing.MAX_CHANGE = preparing.MAX_CHANGE, 0.0
-    yield "changed too much", torch.equal(output(flux.fast), flux.of_exact) and flux.as_stored()
+    yield "changed too much", torch.equal(output(flux.fast), flux.of_exact) and flux.as_exact()
     changes = model_state(flux.fast.model).changes
     yield "changes", [min(changes.values()), max(changes.values())]
     preparing.MAX_CHANGE = kept
@@ -343,7 +350,7 @@ def limits(flux: Flux):
     module = next(m for n, m in layers(flux.fast).items() if n not in flux.few)
     module._full_precision_mm_config = True
     output(flux.fast)
-    yield "marked full precision", type(module.weight) is QuantizedTensor
+    yield "marked full precision", getattr(module.weight, "form", "") != "rotated_int8"
     module._full_precision_mm_config = False
     yield "no longer marked", flux.as_fast()
 
@@ -355,7 +362,7 @@ def unpacked(flux: Flux):
     patcher = flux.exact.clone()
     patcher.set_model_compute_dtype(torch.bfloat16)
     comfy.model_management.load_models_gpu([patcher])
-    yield "as bfloat16", set(forms(patcher)) == {"bf16"} and codes(patcher) == flux.codes
+    yield "as bfloat16", set(forms(patcher).values()) == {"bf16"} and codes(patcher) == flux.codes
     same = []
     for module in layers(patcher).values():
         x = torch.randn(3, module.in_features).bfloat16()
@@ -418,6 +425,32 @@ def slots(flux: Flux):
         ) is QuantizedTensor  # fmt: skip
 
 
+def refused(flux: Flux):
+    """A kernel that fails at the shape of some layers, which is tried before they are loaded."""
+    record = dispatch.named("int8")
+    prepared = [m for name, m in layers(flux.fast).items() if name not in flux.few]
+    ((shape, _),) = Counter(tuple(m.weight.shape) for m in prepared).most_common(1)
+
+    def matmul(quantized, prepared, bias, dtype, N):
+        if tuple(prepared[0].shape) == shape:
+            raise RuntimeError("an illegal instruction")
+        return record.matmul(quantized, prepared, bias, dtype, N)
+
+    kept = dispatch.BACKENDS
+    dispatch.forget()
+    dispatch.BACKENDS = tuple(replace(b, matmul=matmul) if b is record else b for b in kept)
+    comfy.model_management.unload_all_models()
+    yield "is close", difference(output(flux.fast), flux.of_exact) < 0.02
+    modules = layers(flux.fast)
+    held = {modules[n].weight.shape for n, f in forms(flux.fast).items() if f == "rotated_int8"}
+    yield "no INT8 there", shape not in held
+    yield "INT8 elsewhere", len(held) > 0
+    dispatch.BACKENDS = kept
+    dispatch.forget()
+    comfy.model_management.unload_all_models()
+    yield "fast afterwards", flux.as_fast()
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
     lora.DENSE_SHARE = 1
@@ -427,7 +460,7 @@ def main() -> None:
     with torch.inference_mode():  # as ComfyUI runs nodes
         flux = Flux()
         parts = (precisions, saving, unloading, failing, loras, merging, hooks, other_models,
-                 compiled, limits, unpacked, slots)  # fmt: skip
+                 compiled, limits, unpacked, slots, refused)  # fmt: skip
         for part in parts:
             results[part.__name__] = dict(part(flux))
     print(json.dumps(results))

@@ -1,0 +1,134 @@
+"""A path is tried at a model's shapes before it runs: what is wrong there is refused by name."""
+
+import logging
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mxfp8 import kernels
+from mxfp8.kernels import dispatch, self_test
+from mxfp8.kernels.backends import reference
+
+CPU = torch.device("cpu")
+SHAPE, OTHER = (200, 512), (64, 512)
+
+
+@pytest.fixture
+def broken(prefer, monkeypatch):
+    """broken(damage): a fast backend whose output, [M, N], is damaged; returns the rows it ran."""
+
+    def insert(damage=lambda out: out, name="reference_int8"):
+        prefer(name)
+        backend, rows = dispatch.BACKENDS[0], []
+
+        def matmul(quantized, prepared, bias, dtype, N):
+            rows.append(quantized[0].shape[0])
+            return damage(backend.matmul(quantized, prepared, bias, dtype, N))
+
+        record = replace(backend, matmul=matmul, test=lambda device, dtype: None)
+        monkeypatch.setattr(dispatch, "BACKENDS", (record, *dispatch.BACKENDS[1:]))
+        return rows
+
+    return insert
+
+
+def path(shape=SHAPE, dtype=torch.bfloat16):
+    return kernels.execution_path(CPU, dtype, "fast", None, shape, prepare="once")
+
+
+def try_shape(shape=SHAPE, dtype=torch.bfloat16):
+    kernels.try_shape(CPU, dtype, "fast", shape)
+
+
+def last_tile(out):
+    out[-1, -8:] += 100
+    return out
+
+
+def second_tile(out):
+    out[128:160, 128:160] = out[:32, :32]
+    return out
+
+
+def nan(out):
+    out[7, 7] = torch.nan
+    return out
+
+
+def raises(out):
+    raise RuntimeError("an illegal instruction")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (raises, r"its self-test failed \(RuntimeError: an illegal instruction\)"),
+        (last_tile, "with 300 rows of x, a part of its result is .* off"),
+        (second_tile, "with 300 rows of x, a part of its result is .* off"),
+        (nan, "with 300 rows of x, a part of its result is nan off"),
+        (lambda out: out[:-1], r"it returns \[299, 200\] instead of \[300, 200\]"),
+    ],
+)
+def test_what_is_wrong_at_a_shape_is_refused_there(damage, message, broken, caplog):
+    broken(damage)
+    assert path().backend == path(OTHER).backend == "reference_int8"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            try_shape()
+    (warning,) = (r.getMessage() for r in caplog.records if "is not used for layers" in r.msg)
+    assert warning.startswith("MXFP8: reference_int8 is not used for layers of 200 x 512 on cpu: ")
+    assert path().backend != "reference_int8"
+    assert re.search(message, dict(path().unsupported)["reference_int8"])
+    assert path(OTHER).backend == path(dtype=torch.float16).backend == "reference_int8"
+    with kernels.use_backend("reference_int8"):
+        assert path().backend == "reference_int8"
+
+
+@pytest.mark.parametrize("name", ["reference_mx", "reference_fp8", "reference_int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (33, 256)], ids=str)
+def test_what_is_right_is_tried_once(name, dtype, shape, broken):
+    rows = broken(name=name)
+    for _ in range(2):
+        try_shape(shape, dtype)
+    assert len(rows) == len(self_test.ROWS_ON_CPUS)
+    assert path(shape, dtype).backend == name
+
+
+def test_a_step_that_a_pipeline_drops_shows():
+    weight = torch.randn(96, 15360, generator=torch.Generator().manual_seed(0))
+
+    def dropping(x):
+        return x[:, :-64] @ weight[:, :-64].t()
+
+    assert self_test.at_shape(lambda x: x @ weight.t(), weight, 300, None) is None
+    for form in self_test._AT_SHAPE:
+        assert "with 300 rows of x" in self_test.at_shape(dropping, weight, 300, form)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (96, 288)], ids=str)
+def test_the_weight_that_is_tried_is_one(shape):
+    qdata, scale = self_test.random_weight(*shape, CPU)
+    value = reference.dequantize(qdata, scale, torch.float32, *qdata.shape)
+    assert value.isfinite().all()
+    assert not value[shape[0] :].any() and not value[:, shape[1] :].any()
+    assert 0 < value[: shape[0], : shape[1]].abs().max() <= 448 * 2.0**-12
+
+
+def test_without_memory_nothing_is_refused(broken):
+    def full(out):
+        raise RuntimeError("CUDA out of memory")
+
+    rows = broken(full)
+    for _ in range(2):
+        try_shape()
+    assert len(rows) == 2 and path().backend == "reference_int8"
+
+
+def test_trying_draws_no_random_numbers_from_anyone(broken):
+    broken()
+    before = torch.random.get_rng_state()
+    try_shape()
+    assert torch.equal(torch.random.get_rng_state(), before)
