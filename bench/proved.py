@@ -60,10 +60,11 @@ RESULTS = ROOT / "bench" / "results"
 COMPILED = RESULTS / "compiled.json"
 PAGE = ROOT / "docs" / "hardware.md"
 TRITONS = ("3.6.0", "3.9.0")  # that of the pinned torch, and the newest, for the interpreter
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx950")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121", "gfx942",
+                 "gfx950", "gfx1100", "gfx1201")  # fmt: skip
 # Compiler -> the modules in kernels/backends/<compiler> that hold its kernels and what they share.
 SOURCES = {
-    "triton": ("cast", "w8a16", "rowwise", "fp8_gemm", "mx"),
+    "triton": ("cast", "w8a16", "rowwise", "int8", "gemm", "mx"),
     "cute": ("mx", "sm100", "sm120", "store"),
 }
 KEPT = ("kernel", "config", "registers", "spills", "shared", "block_scaled", "scale_copies")
@@ -82,6 +83,11 @@ KERNELS = {
     "triton": ("dequantize_kernel", "quantize_kernel"),
     "triton_w8a16": ("one_row_kernel", "small_m_kernel"),
     "triton_fp8": ("rowwise_weight_kernel", "rowwise_input_kernel", "rowwise_matmul_kernel"),
+    "triton_int8": (
+        "rotated_weight_kernel",
+        "rotated_input_kernel",
+        "rowwise_matmul_kernel (INT8)",
+    ),
     "triton_mx": ("mx_kernel",),
 }
 MISSING, PARTLY = "not compiled", "one configuration of each kernel compiled"

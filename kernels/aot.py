@@ -24,18 +24,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .backends.triton import cast, fp8_gemm, mx, rowwise, w8a16
+import torch
+
+from .backends.triton import cast, gemm, int8, mx, rowwise, w8a16
 
 # Bytes of shared memory that a program can use, by architecture.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 SHARED |= {103: SHARED[100], 110: SHARED[100], 120: SHARED[86], 121: SHARED[86], "gfx950": 163_840}
+SHARED |= dict.fromkeys(("gfx942", "gfx1100", "gfx1201"), 65_536)
 _OPTIONS = ("num_warps", "num_stages")
 _UNALIGNED = ("M", "tiles")  # sizes that are often not multiples of 16
 _FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A line of SASS: the address in a comment, an optional predicate, the instruction.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+)")
-_MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA|v_mfma_")
+_MATRIX = re.compile(r"[HQIU][A-Z]*MMA|[HQI]MMA|HGMMA|QGMMA|v_mfma_|v_wmma_")
 _AMD_INSTRUCTION = re.compile(r"^\s+([sv]_\w+|(?:buffer|global|scratch|ds)_\w+)\b", re.MULTILINE)
 _AMD_REGISTERS = re.compile(r"\.vgpr_count:\s*(\d+)")
 _SCALE_COPY = re.compile(r"\btcgen05\.cp\.")
@@ -50,16 +54,19 @@ class Build:
         types: argument -> type. Pointers and sizes ("i32") are taken to be multiples of 16, as in
             models, except for the sizes in `_UNALIGNED`.
         constants: the kernel's constexpr arguments, and Triton's num_warps and num_stages.
+        variant: tells builds of a kernel apart that serve different backends.
     """
 
     kernel: object
     config: str
     types: dict[str, str]
     constants: dict[str, object]
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__
+        name = self.kernel.fn.__name__
+        return f"{name} ({self.variant})" if self.variant else name
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,34 @@ def builds(arch: Arch) -> Iterator[Build]:
         types = types | _sizes("M x_stride")
         for largest, config in w8a16.SMALL_M:
             yield Build(w8a16.small_m_kernel, f"{name}, M <= {largest}", types, config | constants)
+    yield from _int8_builds(arch, hardware)
     if not amd:
         yield from _rowwise_builds(arch, hardware)
-    if amd or arch >= 100:
+    if arch == "gfx950" or (not amd and arch >= 100):
         yield from _block_scaled_builds(arch)
+
+
+def _int8_builds(arch: Arch, hardware: dict) -> Iterator[Build]:
+    """The kernels of `int8`."""
+    types = dict.fromkeys(("code_ptr", "scale_ptr"), "*u8") | _sizes("stored tiles")
+    types |= {"out_ptr": "*i8", "row_scale_ptr": "*fp32"}
+    yield Build(int8.rotated_weight_kernel, "", types, int8.config_for(3840) | hardware)
+    types = {"code_ptr": "*i8", "scale_ptr": "*fp32"} | _sizes("cols row_stride")
+    for name in ("bf16", "fp16"):
+        for cols in (3840, 15360):
+            yield Build(
+                int8.rotated_input_kernel, f"{name}, K = {cols}",
+                types | {"x_ptr": _FLOATS[name]}, int8.config_for(cols),
+            )  # fmt: skip
+    types = dict.fromkeys(("row_scale_ptr", "column_scale_ptr"), "*fp32")
+    types |= {"sum_ptr": "*i32"} | _sizes("rows columns stride")
+    if arch in (75, 80, 86, 89):  # where no FP8 comes before it
+        for name in ("bf16", "fp16"):
+            outputs = {"bias_ptr": _FLOATS[name], "out_ptr": _FLOATS[name]}
+            constants = int8.SCALING | {"HAS_BIAS": True}
+            yield Build(int8.scale_kernel, name, types | outputs, constants)
+    if isinstance(arch, str) or arch >= 80:
+        yield from _matmul_builds(arch, torch.int8)
 
 
 def _rowwise_builds(arch: int, hardware: dict) -> Iterator[Build]:
@@ -128,22 +159,25 @@ def _rowwise_builds(arch: int, hardware: dict) -> Iterator[Build]:
                 rowwise.rowwise_input_kernel, f"{name}, K = {stored}",
                 types | {"x_ptr": _FLOATS[name]}, rowwise.rowwise_input_config(stored) | hardware,
             )  # fmt: skip
-    if arch < 89:
-        return
-    tma = arch == 90
+    if arch >= 89:
+        yield from _matmul_builds(arch, torch.float8_e4m3fn)
+
+
+def _matmul_builds(arch: Arch, codes: torch.dtype) -> Iterator[Build]:
+    """The matmul of codes with a scale per row, in every tile that is launched."""
+    integer, tma = codes == torch.int8, gemm.uses_tma(arch)
+    code = "i8" if integer else "fp8e4nv"
     types = {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"} | _sizes("M N K columns")
-    for largest, config in fp8_gemm.CONFIGS[90 if tma else 89]:
-        any_m = largest == 1 << 31
-        rows = {"a": config["BM"], "b": config["BN"]}
-        operands = {name: _codes(count, config["BK"], tma) for name, count in rows.items()}
-        for name, pointer in _FLOATS.items():
-            if name != "bf16" and any_m:  # `config_for`
-                continue
+    for name in ("bf16", "fp16") if integer else _FLOATS:  # FP8 is what multiplies float32
+        for largest, config in gemm.configs_for(arch, _DTYPES[name], codes):
+            rows = {"a": config["BM"], "b": config["BN"]}
+            operands = {n: _codes(code, count, config["BK"], tma) for n, count in rows.items()}
             yield Build(
-                fp8_gemm.rowwise_matmul_kernel,
-                f"{name}, any M" if any_m else f"{name}, M <= {largest}",
-                operands | types | {"bias_ptr": pointer, "out_ptr": pointer},
-                config | {"HAS_BIAS": True, "TMA": tma},
+                gemm.rowwise_matmul_kernel,
+                f"{name}, any M" if largest == gemm.ANY else f"{name}, M <= {largest}",
+                operands | types | dict.fromkeys(("bias_ptr", "out_ptr"), _FLOATS[name]),
+                config | {"HAS_BIAS": True, "INTEGER": integer, "TMA": tma},
+                "INT8" if integer else "",
             )
 
 
@@ -154,7 +188,7 @@ def _block_scaled_builds(arch: Arch) -> Iterator[Build]:
     for small_m, config in zip((True, False), mx.CONFIGS[100 if tma else 120], strict=True):
         operands = {}
         for name, rows in (("a", config["BA"]), ("b", config["BB"])):
-            operands[name] = _codes(rows, config["BK"], tma)
+            operands[name] = _codes("fp8e4nv", rows, config["BK"], tma)
             box = f"tensordesc<u8[{rows // 128}, {config['BK'] // 128}, 2, 256]>"
             operands[f"{name}_scale"] = box if tma and rows % 128 == 0 else "*u8"
         unit_stride = "row_stride" if small_m else "column_stride"
@@ -170,9 +204,9 @@ def _sizes(names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), "i32")
 
 
-def _codes(rows: int, columns: int, tma: bool) -> str:
-    """The type of an E4M3 operand: a tensor descriptor with TMA, else a pointer."""
-    return f"tensordesc<fp8e4nv[{rows}, {columns}]>" if tma else "*fp8e4nv"
+def _codes(dtype: str, rows: int, columns: int, tma: bool) -> str:
+    """The type of an operand in 8 bits: a tensor descriptor with TMA, else a pointer."""
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
 
 
 def last_of_each(all_builds: Iterable[Build]) -> list[Build]:
@@ -201,7 +235,8 @@ def compile_kernel(build: Build, arch: Arch):
     source = ASTSource(build.kernel, signature, constants, aligned)
     options = {n: v for n, v in build.constants.items() if n in _OPTIONS}
     amd = isinstance(arch, str)
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
+    lanes = 64 if amd and arch.startswith("gfx9") else 32  # CDNA's; RDNA's waves have 32
+    target = GPUTarget("hip" if amd else "cuda", arch, lanes)
     return triton.compile(source, target=target, options=options)
 
 
@@ -271,10 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps([asdict(binary) for binary in binaries], indent=1))
         return 0
-    print(f"{'kernel':24}{'config':20}{'registers':>10}{'spills':>8}{'shared':>9}  matrix")
+    print(f"{'kernel':30}{'config':20}{'registers':>10}{'spills':>8}{'shared':>9}  matrix")
     for b in binaries:
         matrix = ", ".join(f"{name} x {count}" for name, count in sorted(b.matrix.items()))
-        print(f"{b.kernel:24}{b.config:20}{b.registers:10}{b.spills:8}{b.shared:9}  {matrix}")
+        print(f"{b.kernel:30}{b.config:20}{b.registers:10}{b.spills:8}{b.shared:9}  {matrix}")
     return 0
 
 

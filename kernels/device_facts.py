@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from functools import cache
 from importlib import import_module
 
@@ -15,10 +16,13 @@ import torch
 from . import memory
 
 OLDEST = (3, 3)  # of Triton; the kernels were never compiled with earlier versions
+DESCRIPTORS = (3, 4)  # the first Triton with `triton.tools.tensor_descriptor`
 # Compute capability -> the first Triton whose machine code for it multiplies with block scales
 # (`aot`, bench/results/compiled.json). 3.6 does not know sm_110, and on sm_121 it silently
 # multiplies in bfloat16.
 BLOCK_SCALED = {(10, 0): (3, 6), (10, 3): (3, 6), (11, 0): (3, 9), (12, 0): (3, 6), (12, 1): (3, 9)}
+# Turing without tensor cores, on which INT8 is slow.
+_NO_TENSOR_CORES = re.compile(r"GTX 16|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
 
 
 @cache
@@ -77,6 +81,29 @@ def block_scaled_unsupported_reason(device: torch.device) -> str | None:
     return None
 
 
+def descriptors_unsupported_reason(device: torch.device) -> str | None:
+    """Why Triton kernels that read by tensor descriptors on Hopper cannot run there, or None."""
+    reason = triton_unsupported_reason()
+    if reason is not None or (capability(device) or (0, 0))[0] != 9:
+        return reason
+    import triton
+
+    if _version(triton) < DESCRIPTORS:
+        needed = ".".join(map(str, DESCRIPTORS))
+        return f"needs Triton {needed} on Hopper; this is {triton.__version__}"
+    return None
+
+
+def int8_tensor_cores_unsupported_reason(device: torch.device) -> str | None:
+    """Why an NVIDIA GPU has no INT8 tensor cores, or None."""
+    if (capability(device) or (0, 0)) < (7, 5):
+        card = "INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later"
+        return needs(card, device)
+    if capability(device) == (7, 5) and _NO_TENSOR_CORES.search(card_name(device)):
+        return DeviceReason(f"needs INT8 tensor cores; {card_name(device)} has none")
+    return None
+
+
 def _version(module) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
@@ -105,6 +132,12 @@ def capturing() -> bool:
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU (for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def card_name(device: torch.device) -> str:
+    """As its driver calls a GPU."""
+    return torch.cuda.get_device_name(device)
 
 
 @cache

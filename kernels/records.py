@@ -154,6 +154,7 @@ def _triton_mx_unsupported_reason(problem: Problem) -> str | None:
 
 _to_mxfp8 = _triton("cast", "quantize")
 _to_rowwise, _x_rowwise = _triton("rowwise", "to_rowwise"), _triton("rowwise", "quantize_rowwise")
+_to_int8, _x_int8 = _triton("int8", "prepare_weight"), _triton("int8", "quantize_input")
 
 # In order of preference.
 QUANTIZERS = (
@@ -199,6 +200,12 @@ _INPUT_TO_ROWWISE = (
 )
 _WEIGHT_TO_INT8 = (
     Step(
+        "triton",
+        _to_int8,
+        int8.one_pass_unsupported_reason,
+        test=self_test.int8_preparer(_to_int8),
+    ),
+    Step(
         "kitchen",
         kitchen.prepare_weight,
         kitchen.unsupported_reason,
@@ -206,6 +213,15 @@ _WEIGHT_TO_INT8 = (
         test=self_test.int8_preparer(kitchen.prepare_weight),
     ),
     Step("torch", int8.prepare_weight, one_pass=False),
+)
+_INPUT_TO_INT8 = (
+    Step(
+        "triton",
+        _x_int8,
+        int8.one_pass_unsupported_reason,
+        test=self_test.int8_quantizer(_x_int8),
+    ),
+    Step("torch", int8.quantize_input, one_pass=False),
 )
 
 
@@ -226,6 +242,14 @@ def _rowwise_fp8(name: str, summary: str, matmul: Callable, unsupported_reason: 
         name, summary, "fast", matmul, "rowwise_fp8", "rowwise_fp8", _WEIGHT_TO_ROWWISE,
         _INPUT_TO_ROWWISE, ("many",), unsupported_reason,
         test=self_test.matmul(matmul, "rowwise_fp8", "rowwise_fp8"),
+    )  # fmt: skip
+
+
+def _int8(name: str, summary: str, matmul: Callable, unsupported_reason: Reason, **options):
+    return Backend(
+        name, summary, "fast", matmul, "rotated_int8", "rotated_int8", _WEIGHT_TO_INT8,
+        _INPUT_TO_INT8, unsupported_reason=unsupported_reason,
+        test=self_test.matmul(matmul, "rotated_int8", "rotated_int8"), **options,
     )  # fmt: skip
 
 
@@ -265,6 +289,13 @@ BACKENDS: tuple[Backend, ...] = (
         unsupported_reason=kitchen.unsupported_reason,
         test=self_test.matmul(kitchen.matmul, "rotated_int8", "rotated_int8", takes_x=True),
     ),
+    _int8(
+        "triton_int8",
+        "INT8 tensor cores (RTX 30, RX 7000, MI300) by Triton, weights and inputs rotated",
+        _triton("int8", "matmul"),
+        int8.triton_unsupported_reason,
+        m_classes=("many",),
+    ),
     _rowwise_fp8(
         "torch_fp8",
         "FP8 tensor cores (Hopper, Ada) by torch, a scale per row of weights and inputs",
@@ -277,6 +308,13 @@ BACKENDS: tuple[Backend, ...] = (
         fp8_rowwise.matmul_by_triton,
         fp8_rowwise.triton_unsupported_reason,
     ),
+    _int8(
+        "torch_int8",
+        "INT8 tensor cores (RTX 20 and later) by torch, its sums scaled by Triton",
+        _triton("int8", "matmul_by_torch"),
+        int8.torch_unsupported_reason,
+        m_classes=("many",),
+    ),
     Backend(
         "int8_one_row",
         "one row on CPUs with VNNI or AMX: rotated INT8 weights, inputs as they are",
@@ -288,17 +326,11 @@ BACKENDS: tuple[Backend, ...] = (
         unsupported_reason=int8.one_row_unsupported_reason,
         test=self_test.rotating(int8.matmul_one_row),
     ),
-    Backend(
+    _int8(
         "int8",
         "INT8 in plain torch: CPUs with VNNI or AMX, weights and inputs rotated",
-        "fast",
         int8.matmul,
-        "rotated_int8",
-        "rotated_int8",
-        _WEIGHT_TO_INT8,
-        (Step("torch", int8.quantize_input, one_pass=False),),
-        unsupported_reason=int8.unsupported_reason,
-        test=self_test.matmul(int8.matmul, "rotated_int8", "rotated_int8"),
+        int8.unsupported_reason,
     ),
     Backend(
         "triton_w8a16",

@@ -151,6 +151,25 @@ def dequantizer(run: Callable) -> Test:
     return test
 
 
+def _tied_codes_differ(tensors, expected) -> bool:
+    """The same of rotated INT8: sums in an order of its own move codes at ties."""
+    (codes, scale), (wanted, wanted_scale) = [part.cpu() for part in tensors], expected
+    off = (codes.int() - wanted.int()).abs()
+    right = torch.allclose(scale, wanted_scale, rtol=1e-5, atol=0)
+    return not (right and off.max() <= 1 and off.double().mean() < 1e-3)
+
+
+def int8_quantizer(run: Callable) -> Test:
+    """Of what rotates inputs and quantizes them to INT8 with a scale per row."""
+
+    def test(device, dtype):
+        x = _all_sizes(N, 0, dtype)
+        wrong = _tied_codes_differ(run(x.to(device)), reference.quantize_rotated_int8(x))
+        return "it quantizes wrongly" if wrong else None
+
+    return test
+
+
 def preparer(run: Callable, oracle: Callable) -> Test:
     """Of what prepares weights in a form, with the bits of the oracle."""
 
@@ -163,16 +182,13 @@ def preparer(run: Callable, oracle: Callable) -> Test:
 
 
 def int8_preparer(run: Callable) -> Test:
-    """Of what rewrites weights as rotated INT8: sums in an order of its own move codes at ties."""
+    """Of what rewrites weights as rotated INT8."""
 
     def test(device, dtype):
         stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16))
-        codes, scale = (part.cpu() for part in run(*(part.to(device) for part in stored)))
-        expected, expected_scale = reference.to_rotated_int8(*stored)
-        off = (codes.int() - expected.int()).abs()
-        right = torch.allclose(scale, expected_scale, rtol=1e-5, atol=0)
-        right = right and off.max() <= 1 and off.double().mean() < 1e-3
-        return None if right else "it prepares weights wrongly"
+        prepared = run(*(part.to(device) for part in stored))
+        wrong = _tied_codes_differ(prepared, reference.to_rotated_int8(*stored))
+        return "it prepares weights wrongly" if wrong else None
 
     return test
 

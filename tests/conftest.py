@@ -98,6 +98,7 @@ def card(monkeypatch, forget):
             "capability": lambda device: capability if device.type == "cuda" else None,
             "amd_architecture": lambda device: amd if device.type == "cuda" else None,
             "triton_unsupported_reason": lambda: triton,
+            "card_name": lambda device: "NVIDIA GeForce RTX",
         }
         for name, fact in facts.items():
             monkeypatch.setattr(device_facts, name, fact)

@@ -63,7 +63,8 @@ def torch_unsupported_reason(problem) -> str | None:
 
 def triton_unsupported_reason(problem) -> str | None:
     """Why the matmul in Triton cannot take a `records.Problem`, or None."""
-    return _unsupported_reason(problem) or device_facts.triton_unsupported_reason()
+    reason = _unsupported_reason(problem)
+    return reason or device_facts.descriptors_unsupported_reason(problem.device)
 
 
 def quantize_by_triton_unsupported_reason(problem) -> str | None:
@@ -153,6 +154,6 @@ def matmul_by_torch(quantized, prepared, bias, dtype: torch.dtype, N: int) -> to
 
 def matmul_by_triton(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
     """As `matmul_by_torch`, also for float32 results."""
-    from .triton import fp8_gemm
+    from .triton import gemm
 
-    return fp8_gemm.matmul(*quantized, *prepared, bias, dtype, N)
+    return gemm.matmul(*quantized, *prepared, bias, dtype, N)

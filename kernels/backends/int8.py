@@ -39,6 +39,7 @@ _CHUNK = 1 << 19  # values quantized at a time
 _TILE = 1 << 20  # results scaled at a time: 4 MB
 _TALLEST = 512  # rows of such a tile
 _GPU_CHUNK = 1 << 24
+_AMD = ("gfx942", "gfx950", "gfx11", "gfx12")  # that Triton's INT8 matmul was compiled for
 _TO_INTEGER = 1.5 * 2.0**23  # from here to 2**24, floats are integers
 
 
@@ -54,16 +55,47 @@ def unsupported_reason(problem) -> str | None:
     reason = groups_unsupported_reason(problem)
     if reason is not None:
         return reason
-    if problem.device.type == "cpu":
-        if not cpu_instructions():
-            return "needs a CPU with INT8 matrix instructions (VNNI with AVX-512, or AMX)"
-        if not torch.backends.mkldnn.is_available():
-            return "this torch was built without oneDNN, which multiplies INT8 on CPUs"
-        return None
-    if (device_facts.capability(problem.device) or (0, 0)) < (7, 5):
-        card = "INT8 tensor cores: NVIDIA compute capability 7.5 (RTX 20) or later"
-        return device_facts.needs(card, problem.device)
+    if problem.device.type != "cpu":
+        return device_facts.DeviceReason("multiplies in plain torch on CPUs")
+    if not cpu_instructions():
+        return "needs a CPU with INT8 matrix instructions (VNNI with AVX-512, or AMX)"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN, which multiplies INT8 on CPUs"
     return None
+
+
+def one_pass_unsupported_reason(problem) -> str | None:
+    """Why Triton cannot rotate and quantize rows in one pass for a `records.Problem`, or None."""
+    if problem.device.type != "cuda" and not device_facts.interpreted():
+        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
+    reason = device_facts.triton_unsupported_reason() or groups_unsupported_reason(problem)
+    if reason is None and problem.shape is not None:
+        from .triton import int8
+
+        if problem.shape[1] > int8.WIDEST:
+            return f"holds a row in registers, at most {int8.WIDEST} values"
+    return reason
+
+
+def triton_unsupported_reason(problem) -> str | None:
+    """Why the matmul in Triton cannot take a `records.Problem`, or None.
+
+    INT8 matmuls in Triton were reported to hang RDNA1 and RDNA2: not even a self-test runs there.
+    """
+    capability = device_facts.capability(problem.device) or (0, 0)
+    amd = device_facts.amd_architecture(problem.device) or ""
+    if capability < (8, 0) and not amd.startswith(_AMD):
+        cards = "NVIDIA compute capability 8.0 (RTX 30) or later, RX 7000 or later, MI300"
+        return device_facts.needs(f"INT8 that Triton multiplies: {cards}", problem.device)
+    reason = device_facts.descriptors_unsupported_reason(problem.device)
+    return reason or groups_unsupported_reason(problem)
+
+
+def torch_unsupported_reason(problem) -> str | None:
+    """Why torch's matmul on GPUs, scaled by Triton, cannot take a `records.Problem`, or None."""
+    reason = device_facts.int8_tensor_cores_unsupported_reason(problem.device)
+    reason = reason or device_facts.triton_unsupported_reason()
+    return reason or groups_unsupported_reason(problem)
 
 
 def groups_unsupported_reason(problem) -> str | None:
@@ -212,10 +244,7 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
     if M == 0:
         return out
     bias = None if bias is None else bias.float()
-    if a.device.type != "cpu":
-        product = _gpu_product(a, b)[:M, :N].float()
-        _scale(product, a_scale[:, None], b_scale[None, :N], bias, out)
-    elif M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
+    if M == 1:  # the second matrix is packed on every call: let that be x, and not the weight
         product = torch._int_mm(b[:N], a.t()).view(1, N)
         _scale(product.float(), a_scale, b_scale[:N], bias, out)
     else:
@@ -289,9 +318,3 @@ def _scale(value, row_scale, column_scale, bias, out) -> None:
     else:
         torch.addcmul(bias, value, column_scale, out=value)
     out.copy_(value)
-
-
-def _gpu_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b.T in int32, M and N padded to 32: cuBLAS wants M > 16, N in 8s, on Turing in 32s."""
-    a, b = (torch.nn.functional.pad(t, (0, 0, 0, -t.shape[0] % layout.ROW_PAD)) for t in (a, b))
-    return torch._int_mm(a, b.t())

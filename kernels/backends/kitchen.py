@@ -28,7 +28,6 @@ weights to bfloat16, which its quantizer would round again.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from importlib import import_module, metadata
 
@@ -42,8 +41,6 @@ _WIDEST = 16384  # K that it takes, whatever the memory
 _SLAB = 1 << 24  # weights at a time: 64 MB of float32
 _INT8 = ("int8_linear", "quantize_int8_convrot_weight"), "0.2.15"  # the first version with both
 _MXFP8 = ("quantize_mxfp8",), "0.2.8"
-# Turing without tensor cores, on which INT8 is slow.
-_NO_TENSOR_CORES = re.compile(r"GTX 16|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
 
 
 def prepare_weight(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,10 +101,10 @@ def unsupported_reason(problem) -> str | None:
         return reason
     if torch.version.hip and problem.dtype == torch.float16:
         return "its HIP kernels overflow in float16"
-    if device_facts.capability(problem.device) == (7, 5):
-        name = torch.cuda.get_device_name(problem.device)
-        if _NO_TENSOR_CORES.search(name):
-            return device_facts.DeviceReason(f"needs INT8 tensor cores; {name} has none")
+    if torch.version.hip is None:
+        reason = device_facts.int8_tensor_cores_unsupported_reason(problem.device)
+        if reason is not None:
+            return reason
     return None if problem.shape is None else _passes_reason(problem, problem.shape[1])
 
 

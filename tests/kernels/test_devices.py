@@ -27,6 +27,11 @@ DEVICES |= {name: (name, None, None) for name in ("cpu", "mps", "xpu")}
 FP8_CARDS = {"sm_89", "sm_90"}
 BLOCK_CARDS = {"sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "sm_130", "sm_142"}
 ROTATES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "gfx1100", "gfx1201"}  # by comfy-kitchen
+# By Triton; on Turing torch multiplies what it rotates.
+INT8 = dict.fromkeys(
+    ("sm_80", "sm_86", "sm_89", "gfx942", "gfx950", "gfx1100", "gfx1201"), "triton_int8"
+)
+INT8 |= {"sm_75": "torch_int8"}
 NO_TRITON = "needs Triton: pip install triton"
 NO_KITCHEN = "needs comfy-kitchen"
 
@@ -64,8 +69,10 @@ def test_every_device_has_a_backend_for_everything(name, has_triton, has_kitchen
         fast = "torch_fp8" if triton else "kitchen_int8"
     elif kitchen is None and name in ROTATES:
         fast = "kitchen_int8"
-    elif name in FP8_CARDS and triton:
+    elif name == "sm_90" and triton:
         fast = "torch_fp8"
+    elif name in INT8 and triton:
+        fast = INT8[name]
     elif name in BLOCK_CARDS and (triton or kitchen is None):
         fast = "torch_mx"
     else:

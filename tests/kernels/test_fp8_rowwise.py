@@ -267,12 +267,13 @@ def test_gradients_pass_straight_through(fast_on_cpu):
 LINEAR = [("exact", None), ("exact", 64), ("auto", None), ("auto", 64)]
 # Card -> backends of LINEAR with Triton, and without it; comfy-kitchen's kernels are not there.
 TRITON, FEW, FP8, EAGER, BLOCKS = "triton", "triton_w8a16", "torch_fp8", "eager", "torch_mx"
+INT8 = "triton_int8"
 NOTHING = [EAGER] * 4  # torch's matmuls are not worth quantizing x in a dozen passes
 CHOSEN = {
-    "Turing": [TRITON] * 4,
-    "Ampere": [TRITON, FEW, TRITON, FEW],
-    "GeForce 30": [TRITON, FEW, TRITON, FEW],
-    "Ada": [TRITON, FEW, FP8, FEW],
+    "Turing": [TRITON, TRITON, "torch_int8", TRITON],
+    "Ampere": [TRITON, FEW, INT8, FEW],
+    "GeForce 30": [TRITON, FEW, INT8, FEW],
+    "Ada": [TRITON, FEW, INT8, FEW],
     "Hopper": [TRITON, FEW, FP8, FEW],
     "Blackwell": [TRITON, FEW, BLOCKS, FEW],
     "GeForce 50": [TRITON, FEW, BLOCKS, FEW],
@@ -358,7 +359,7 @@ def test_without_a_compiler_it_runs_when_it_is_named(name, card):
 def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), "needs Triton: pip install triton-windows", "win32")
     assert chosen("auto") == EAGER
-    card((8, 9), None, "win32")
+    card((8, 9), None, "win32", fails=("triton_int8",))
     assert chosen("auto") == "triton_fp8"
 
 
@@ -398,7 +399,7 @@ def test_the_list_says_why_a_backend_is_not_used(card):
 
 
 def test_a_backend_that_fails_its_self_test_is_not_used(card):
-    card((9, 0), fails=("torch_fp8", "triton_fp8"))
+    card((9, 0), fails=("torch_fp8", "triton_fp8", INT8, "torch_int8"))
     assert chosen("auto") == TRITON
     listed = {status.name: status for status in kernels.list_backends("cuda:0")}
     assert listed[FP8].reason == "its self-test failed"

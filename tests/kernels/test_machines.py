@@ -31,6 +31,7 @@ from mxfp8.kernels.dispatch import execution_path, named
 N, K = 3840, 3840
 NO_TRITON = "needs Triton: pip install triton"
 CAPABILITIES = {  # of cards, and bytes of shared memory that a block may have
+    "GTX 1660": ((7, 5), 65536), "RX 6800": ("gfx1030", 65536),
     "RTX 2060": ((7, 5), 65536), "RTX 3060": ((8, 6), 101376), "RTX 3090": ((8, 6), 101376),
     "RTX 4090": ((8, 9), 101376), "RTX 5090": ((12, 0), 101376), "A100": ((8, 0), 166912),
     "H100": ((9, 0), 232448), "B200": ((10, 0), 232448), "MI300X": ("gfx942", 65536),
@@ -73,25 +74,27 @@ class Row:
 
 
 INT8, MX, FP8 = "kitchen_int8", "torch_mx", "torch_fp8"
+BY_TRITON = "triton_int8 by triton"
 ROWS = [
-    # Turing: two launches multiply, into int32 and out of it.
+    # Turing: two launches multiply, into int32 and out of it. GTX cards have no tensor cores.
     Row("RTX 2060, Triton, kitchen", INT8, (3, 11)),
-    Row("RTX 2060, Triton", "triton", (2, 11)),
+    Row("RTX 2060, Triton", "torch_int8 by triton", (3, 11)),
+    Row("GTX 1660, Triton", "triton", (2, 11)),
     Row("RTX 2060, kitchen", INT8, (3, 11)),
     Row("RTX 2060", "eager", (5, 11)),
     Row("RTX 3060, Triton, kitchen", INT8, (2, 11)),
-    Row("RTX 3060, Triton", "triton", (2, 11)),
+    Row("RTX 3060, Triton", BY_TRITON, (2, 11)),
     Row("RTX 3060, kitchen", INT8, (2, 11)),
     Row("RTX 3060", "eager", (5, 11)),
     Row("RTX 3090, Triton, kitchen", INT8, (2, 11)),
-    Row("RTX 3090, Triton", "triton", (2, 11)),
+    Row("RTX 3090, Triton", BY_TRITON, (2, 11)),
     Row("RTX 3090, kitchen", INT8, (2, 11)),
     Row("RTX 3090", "eager", (5, 11)),
     Row("RTX 4090, Triton, kitchen", INT8, (2, 11)),
-    Row("RTX 4090, Triton", f"{FP8} by triton", (2, 11)),
+    Row("RTX 4090, Triton", BY_TRITON, (2, 11)),
     Row("RTX 4090, kitchen", INT8, (2, 11)),
     Row("RTX 4090", "eager", (5, 11)),
-    Row("RTX 4090, Windows, Triton", "triton_fp8 by triton", (2, 11)),
+    Row("RTX 4090, Windows, Triton", BY_TRITON, (2, 11)),
     Row("RTX 4090, Windows, kitchen", INT8, (2, 11)),
     Row("RTX 4090, Windows, cu128", "eager", (5, 11)),
     Row("RTX 5090, Triton, kitchen", f"{MX} by triton", (2, 3)),
@@ -100,7 +103,7 @@ ROWS = [
     Row("RTX 5090", "eager", (5, 30)),
     Row("RTX 5090, Windows, kitchen", f"{MX} by kitchen", (3, 3)),
     Row("RTX 5090, Windows, cu128", "eager", (5, 30)),
-    Row("A100, Triton, cu128", "triton", (2, 11)),
+    Row("A100, Triton, cu128", BY_TRITON, (2, 11)),
     Row("A100, Triton, kitchen", INT8, (2, 11)),
     Row("A100, cu128", "eager", (5, 11)),
     Row("H100, Triton, kitchen", f"{FP8} by triton", (2, 11)),
@@ -114,16 +117,20 @@ ROWS = [
     Row("B200, kitchen", f"{MX} by kitchen", (3, 3), rows=64),
     Row("B200, Triton, kitchen", f"{MX} by triton", (2, 3)),
     Row("B200, kitchen", f"{MX} by kitchen", (3, 3)),
-    Row("MI300X, Triton", "triton", (2, 11)),
+    Row("MI300X, Triton", BY_TRITON, (2, 11)),
     Row("MI300X", "eager", (5, 11)),
+    Row("RX 6800, Triton, kitchen", "triton", (2, 11)),
     Row("RX 7900 XTX, Triton, kitchen", INT8, (2, 11)),
     Row("RX 7900 XTX, kitchen", INT8, (2, 11)),
-    Row("RX 7900 XTX, Triton", "triton", (2, 11)),
+    Row("RX 7900 XTX, Triton", BY_TRITON, (2, 11)),
+    Row("RX 9070 XT, Triton", BY_TRITON, (2, 11)),
     Row("RX 9070 XT, Triton, kitchen", INT8, (2, 11)),
     Row("RX 9070 XT, kitchen", INT8, (2, 11)),
 ]
 FORMS = {  # backend -> precision, weight form, input form
     INT8: ("fast", "rotated_int8", None),
+    "triton_int8": ("fast", "rotated_int8", "rotated_int8"),
+    "torch_int8": ("fast", "rotated_int8", "rotated_int8"),
     "int8": ("fast", "rotated_int8", "rotated_int8"),
     MX: ("fast", "stored", "mxfp8"),
     FP8: ("fast", "rowwise_fp8", "rowwise_fp8"),

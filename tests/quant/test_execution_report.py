@@ -37,8 +37,8 @@ CHOSEN = "triton: exact was chosen"
 # The reason with precision auto and many rows, auto and few rows, exact and many rows; where
 # comfy-kitchen's kernels are missing, and where they run.
 REASONS = {
-    "Ampere": ((f"triton: {NO_KITCHEN}", f"triton_w8a16: {NO_KITCHEN}", CHOSEN), INT8),
-    "Ada": ((ROWWISE, FEW, CHOSEN), INT8),
+    "Ampere": ((INT8, FEW, CHOSEN), INT8),
+    "Ada": ((INT8, FEW, CHOSEN), INT8),
     "Hopper": ((ROWWISE, FEW, CHOSEN), ROWWISE),
     "Blackwell": ((BLOCKS, FEW, CHOSEN), BLOCKS),
 }
@@ -84,16 +84,16 @@ def test_a_loader_and_the_layers_give_one_reason(name, triton, precision, card):
         assert limit is None
     else:
         assert reason(precision) == f"{many.backend}: {limit}"
-        assert limit == (triton or NO_KITCHEN)
+        assert limit == triton
 
 
 def test_what_can_be_installed_is_the_reason_and_not_what_the_card_lacks(card):
     """However it is worded: this one ends as those do that name the card."""
     old = "needs comfy-kitchen 0.2.15 or later; this is 0.2.8"
-    card(CARDS["Ampere"], kitchen=old)
+    card(CARDS["Ampere"], kitchen=old, fails=("triton_int8", "torch_int8"))
     path = path_of()
     lacking = [name for name, why in path.unsupported if isinstance(why, kernels.DeviceReason)]
-    assert lacking == ["torch_mx", "torch_fp8", "triton_fp8"]
+    assert lacking == ["torch_mx", "torch_fp8", "triton_fp8", "int8"]
     assert execution.limiting_reason("cuda", path, "auto") == old
 
 

@@ -71,7 +71,8 @@ def forget() -> None:
     from mxfp8.kernels import device_facts
     from mxfp8.kernels.backends import kitchen
 
-    for fact in (device_facts.capability, device_facts.amd_architecture, kitchen._shared_memory):
+    facts = device_facts.capability, device_facts.amd_architecture, device_facts.card_name
+    for fact in (*facts, kitchen._shared_memory):
         getattr(fact, "cache_clear", lambda: None)()  # a test may have replaced it
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from ... import layout
 from ...device_facts import capability, on_device
 from .cast import scale_offset
-from .fp8_gemm import multiprocessors, tile_of
+from .gemm import multiprocessors, tile_of
 
 SMALL_M = 64
 # Tiles per architecture: up to SMALL_M rows of x (A is the weight), then more. They compile without

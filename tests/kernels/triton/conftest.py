@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mxfp8.kernels import device_facts
-from mxfp8.kernels.backends.triton import cast, rowwise, w8a16
+from mxfp8.kernels.backends.triton import cast, int8, rowwise, w8a16
 
 if device_facts.interpreted():
     import numpy as np
@@ -66,6 +66,6 @@ def decoding(request, monkeypatch, device):
     instructions = request.param == "instructions"
     if instructions and not device_facts.interpreted() and not device_facts.hardware_e4m3(device):
         pytest.skip("this GPU has no instructions for E4M3")
-    for module in (cast, rowwise, w8a16):
+    for module in (cast, int8, rowwise, w8a16):
         monkeypatch.setattr(module, "hardware_e4m3", lambda _: instructions)
     return request.param

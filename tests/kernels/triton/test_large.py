@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxfp8.kernels.backends import reference
-from mxfp8.kernels.backends.triton import cast, rowwise, w8a16
+from mxfp8.kernels.backends.triton import cast, int8, rowwise, w8a16
 
 APART = (1 << 31) + 96  # values from one row to the next
 
@@ -54,6 +54,13 @@ def test_quantize_rowwise_reads_beyond_two_billion_values(spread):
     expected = reference.quantize_rowwise(x)
     assert torch.equal(codes.cpu().view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(scale.cpu(), expected[1])
+
+
+def test_quantize_rotated_reads_beyond_two_billion_values(spread):
+    x = normal(4, 96)
+    codes, scale = int8.quantize_input(spread(x))
+    near = int8.quantize_input(x.to(codes.device))
+    assert torch.equal(codes, near[0]) and torch.equal(scale, near[1]) and codes.any(1).all()
 
 
 def test_few_rows_are_read_beyond_two_billion_values(spread, device):

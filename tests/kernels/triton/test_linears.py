@@ -10,7 +10,7 @@ from arithmetic import all_magnitudes
 
 from mxfp8.kernels import device_facts, dispatch, layout, records, self_test
 from mxfp8.kernels.backends import fp8_rowwise, reference
-from mxfp8.kernels.backends.triton import exact, fp8_gemm, rowwise, w8a16
+from mxfp8.kernels.backends.triton import exact, gemm, rowwise, w8a16
 
 DTYPES = (torch.float16, torch.bfloat16)
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -121,7 +121,7 @@ def check_matmul(M, N, K, dtype, bias, columns, device):
     added = normal(columns, seed=4, dtype=dtype) if bias else None
     parts = [t.to(device) for t in (a, a_scale, b.contiguous(), b_scale)]
     on_device = None if added is None else added.to(device)
-    actual = fp8_gemm.matmul(*parts, on_device, dtype, columns)
+    actual = gemm.matmul(*parts, on_device, dtype, columns)
     x = a.double() * a_scale.double()[:, None]
     weight = (b.double() * b_scale.double()[:, None])[:columns]
     summing = SUMMING if device_facts.interpreted() else SUMMING_FP8
@@ -138,7 +138,7 @@ def test_the_fp8_matmul_is_that_of_its_operands(
     M, N, K, columns, dtype, bias, tma, device, monkeypatch
 ):
     if device_facts.interpreted():
-        monkeypatch.setattr(fp8_gemm, "capability", lambda _: (9, 0) if tma else (8, 9))
+        monkeypatch.setattr(gemm, "capability", lambda _: (9, 0) if tma else (8, 9))
     elif tma != (device_facts.capability(device)[0] == 9):
         pytest.skip("tiles by TMA need compute capability 9, by copies another")
     check_matmul(M, N, K, dtype, bias, columns, device)
@@ -146,8 +146,8 @@ def test_the_fp8_matmul_is_that_of_its_operands(
 
 def test_several_programs_and_groups_of_tiles_cover_the_output(device, monkeypatch):
     if device_facts.interpreted():
-        monkeypatch.setattr(fp8_gemm, "capability", lambda _: (8, 9))
-        monkeypatch.setattr(fp8_gemm, "multiprocessors", lambda _: 3)
+        monkeypatch.setattr(gemm, "capability", lambda _: (8, 9))
+        monkeypatch.setattr(gemm, "multiprocessors", lambda _: 3)
     check_matmul(1300, 544, 64, torch.float32, True, 544, device)
 
 
@@ -163,7 +163,8 @@ TESTS = {
     for step in steps
     if step.name == "triton"
 }
-TESTS |= {n: dispatch.named(n).test for n in ("triton", "triton_w8a16", "triton_fp8")}
+NAMED = "triton", "triton_w8a16", "triton_fp8", "triton_int8", "torch_int8"
+TESTS |= {n: dispatch.named(n).test for n in NAMED}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)

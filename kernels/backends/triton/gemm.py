@@ -1,7 +1,8 @@
-"""Row-wise scaled FP8 matmul in Triton: E4M3 x E4M3, a float32 scale per row of either matrix.
+"""Matmul of 8-bit codes with a float32 scale per row of either matrix, in Triton.
 
-Used where torch has no such matmul (`torch._scaled_mm`) on the platform, or not for the dtype of
-the result (`fp8_rowwise`).
+E4M3 x E4M3 (`fp8_rowwise`), summed in float32, and INT8 x INT8 (`int8`), summed in int32. FP8 runs
+here where torch has no such matmul (`torch._scaled_mm`) on the platform, or not for the dtype of
+the result; torch's INT8 matmul would write its sums to memory for another pass to scale.
 
 The kernel is persistent: at most one program per multiprocessor, each of which walks through tiles
 of the output in groups that share rows of both matrices while these are in the L2 cache. On Hopper
@@ -18,20 +19,38 @@ import torch
 import triton
 import triton.language as tl
 
-from ...device_facts import capability, on_device
+from ...device_facts import amd_architecture, capability, on_device
 
-# Tiles per architecture: (largest M they serve, configuration). They compile without spills within
+
+def _tiles(largest: int, BM: int, BN: int, BK: int, warps: int, stages: int):
+    sizes = {"BM": BM, "BN": BN, "BK": BK, "GROUP": 8}
+    return largest, sizes | {"num_warps": warps, "num_stages": stages}
+
+
+ANY = 1 << 31
+# Tiles by architecture: (largest M they serve, configuration). Other GPUs take those of sm_89 for
+# FP8, of sm_86 for INT8. They compile without spills within
 # the architecture's shared memory; chosen by counting resources, not yet by timing.
-_ADA = (
-    (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": 4}),
-    (1 << 31, {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}),
-)
-_HOPPER = (
-    (64, {"BM": 64, "BN": 128, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": 5}),
-    (256, {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8, "num_warps": 8, "num_stages": 5}),
-    (1 << 31, {"BM": 128, "BN": 256, "BK": 128, "GROUP": 8, "num_warps": 8, "num_stages": 4}),
-)
-CONFIGS = {89: _ADA, 90: _HOPPER}
+FP8 = {
+    89: (_tiles(64, 64, 64, 128, 4, 4), _tiles(ANY, 128, 128, 128, 8, 3)),
+    90: (
+        _tiles(64, 64, 128, 128, 4, 5),
+        _tiles(256, 128, 128, 128, 8, 5),
+        _tiles(ANY, 128, 256, 128, 8, 4),
+    ),
+}
+INT8 = {
+    80: (
+        _tiles(64, 64, 64, 128, 4, 4),
+        _tiles(256, 128, 128, 128, 8, 5),
+        _tiles(ANY, 128, 256, 64, 8, 6),
+    ),
+    86: (_tiles(64, 64, 64, 128, 4, 4), _tiles(ANY, 128, 128, 128, 8, 4)),
+    90: FP8[90],
+    "gfx9": (_tiles(64, 64, 64, 128, 4, 2), _tiles(ANY, 128, 128, 128, 8, 2)),
+    "gfx1": (_tiles(64, 64, 64, 64, 4, 2), _tiles(ANY, 128, 128, 64, 8, 2)),
+}
+_WIDE = 256  # columns of tiles that spill with results in another dtype than bfloat16
 
 
 @triton.jit
@@ -48,13 +67,15 @@ def tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
 def rowwise_matmul_kernel(
     a, b, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, M, N, K, columns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INTEGER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out [M, columns] = a [M, K] @ b [N, K].T, scaled; columns <= N.
 
+    INTEGER: whether codes are int8, else E4M3.
     a, b: with TMA, tensor descriptors of [BM, BK] and [BN, BK]; else pointers, which are read by
     asynchronous copies.
     """
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
     for index in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
         tile_row, tile_column = tile_of(index, M, N, BM, BN, GROUP)
         if not TMA:
@@ -64,7 +85,7 @@ def rowwise_matmul_kernel(
             k = tl.arange(0, BK)
             a_ptr = a + row[:, None].to(tl.int64) * K + k[None, :]
             b_ptr = b + column[:, None].to(tl.int64) * K + k[None, :]
-        total = tl.zeros((BM, BN), dtype=tl.float32)
+        total = tl.zeros((BM, BN), dtype=SUM)
         for first in range(0, K, BK):
             if TMA:
                 x = a.load([tile_row * BM, first])
@@ -75,14 +96,14 @@ def rowwise_matmul_kernel(
                 w = tl.load(b_ptr, mask=inside, other=0.0)
                 a_ptr += BK
                 b_ptr += BK
-            total = tl.dot(x, w.T, total)
+            total = tl.dot(x, w.T, total, out_dtype=SUM)
         # The epilogue: scale the finished sum, add the bias, round once. Indices are computed here,
         # because with TMA they would take registers during the loop.
         row = tile_row * BM + tl.arange(0, BM)
         column = tile_column * BN + tl.arange(0, BN)
         a_scale = tl.load(a_scale_ptr + row, mask=row < M, other=0.0)
         b_scale = tl.load(b_scale_ptr + column, mask=column < N, other=0.0)
-        total = total * a_scale[:, None] * b_scale[None, :]
+        total = total.to(tl.float32) * a_scale[:, None] * b_scale[None, :]
         inside_columns = column < columns
         if HAS_BIAS:
             bias = tl.load(bias_ptr + column, mask=inside_columns, other=0.0).to(tl.float32)
@@ -101,19 +122,36 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def config_for(arch: int, M: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and options for an architecture (compute capability times 10) and M rows."""
-    table = CONFIGS[90] if arch == 90 else CONFIGS[89]
-    if dtype != torch.bfloat16:  # in other dtypes the largest tiles spill
-        M = min(M, table[-2][0])
-    return next(config for most, config in table if most >= M)
+def architecture(device: torch.device) -> int | str:
+    """Compute capability times 10, or the name of an AMD architecture; 0 if neither."""
+    major, minor = capability(device) or (0, 0)
+    return amd_architecture(device) or major * 10 + minor
+
+
+def uses_tma(arch: int | str) -> bool:
+    """Whether tiles are fetched by the tensor memory accelerator."""
+    return arch == 90
+
+
+def configs_for(arch: int | str, dtype: torch.dtype, codes: torch.dtype) -> list:
+    """[(largest M they serve, tile sizes and options)], ascending, the last for any M.
+
+    Args:
+        arch: an `architecture`.
+        dtype, codes: of the result and of the matrices.
+    """
+    table, other = (INT8, 86) if codes == torch.int8 else (FP8, 89)
+    configs = table.get(arch[:4] if isinstance(arch, str) else arch, table[other])
+    if dtype != torch.bfloat16:
+        configs = [pair for pair in configs if pair[1]["BN"] < _WIDE]
+    return [*configs[:-1], (ANY, configs[-1][1])]
 
 
 def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> torch.Tensor:
     """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once.
 
     Args:
-        a: float8_e4m3fn [M, K]; b: float8_e4m3fn [N, K], both contiguous, K a multiple of 16.
+        a, b: float8_e4m3fn or int8, [M, K] and [N, K], contiguous, K a multiple of 16.
         a_scale, b_scale: float32 [M] and [N].
         bias: [columns] or None.
         columns: of the result, at most N.
@@ -125,11 +163,11 @@ def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> to
     out = torch.empty(M, columns, dtype=dtype, device=a.device)
     if out.numel() == 0:
         return out
-    major, minor = capability(a.device) or (0, 0)
-    config = config_for(major * 10 + minor, M, dtype)
+    arch, integer = architecture(a.device), a.dtype == torch.int8
+    config = next(c for most, c in configs_for(arch, dtype, a.dtype) if most >= M)
     tiles = -(-M // config["BM"]) * -(-N // config["BN"])
     grid = (min(tiles, multiprocessors(a.device)),)
-    tma = major == 9
+    tma = uses_tma(arch)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -138,6 +176,6 @@ def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> to
     with on_device(out):
         rowwise_matmul_kernel[grid](
             a, b, a_scale, b_scale, out if bias is None else bias, out, M, N, K, columns,
-            HAS_BIAS=bias is not None, TMA=tma, **config,
+            HAS_BIAS=bias is not None, INTEGER=integer, TMA=tma, **config,
         )  # fmt: skip
     return out
