@@ -117,14 +117,11 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     qdata, scale = qdata.contiguous(), scale.contiguous()  # nearly always a no-op
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, bias)
-    )
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # Ops do not pass through torch.func: it would drop a tangent, and has no rule for lists.
         weight = _ops.dequantize(qdata, scale, x.dtype, N, K)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if needs_grad or not _are_numbers(N, K):
+    if _would_record(x, bias) or not _are_numbers(N, K):
         bias = None if bias is None else bias.contiguous()
         return _ops.linear(x, qdata, scale, bias, N, K, precision)
     return _linear(x, qdata, scale, bias, N, K, precision)
@@ -159,6 +156,9 @@ def linear_prepared(path: ExecutionPath, x, prepared, bias, N: int, quantized=No
     fits = 0 <= rows - N < layout.ROW_PAD and 0 <= cols - x.shape[-1] < layout.BLOCK
     if not fits or (bias is not None and bias.shape != (N,)):
         raise ValueError(_mismatch(path, x, prepared, bias, N))
+    if _would_record(x, bias):
+        with torch.no_grad():  # buffers that are written to have no gradient
+            return linear_prepared(path, x, prepared, bias, N, quantized)
     plain = _is_plain_call(x)
     if quantized is None:
         quantized = _quantized(path, x, plain)
@@ -201,6 +201,9 @@ def quantize_input(path: ExecutionPath, x) -> tuple[torch.Tensor, ...]:
     Returns:
         Its tensors in the path's input form (`records`); x as [M, K] if the path leaves it alone.
     """
+    if _would_record(x):
+        with torch.no_grad():
+            return _quantized(path, x, _is_plain_call(x))
     return _quantized(path, x, _is_plain_call(x))
 
 
@@ -210,6 +213,11 @@ def _quantized(path: ExecutionPath, x, plain: bool) -> tuple[torch.Tensor, ...]:
         return (flat,)
     quantize = _quantize_input if plain else _ops.quantize_input
     return tuple(quantize(flat, path.input_form, path.quantizer))
+
+
+def _would_record(x, bias=None) -> bool:
+    """Whether autograd would record what is done with x and bias."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
 
 
 def _is_plain_call(x) -> bool:

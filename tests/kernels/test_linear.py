@@ -423,6 +423,18 @@ def test_operands_of_different_linears_are_refused(name):
         assert "these are [96, 96] and " in message and "Pass what prepare_weight" in message
 
 
+@pytest.mark.parametrize("name", here((70, 96), "one"))
+def test_a_prepared_linear_runs_where_gradients_are_recorded(name):
+    """It is not differentiable, and a layer's bias requires a gradient unless told otherwise."""
+    M = 5 if "many" in dispatch.named(name).m_classes else 1
+    path, x, bias, stored = forms(name, M, 70, 96)
+    prepared = kernels.prepare_weight(path, *stored)
+    expected = kernels.linear_prepared(path, x, prepared, bias, 70)
+    for given in ((x, torch.nn.Parameter(bias)), (x.clone().requires_grad_(), bias)):
+        got = kernels.linear_prepared(path, given[0], prepared, given[1], 70)
+        assert torch.equal(got, expected)
+
+
 FORMS = ["reference_mx", "reference_fp8", "reference_int8", "torch_bf16", "eager"]
 
 
