@@ -189,9 +189,9 @@ def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...
         path: `execution_path` with `prepare="once"`.
         qdata, scale: as for `dequantize`.
     """
-    qdata, scale = qdata.contiguous(), scale.contiguous()
     if path.preparer is None:
         return qdata, scale
+    qdata, scale = qdata.contiguous(), scale.contiguous()
     return tuple(_ops.prepare_weight(qdata, scale, path.weight_form, path.preparer))
 
 
@@ -232,7 +232,7 @@ def _is_plain_call(x) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
     )
 
 
