@@ -45,6 +45,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/host.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/quality.py --layer
 	$(BIN)/python bench/lora.py
