@@ -63,7 +63,8 @@ def describe(patcher, rows: int = ROWS) -> BackendReport:
     layers = [_layer(patcher, side, name, module, rows) for name, module in modules.items()]
     asked = _asked(patcher)
     many = kernels.execution_path(device, dtype, asked, prepare="once")
-    small_m = kernels.execution_path(device, dtype, asked, 1)
+    exact = kernels.execution_path(device, dtype, "exact", prepare="once")
+    small_m = kernels.execution_path(device, dtype, asked, 1, weight_form=exact.weight_form)
     limited_by = execution.limiting_reason(device.type, many, asked, _is_encoder(patcher))
     ours = any(x.backend != STOCK for x in layers)
     return BackendReport(
@@ -149,8 +150,9 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
         form, _ = forward.form_and_tensors(module.weight)
         many = kernels.execution_path(device, dtype, precision, None, shape, weight_form=form)
     path = many
-    if rows <= FEW_ROWS:  # a layer that is called with few rows is given its codes back
-        form = "stored" if many.precision == "fast" else many.weight_form
+    if rows <= FEW_ROWS:  # a layer that is called with few rows is given back what exact runs on
+        exact = forward.wanted_path(module, "exact", device, dtype)
+        form = (exact if many.precision == "fast" else many).weight_form
         path = kernels.execution_path(device, dtype, precision, rows, shape, weight_form=form)
     if held is not None:
         return path, f"exact: {held}"

@@ -99,8 +99,15 @@ def check_all(many: dict, small_m: dict, ran: dict) -> None:
         assert reported(layers[name]) == recorded_path(entry), name
 
 
-@pytest.mark.parametrize("precision", ["auto", "exact", "fast"])
-def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
+@pytest.mark.parametrize(
+    ("precision", "reason"),
+    [
+        ("auto", "on a CPU, auto stays exact"),
+        ("exact", "exact was chosen"),
+        ("fast", "needs a CPU with INT8 matrix instructions (VNNI with AVX-512, or AMX)"),
+    ],
+)
+def test_on_a_cpu_every_mxfp8_layer_runs_exact_as_it_says(comfy, precision, reason):
     """On one without INT8 instructions."""
 
     def accelerated(graph):
@@ -110,8 +117,8 @@ def test_on_a_cpu_every_mxfp8_layer_runs_eager_as_it_says(comfy, precision):
     many, small_m, ran = reported_and_recorded(comfy, accelerated)
     check_all(many, small_m, ran)
     layer = many[LAYER]
-    assert reported(layer) == recorded_path(ran[LAYER]) == "eager, exact"
-    assert layer["reason"] == "eager: needs an NVIDIA or AMD GPU; this is cpu"
+    assert reported(layer) == recorded_path(ran[LAYER]) == "torch_bf16, exact"
+    assert layer["reason"] == f"torch_bf16: {reason}"
     assert (layer["shape"], layer["decision"]) == ([128, 128], "mxfp8")
     assert layer["bytes"] == 128 * 128 + 128 * 4
 
@@ -149,7 +156,7 @@ def test_fast_layers_have_prepared_weights_and_few_rows_run_exact(comfy, int8, l
     assert small_m[LAYER]["reason"] == "exact: 64 rows or fewer"
     single = [n for n, e in ran.items() if e["rows"] == [1] and many[n]["decision"] == "mxfp8"]
     assert single  # the modulations
-    assert {recorded_path(ran[n]) for n in single} == {"eager, exact"}
+    assert {recorded_path(ran[n]) for n in single} == {"torch_bf16, exact"}
 
 
 def test_layers_that_a_form_would_change_too_much_are_exact(comfy, int8):
@@ -157,7 +164,7 @@ def test_layers_that_a_form_would_change_too_much_are_exact(comfy, int8):
         comfy, lambda graph: fast(graph, most_change=1e-4), loaded=True
     )
     check_all(many, small_m, ran)
-    assert reported(many[LAYER]) == recorded_path(ran[LAYER]) == "eager, exact"
+    assert reported(many[LAYER]) == recorded_path(ran[LAYER]) == "torch_bf16, exact"
     assert many[LAYER]["reason"].startswith("exact: rotated_int8 would change its weight by ")
 
 
@@ -166,7 +173,7 @@ def test_measuring_few_rows_leaves_layers_fast(comfy, int8):
     model = fast(graph)
     report = backend_report(graph, model, rows=1, measure=True)
     outputs = comfy.run(graph)
-    assert {t["backend"] for t in document(outputs, report)["timings"]} == {"eager"}
+    assert {t["backend"] for t in document(outputs, report)["timings"]} == {"torch_bf16"}
     counted = graph.add("TestPrepared", model=model, samples=graph.sample(model, "flux", 1))
     del graph[report[0]]
     outputs = comfy.run(graph)
@@ -188,7 +195,7 @@ def test_a_layer_marked_full_precision_is_exact(comfy, int8):
     path.unlink()
     check_all(many, small_m, ran)
     assert many[LAYER]["reason"] == "exact: marked full precision in the file"
-    assert recorded_path(ran[LAYER]) == "eager, exact"
+    assert recorded_path(ran[LAYER]) == "torch_bf16, exact"
 
 
 def test_a_layer_patched_by_another_node_is_said_to_be(comfy):
@@ -429,7 +436,7 @@ def test_on_a_cpu_few_rows_are_timed_and_it_is_said_how_many(comfy):
     report = document(outputs, node)
     assert report["rows"] == MANY
     assert {timing["rows"] for timing in report["timings"]} == {256}
-    assert outputs[node[0]]["text"][0].count(" on eager, 256 rows: ") == len(report["timings"])
+    assert outputs[node[0]]["text"][0].count(" on torch_bf16, 256 rows: ") == len(report["timings"])
 
 
 def test_measured_times_memory_and_what_is_not_used(comfy):

@@ -236,9 +236,9 @@ def test_a_comparison_says_for_which_rows_its_layers_are_fast(comfy):
         int8_cpu(graph, graph.loader("flux.safetensors"), on=False)
         comfy.run(graph)
     fast, plain = (comparison(outputs, node) for node in nodes)
-    note = "`fast` applies to inputs of more than 64 rows; smaller ones run eager, exact"
-    assert fast.model.paths == {"int8, fast": 10, "eager, exact": 3} and note in fast.notes
-    assert plain.model.paths == {"eager, exact": 13} and note not in plain.notes
+    note = "`fast` applies to inputs of more than 64 rows; smaller ones run torch_bf16, exact"
+    assert fast.model.paths == {"int8, fast": 10, "torch_bf16, exact": 3} and note in fast.notes
+    assert plain.model.paths == {"torch_bf16, exact": 13} and note not in plain.notes
 
 
 def write_lora(comfy, name: str, key: str, shape: tuple[int, ...]) -> str:

@@ -68,7 +68,7 @@ def test_a_text_encoder_has_a_backend_report(comfy, encoder):
     report = json.loads(comfy.run(graph)[node[0]]["mxfp8_report"][0])
     ours = [layer for layer in report["layers"] if layer["decision"] == "mxfp8"]
     assert len(ours) == 28 * 7
-    assert {(layer["backend"], layer["precision"]) for layer in ours} == {("eager", "exact")}
+    assert {(layer["backend"], layer["precision"]) for layer in ours} == {("torch_bf16", "exact")}
 
 
 def test_nobody_chose_that_it_runs_exact(comfy, encoder):

@@ -617,7 +617,7 @@ class TestBackend(_Node):
 
 
 class TestPrepared(_Node):
-    """How many layers of a model hold prepared weights once `samples` are there, how often weights
+    """How many layers of a model hold INT8 weights once `samples` are there, how often weights
     were prepared since the last TestFast, and how often inputs were quantized."""
 
     INPUTS = {"model": "MODEL", "samples": "LATENT"}
@@ -630,7 +630,8 @@ class TestPrepared(_Node):
 
     def run(self, model, samples):
         ops = _pack("kernels.ops")
-        held = [hasattr(getattr(m, "weight", None), "form") for m in model.model.modules()]
+        weights = [getattr(module, "weight", None) for module in model.model.modules()]
+        held = [getattr(weight, "form", None) == "rotated_int8" for weight in weights]
         key = "rotated_int8", "torch"
         calls = [steps[key].run.calls for steps in (ops._PREPARERS, ops._QUANTIZERS)]
         return {"ui": {"result": [sum(held), *calls]}, "result": (samples,)}
