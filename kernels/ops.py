@@ -189,9 +189,9 @@ def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...
         path: `execution_path` with `prepare="once"`.
         qdata, scale: as for `dequantize`.
     """
+    qdata, scale = qdata.contiguous(), scale.contiguous()
     if path.preparer is None:
         return qdata, scale
-    qdata, scale = qdata.contiguous(), scale.contiguous()
     return tuple(_ops.prepare_weight(qdata, scale, path.weight_form, path.preparer))
 
 

@@ -9,7 +9,7 @@ caller that keeps a prepared weight can hand it to any backend of its form.
     "stored"        codes [N', K'] and tiled scales, as in the file
     "rowwise_fp8"   float8_e4m3fn [N', K'] and float32 [N'] (`fp8_rowwise`)
     "rotated_int8"  int8 [N', K'] and float32 [N'] (`int8`)
-    "bf16"          bfloat16 [N, K]
+    "bf16"          bfloat16 [N', K']
 
     input form      tensors
     None            x [M, K] itself: exact backends, and those that quantize it inside their matmul

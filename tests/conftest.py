@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from comfyui import KINDS, TESTS, Server, make_models
 from hypothesis import HealthCheck, settings
+from mocked_card import describe
 from quantized_files import plain
 from safetensors.torch import save_file
 
-from mxfp8.kernels import device_facts, dispatch, self_test
+from mxfp8.kernels import device_facts, dispatch
 from mxfp8.quant.conversion.convert import convert_file
 
 # No test fails because other programs slow this machine down.
@@ -65,43 +66,19 @@ def prefer(monkeypatch, forget):
 
 @pytest.fixture
 def card(monkeypatch, forget):
-    """card(capability, triton=reason or None, ...): simulate a GPU and what is installed.
+    """card(version, triton=reason or None, ...): simulate a GPU and what is installed.
 
-    Its further arguments are the architecture of an AMD GPU, why comfy-kitchen's kernels do not run
-    (it is absent unless told otherwise), what fails its self-test (names of backends or of steps)
-    and sys.platform.
+    `mocked_card.describe` with why comfy-kitchen's kernels do not run; they are absent unless told
+    otherwise.
     """
     backends = dispatch.BACKENDS
 
-    def insert(
-        capability,
-        triton=None,
-        platform="linux",
-        *,
-        amd=None,
-        kitchen="needs comfy-kitchen",
-        fails=(),
-    ):
+    def insert(version, *rest, kitchen="needs comfy-kitchen", **options):
         def step(given):
-            return replace(given, unsupported_reason=by_kitchen) if kitchens(given) else given
+            by_kitchen = given.name.startswith("kitchen")
+            return replace(given, unsupported_reason=lambda _: kitchen) if by_kitchen else given
 
-        def kitchens(given) -> bool:
-            return given.name.startswith("kitchen")
-
-        def by_kitchen(problem):
-            return kitchen
-
-        def verdict(name, test, device, dtype):
-            return ("its self-test failed" if name in fails else None), True
-
-        facts = {
-            "capability": lambda device: capability if device.type == "cuda" else None,
-            "amd_architecture": lambda device: amd if device.type == "cuda" else None,
-            "triton_unsupported_reason": lambda: triton,
-            "card_name": lambda device: "NVIDIA GeForce RTX",
-        }
-        for name, fact in facts.items():
-            monkeypatch.setattr(device_facts, name, fact)
+        describe(version, monkeypatch, *rest, **options)
         changed = tuple(
             replace(
                 step(backend),
@@ -111,9 +88,6 @@ def card(monkeypatch, forget):
             for backend in backends
         )
         monkeypatch.setattr(dispatch, "BACKENDS", changed)
-        monkeypatch.setattr(self_test, "verdict", verdict)
-        monkeypatch.setattr("sys.platform", platform)
-        forget()
 
     return insert
 

@@ -1,4 +1,4 @@
-"""The server is the ComfyUI that was meant, with the comfy-kitchen that was meant."""
+"""The server is the ComfyUI that was meant, with the comfy-kitchen and torch that were meant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def test_the_server_runs_the_versions_that_were_meant(comfy):
     if meant is None:
         text = (comfyui_path() / "comfyui_version.py").read_text(encoding="utf-8")
         comfyui = re.search(r'__version__ = "(.+)"', text)[1]
-        meant = f"{comfyui} {importlib.metadata.version('comfy-kitchen')}"
+        packages = map(importlib.metadata.version, ("comfy-kitchen", "torch"))
+        meant = " ".join([comfyui, *packages])
     log = comfy.log.read_text(errors="replace")
     (kitchen,) = set(re.findall(r"comfy-kitchen version: (\S+)", log))
-    assert f"{comfy.get('/system_stats')['system']['comfyui_version']} {kitchen}" == meant
+    system = comfy.get("/system_stats")["system"]
+    torch = system["pytorch_version"].partition("+")[0]
+    assert f"{system['comfyui_version']} {kitchen} {torch}" == meant

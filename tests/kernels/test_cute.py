@@ -254,12 +254,6 @@ def test_a_flaw_in_a_kernel_is_found(flaw, dsl):
 # ---- when it runs ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def card(monkeypatch):
-    """card(capability): as if there were such an NVIDIA GPU."""
-    return lambda version: monkeypatch.setattr(device_facts, "capability", lambda device: version)
-
-
 @pytest.mark.parametrize("capability", mx.ARCHITECTURES)
 def test_blackwell_is_supported(capability, card, dsl):
     card(capability)
@@ -365,7 +359,7 @@ def test_an_unknown_architecture_raises_with_its_name():
 def test_a_kernel_gets_addresses_that_are_aligned_then_sizes(monkeypatch, dsl):
     import cutlass.torch
 
-    monkeypatch.setattr(device_facts, "capability", lambda device: (12, 0))
+    monkeypatch.setattr(device_facts, "capability", lambda device: (12, 0))  # of the CPU's tensors
     called = []
     monkeypatch.setattr(mx, "_compile", lambda *what: lambda *given: called.append((what, given)))
     monkeypatch.setattr(cutlass.torch, "current_stream", lambda: "stream")

@@ -42,7 +42,7 @@ def standing_on(monkeypatch, card):
 
     def stand(name, triton="3.9.0", **rest):
         kind, capability, architecture = DEVICES[name]
-        card(capability, triton if triton.startswith("needs") else None, amd=architecture, **rest)
+        card(capability or architecture, triton if triton.startswith("needs") else None, **rest)
         monkeypatch.setattr("triton.__version__", triton)
         return torch.device(kind, 0) if kind != "cpu" else torch.device(kind)
 

@@ -357,9 +357,9 @@ def test_without_a_compiler_it_runs_when_it_is_named(name, card):
 
 
 def test_ada_on_windows_needs_triton_for_fast(card):
-    card((8, 9), "needs Triton: pip install triton-windows", "win32")
+    card((8, 9), "needs Triton: pip install triton-windows", platform="win32")
     assert chosen("auto") == EAGER
-    card((8, 9), None, "win32", fails=("triton_int8",))
+    card((8, 9), None, platform="win32", fails=("triton_int8",))
     assert chosen("auto") == "triton_fp8"
 
 

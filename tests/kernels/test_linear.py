@@ -423,6 +423,27 @@ def test_operands_of_different_linears_are_refused(name):
         assert "these are [96, 96] and " in message and "Pass what prepare_weight" in message
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 70])
+@pytest.mark.parametrize("shape", [(0, 64), (0, 256), (32, 0), (5, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_empty_weight_runs_exact(shape, rows, dtype):
+    """Most of the steps of fast have no row to take the largest value of."""
+    (N, K), stored = shape, reference.quantize(torch.empty(shape))
+    path = kernels.execution_path(torch.device("cpu"), dtype, "fast", rows, shape, prepare="once")
+    assert path.precision == "exact"
+    x, bias = numbers(rows, K, dtype=dtype), numbers(N)
+    got = kernels.linear_prepared(path, x, kernels.prepare_weight(path, *stored), bias, N)
+    assert torch.equal(got, bias.to(dtype).expand(rows, N))
+
+
+def test_a_stored_weight_is_made_contiguous_as_kernels_read_it():
+    (qdata, scale), _ = weight()
+    path = kernels.execution_path(torch.device("cpu"), torch.float32, "exact", 5, (N, K))
+    scattered = [part.view(torch.uint8).t().contiguous().t() for part in (qdata, scale)]
+    for got, expected in zip(kernels.prepare_weight(path, *scattered), (qdata, scale), strict=True):
+        assert got.is_contiguous() and torch.equal(got, expected.view(torch.uint8))
+
+
 @pytest.mark.parametrize("name", here((70, 96), "one"))
 def test_a_prepared_linear_runs_where_gradients_are_recorded(name):
     """It is not differentiable, and a layer's bias requires a gradient unless told otherwise."""

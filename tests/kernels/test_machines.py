@@ -14,18 +14,17 @@ the time. On MPS stock does not run: torch has no float8 there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import comfy_kitchen
 import pytest
 import torch
 from comfy_kitchen.backends.eager import quantization as stock_eager
 from launches import Launches
-from mocked_card import Card, forget, install
+from mocked_card import Card, describe, forget, install
 from torch._subclasses import FakeTensorMode
 
-from mxfp8.kernels import device_facts, dispatch, layout, self_test
-from mxfp8.kernels.backends import eager, fp8_rowwise, int8
+from mxfp8.kernels import device_facts, dispatch, layout
+from mxfp8.kernels.backends import eager, int8
 from mxfp8.kernels.dispatch import execution_path, named
 
 N, K = 3840, 3840
@@ -147,27 +146,15 @@ def standing_on(monkeypatch):
 
     def stand(row):
         install(row.card, monkeypatch, kitchen="kitchen" in row.machine or "cu128" in row.machine)
-        version = row.card.version
-        nvidia, amd = (None, version) if row.card.amd else (version, None)
-        monkeypatch.setattr(device_facts, "capability", lambda device: nvidia)
-        monkeypatch.setattr(device_facts, "amd_architecture", lambda device: amd)
-        _install_triton(monkeypatch, row.triton)
-        if "Windows" in row.machine:
-            monkeypatch.setattr(fp8_rowwise, "sys", SimpleNamespace(platform="win32"))
+        platform = "win32" if "Windows" in row.machine else "linux"
+        triton = None if row.triton else NO_TRITON
+        describe(row.card.version, monkeypatch, triton, platform=platform, name=row.card.name)
         return row.card.device
 
     yield stand
     monkeypatch.undo()
     dispatch.forget()
     forget()
-
-
-def _install_triton(monkeypatch, has_triton: bool) -> None:
-    """Triton or none, self-tests that pass, and nothing chosen yet."""
-    reason = None if has_triton else NO_TRITON
-    monkeypatch.setattr(device_facts, "triton_unsupported_reason", lambda: reason)
-    monkeypatch.setattr(self_test, "verdict", lambda *_: (None, True))
-    dispatch.forget()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -325,7 +312,7 @@ def test_the_path_of_a_cpu(cpu, monkeypatch):
     monkeypatch.setattr(int8, "cpu_instructions", lambda: instructions)
     monkeypatch.setattr(device_facts, "cpu_multiplies", lambda dtype: bf16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    _install_triton(monkeypatch, has_triton=True)
+    describe(None, monkeypatch)
     for precision, backend in zip(("auto", "fast", "exact"), backends, strict=True):
         quantizer = "torch" if backend == "int8" else ""
         _check_path(torch.device("cpu"), precision, backend, quantizer)
@@ -336,7 +323,7 @@ def test_the_path_of_a_cpu(cpu, monkeypatch):
 
 
 def test_the_path_of_mps(monkeypatch):
-    _install_triton(monkeypatch, has_triton=False)
+    describe(None, monkeypatch, NO_TRITON)
     for precision in ("auto", "fast", "exact"):
         _check_path(torch.device("mps"), precision, "eager", "")
     dispatch.forget()

@@ -1,10 +1,30 @@
-"""The main job in other versions of ComfyUI and comfy-kitchen than the pinned ones."""
+"""Other versions of ComfyUI, comfy-kitchen, torch and Triton than the pinned ones."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+
 import pytest
-from comfyui import releases
-from versions import SHORT, combinations, ends, is_supported, oldest_supported, run
+from comfyui import ROOT, newest, releases
+from versions import (
+    RESULTS,
+    SHORT,
+    combinations,
+    ends,
+    is_supported,
+    oldest_supported,
+    run,
+    run_by_row,
+    run_units,
+    version_key,
+    with_newest,
+)  # fmt: skip
+
+NEEDS_PYTHON = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="the newest torch needs Python 3.11"
+)
 
 
 def test_the_oldest_supported_comfyui_is_one_that_is_run():
@@ -31,3 +51,71 @@ def test_every_supported_version_that_can_be_had(combination):
     outcome = run(combination)
     assert outcome.failed == outcome.skipped == 0, outcome.output
     assert outcome.passed > 15
+
+
+# ---- the newest torch, Triton and comfy-kitchen ------------------------------------------------
+
+
+@NEEDS_PYTHON
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first time 0.8 GB are downloaded
+def test_torch_multiplies_fp8_by_row_as_the_oracle_does():
+    """On the CPU, by the function that runs on GPUs; the pinned torch has it on GPUs only."""
+    outcome = run_by_row()
+    assert outcome.failed == outcome.skipped == 0, outcome.output
+    assert outcome.passed > 10
+
+
+@NEEDS_PYTHON
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_kernels_and_files_with_the_newest():
+    for name, outcome in run_units().items():
+        assert outcome.failed == 0, outcome.output
+        assert outcome.passed > {"kernels and files": 2000, "interpreter": 200}[name]
+
+
+@NEEDS_PYTHON
+@pytest.mark.comfy
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_main_job_with_the_newest():
+    outcome = run(with_newest())
+    assert outcome.failed == outcome.skipped == 0, outcome.output
+    assert outcome.passed > 50
+
+
+def test_the_table_tells_what_was_run():
+    """In docs/benchmarks.md, from the results file."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = text.partition("## Versions of ComfyUI")[2].partition("\n## ")[0]
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    torches = [re.search(r"torch ([\d.]+)", cell)[1] for cell in head[1:3]]
+    table = {
+        (re.search(r"[\d.]+$", line[0])[0], torch, kitchen)
+        for line in lines
+        for torch, cell in zip(torches, line[1:3], strict=True)
+        for kitchen in re.findall(r"[\d.]+", cell)
+    }
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert all(run["failed"] == run["skipped"] == 0 for run in results["runs"])
+    passed = {(r["ComfyUI"], r["torch"], r["comfy-kitchen"]) for r in results["runs"]}
+    assert table == passed
+    measured = results["newest"]
+    assert measured["packages"] == newest()
+    for part in ("kernels and files", "interpreter"):
+        assert measured[part]["failed"] == 0
+        assert f"{measured[part]['passed']:,}" in section
+    assert f"torch {newest()['torch']} and Triton {newest()['triton']}" in section
+
+
+def test_the_newest_is_what_the_other_tests_run_too():
+    assert newest()["comfy-kitchen"] == max(releases()[0].kitchens, key=version_key)
+    compiled = json.loads(RESULTS.with_name("compiled.json").read_text(encoding="utf-8"))
+    assert newest()["triton"] == compiled["interpreter"]["triton"]
+    by_newest = {r["arch"] for r in compiled["runs"] if r["triton"] == newest()["triton"]}
+    assert by_newest == {run["arch"] for run in compiled["runs"]}

