@@ -26,7 +26,7 @@ class OutOfTimeError(Exception):
 class Clock:
     """Times calls until `end`, in seconds of `time.monotonic`; from then on it raises.
 
-    `failures`: contestant -> why the last `time` could not time it.
+    `failures`: contestant -> why the last `time` could not time it, or not in a graph.
     """
 
     def __init__(self, device: torch.device, rounds: int = ROUNDS, end: float = math.inf):
@@ -59,7 +59,13 @@ class Clock:
         for name, run in runs.items():
             self.check()
             try:
-                prepared[name] = self._prepare(run, sets, pool)
+                own = pool
+                if pool is not None and self._synchronizes(run):
+                    own, self.failures[name] = (
+                        None,
+                        "timed from the host, as it waits for the device",
+                    )
+                prepared[name] = self._prepare(run, sets, own)
             except Exception as error:  # one contestant's failure must not lose the others
                 self.failures[name] = reason(error)
         measured: dict[str, list[float]] = {name: [] for name in prepared}
@@ -70,6 +76,20 @@ class Clock:
                 if counted:
                     measured[name].append(spent)
         return {name: statistics.median(values) for name, values in measured.items()}
+
+    def _synchronizes(self, run: Callable[[int], object]) -> bool:
+        """Whether a call waits for the device: capturing it would fail, and break later ones."""
+        run(0)  # compiles, which may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(0)
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
 
     def _prepare(self, run, sets: int, pool) -> tuple[Callable[[], None], int]:
         """(a function to time, calls in it), after running on every set, which compiles it."""

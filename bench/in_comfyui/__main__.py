@@ -160,6 +160,7 @@ class Run:
                 time.sleep(0.2)
         finally:
             process.kill()
+            process.wait()
         if not ended:
             self._not_run(mode, f"stopped after {len(rows)} rows: no time left")
         elif process.returncode and not any(row["wrong"] for row in rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,6 +273,45 @@ def test_the_models_sample_in_the_real_comfyui(packed):
     assert exact["difference"] < 0.8 * exact["quantized_by"]
     names = ("TorchCompile", "static VRAM", "offload all")
     assert found["not_run"] == [{"mode": name, "reason": "needs a GPU"} for name in names]
+
+
+ONE_ROW_THEN_NOTHING = """
+import json, sys, time
+row = {"mode": "default", "model": "m", "variant": "bf16", "wrong": None, "dynamic_vram": False}
+row |= {"seconds_per_step": 1, "difference": 0, "bound": None, "model_bytes": 1, "loaded_bytes": 1}
+row |= {"peak_torch_bytes": None, "peak_device_bytes": None}
+open(json.load(open(sys.argv[1]))["report"], "w").write(json.dumps([row]))
+time.sleep(60)
+"""
+
+
+def test_a_mode_is_stopped_in_time_and_its_rows_are_kept(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("models", ROOT / "bench/in_comfyui/__main__.py")
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "models", bench)  # where dataclasses look for it
+    spec.loader.exec_module(bench)
+
+    class Run(bench.Run):
+        def __init__(self):
+            self.arguments = SimpleNamespace(device="cpu", quick=True, mode=["default", "LoRA"])
+            self.work = self.models = tmp_path
+            self.comfyui, self.path = "", tmp_path / "out.json"
+            self.end = time.monotonic() + 20
+            machine = {"comfyui": "0", "gpu": None}
+            self.result = {"machine": machine, "date": "", "rows": [], "not_run": []}
+
+        def _child(self, command, name):
+            return subprocess.Popen([sys.executable, "-c", ONE_ROW_THEN_NOTHING, command[1]])
+
+    monkeypatch.setattr(bench, "_LEAST", 1)
+    monkeypatch.setattr(bench, "_SHARE", 0.2)
+    run, start = Run(), time.monotonic()
+    run.mode(bench.MODES[1])
+    assert time.monotonic() - start < 15
+    saved = json.loads(run.path.read_text(encoding="utf-8"))
+    assert [row["variant"] for row in saved["rows"]] == ["bf16"]
+    reason = "stopped after 1 rows: no time left"
+    assert saved["not_run"] == [{"mode": "default", "reason": reason}]
 
 
 def test_one_folder_has_it_all(packed):
