@@ -198,9 +198,12 @@ def _held(module, x: torch.Tensor, weight: QuantizedTensor, rows: int, precision
     if precision == "exact":
         return weight
     state = model_state(module)
-    if module in state.stays_stored or (
-        isinstance(weight, PreparedWeight) and module in state.called
-    ):
+    if module in state.stays_stored:
+        return weight
+    if isinstance(weight, PreparedWeight):
+        if module in state.called:
+            return weight
+    elif "_v" not in vars(module):  # it is offloaded, or hooks have merged LoRAs into it
         return weight
     path = wanted_path(module, precision, x.device, x.dtype)
     if path.precision == "exact" or path.weight_form == "stored":

@@ -284,6 +284,14 @@ def hooks(flux: Flux):
             ),
         )
         patcher.clean_hooks()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([patcher])
+    module = layers(patcher)[flux.few[0]]
+    for hooks in (group, None):  # its first call is one with hooks
+        patcher.apply_hooks(hooks)
+        module.forward(torch.randn(3, module.in_features))
+    yield "few rows are exact after hooks", forms(patcher)[flux.few[0]] != "rotated_int8"
+    patcher.clean_hooks()
     del os.environ[LORAS_BESIDE]
     yield "hooks start from the codes", all(h == hooked[0] for h in hooked)
     yield "hooks merge something", hooked[0] != flux.codes
