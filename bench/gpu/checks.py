@@ -21,6 +21,7 @@ from mxfp8 import kernels
 from mxfp8.kernels import layout
 from mxfp8.kernels.backends import eager, fp8_rowwise, reference
 from mxfp8.kernels.dispatch import choose_step, named
+from mxfp8.kernels.records import Problem, Step
 
 _SLAB = 128  # rows at either end that the oracle computes: a whole tile of scales
 _ROUNDED = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}  # roundings are 2**-9 and 2**-12
@@ -118,12 +119,12 @@ def checks(device: torch.device, quick: bool, shapes) -> Iterator[Check]:
             yield Check(f"quantize {kind}", (N, K), partial(_quantize, device, N, K, dtype))
         yield Check("to_rowwise", (N, K), partial(_to_rowwise, device, N, K))
     yield from _quantize_rowwise_checks(device, quick)
+    yield from _int8_checks(device, quick)
     yield from _error_checks(device, quick)
     tails = ((33, 70, 96), (70, 50, 160)) if quick else ((77, 1050, 1056), (513, 3100, 96))
-    few = (1, 3, 64) if quick else (2, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65)
-    few = [
-        (M, N, K) for M in few for N, K in (shapes[:1] if quick else ((3840, 3840), (1000, 992)))
-    ]
+    counts = (1, 3, 64) if quick else (2, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65)
+    sizes = shapes[:1] if quick else ((3840, 3840), (1000, 992))
+    few = [(M, *size) for M in counts for size in sizes]
     real = () if quick else (
         (1, 3072, 15360), (4096, 3072, 15360), (256, 10240, 3840), (4096, 13824, 5120),
     )  # fmt: skip
@@ -199,6 +200,41 @@ def _quantize_rowwise(device, M: int, K: int, dtype) -> str | None:
     for part, expected_part in zip(out, oracle, strict=True):
         wrong = wrong or same_bits(part[:_SLAB].cpu(), expected_part)
     return wrong
+
+
+def _int8_checks(device, quick: bool) -> Iterator[Check]:
+    """Every step that makes rotated INT8, of inputs and of weights."""
+    sizes = ((33, 256), (5, 96)) if quick else (
+        (1, 3072), (77, 3840), (4096, 15360), (1000, 10240), (10240, 3840), (13824, 5120),
+    )  # fmt: skip
+    backend = named("int8")
+    for M, K in sizes:
+        problem = Problem(device, torch.bfloat16, "fast", shape=(M, K))
+        for kind, steps in (("quantize", backend.quantizers), ("to", backend.preparers)):
+            for step in steps:
+                if step.unsupported_reason(problem) is None:
+                    run = partial(_int8, device, M, K, step, kind == "to")
+                    yield Check(f"{kind}_int8, {step.name}", (M, K), run)
+
+
+def _int8(device, M: int, K: int, step: Step, stored: bool) -> str | None:
+    """The oracle's first and last rows but for ties: sums are in another order."""
+    x = numbers(device, M, K, seed=M, dtype=torch.float32)
+    x *= torch.exp2(numbers(device, M, 1, seed=M + 1, scale=3.0, dtype=torch.float32))
+    if device.type == "cuda":  # CPUs rotate bfloat16 in bfloat16
+        x = x.bfloat16()
+    given = kernels.quantize(x) if stored else (x,)
+    poison(device, M * K, 4 * M)
+    codes, scale = step.run(*given)
+    for r0, r1 in _slabs(M):
+        value = exact_weight(*given)[r0:r1] if stored else x[r0:r1]
+        expected, wanted = (t.to(device) for t in reference.quantize_rotated_int8(value))
+        off = (codes[r0:r1].int() - expected.int()).abs()
+        if off.max() > 1 or off.double().mean() > 1e-3:
+            return f"codes are up to {int(off.max())} off, {off.double().mean():.1e} on average"
+        if not torch.allclose(scale[r0:r1], wanted, rtol=1e-5, atol=0):
+            return "scales are off"
+    return None
 
 
 def _matmul_checks(device, *problems: tuple[int, int, int]) -> Iterator[Check]:

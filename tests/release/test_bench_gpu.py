@@ -145,6 +145,7 @@ def test_a_lora_beside_a_layer_adds_two_matmuls(kernels):
 def test_checks_were_made_and_hold(kernels):
     assert len(kernels["checks"]) > 60
     assert [check for check in kernels["checks"] if check["wrong"]] == []
+    assert {"to_int8, torch", "quantize_int8, torch"} <= {c["check"] for c in kernels["checks"]}
 
 
 @pytest.mark.parametrize(
