@@ -196,7 +196,8 @@ def _choose(key: tuple) -> ExecutionPath:
         found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
             f"no MXFP8 backend takes a linear of {problem.dtype} on {problem.device} at precision "
-            f"{problem.precision!r} with a weight that is {problem.weight_form}: {found or 'none'}"
+            f"{problem.precision!r} with a weight that is {problem.weight_form}"
+            f"{'' if problem.shape is None else f', {list(problem.shape)}'}: {found or 'none'}"
         )
     wants_fast = problem.precision == "fast" and problem.prepare != "never"
     if wants_fast and path.precision == "exact" and problem.m_class == "many":

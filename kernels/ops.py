@@ -57,13 +57,14 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (qdata, scale): float8_e4m3fn [M', K'] with M', K' rounded up to 32 and padding zero;
         uint8 E8M0 bytes [roundup(M', 128), roundup(K'/32, 4)] in the tiled order (`layout`).
-        A block holding NaN or Inf gets scale byte 0xFF and decodes to NaN (`reference`).
+        A block holding NaN or Inf gets scale byte 0xFF and decodes to NaN (`reference`). Not
+        differentiable.
 
     Raises:
         ValueError: x is not 2-D or of another dtype.
     """
     check_quantizable(x)
-    return _ops.quantize(x)
+    return _ops.quantize(x.detach() if x.requires_grad else x)
 
 
 def check_quantizable(x: torch.Tensor) -> None:
@@ -244,6 +245,8 @@ def _check_operands(x, bias, N: int, K: int, device: torch.device) -> None:
         )
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{N}]")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias is {bias.dtype}; it must be of a floating-point dtype")
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the weight on {device}")

@@ -17,6 +17,7 @@ from .records import QUANTIZERS
 _SLAB = 1 << 22  # values compared at a time: 32 MB of float64
 
 
+@torch.no_grad()
 def quantize_and_measure(x: torch.Tensor):
     """Quantize and measure; in one pass where plain torch is the backend that runs.
 
@@ -39,6 +40,7 @@ def quantize_and_measure(x: torch.Tensor):
     return qdata, scale, *(part.cpu().double().mul_(unit) for part in energy)
 
 
+@torch.no_grad()
 def signal_and_noise(x: torch.Tensor, qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Signal and noise of a stored matrix against the one it was quantized from.
 

@@ -550,6 +550,7 @@ QDATA, SCALE = torch.zeros(64, 96, dtype=torch.uint8), torch.zeros(128, 4, dtype
         ({"x": X.to("meta")}, "x is on meta, the weight on cpu"),
         ({"bias": torch.zeros(96)}, r"bias has shape \[96\]; it must be \[64\]"),
         ({"bias": torch.zeros(1, 64)}, r"bias has shape \[1, 64\]; it must be \[64\]"),
+        ({"bias": torch.zeros(64).cfloat()}, "bias is torch.complex64; it must be of a floating-"),
         ({"bias": torch.zeros(64, device="meta")}, "bias is on meta"),
         ({"precision": "exakt"}, "precision is 'exakt'; it must be one of auto, exact, fast"),
         ({"qdata": torch.zeros(64, 96)}, "qdata is torch.float32; it must be one of float8_e4m3fn"),

@@ -279,6 +279,21 @@ def test_what_cannot_be_quantized_is_refused(quantize, x, message):
         quantize(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_s_own_weight_is_quantized(dtype):
+    """A parameter, whose gradient autograd would record on the way."""
+    weight = torch.nn.Parameter(torch.randn(40, 70).to(dtype))
+    expected = reference.quantize(weight.detach())
+    measured = kernels.quantize_and_measure(weight)
+    for got in (kernels.quantize(weight), measured):
+        assert not any(part.requires_grad for part in got)
+        for part, wanted in zip(got, expected, strict=False):
+            assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
+    energies = kernels.signal_and_noise(weight, *expected)
+    for ours, wanted in zip(measured[2:], energies, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=0)
+
+
 def test_the_public_op_gives_the_bits_of_the_oracle():
     x = bit_patterns(70, 130)
     (qdata, scale), (expected, expected_scale) = kernels.quantize(x), reference.quantize(x)
