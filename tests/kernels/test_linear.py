@@ -15,6 +15,7 @@ from mxfp8.kernels.backends import eager, int8, reference
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 N, K = 300, 130  # neither a multiple of 32; three slabs of 128 rows
+CPU = torch.device("cpu")
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 OPS = getattr(torch.ops, ops.NAMESPACE)
 
@@ -313,12 +314,11 @@ def test_ops_are_registered_as_torch_wants_them(name, dtype):
 # ---- every backend that runs here ------------------------------------------------------------
 
 
-def here(shape, m_class="many") -> list[str]:
+def here(shape, m_class="many", dtype=torch.bfloat16) -> list[str]:
     """The backends for those rows that take a weight [N, K] on this CPU, at their precision."""
 
     def takes(backend) -> bool:
-        device, dtype = torch.device("cpu"), torch.bfloat16
-        problem = records.Problem(device, dtype, backend.precision, m_class, shape, prepare="once")
+        problem = records.Problem(CPU, dtype, backend.precision, m_class, shape, prepare="once")
         return backend.unsupported_reason(problem) is None
 
     return [backend.name for backend in records.BACKENDS if takes(backend)]
@@ -421,6 +421,51 @@ def test_operands_of_different_linears_are_refused(name):
         message = str(error.value)
         assert f"x {shape} and N = {N} needs a {path.weight_form} weight of " in message
         assert "these are [96, 96] and " in message and "Pass what prepare_weight" in message
+
+
+@pytest.mark.parametrize("name", here((70, 96), "one"))
+def test_no_backend_looks_at_strides_ranks_or_the_start_of_x(name):
+    M = 12 if "many" in dispatch.named(name).m_classes else 1
+    path, x, bias, stored = forms(name, M, 70, 96)
+    linear = partial(kernels.linear_prepared, path)
+    prepared, scattered = kernels.prepare_weight(path, *stored), numbers(M, 192, dtype=x.dtype)
+    expected = linear(x, prepared, bias, 70)
+    scattered[:, ::2] = x
+    later = torch.cat([x.new_zeros(5), x.flatten()])[5:].view(M, 96)
+    for other in (x.t().contiguous().t(), scattered[:, ::2], later):
+        assert torch.equal(linear(other, prepared, bias, 70), expected)
+    row = linear(x[:1], prepared, bias, 70).expand(M, 70)
+    assert torch.equal(linear(x[:1].expand(M, 96), prepared, bias, 70), row)
+    for shape in ((M, 1), (1, M), (1, M, 1)):
+        got = linear(x.view(*shape, 96), prepared, bias, 70)
+        assert torch.equal(got, expected.view(*shape, 70))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for dtype in FLOATS for name in here((70, 512), dtype=dtype)]
+)
+def test_nothing_overflows_and_nan_stays_where_it_is(name, dtype):
+    """x at the end of float16's range; NaN and infinity in rows of x and of the weight."""
+    N, K, largest = 70, 512, torch.finfo(torch.float16).max
+    x = numbers(70, K).sign() * largest
+    x[0] = largest
+    weight = numbers(N, K, seed=1) / K
+    stored = reference.quantize(weight)
+    with kernels.use_backend(name):
+        precision = dispatch.named(name).precision
+        path = kernels.execution_path(CPU, dtype, precision, 70, (N, K), prepare="once")
+    linear = partial(kernels.linear_prepared, path)
+    exact = x.double() @ reference.dequantize_exact(*stored, N, K).t()
+    got = linear(x.to(dtype), kernels.prepare_weight(path, *stored), None, N).double()
+    assert got.isfinite().all()
+    assert (got - exact).norm() < {"exact": 2.0**-8, "fast": 0.03}[precision] * exact.norm()
+
+    x, weight = numbers(70, K), weight.clone()
+    x[3, 5], x[4, 6], weight[7, 8] = torch.nan, torch.inf, torch.nan
+    prepared = kernels.prepare_weight(path, *reference.quantize(weight))
+    bad = torch.zeros(70, N, dtype=torch.bool)
+    bad[3:5], bad[:, 7] = True, True
+    assert torch.equal(~linear(x.to(dtype), prepared, None, N).isfinite(), bad)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 70])
