@@ -556,7 +556,9 @@ class Ops(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning"
+)
 def test_a_plain_call_goes_past_the_ops_and_all_that_looks_sees_them(anywhere, forget, monkeypatch):
     path, x, bias, stored = forms("reference_int8", 5, 70, 96)
     prepared = kernels.prepare_weight(path, *stored)
