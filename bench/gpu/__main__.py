@@ -35,6 +35,8 @@ from gpu import ceilings, report  # noqa: E402
 from gpu.clock import Clock, OutOfTimeError, reason  # noqa: E402
 from gpu.shapes import plan  # noqa: E402
 
+from mxfp8.kernels.memory import is_out_of_memory  # noqa: E402
+
 SECTIONS = ("linears", "host", "blocks", "casts", "loras", "check")
 _LAST = 5  # seconds for the ceilings after everything else
 
@@ -85,10 +87,11 @@ class Run:
                 print(*(f"{v}" for v in row.values() if v is not None), flush=True)
         except OutOfTimeError:
             self.result["left_out"].append(f"{what}: no time left")
-        except torch.OutOfMemoryError as error:
-            self.result["left_out"].append(f"{what}: {reason(error)}")
         except Exception as error:  # a kernel that raises is wrong; the rest is still measured
-            self._wrong({"check": what, "shape": [], "wrong": reason(error)})
+            if is_out_of_memory(error):
+                self.result["left_out"].append(f"{what}: {reason(error)}")
+            else:
+                self._wrong({"check": what, "shape": [], "wrong": reason(error)})
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -103,7 +106,11 @@ class Run:
 
         for done, check in enumerate(checks(self.device, self.quick, self.plan.shapes)):
             self.clock.check()
-            self._wrong(check.result())
+            try:
+                self._wrong(check.result())
+            except Exception as error:
+                line = f"check of {check.name} {check.shape}: {reason(error)}"
+                self.result["left_out"].append(line)
             if done % 20 == 0:
                 self.save()
         yield from ()
