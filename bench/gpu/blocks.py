@@ -28,15 +28,15 @@ Layers = dict[str, tuple[Weight, torch.Tensor | None]]
 class Linears:
     """The linears of a block by name, run by one method."""
 
-    def __init__(self, block: Block, layers: Layers, method: Method, exact: Method):
+    def __init__(self, block: Block, layers: Layers, method: Method, one_row: Method):
         """
         Args:
-            exact: runs the layers of one row if the method is fast.
+            one_row: runs the layers of one row if the method is one of ours.
         """
         self.method = method
         self.layers = {}
         for name, (kept, bias) in layers.items():
-            used = exact if method.precision == "fast" and name in block.vectors else method
+            used = one_row if method.path is not None and name in block.vectors else method
             if name in block.kept:
                 self.layers[name] = linear, kept.plain, bias
             else:
@@ -182,8 +182,8 @@ def measure(bench: Bench, block: Block, tokens: int) -> Iterator[tuple[dict, dic
     """(row, peak memory) of every method; N and K of a row are null."""
     device = bench.device
     dense, *others = bench.methods(tokens)
-    exact = the_chosen(device, 1)["exact"]
-    wide = Linears(block, block.layers(device, torch.float32), dense, exact)
+    one_row = the_chosen(device, 1)["exact"]
+    wide = Linears(block, block.layers(device, torch.float32), dense, one_row)
     expected = block.forward(wide, block.inputs(device, tokens, torch.float32))
     expected = expected.to("cpu", torch.float32)
     del wide
@@ -194,7 +194,7 @@ def measure(bench: Bench, block: Block, tokens: int) -> Iterator[tuple[dict, dic
     for name, method in methods.items():
         bench.clock.check()
         try:
-            linears = Linears(block, layers, method, exact)
+            linears = Linears(block, layers, method, one_row)
             block.forward(linears, inputs)
             kept = sum(_nbytes(stored) for _, stored, _ in linears.layers.values())
             outputs: list[torch.Tensor] = []
