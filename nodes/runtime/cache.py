@@ -68,6 +68,7 @@ class ModelState:
         stays_stored: linear -> why its weight is not prepared though its precision asks for it.
         changes: linear -> by how much preparing its weight changed that.
         called: linears that were called since they were loaded.
+        unjudged: whether a weight was prepared, and no call has shown yet who has few rows.
         shared_inputs: linear -> the input that it shares with its siblings.
         forwards: names of our object patches that are on the model now.
         held: what a patcher's branches are loaded with, by what they are made for (`lora`).
@@ -81,6 +82,7 @@ class ModelState:
         self.stays_stored: dict[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self.changes: dict[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self.called: set[torch.nn.Module] = weakref.WeakSet()
+        self.unjudged = False
         self.shared_inputs: dict[torch.nn.Module, SharedInput] = weakref.WeakKeyDictionary()
         self.forwards: Sequence[str] = ()
         self.held: Mapping = weakref.WeakValueDictionary()
@@ -116,6 +118,7 @@ class ModelState:
         """Forget what holds until the model is loaded anew."""
         for remembered in (self.stays_stored, self.changes, self.called):
             remembered.clear()
+        self.unjudged = False
 
     def unbind(self) -> None:
         """Take the branches off the layers."""

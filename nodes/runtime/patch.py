@@ -21,7 +21,7 @@ from types import MethodType
 
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ... import kernels
 from ...kernels import layout
@@ -31,6 +31,7 @@ from . import cache, forward
 from .forward import compute_dtype, is_mxfp8_linear, mxfp8_linears, our_patches
 from .patcher import patcher_class
 from .prepared import stored_weight
+from .preparing import judge_uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def accelerate(patcher, precision: str):
         clone.patches_uuid = uuid.uuid4()
     if not clone.get_callbacks(CallbacksMP.ON_CLONE, _KEY):
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, _KEY, _rebind)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, judge_uncompiled)
     cache.attach(clone.model, [module for _, module in linears])
     dtype = compute_dtype(clone)
     path = kernels.execution_path(clone.load_device, dtype, precision, prepare="once")

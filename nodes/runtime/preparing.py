@@ -79,6 +79,19 @@ def called_with_few_rows(module: torch.nn.Module, rows: int) -> bool:
     return True
 
 
+def judge_uncompiled(executor, *args, **options):
+    """A wrapper of a model's calls: the first one after loading is not compiled.
+
+    It gives layers with few rows their codes back, which a compiled graph cannot.
+    """
+    state = model_state(executor.class_obj)
+    if not state.unjudged:
+        return executor(*args, **options)
+    state.unjudged = False
+    with torch.compiler.set_stance("force_eager"):
+        return executor(*args, **options)
+
+
 @contextmanager
 def judged_by_itself(module: torch.nn.Module) -> Iterator[None]:
     """Within it a call shows whether a layer has few rows; afterwards it is as if none had."""

@@ -144,6 +144,8 @@ def _settle(patcher, name: str, module, masters, room: float) -> int:
     if key not in patcher.backup:
         patcher.backup[key] = _Backup(stored, False)
     replace(module, prepared)
+    state = model_state(module)
+    state.unjudged |= path.precision == "fast" and module not in state.called
     return nbytes(path, weight)
 
 
