@@ -199,6 +199,25 @@ def test_what_has_no_ceiling_has_no_roofline(monkeypatch):
     assert int8.fast("rowwise_fp8", 64, 64, 64) is None
 
 
+def test_what_waits_for_a_gpu_is_not_captured(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def raises(message: str):
+        def run(i):
+            if modes[-1] == "error":
+                raise RuntimeError(message)
+
+        return run
+
+    clock = Clock(torch.device("cuda"))
+    assert clock._synchronizes(raises("called a synchronizing CUDA operation"))
+    assert not clock._synchronizes(lambda i: None)
+    with pytest.raises(RuntimeError, match="misaligned"):
+        clock._synchronizes(raises("misaligned address"))
+    assert modes == ["default", *["error", "default"] * 3]
+
+
 def test_the_host_has_a_goal_for_each_of_our_methods():
     made = [
         {"op": "host_us", "backend": name, "chosen": chosen, "us": us}
@@ -286,7 +305,7 @@ time.sleep(60)
 """
 
 
-def test_a_mode_is_stopped_in_time_and_its_rows_are_kept(tmp_path, monkeypatch):
+def test_a_mode_is_left_out_or_stopped_in_time_and_its_rows_are_kept(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("models", ROOT / "bench/in_comfyui/__main__.py")
     bench = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "models", bench)  # where dataclasses look for it
@@ -303,6 +322,12 @@ def test_a_mode_is_stopped_in_time_and_its_rows_are_kept(tmp_path, monkeypatch):
 
         def _child(self, command, name):
             return subprocess.Popen([sys.executable, "-c", ONE_ROW_THEN_NOTHING, command[1]])
+
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    on_gpu = Run()
+    on_gpu.arguments.device = "cuda"
+    assert on_gpu._reason(bench.MODES[0]) == "torch.compile needs a C compiler, such as gcc"
+    assert on_gpu._reason(bench.MODES[1]) is None
 
     monkeypatch.setattr(bench, "_LEAST", 1)
     monkeypatch.setattr(bench, "_SHARE", 0.2)
