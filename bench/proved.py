@@ -266,8 +266,12 @@ def described(arch: str) -> str:
 
 
 @contextmanager
-def standing_on(arch: str) -> Iterator[torch.device]:
-    """A device that is not there, with Triton and comfy-kitchen's kernels, passing self-tests."""
+def standing_on(arch: str, triton: bool = True, kitchen: bool = True) -> Iterator[torch.device]:
+    """A device that is not there, on which self-tests pass.
+
+    Args:
+        triton, kitchen: whether Triton, and comfy-kitchen's compiled kernels, are there.
+    """
     version, device = None, torch.device("cuda", 0)
     if arch.startswith("sm_"):
         version = divmod(int(arch[3:]), 10)
@@ -279,8 +283,10 @@ def standing_on(arch: str) -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         if version is not None:
             torch_for = "7.0" if version == arch else "13.0"
-            mocked_card.install(mocked_card.Card(CARDS[arch], version, torch_for), patch)
-        mocked_card.describe(version, patch, name=CARDS[arch])
+            card = mocked_card.Card(CARDS[arch], version, torch_for)
+            mocked_card.install(card, patch, kitchen)
+        reason = None if triton else "Triton is not installed"
+        mocked_card.describe(version, patch, reason, name=CARDS[arch])
         for module, name, value in (
             (dispatch, "_warn_exact", None),
             (mx, "dsl_unsupported_reason", None),
@@ -340,14 +346,17 @@ def cute_versions(results: dict[str, dict], arch: str) -> list[str]:
     return sorted({k["version"] for k in ours}) if sound else []
 
 
+def _ran_on_cpu(result: dict, backend: str, arch: str) -> bool:
+    ran = {row["backend"] for row in result["rows"]}
+    has_amx = "amx" in json.dumps(result["machine"]).lower()
+    return backend == "eager" or (backend in ran and arch == ("cpu AMX" if has_amx else "cpu VNNI"))
+
+
 def runs(results: dict[str, dict], backend: str, arch: str) -> list[str]:
     """Results files in which a backend ran on such a device, without a failed check."""
     if arch.startswith("cpu"):
-        result = results.get("cpu.json", {})
-        ran = {row["backend"] for row in result.get("rows", ())}
-        has_amx = "amx" in json.dumps(result.get("machine", {})).lower()
-        there = backend in ran and arch == ("cpu AMX" if has_amx else "cpu VNNI")
-        return ["cpu.json"] if result and (backend == "eager" or there) else []
+        names = [name for name in results if name.startswith("cpu")]
+        return [name for name in names if _ran_on_cpu(results[name], backend, arch)]
     names = []
     for name, result in results.items():
         capability = result.get("machine", {}).get("capability")
@@ -393,9 +402,13 @@ def proof(results: dict[str, dict], backend: str, arch: str) -> str:
     return MISSING if backend in KERNELS else "not run"
 
 
-def chosen(arch: str) -> list[str]:
-    """The backends of more than 64 rows of bfloat16 for precision exact, fast and auto."""
-    with standing_on(arch) as device:
+def chosen(arch: str, **installed: bool) -> list[str]:
+    """The backends of more than 64 rows of bfloat16 for precision exact, fast and auto.
+
+    Args:
+        installed: as of `standing_on`.
+    """
+    with standing_on(arch, **installed) as device:
         paths = (
             dispatch.execution_path(device, torch.bfloat16, precision, prepare="once")
             for precision in ("exact", "fast", "auto")
@@ -403,16 +416,50 @@ def chosen(arch: str) -> list[str]:
         return [path.backend for path in paths]
 
 
+def speed(results: dict[str, dict], backend: str, arch: str) -> str:
+    """Its time over that of dense BF16 for many rows, from results files, or nothing."""
+    rows = [row for name in runs(results, backend, arch) for row in results[name]["rows"]]
+    rows = [r for r in rows if r.get("backend") == backend and r.get("op") == "linear"]
+    ratios = [
+        row.get("ms", row.get("us")) / (row.get("bf16_ms") or row["bf16_us"])
+        for row in rows
+        if row["M"] == 4096 and (row.get("bf16_ms") or row.get("bf16_us"))
+    ]
+    low, high = (f"{pick(ratios):.2f}" for pick in (min, max)) if ratios else ("", "")
+    return f"; {low if low == high else f'{low} to {high}'} of BF16's time" if ratios else ""
+
+
 def choices(results: dict[str, dict]) -> list[str]:
     """The table of what is chosen automatically on each card, and what is proved of it."""
     rows = []
     for arch in CARDS:
         exact, fast, auto = chosen(arch)
-        words = {name: f"{name}, {proof(results, name, arch)}" for name in (exact, fast)}
+        words = {
+            name: f"{name}, {proof(results, name, arch)}{speed(results, name, arch)}"
+            for name in (exact, fast)
+        }
         state = "as exact" if fast == exact else words[fast]
         state += "; `auto` as exact" if auto == exact != fast else ""
         rows.append((described(arch), words[exact], state))
     return table(("card", "`exact`", "`fast`, and `auto`"), rows)
+
+
+WITHOUT = {
+    "without Triton": {"triton": False},
+    "without comfy-kitchen's kernels": {"kitchen": False},
+    "without either": {"triton": False, "kitchen": False},
+}
+
+
+def installations(results: dict[str, dict]) -> list[str]:
+    """The table of what is chosen where something is not installed."""
+    rows = []
+    for arch in CARDS:
+        if arch.startswith(("sm_", "gfx")):
+            paths = (chosen(arch, **installed)[:2] for installed in WITHOUT.values())
+            cells = (name if name == fast else f"{name}; {fast}" for name, fast in paths)
+            rows.append((described(arch), *cells))
+    return table(("card", *WITHOUT), rows)
 
 
 def table(heads, rows) -> list[str]:
@@ -486,7 +533,11 @@ def not_compiled(results: dict[str, dict]) -> list[str]:
     return [*lines, ""]
 
 
-SECTIONS = {"what runs where": choices, "what is proved": evidence}
+SECTIONS = {
+    "what runs where": choices,
+    "what runs without": installations,
+    "what is proved": evidence,
+}
 
 
 def with_sections(page: str) -> str:

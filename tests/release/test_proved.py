@@ -137,6 +137,29 @@ def test_the_error_of_a_compiler_is_its_own_line():
     assert proved.error_line("Traceback\nRuntimeError: nothing\n") == "RuntimeError: nothing"
 
 
+@pytest.mark.parametrize(
+    ("arch", "installed", "expected"),
+    [
+        ("sm_86", {}, ["triton", "kitchen_int8", "kitchen_int8"]),
+        ("sm_86", {"triton": False}, ["eager", "kitchen_int8", "kitchen_int8"]),
+        ("sm_86", {"kitchen": False}, ["triton", "triton_int8", "triton_int8"]),
+        ("sm_120", {"triton": False, "kitchen": False}, ["eager", "eager", "eager"]),
+    ],
+)
+def test_what_is_chosen_depends_on_what_is_installed(arch, installed, expected):
+    assert proved.chosen(arch, **installed) == expected
+
+
+def test_speeds_are_those_of_results_files(results):
+    linear = {"op": "linear", "backend": "int8", "M": 4096, "bf16_ms": 4.0}
+    results["cpu.json"] = {
+        "machine": {"flags": ["AMX"]},
+        "rows": [linear | {"ms": 3.0}, linear | {"ms": 5.0}, linear | {"ms": 9.0, "M": 64}],
+    }
+    assert proved.speed(results, "int8", "cpu AMX") == "; 0.75 to 1.25 of BF16's time"
+    assert proved.speed(results, "int8", "sm_90") == proved.speed(results, "int8", "cpu") == ""
+
+
 def test_backends_in_the_cpu_results_show_what_ran_on_such_a_cpu(results):
     results["cpu.json"] = {"machine": {"flags": ["AMX"]}, "rows": [{"backend": "int8_one_row"}]}
     ran = [arch for arch in proved.CARDS if proved.runs(results, "int8_one_row", arch)]
