@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import working_copy
-from gpu.shapes import LARGE, MODELS, ONE_ROW, SHAPES
+from gpu.shapes import LARGE, ONE_ROW, SHAPES
 
 # Form -> what its matmul alone, preparing a weight and quantizing an input are called.
 MATMULS = {
@@ -143,13 +143,9 @@ def markdown(result: dict) -> str:
     lines += [f"- {c['check']} {c['shape']}: {c['wrong']}" for c in failed]
     lines += ["", *_goals(result["goals"]), *_ceilings(result["ceilings"])]
     lines += ["## Casts", "", *_table(result["rows"], _is_cast, _CAST)]
-    for model, shapes in MODELS.items():
-        lines += [f"## Linears of {model}", ""]
-        lines += _table(result["rows"], lambda r, s=shapes: _is_of(r, s), _LINEAR)
+    lines += ["## Linears", "", *_table(result["rows"], lambda r: r["op"] in _OPS, _LINEAR)]
     lines += ["## Linears with a LoRA", "", *_table(result["rows"], _is_lora, _LORA)]
-    known = (_is_cast, _is_lora, lambda r: _is_of(r, SHAPES))
-    others = [r for r in result["rows"] if not any(kind(r) for kind in known)]
-    lines += ["## Blocks and the host", "", *_table(others, lambda r: True, _LINEAR)]
+    lines += ["## Blocks and the host", "", *_table(result["rows"], _is_other, _LINEAR)]
     lines += _peaks(result["peak_memory"])
     if result["left_out"]:
         lines += ["## Not measured", "", *(f"- {what}" for what in result["left_out"]), ""]
@@ -195,8 +191,8 @@ def _is_lora(r: dict) -> bool:
     return r["op"] == "linear, LoRA"
 
 
-def _is_of(r: dict, shapes) -> bool:
-    return r["op"] in _OPS and (r["N"], r["K"]) in shapes
+def _is_other(r: dict) -> bool:
+    return r["op"] not in _OPS and not _is_cast(r) and not _is_lora(r)
 
 
 def _table(rows: list[dict], keep: Callable[[dict], bool], columns: tuple[str, ...]) -> list[str]:
