@@ -189,7 +189,11 @@ def prepare_weight(path: ExecutionPath, qdata, scale) -> tuple[torch.Tensor, ...
     Args:
         path: `execution_path` with `prepare="once"`.
         qdata, scale: as for `dequantize`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match.
     """
+    _check_matrix(qdata, scale, None)
     qdata, scale = qdata.contiguous(), scale.contiguous()
     if path.preparer is None:
         return qdata, scale
@@ -290,7 +294,9 @@ def _dequantize_fake(qdata, scale, dtype, rows, cols):
 def _linear(x, qdata, scale, bias, N, K, precision):
     M = math.prod(x.shape[:-1])
     path = execution_path(x.device, x.dtype, precision, M, (N, K), prepare="each call")
-    return linear_prepared(path, x, prepare_weight(path, qdata, scale), bias, N)
+    stored = qdata, scale  # checked by `linear`
+    prepared = stored if path.preparer is None else prepare_weight(path, *stored)
+    return linear_prepared(path, x, prepared, bias, N)
 
 
 def _linear_fake(x, qdata, scale, bias, N, K, precision):

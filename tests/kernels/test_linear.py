@@ -481,6 +481,16 @@ def test_an_empty_weight_runs_exact(shape, rows, dtype):
     assert torch.equal(got, bias.to(dtype).expand(rows, N))
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_a_weight_that_is_none_is_not_prepared(precision):
+    qdata, scale = reference.quantize(numbers(70, 96))
+    path = kernels.execution_path(CPU, torch.float32, precision, 70, (70, 96), prepare="once")
+    with pytest.raises(ValueError, match=r"scales have shape \[64, 4\]; data of shape \[96, 96\]"):
+        kernels.prepare_weight(path, qdata, scale[:64])
+    with pytest.raises(ValueError, match=r"qdata is torch\.float32; it must be one of"):
+        kernels.prepare_weight(path, qdata.float(), scale)
+
+
 def test_a_stored_weight_is_made_contiguous_as_kernels_read_it():
     (qdata, scale), _ = weight()
     path = kernels.execution_path(torch.device("cpu"), torch.float32, "exact", 5, (N, K))
