@@ -117,6 +117,7 @@ class _QuantizedWeights:
                 if not self._side.branches:
                     lora.drop_branches(self.model)
                 lora.keep_loaded(self, self._side)
+                residency.try_shapes(self)
                 loaded = super().partially_load(
                     device_to, extra_memory, force_patch_weights=force_patch_weights
                 )
@@ -127,7 +128,6 @@ class _QuantizedWeights:
 
     def load(self, *args, **options):
         side = self._side or lora.side_branches(self)
-        residency.try_shapes(self)
         masters = residency.masters(self)
         with self._showing(side.merged):
             super().load(*args, **options)
