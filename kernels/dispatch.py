@@ -350,7 +350,7 @@ def try_shape(
                     path.backend, *shape, device, reason,
                 )  # fmt: skip
                 _refused[path.backend, device, dtype, shape] = reason
-                for known in [known for known in _paths if shape in known]:
+                for known in [known for known in list(_paths) if shape in known]:
                     del _paths[known]
 
 
