@@ -123,7 +123,9 @@ def _settle(patcher, name: str, module, masters, room: float) -> int:
     """Bring a layer on the device to the form that it runs on; returns the bytes that it takes."""
     path, weight = _wanted(patcher, name, module), module.weight
     form = "stored" if path is None else path.weight_form
-    has = weight.form if isinstance(weight, PreparedWeight) else "stored"
+    has, freed = "stored", 0
+    if isinstance(weight, PreparedWeight):
+        has, freed = weight.form, sum(tensor.nbytes for tensor in weight.tensors)
     if form == has:
         return 0
     key = f"{name}.weight"
@@ -132,12 +134,12 @@ def _settle(patcher, name: str, module, masters, room: float) -> int:
     else:
         stored = weight.stored
         codes = stored.to(device=weight.device)
-    if path is not None and nbytes(path, weight) > room:
+    if path is not None and nbytes(path, weight) - freed > max(room, 0):
         model_state(module).stays_stored.setdefault(module, NO_ROOM)  # it may have another reason
         path = None
     if path is None:
         replace(module, codes)
-        return 0
+        return -freed
     prepared = prepare(module, codes, stored, path)
     if prepared is None:  # it stays exact
         return _settle(patcher, name, module, masters, room)
@@ -146,7 +148,7 @@ def _settle(patcher, name: str, module, masters, room: float) -> int:
     replace(module, prepared)
     state = model_state(module)
     state.unjudged |= path.precision == "fast" and module not in state.called
-    return nbytes(path, weight)
+    return nbytes(path, weight) - freed
 
 
 def _master(patcher, key: str, weight: QuantizedTensor, masters) -> QuantizedTensor:

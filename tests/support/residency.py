@@ -379,13 +379,20 @@ def unpacked(flux: Flux):
         wanted = torch.nn.functional.linear(x, weight.bfloat16(), bias)
         same.append(torch.equal(module.forward(x), wanted))
     yield "the same outputs", all(same)
-    flux.as_fast()
-    kept_reserve, preparing.RESERVE = preparing.RESERVE, 1 << 60
-    patcher = flux.fast.clone()
-    patcher.add_object_patch("manual_cast_dtype", torch.bfloat16)
-    comfy.model_management.load_models_gpu([patcher])
+    kept_reserve = preparing.RESERVE
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([flux.fast])
+    preparing.RESERVE = 1 << 60
+    for _ in range(2):  # layers with few rows get their codes back, then find no memory
+        output(flux.fast)
     preparing.RESERVE = kept_reserve
     yield "few rows stay exact once there was no memory for bfloat16", flux.as_fast()
+    output(flux.exact)
+    preparing.RESERVE = 1 << 60
+    output(flux.fast)
+    preparing.RESERVE = kept_reserve
+    prepared = {name for name, form in forms(flux.fast).items() if form == "rotated_int8"}
+    yield "a smaller form needs no memory", prepared == flux.codes.keys() - set(flux.few)
     device_facts.cpu_multiplies = kept
     dispatch.forget()
     yield "fast again", flux.as_fast()
