@@ -115,7 +115,7 @@ def builds(arch: Arch) -> Iterator[Build]:
         if not amd and arch < 80:  # Triton does not use Turing's matrix instructions
             continue
         types = types | _sizes("M x_stride")
-        for largest, config in w8a16.SMALL_M:
+        for largest, config in w8a16.small_m_configs(arch):
             yield Build(w8a16.small_m_kernel, f"{name}, M <= {largest}", types, config | constants)
     yield from _int8_builds(arch, hardware)
     if not amd:

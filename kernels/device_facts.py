@@ -189,6 +189,12 @@ def has_float8(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def architecture(device: torch.device) -> int | str:
+    """What kernels are compiled for: compute capability times 10, an AMD architecture, else 0."""
+    major, minor = capability(device) or (0, 0)
+    return amd_architecture(device) or major * 10 + minor
+
+
 def hardware_e4m3(device: torch.device) -> bool:
     """Whether the device has instructions that convert E4M3: NVIDIA from Ada (sm_89) on."""
     return (capability(device) or (0, 0)) >= (8, 9)

@@ -125,6 +125,18 @@ def test_unsupported_reasons_say_what_a_device_lacks(name, standing_on):
         assert reason["triton_mx"].endswith(here)
 
 
+@pytest.mark.parametrize("backend", ["triton_fp8", "triton_int8"])
+@pytest.mark.parametrize(
+    ("name", "triton", "expected"),
+    [("sm_89", "3.3.1", None), ("sm_90", "3.4.0", None),
+     ("sm_90", "3.3.1", "needs Triton 3.4 on Hopper; this is 3.3.1")],
+)  # fmt: skip
+def test_hopper_needs_a_triton_with_tensor_descriptors(
+    name, triton, expected, backend, standing_on
+):
+    assert reasons(standing_on(name, triton))[backend] == expected
+
+
 @pytest.mark.parametrize(
     ("name", "triton", "unsupported"),
     [("sm_100", "3.6.0", False), ("sm_120", "3.5.1", True), ("sm_121", "3.6.0", True),

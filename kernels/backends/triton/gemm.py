@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...device_facts import amd_architecture, capability, on_device
+from ...device_facts import architecture, on_device
 
 
 def _tiles(largest: int, BM: int, BN: int, BK: int, warps: int, stages: int):
@@ -122,12 +122,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def architecture(device: torch.device) -> int | str:
-    """Compute capability times 10, or the name of an AMD architecture; 0 if neither."""
-    major, minor = capability(device) or (0, 0)
-    return amd_architecture(device) or major * 10 + minor
-
-
 def uses_tma(arch: int | str) -> bool:
     """Whether tiles are fetched by the tensor memory accelerator."""
     return arch == 90
@@ -137,7 +131,7 @@ def configs_for(arch: int | str, dtype: torch.dtype, codes: torch.dtype) -> list
     """[(largest M they serve, tile sizes and options)], ascending, the last for any M.
 
     Args:
-        arch: an `architecture`.
+        arch: a `device_facts.architecture`.
         dtype, codes: of the result and of the matrices.
     """
     table, other = (INT8, 86) if codes == torch.int8 else (FP8, 89)

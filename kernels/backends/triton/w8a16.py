@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...device_facts import hardware_e4m3, on_device
+from ...device_facts import architecture, hardware_e4m3, on_device
 from .cast import load_scaled
 
 MOST_ROWS = 64
@@ -78,15 +78,21 @@ def small_m_kernel(
     )
 
 
-# (Largest M they serve, configuration). They compile for sm_80 to sm_90 without spills; chosen by
-# counting, not yet by timing: enough programs for every multiprocessor at N = 3072, and 64 to 128
-# bytes of a row of the weight per load.
-ONE_ROW = {"N": 8, "K": 512, "num_warps": 4, "num_stages": 3}
+# (Largest M they serve, configuration). They compile without spills; chosen by counting, not yet by
+# timing: enough programs for every multiprocessor at N = 3072, and 64 to 128 bytes of a row of the
+# weight per load.
+ONE_ROW = {"N": 8, "K": 512, "num_warps": 4}
 SMALL_M = (
     (16, {"BM": 16, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
     (32, {"BM": 32, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
     (64, {"BM": 64, "N": 32, "K": 128, "num_warps": 4, "num_stages": 4}),
 )
+
+
+def small_m_configs(arch: int | str) -> list[tuple[int, dict[str, int]]]:
+    """`SMALL_M` for a `device_facts.architecture`; on RDNA 128 columns do not fit registers."""
+    columns = {"K": 64} if isinstance(arch, str) and arch.startswith("gfx1") else {}
+    return [(most, config | columns) for most, config in SMALL_M]
 
 
 def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
@@ -110,7 +116,8 @@ def linear(x, qdata, scale, bias, rows: int, cols: int) -> torch.Tensor:
             grid = (-(-rows // ONE_ROW["N"]),)
             one_row_kernel[grid](x, code, byte, bias, out, *sizes, **ONE_ROW, **options)
         else:
-            config = next(c for most, c in SMALL_M if most >= M)
+            configs = small_m_configs(architecture(x.device))
+            config = next(config for most, config in configs if most >= M)
             grid = (-(-rows // config["N"]), -(-M // config["BM"]))
             small_m_kernel[grid](
                 x, code, byte, bias, out, M, rows, cols, x.stride(0), *sizes[2:],

@@ -61,6 +61,15 @@ def test_few_rows_are_exact(M, N, K, dtype, bias, decoding, device):
     assert close(actual, x, weight, b, dtype)
 
 
+def test_few_rows_are_exact_in_the_tiles_of_rdna(device, monkeypatch):
+    monkeypatch.setattr(w8a16, "architecture", lambda _: "gfx1100")
+    stored = [part.to(device) for part in stored_weight(70, 224)]
+    for M in (2, 17, 33):
+        x = normal(M, 224, seed=7).half()
+        actual = w8a16.linear(x.to(device), *stored, None, 70, 224)
+        assert close(actual, x, plain(stored, 70, 224).half(), None, torch.float16)
+
+
 def test_few_rows_take_rows_of_a_larger_tensor_and_rows_stored_without_padding(device):
     qdata, scale = stored_weight(33, 96)
     stored = qdata[:33].contiguous().to(device), scale.to(device)
@@ -138,7 +147,7 @@ def test_the_fp8_matmul_is_that_of_its_operands(
     M, N, K, columns, dtype, bias, tma, device, monkeypatch
 ):
     if device_facts.interpreted():
-        monkeypatch.setattr(gemm, "capability", lambda _: (9, 0) if tma else (8, 9))
+        monkeypatch.setattr(gemm, "architecture", lambda _: 90 if tma else 89)
     elif tma != (device_facts.capability(device)[0] == 9):
         pytest.skip("tiles by TMA need compute capability 9, by copies another")
     check_matmul(M, N, K, dtype, bias, columns, device)
@@ -146,7 +155,7 @@ def test_the_fp8_matmul_is_that_of_its_operands(
 
 def test_several_programs_and_groups_of_tiles_cover_the_output(device, monkeypatch):
     if device_facts.interpreted():
-        monkeypatch.setattr(gemm, "capability", lambda _: (8, 9))
+        monkeypatch.setattr(gemm, "architecture", lambda _: 89)
         monkeypatch.setattr(gemm, "multiprocessors", lambda _: 3)
     check_matmul(1300, 544, 64, torch.float32, True, 544, device)
 
