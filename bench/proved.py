@@ -88,6 +88,7 @@ KERNELS = {
         "rotated_input_kernel",
         "rowwise_matmul_kernel (INT8)",
     ),
+    "triton_fnuz": ("rowwise_weight_kernel", "rowwise_input_kernel", "rowwise_matmul_kernel"),
     "triton_mx": ("mx_kernel",),
 }
 MISSING, PARTLY = "not compiled", "one configuration of each kernel compiled"

@@ -35,7 +35,6 @@ SHARED |= dict.fromkeys(("gfx942", "gfx1100", "gfx1201"), 65_536)
 _OPTIONS = ("num_warps", "num_stages")
 _UNALIGNED = ("M", "tiles")  # sizes that are often not multiples of 16
 _FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A line of SASS: the address in a comment, an optional predicate, the instruction.
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+)")
@@ -118,7 +117,7 @@ def builds(arch: Arch) -> Iterator[Build]:
         for largest, config in w8a16.small_m_configs(arch):
             yield Build(w8a16.small_m_kernel, f"{name}, M <= {largest}", types, config | constants)
     yield from _int8_builds(arch, hardware)
-    if not amd:
+    if not amd or arch == "gfx942":
         yield from _rowwise_builds(arch, hardware)
     if arch == "gfx950" or (not amd and arch >= 100):
         yield from _block_scaled_builds(arch)
@@ -147,10 +146,12 @@ def _int8_builds(arch: Arch, hardware: dict) -> Iterator[Build]:
         yield from _matmul_builds(arch, torch.int8)
 
 
-def _rowwise_builds(arch: int, hardware: dict) -> Iterator[Build]:
+def _rowwise_builds(arch: Arch, hardware: dict) -> Iterator[Build]:
     """The kernels of `fp8_rowwise`."""
     types = dict.fromkeys(("code_ptr", "scale_ptr", "out_ptr"), "*u8") | {"row_scale_ptr": "*fp32"}
     types |= _sizes("rows stored tiles")
+    fnuz = arch == "gfx942"
+    hardware = hardware | {"FNUZ": fnuz}
     yield Build(rowwise.rowwise_weight_kernel, "", types, rowwise.WEIGHT_CONFIG | hardware)
     types = {"code_ptr": "*u8", "scale_ptr": "*fp32"} | _sizes("cols row_stride stored")
     for name in ("bf16", "fp16"):
@@ -159,17 +160,18 @@ def _rowwise_builds(arch: int, hardware: dict) -> Iterator[Build]:
                 rowwise.rowwise_input_kernel, f"{name}, K = {stored}",
                 types | {"x_ptr": _FLOATS[name]}, rowwise.rowwise_input_config(stored) | hardware,
             )  # fmt: skip
-    if arch >= 89:
-        yield from _matmul_builds(arch, torch.float8_e4m3fn)
+    if fnuz or arch >= 89:
+        codes = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+        yield from _matmul_builds(arch, codes)
 
 
 def _matmul_builds(arch: Arch, codes: torch.dtype) -> Iterator[Build]:
     """The matmul of codes with a scale per row, in every tile that is launched."""
     integer, tma = codes == torch.int8, gemm.uses_tma(arch)
-    code = "i8" if integer else "fp8e4nv"
+    code = {torch.int8: "i8", torch.float8_e4m3fnuz: "fp8e4b8"}.get(codes, "fp8e4nv")
     types = {"a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"} | _sizes("M N K columns")
     for name in ("bf16", "fp16") if integer else _FLOATS:  # FP8 is what multiplies float32
-        for largest, config in gemm.configs_for(arch, _DTYPES[name], codes):
+        for largest, config in gemm.configs_for(arch, codes):
             rows = {"a": config["BM"], "b": config["BN"]}
             operands = {n: _codes(code, count, config["BK"], tma) for n, count in rows.items()}
             yield Build(

@@ -310,6 +310,11 @@ _PREPARERS: dict[tuple[str, str], Step] = {
 _QUANTIZERS: dict[tuple[str, str], Step] = {
     (backend.input_form, step.name): step for backend in BACKENDS for step in backend.quantizers
 }
+_CODES = {
+    "rowwise_fp8": torch.float8_e4m3fn,
+    "rowwise_fnuz": torch.float8_e4m3fnuz,
+    "rotated_int8": torch.int8,
+}
 
 
 def _prepare_weight(qdata, scale, form, by):
@@ -319,9 +324,8 @@ def _prepare_weight(qdata, scale, form, by):
 def _prepare_weight_fake(qdata, scale, form, by):
     if form == "bf16":
         return [torch.empty_like(qdata, dtype=torch.bfloat16)]
-    dtype = torch.int8 if form == "rotated_int8" else torch.float8_e4m3fn
     row_scale = qdata.new_empty(qdata.shape[0], dtype=torch.float32)
-    return [torch.empty_like(qdata, dtype=dtype), row_scale]
+    return [torch.empty_like(qdata, dtype=_CODES[form]), row_scale]
 
 
 def _quantize_input(x, form, by):
@@ -333,10 +337,8 @@ def _quantize_input_fake(x, form, by):
         return list(_quantize_fake(x))
     M, K = x.shape
     scale = x.new_empty(M, dtype=torch.float32)
-    if form == "rotated_int8":
-        return [x.new_empty((M, K), dtype=torch.int8), scale]
-    stored = layout.round_up(K, layout.BLOCK)
-    return [x.new_empty((M, stored), dtype=torch.float8_e4m3fn), scale]
+    stored = K if form == "rotated_int8" else layout.round_up(K, layout.BLOCK)
+    return [x.new_empty((M, stored), dtype=_CODES[form]), scale]
 
 
 def _matmul(quantized, prepared, bias, dtype, N, backend):

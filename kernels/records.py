@@ -8,6 +8,7 @@ caller that keeps a prepared weight can hand it to any backend of its form.
     weight form     tensors
     "stored"        codes [N', K'] and tiled scales, as in the file
     "rowwise_fp8"   float8_e4m3fn [N', K'] and float32 [N'] (`fp8_rowwise`)
+    "rowwise_fnuz"  float8_e4m3fnuz [N', K'] and float32 [N'] (MI300)
     "rotated_int8"  int8 [N', K'] and float32 [N'] (`int8`)
     "bf16"          bfloat16 [N', K']
 
@@ -15,6 +16,7 @@ caller that keeps a prepared weight can hand it to any backend of its form.
     None            x [M, K] itself: exact backends, and those that quantize it inside their matmul
     "mxfp8"         codes [M', K'] and tiled scales, M' and K' rounded up to 32
     "rowwise_fp8"   float8_e4m3fn [M, K'] and float32 [M]
+    "rowwise_fnuz"  float8_e4m3fnuz [M, K'] and float32 [M]
     "rotated_int8"  int8 [M, K] and float32 [M]
 
 Nothing is chosen here: `dispatch` does that.
@@ -154,6 +156,8 @@ def _triton_mx_unsupported_reason(problem: Problem) -> str | None:
 
 _to_mxfp8 = _triton("cast", "quantize")
 _to_rowwise, _x_rowwise = _triton("rowwise", "to_rowwise"), _triton("rowwise", "quantize_rowwise")
+_to_fnuz = _triton("rowwise", "to_rowwise_fnuz")
+_x_fnuz = _triton("rowwise", "quantize_rowwise_fnuz")
 _to_int8, _x_int8 = _triton("int8", "prepare_weight"), _triton("int8", "quantize_input")
 
 # In order of preference.
@@ -194,9 +198,25 @@ _INPUT_TO_ROWWISE = (
         "triton",
         _x_rowwise,
         fp8_rowwise.quantize_by_triton_unsupported_reason,
-        test=self_test.rowwise_quantizer(_x_rowwise),
+        test=self_test.rowwise_quantizer(_x_rowwise, reference.quantize_rowwise),
     ),
     Step("torch", fp8_rowwise.quantize_rowwise, one_pass=False),
+)
+_WEIGHT_TO_FNUZ = (
+    Step(
+        "triton",
+        _to_fnuz,
+        _triton_unsupported_reason,
+        test=self_test.preparer(_to_fnuz, reference.to_rowwise_fnuz),
+    ),
+)
+_INPUT_TO_FNUZ = (
+    Step(
+        "triton",
+        _x_fnuz,
+        fp8_rowwise.quantize_by_triton_unsupported_reason,
+        test=self_test.rowwise_quantizer(_x_fnuz, reference.quantize_rowwise_fnuz),
+    ),
 )
 _WEIGHT_TO_INT8 = (
     Step(
@@ -307,6 +327,19 @@ BACKENDS: tuple[Backend, ...] = (
         "FP8 tensor cores (Ada and later) by Triton, a scale per row of weights and inputs",
         fp8_rowwise.matmul_by_triton,
         fp8_rowwise.triton_unsupported_reason,
+    ),
+    Backend(
+        "triton_fnuz",
+        "FP8 tensor cores (MI300) by Triton, in E4M3fnuz with a scale per row",
+        "fast",
+        fp8_rowwise.matmul_by_triton,
+        "rowwise_fnuz",
+        "rowwise_fnuz",
+        _WEIGHT_TO_FNUZ,
+        _INPUT_TO_FNUZ,
+        ("many",),
+        fp8_rowwise.fnuz_unsupported_reason,
+        test=self_test.matmul(fp8_rowwise.matmul_by_triton, "rowwise_fnuz", "rowwise_fnuz"),
     ),
     _int8(
         "torch_int8",

@@ -125,12 +125,12 @@ def quantizer(run: Callable, tiny: bool = True) -> Test:
     return test
 
 
-def rowwise_quantizer(run: Callable) -> Test:
-    """Of what quantizes inputs to E4M3 with a scale per row."""
+def rowwise_quantizer(run: Callable, oracle: Callable) -> Test:
+    """Of what quantizes inputs to E4M3 with a scale per row, with the bits of the oracle."""
 
     def test(device, dtype):
         x = _all_sizes(N, 0, dtype)
-        wrong = _differ(run(x.to(device)), reference.quantize_rowwise(x))
+        wrong = _differ(run(x.to(device)), oracle(x))
         return "it quantizes wrongly" if wrong else None
 
     return test
@@ -213,11 +213,13 @@ def exact(matmul: Callable, rows: tuple[int, ...]) -> Test:
 _PREPARE = {
     "stored": lambda *stored: stored,
     "rowwise_fp8": reference.to_rowwise,
+    "rowwise_fnuz": reference.to_rowwise_fnuz,
     "rotated_int8": reference.to_rotated_int8,
 }
 _QUANTIZE = {
     "mxfp8": reference.quantize,
     "rowwise_fp8": reference.quantize_rowwise,
+    "rowwise_fnuz": reference.quantize_rowwise_fnuz,
     "rotated_int8": reference.quantize_rotated_int8,
 }
 
@@ -263,6 +265,7 @@ TILE = 32  # rows and columns of an output whose error counts together
 # Quantized inputs are 0.029 off, rotated ones 0.013; a matmul that drops one of the K / 64 steps of
 # a layer with K = 15,360 is 0.065 off.
 _AT_SHAPE = {None: 1e-2, "mxfp8": 0.05, "rowwise_fp8": 0.05, "rotated_int8": 0.03}
+_AT_SHAPE["rowwise_fnuz"] = _AT_SHAPE["rowwise_fp8"]
 
 
 def random_weight(N: int, K: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

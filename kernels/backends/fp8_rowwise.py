@@ -67,6 +67,13 @@ def triton_unsupported_reason(problem) -> str | None:
     return reason or device_facts.descriptors_unsupported_reason(problem.device)
 
 
+def fnuz_unsupported_reason(problem) -> str | None:
+    """Why the matmul of E4M3fnuz in Triton cannot take a `records.Problem`, or None."""
+    if device_facts.amd_architecture(problem.device) != "gfx942":
+        return device_facts.needs("tensor cores for E4M3fnuz (MI300)", problem.device)
+    return device_facts.triton_unsupported_reason()
+
+
 def quantize_by_triton_unsupported_reason(problem) -> str | None:
     """Why the quantizer in Triton cannot take a `records.Problem`, or None."""
     reason = device_facts.triton_unsupported_reason()

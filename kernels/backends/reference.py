@@ -54,6 +54,13 @@ def decode_e4m3(code: torch.Tensor) -> torch.Tensor:
     return torch.where(code >= 0x80, -value, value)
 
 
+def decode_e4m3fnuz(code: torch.Tensor) -> torch.Tensor:
+    """uint8 codes -> float64 values; 0x80 is NaN, and 0x7F is 240."""
+    half = decode_e4m3(code) / 2
+    half = torch.where(code == 0x80, torch.nan, half)
+    return torch.where(code & 0x7F == 0x7F, torch.where(code >= 0x80, -240.0, 240.0), half)
+
+
 def encode_e4m3(value: torch.Tensor) -> torch.Tensor:
     """float64 values within +-448 -> uint8 codes, to nearest, ties to the even code."""
     magnitudes = e4m3_magnitudes()
@@ -142,8 +149,10 @@ def _input_value(form: str | None, tensors) -> torch.Tensor:
 
 
 def _rowwise_value(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float64 values of INT8 or E4M3 codes with a scale per row."""
-    if code.dtype != torch.int8:
+    """float64 values of INT8, E4M3 or E4M3fnuz codes with a scale per row."""
+    if code.dtype == torch.float8_e4m3fnuz:
+        code = decode_e4m3fnuz(code.view(torch.uint8).cpu()).to(code.device)
+    elif code.dtype != torch.int8:
         code = decode_e4m3(code.view(torch.uint8).cpu()).to(code.device)
     return code.double() * scale.double()[:, None]
 
@@ -273,6 +282,23 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code = encode_e4m3(scaled.double().clamp(-448, 448))
     scale = torch.where(finite, floor / 448.0, torch.nan).squeeze(-1)
     return code.view(torch.float8_e4m3fn).to(x.device), scale.to(x.device)
+
+
+def to_rowwise_fnuz(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """`to_rowwise` in float8_e4m3fnuz, of the same values."""
+    return _fnuz(*to_rowwise(qdata, scale))
+
+
+def quantize_rowwise_fnuz(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rowwise` in float8_e4m3fnuz, of the same values."""
+    return _fnuz(*quantize_rowwise(x))
+
+
+def _fnuz(codes, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """A byte is half of what it is in E4M3; 0x80 is NaN there, and 0x7F here."""
+    byte = codes.view(torch.uint8).int()
+    byte = torch.where(byte == 0x80, 0, torch.where(byte & 0x7F == 0x7F, 0x80, byte))
+    return byte.to(torch.uint8).view(torch.float8_e4m3fnuz), scale * 2
 
 
 def group(K: int) -> int:

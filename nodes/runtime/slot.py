@@ -36,7 +36,7 @@ def prepare_in_slot(
         and not isinstance(weight, PreparedWeight)
     )
     # bfloat16 takes more room; a patch is merged into the codes in the slot while they are cast.
-    fits = path.weight_form in ("rowwise_fp8", "rotated_int8")
+    fits = path.weight_form in ("rowwise_fp8", "rowwise_fnuz", "rotated_int8")
     if not in_slot or not fits or getattr(module, "weight_lowvram_function", None) is not None:
         return weight
     prepared = prepare(module, weight, module.weight, path)

@@ -23,6 +23,7 @@ _SLOWEST = "eager"  # the backend that takes every problem
 EXPECTED_ERROR = {"exact": 0.0117, "mxfp8": 0.0249, "rowwise_fp8": 0.0233, "rotated_int8": 0.0147}
 _FORMS = {
     "stored": "inputs quantized to MXFP8, weights as stored",
+    "rowwise_fnuz": "weight and inputs in FP8 (E4M3fnuz) with one scale per row",
     "rowwise_fp8": "weight and inputs in FP8 with one scale per row",
     "rotated_int8": "weight and inputs rotated, in INT8 with one scale per row",
 }
@@ -60,7 +61,8 @@ class LayerExecution:
         """What `EXPECTED_ERROR` calls the way in which it is multiplied."""
         if self.precision != "fast":
             return self.precision
-        return "mxfp8" if self.weight_form == "stored" else self.weight_form
+        same = {"stored": "mxfp8", "rowwise_fnuz": "rowwise_fp8"}
+        return same.get(self.weight_form, self.weight_form)
 
 
 @dataclass(frozen=True)

@@ -356,6 +356,20 @@ def test_without_a_compiler_it_runs_when_it_is_named(name, card):
         assert (path.backend, path.preparer, path.quantizer) == (FP8, "torch", "torch")
 
 
+def test_mi300_has_fp8_where_int8_does_not_run(card):
+    card("gfx942", fails=("triton_int8",))
+    assert chosen("auto") == "triton_fnuz"
+    card("gfx950", fails=("triton_int8",))
+    assert chosen("auto") == TRITON
+
+
+def test_the_oracle_reads_every_code_of_mi300_as_torch_does():
+    code = torch.arange(256, dtype=torch.uint8)
+    expected = code.view(torch.float8_e4m3fnuz).double()
+    actual = reference.decode_e4m3fnuz(code)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_ada_on_windows_needs_triton_for_fast(card):
     card((8, 9), "needs Triton: pip install triton-windows", platform="win32")
     assert chosen("auto") == EAGER

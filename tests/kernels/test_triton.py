@@ -108,6 +108,36 @@ def test_scales_are_copied_to_tensor_memory_a_tile_at_a_time():
             assert copies >= tiles > 0 and copies % tiles == 0, build.config
 
 
+# AMD architecture -> kernel -> the matrix instruction of its last configuration, if any.
+AMD = {
+    "gfx942": {
+        "small_m_kernel": "v_mfma_f32_32x32x8_f16",
+        "rotated_input_kernel": None,
+        "rowwise_matmul_kernel (INT8)": "v_mfma_i32_32x32x16_i8",
+        "rowwise_matmul_kernel": "v_mfma_f32_32x32x16_fp8_fp8",
+    },
+    "gfx1100": {
+        "small_m_kernel": "v_wmma_f32_16x16x16_f16",
+        "rotated_input_kernel": None,
+        "rowwise_matmul_kernel (INT8)": "v_wmma_i32_16x16x16_iu8",
+    },
+}
+AMD["gfx1201"] = AMD["gfx1100"]
+
+
+@pytest.mark.parametrize("arch", AMD)
+def test_amd_multiplies_by_matrix_instructions_without_spills(arch):
+    """As bench/results/compiled.json has it."""
+    (run,) = (r for r in committed() if r["triton"] != INTERPRETER and r["arch"] == arch)
+    builds = {b.name: b for b in aot.last_of_each(aot.builds(arch)) if b.name in AMD[arch]}
+    assert builds.keys() == AMD[arch].keys()
+    for name, build in builds.items():
+        binary = aot.inspect(build, arch)
+        assert binary.spills == 0 and binary.shared <= aot.SHARED[arch], name
+        assert binary.matrix.keys() == {i for i in (AMD[arch][name],) if i}, name
+        assert kept(binary) in run["kernels"], name
+
+
 # Arguments that point to matrices, which may have more values than 2**31.
 MATRICES = {"sum_ptr", "x_ptr", "code_ptr", "scale_ptr", "out_ptr", "a", "b", "a_scale", "b_scale"}
 ONE_ROW = {("one_row_kernel", "x_ptr"), ("one_row_kernel", "out_ptr")}

@@ -93,7 +93,7 @@ def test_what_can_be_installed_is_the_reason_and_not_what_the_card_lacks(card):
     card(CARDS["Ampere"], kitchen=old, fails=("triton_int8", "torch_int8"))
     path = path_of()
     lacking = [name for name, why in path.unsupported if isinstance(why, kernels.DeviceReason)]
-    assert lacking == ["torch_mx", "torch_fp8", "triton_fp8", "int8"]
+    assert lacking == ["torch_mx", "torch_fp8", "triton_fp8", "triton_fnuz", "int8"]
     assert execution.limiting_reason("cuda", path, "auto") == old
 
 

@@ -29,15 +29,17 @@ def _tiles(largest: int, BM: int, BN: int, BK: int, warps: int, stages: int):
 
 ANY = 1 << 31
 # Tiles by architecture: (largest M they serve, configuration). Other GPUs take those of sm_89 for
-# FP8, of sm_86 for INT8. They compile without spills within
-# the architecture's shared memory; chosen by counting resources, not yet by timing.
+# FP8, of sm_86 for INT8. They compile without spills within the architecture's shared memory, but
+# for float32 from INT8 on sm_80 (12 loads and stores a tile); chosen by counting resources, not yet
+# by timing. A fourth stage of the largest tile on sm_90 spills.
 FP8 = {
     89: (_tiles(64, 64, 64, 128, 4, 4), _tiles(ANY, 128, 128, 128, 8, 3)),
     90: (
         _tiles(64, 64, 128, 128, 4, 5),
         _tiles(256, 128, 128, 128, 8, 5),
-        _tiles(ANY, 128, 256, 128, 8, 4),
+        _tiles(ANY, 128, 256, 128, 8, 3),
     ),
+    "gfx9": (_tiles(64, 64, 64, 128, 4, 2), _tiles(ANY, 128, 128, 128, 8, 2)),
 }
 INT8 = {
     80: (
@@ -47,10 +49,9 @@ INT8 = {
     ),
     86: (_tiles(64, 64, 64, 128, 4, 4), _tiles(ANY, 128, 128, 128, 8, 4)),
     90: FP8[90],
-    "gfx9": (_tiles(64, 64, 64, 128, 4, 2), _tiles(ANY, 128, 128, 128, 8, 2)),
+    "gfx9": FP8["gfx9"],
     "gfx1": (_tiles(64, 64, 64, 64, 4, 2), _tiles(ANY, 128, 128, 64, 8, 2)),
 }
-_WIDE = 256  # columns of tiles that spill with results in another dtype than bfloat16
 
 
 @triton.jit
@@ -127,25 +128,19 @@ def uses_tma(arch: int | str) -> bool:
     return arch == 90
 
 
-def configs_for(arch: int | str, dtype: torch.dtype, codes: torch.dtype) -> list:
-    """[(largest M they serve, tile sizes and options)], ascending, the last for any M.
-
-    Args:
-        arch: a `device_facts.architecture`.
-        dtype, codes: of the result and of the matrices.
-    """
+@cache
+def configs_for(arch: int | str, codes: torch.dtype) -> tuple:
+    """(largest M, tile sizes and options), ascending, for a `device_facts.architecture`."""
     table, other = (INT8, 86) if codes == torch.int8 else (FP8, 89)
-    configs = table.get(arch[:4] if isinstance(arch, str) else arch, table[other])
-    if dtype != torch.bfloat16:
-        configs = [pair for pair in configs if pair[1]["BN"] < _WIDE]
-    return [*configs[:-1], (ANY, configs[-1][1])]
+    return table.get(arch[:4] if isinstance(arch, str) else arch, table[other])
 
 
 def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> torch.Tensor:
     """(a @ b.T) * a_scale[:, None] * b_scale[None, :] + bias, rounded once.
 
     Args:
-        a, b: float8_e4m3fn or int8, [M, K] and [N, K], contiguous, K a multiple of 16.
+        a, b: float8_e4m3fn, float8_e4m3fnuz (on MI300) or int8, [M, K] and [N, K], contiguous, K a
+            multiple of 16.
         a_scale, b_scale: float32 [M] and [N].
         bias: [columns] or None.
         columns: of the result, at most N.
@@ -158,7 +153,7 @@ def matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype, columns: int) -> to
     if out.numel() == 0:
         return out
     arch, integer = architecture(a.device), a.dtype == torch.int8
-    config = next(c for most, c in configs_for(arch, dtype, a.dtype) if most >= M)
+    config = next(c for most, c in configs_for(arch, a.dtype) if most >= M)
     tiles = -(-M // config["BM"]) * -(-N // config["BN"])
     grid = (min(tiles, multiprocessors(a.device)),)
     tma = uses_tma(arch)

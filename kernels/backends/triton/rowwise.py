@@ -3,6 +3,10 @@
 A program of `rowwise_weight_kernel` takes a few rows: it reads all their scales, which are 1/32 of
 the bytes, then their codes. A program of `rowwise_input_kernel` holds a whole row in registers, so
 that x is read once.
+
+MI300 multiplies E4M3fnuz, in which each byte is half of what it is in E4M3, except for three: 0x80
+is NaN, 0x7F and 0xFF are not. So FNUZ writes 0 for negative zeros, 0x80 for NaN, and row scales
+twice as large; 0x7F does not occur as a number, as 448 is 0x7E.
 """
 
 from __future__ import annotations
@@ -19,13 +23,22 @@ from ...layout import BLOCK
 from .cast import decode_e4m3, decode_e8m0, encode_e4m3, scale_offset
 
 WIDEST = 32_768  # values per row that fit registers
+FNUZ = torch.float8_e4m3fnuz
 WEIGHT_CONFIG = {"R": 8, "C": 1024, "num_warps": 8}
+
+
+@triton.jit
+def without_negative_zeros(code, FNUZ: tl.constexpr):
+    """E4M3 codes, not NaN, as E4M3fnuz of half the value."""
+    if FNUZ:
+        code = tl.where(code == 0x80, 0, code)
+    return code
 
 
 @triton.jit
 def rowwise_weight_kernel(
     code_ptr, scale_ptr, out_ptr, row_scale_ptr, rows, stored, tiles,
-    R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HARDWARE: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """codes [rows, stored], tiled scales -> codes, a float32 scale per row; R rows a program."""
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
@@ -39,7 +52,8 @@ def rowwise_weight_kernel(
             other=0,
         ).to(tl.int32)
         largest = tl.maximum(largest, tl.max(tl.where(byte == 255, 0, byte), axis=1))
-    tl.store(row_scale_ptr + row, decode_e8m0(largest), mask=row < rows)
+    row_scale = decode_e8m0(largest) * (2.0 if FNUZ else 1.0)
+    tl.store(row_scale_ptr + row, row_scale, mask=row < rows)
     for first in range(0, stored, C):
         column = first + tl.arange(0, C)
         block = first // 32 + tl.arange(0, C // 32)
@@ -54,15 +68,15 @@ def rowwise_weight_kernel(
         shifted = tl.maximum(byte - largest[:, None] + 127, 1)
         factor = decode_e8m0(tl.where(byte == 255, 255, shifted))
         value = decode_e4m3(code, HARDWARE).reshape(R, C // 32, 32) * factor[:, :, None]
-        out = encode_e4m3(value, HARDWARE).to(tl.int32)
-        out = tl.where(value == value, out, 0x7F).to(tl.uint8).reshape(R, C)
+        out = without_negative_zeros(encode_e4m3(value, HARDWARE).to(tl.int32), FNUZ)
+        out = tl.where(value == value, out, 0x80 if FNUZ else 0x7F).to(tl.uint8).reshape(R, C)
         tl.store(out_ptr + row[:, None] * stored + column[None, :], out, mask=mask)
 
 
 @triton.jit
 def rowwise_input_kernel(
     x_ptr, code_ptr, scale_ptr, cols, row_stride, stored,
-    C: tl.constexpr, HARDWARE: tl.constexpr,
+    C: tl.constexpr, HARDWARE: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """One row of x [cols] -> its codes [stored] and its scale; C is at least `stored`."""
     row = tl.program_id(0).to(tl.int64)
@@ -73,10 +87,11 @@ def rowwise_input_kernel(
     finite = bits < 0x7F800000
     amax = tl.maximum(bits, 27 << 23).to(tl.float32, bitcast=True)  # at least 2**-100
     inverse = tl.where(finite, tl.div_rn(448.0, amax), 0.0)
-    code = encode_e4m3(x * inverse, HARDWARE)
-    code = tl.where(finite, code.to(tl.int32), 0).to(tl.uint8)
+    code = without_negative_zeros(encode_e4m3(x * inverse, HARDWARE).to(tl.int32), FNUZ)
+    code = tl.where(finite, code, 0).to(tl.uint8)
     tl.store(code_ptr + row * stored + column, code, mask=column < stored)
-    tl.store(scale_ptr + row, tl.where(finite, tl.div_rn(amax, 448.0), float("nan")))
+    scale = tl.div_rn(amax, 224.0 if FNUZ else 448.0)
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
 
 
 @cache  # Triton's `next_power_of_2` takes 2 us
@@ -86,8 +101,10 @@ def rowwise_input_config(stored: int) -> dict[str, int]:
     return {"C": width, "num_warps": max(1, min(16, width // 512))}
 
 
-def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fp8_rowwise.to_rowwise` by Triton."""
+def to_rowwise(
+    qdata, scale, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fp8_rowwise.to_rowwise` by Triton; codes are of `dtype`, E4M3 or E4M3fnuz."""
     rows, stored = qdata.shape
     code = torch.empty(rows, stored, dtype=torch.uint8, device=qdata.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
@@ -96,13 +113,20 @@ def to_rowwise(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
             rowwise_weight_kernel[(-(-rows // WEIGHT_CONFIG["R"]),)](
                 qdata.view(torch.uint8), scale.view(torch.uint8), code, row_scale,
                 rows, stored, scale.shape[1] // 4,
-                HARDWARE=hardware_e4m3(qdata.device), **WEIGHT_CONFIG,
+                HARDWARE=hardware_e4m3(qdata.device), FNUZ=dtype == FNUZ, **WEIGHT_CONFIG,
             )  # fmt: skip
-    return code.view(torch.float8_e4m3fn), row_scale
+    return code.view(dtype), row_scale
 
 
-def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fp8_rowwise.quantize_rowwise` by Triton, for K up to `WIDEST`."""
+def to_rowwise_fnuz(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in E4M3fnuz."""
+    return to_rowwise(qdata, scale, FNUZ)
+
+
+def quantize_rowwise(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fp8_rowwise.quantize_rowwise` by Triton, for K up to `WIDEST`; as of `to_rowwise`."""
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     if x.stride(1) != 1:
@@ -113,6 +137,12 @@ def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with on_device(x):
             rowwise_input_kernel[(rows,)](
                 x, code, scale, cols, x.stride(0), stored,
-                HARDWARE=hardware_e4m3(x.device), **rowwise_input_config(max(stored, BLOCK)),
+                HARDWARE=hardware_e4m3(x.device), FNUZ=dtype == FNUZ,
+                **rowwise_input_config(max(stored, BLOCK)),
             )  # fmt: skip
-    return code.view(torch.float8_e4m3fn), scale
+    return code.view(dtype), scale
+
+
+def quantize_rowwise_fnuz(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in E4M3fnuz."""
+    return quantize_rowwise(x, FNUZ)

@@ -15,6 +15,8 @@ not depend on how programs are scheduled.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -89,6 +91,7 @@ SMALL_M = (
 )
 
 
+@cache
 def small_m_configs(arch: int | str) -> list[tuple[int, dict[str, int]]]:
     """`SMALL_M` for a `device_facts.architecture`; on RDNA 128 columns do not fit registers."""
     columns = {"K": 64} if isinstance(arch, str) and arch.startswith("gfx1") else {}

@@ -25,6 +25,7 @@ if device_facts.interpreted():
         tl.float16: torch.float16,
         tl.bfloat16: torch.bfloat16,
         tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e4b8: torch.float8_e4m3fnuz,
     }
     BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -38,7 +39,7 @@ if device_facts.interpreted():
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         wide = [
             convert(x.data, x.dtype, tl.float32).view(np.float32)
-            if x.dtype.scalar in (tl.bfloat16, tl.float8e4nv)
+            if x.dtype.scalar in (tl.bfloat16, tl.float8e4nv, tl.float8e4b8)
             else x.data
             for x in (a, b)
         ]

@@ -108,8 +108,9 @@ def test_a_rowwise_weight_has_the_bits_of_the_oracle(shape, decoding, device):
     padding = layout.untile(stored[1], *stored[1].shape).clone()
     padding[:, byte.shape[1] :] = 200  # which no one reads
     stored = stored[0], layout.tile(padding)
-    actual = rowwise.to_rowwise(*(part.to(device) for part in stored))
-    assert equal(actual, reference.to_rowwise(*stored))
+    on_device = [part.to(device) for part in stored]
+    assert equal(rowwise.to_rowwise(*on_device), reference.to_rowwise(*stored))
+    assert equal(rowwise.to_rowwise_fnuz(*on_device), reference.to_rowwise_fnuz(*stored))
     assert equal(fp8_rowwise.to_rowwise(*stored), reference.to_rowwise(*stored))
 
 
@@ -117,9 +118,21 @@ def test_a_rowwise_weight_has_the_bits_of_the_oracle(shape, decoding, device):
 @pytest.mark.parametrize("shape", [(1, 1), (33, 100), (9, 4095), (5, 15360)])
 def test_a_rowwise_input_has_the_bits_of_the_oracle(shape, dtype, decoding, device):
     x = all_magnitudes(*shape, dtype)
-    actual = rowwise.quantize_rowwise(x.to(device))
-    assert equal(actual, reference.quantize_rowwise(x))
+    assert equal(rowwise.quantize_rowwise(x.to(device)), reference.quantize_rowwise(x))
+    assert equal(rowwise.quantize_rowwise_fnuz(x.to(device)), reference.quantize_rowwise_fnuz(x))
     assert equal(fp8_rowwise.quantize_rowwise(x), reference.quantize_rowwise(x))
+
+
+def test_every_code_is_the_same_value_in_the_form_of_mi300(decoding, device):
+    """With any scale; -0 becomes 0, and both NaNs the one that E4M3fnuz has."""
+    code = torch.arange(256, dtype=torch.uint8).repeat(32, 1).view(torch.float8_e4m3fn)
+    scale = layout.tile(torch.arange(100, 132, dtype=torch.uint8)[:, None].repeat(1, 8))
+    codes, row_scale = rowwise.to_rowwise_fnuz(code.to(device), scale.to(device))
+    assert codes.dtype == torch.float8_e4m3fnuz
+    value = codes.cpu().float() * row_scale.cpu()[:, None]
+    expected = reference.dequantize(code, scale, torch.float32, 32, 256)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.signbit(value[:, 0x80]).any()
 
 
 def check_matmul(M, N, K, dtype, bias, columns, device):
@@ -172,16 +185,17 @@ TESTS = {
     for step in steps
     if step.name == "triton"
 }
-NAMED = "triton", "triton_w8a16", "triton_fp8", "triton_int8", "torch_int8"
+NAMED = "triton_fnuz", "triton", "triton_w8a16", "triton_fp8", "triton_int8", "torch_int8"
 TESTS |= {n: dispatch.named(n).test for n in NAMED}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("name", TESTS)
 def test_self_tests_pass(name, dtype, device):
-    needs_fp8 = name == "triton_fp8" and not device_facts.interpreted()
-    if needs_fp8 and device_facts.capability(device) < (8, 9):
-        pytest.skip("this GPU has no FP8 tensor cores")
+    if name in NAMED and not device_facts.interpreted():
+        reason = dispatch.named(name).unsupported_reason(records.Problem(device, dtype))
+        if reason is not None:
+            pytest.skip(reason)
     assert TESTS[name](device, dtype) is None
 
 
