@@ -87,9 +87,10 @@ def judge_uncompiled(executor, *args, **options):
     state = model_state(executor.class_obj)
     if not state.unjudged:
         return executor(*args, **options)
-    state.unjudged = False
     with torch.compiler.set_stance("force_eager"):
-        return executor(*args, **options)
+        result = executor(*args, **options)
+    state.unjudged = False  # not if it was interrupted
+    return result
 
 
 @contextmanager

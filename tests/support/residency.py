@@ -7,6 +7,7 @@ Prints a JSON object: what was checked -> whether it holds, or the figures that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from comfyui_modules import FOLDER
 # isort: split
 import comfy.hooks
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sd
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -337,6 +339,24 @@ def compiled(flux: Flux):
     once = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         yield "compiled", difference(once(x), layer(x)) < 1e-6
+    torch._dynamo.reset()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([flux.fast])
+    asked = torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")
+    seen = []
+
+    def call(interrupted: bool):
+        seen.append(asked(torch.zeros(1)).item())
+        if interrupted:
+            raise comfy.model_management.InterruptProcessingException
+
+    wrapped = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+        call, flux.fast.model, [preparing.judge_uncompiled]
+    )
+    for interrupted in (True, False, False):
+        with contextlib.suppress(comfy.model_management.InterruptProcessingException):
+            wrapped.execute(interrupted)
+    yield "uncompiled until a call ends", seen == [0, 0, 1]
     torch._dynamo.reset()
 
 
