@@ -28,7 +28,10 @@ _SLAB = 128  # rows at either end that the oracle computes: a whole tile of scal
 _ROUNDED = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4}  # roundings are 2**-9 and 2**-12
 # comfy-kitchen rotates and quantizes x inside its matmul: 1.05e-2 from the exact product.
 _OTHERWISE = 1.5e-2
-_KINDS = {"mxfp8": "block", "rowwise_fp8": "FP8", "rotated_int8": "INT8", None: "exact"}
+_KINDS = {
+    "mxfp8": "block", "rowwise_fp8": "FP8", "rowwise_fnuz": "FP8", "rotated_int8": "INT8",
+    None: "exact",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,8 @@ class Clock:
             try:
                 own = pool
                 if pool is not None and self._synchronizes(run):
-                    own, self.failures[name] = (
-                        None,
-                        "timed from the host, as it waits for the device",
-                    )
+                    own = None
+                    self.failures[name] = "timed from the host, as it waits for the device"
                 prepared[name] = self._prepare(run, sets, own)
             except Exception as error:  # one contestant's failure must not lose the others
                 self.failures[name] = reason(error)

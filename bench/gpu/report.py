@@ -13,7 +13,8 @@ from gpu.shapes import LARGE, ONE_ROW, SHAPES
 
 # Form -> what its matmul alone, preparing a weight and quantizing an input are called.
 MATMULS = {
-    "mxfp8": "block_matmul", "rowwise_fp8": "scaled_matmul", "rotated_int8": "int8_matmul",
+    "mxfp8": "block_matmul", "rowwise_fp8": "scaled_matmul", "rowwise_fnuz": "scaled_matmul",
+    "rotated_int8": "int8_matmul",
 }  # fmt: skip
 PREPARING = {"rowwise_fp8": "to_rowwise", "rotated_int8": "to_int8"}
 QUANTIZING = {

@@ -208,17 +208,6 @@ def difference(a, b) -> float:
     return float((a - b).norm() / b.norm())
 
 
-class Rows:
-    """The rows of a mode, written to its file after each."""
-
-    def __init__(self, job: dict):
-        self.job, self.rows = job, []
-
-    def add(self, **row) -> None:
-        self.rows.append({"mode": self.job["mode"], **row})
-        Path(self.job["report"]).write_text(json.dumps(self.rows), encoding="utf-8")
-
-
 def variant_row(job: dict, sampler: Sampler, model: str, variant: str, latents: dict) -> dict:
     """Load and sample one variant, and compare it with those before it."""
     from safetensors.torch import load_file

@@ -44,10 +44,8 @@ def lora(state: dict) -> dict[str, torch.Tensor]:
         inside = "blocks." in key or "layers." in key
         if inside and key.endswith(".weight") and weight.ndim == 2:
             name = "diffusion_model." + key.removesuffix(".weight")
-            (N, K), size = (
-                weight.shape,
-                0.2 * weight.float().std() * (weight.shape[1] / RANK) ** 0.5,
-            )
+            N, K = weight.shape
+            size = 0.2 * weight.float().std() * (K / RANK) ** 0.5
             found[f"{name}.lora_up.weight"] = torch.randn(N, RANK, generator=generator) * size
             down = torch.randn(RANK, K, generator=generator) * K**-0.5
             found[f"{name}.lora_down.weight"] = down

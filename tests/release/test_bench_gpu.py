@@ -20,7 +20,7 @@ from gpu import ceilings, checks, methods, report, rows
 from gpu.clock import Clock
 
 from mxfp8.kernels.dispatch import named
-from mxfp8.kernels.records import Problem
+from mxfp8.kernels.records import BACKENDS, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +164,12 @@ def test_matmuls_alone_have_rows_beside_their_rivals_and_checks(kernels, op, bac
         assert min(row["bf16_us"], row["stock_us"]) > 0
         assert 4e-3 < row["error"] < 6e-2
     assert len([c for c in kernels["checks"] if c["check"] == f"{check}, {backend}"]) >= 4
+
+
+def test_every_input_form_has_a_name_in_the_rows_and_in_the_checks():
+    """No CPU runs some of them, E4M3fnuz for example."""
+    forms = {backend.input_form for backend in BACKENDS if backend.quantizers}
+    assert forms == report.MATMULS.keys() == checks._KINDS.keys() - {None}
 
 
 def test_a_wrong_matmul_is_found(monkeypatch):
