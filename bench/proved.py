@@ -1,6 +1,6 @@
 """What runs where, and how that is proved: the generated sections of docs/hardware.md.
 
-    python bench/proved.py             rewrite both sections from the results files
+    python bench/proved.py             rewrite the sections from the results files
     python bench/proved.py --check     exit with 1 if a section differs from the results files, or
                                        the kernels from those that were compiled
     python bench/proved.py --compile [triton] [cute] [interpreter]
@@ -542,7 +542,7 @@ SECTIONS = {
 
 
 def with_sections(page: str) -> str:
-    """The page with both sections rewritten between their markers."""
+    """The page with its sections rewritten between their markers."""
     results = load_results()
     for name, make in SECTIONS.items():
         before, start, rest = page.partition(f"<!-- {name}: bench/proved.py -->\n")
