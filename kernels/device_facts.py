@@ -55,10 +55,11 @@ def package_unsupported_reason(
     return None
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on a device."""
-    runs = device.type == "cuda" or interpreted()
-    return runs and triton_unsupported_reason() is None
+def triton_on_unsupported_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, or None."""
+    if device.type != "cuda" and not interpreted():
+        return needs("an NVIDIA or AMD GPU", device)
+    return triton_unsupported_reason()
 
 
 def block_scaled_unsupported_reason(device: torch.device) -> str | None:

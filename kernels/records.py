@@ -136,9 +136,7 @@ def _triton(module: str, name: str) -> Callable:
 
 
 def _triton_unsupported_reason(problem: Problem) -> str | None:
-    if problem.device.type != "cuda" and not device_facts.interpreted():
-        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
-    return device_facts.triton_unsupported_reason()
+    return device_facts.triton_on_unsupported_reason(problem.device)
 
 
 def _w8a16_unsupported_reason(problem: Problem) -> str | None:

@@ -73,7 +73,7 @@ def weight_change(qdata, scale, prepared: tuple[torch.Tensor, ...], form: str) -
     Args:
         qdata, scale: the stored weight [N', K'] with tiled scales.
         prepared: (codes [N', K'], scale [N']), made of it by `prepare_weight`.
-        form: "rowwise_fp8" or "rotated_int8", which is compared where it is rotated.
+        form: of those with a scale per row; rotated ones are compared where they are rotated.
 
     Returns:
         0 for a weight of zeros, NaN for one that holds NaN.
@@ -81,13 +81,14 @@ def weight_change(qdata, scale, prepared: tuple[torch.Tensor, ...], form: str) -
     rows, cols = qdata.shape
     codes, row_scale = prepared
     square = torch.zeros(2, dtype=torch.float64, device=qdata.device)  # of the weight, the change
+    matrix = None
+    if form == "rotated_int8":
+        matrix = reference.hadamard(reference.group(cols)).to(qdata.device, torch.float32)
     for r0, r1 in layout.slabs(rows, cols, _SLAB):
         tiles = scale[r0 : layout.round_up(r1, layout.TILE_ROWS)]
         value = ops.dequantize(qdata[r0:r1], tiles, torch.float32)
-        if form == "rotated_int8":
-            size = reference.group(cols)
-            matrix = reference.hadamard(size).to(value.device, torch.float32)
-            value = (value.view(-1, size) @ matrix).view(value.shape)
+        if matrix is not None:
+            value = (value.view(-1, len(matrix)) @ matrix).view(value.shape)
         change = value - codes[r0:r1].float() * row_scale[r0:r1, None]
         for total, part in zip(square, (value, change), strict=True):
             total += part.double().square_().sum()

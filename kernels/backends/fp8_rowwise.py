@@ -76,9 +76,7 @@ def fnuz_unsupported_reason(problem) -> str | None:
 
 def quantize_by_triton_unsupported_reason(problem) -> str | None:
     """Why the quantizer in Triton cannot take a `records.Problem`, or None."""
-    reason = device_facts.triton_unsupported_reason()
-    if reason is None and problem.device.type != "cuda" and not device_facts.interpreted():
-        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
+    reason = device_facts.triton_on_unsupported_reason(problem.device)
     if reason is None and problem.shape is not None:
         from .triton import rowwise
 

@@ -66,9 +66,8 @@ def unsupported_reason(problem) -> str | None:
 
 def one_pass_unsupported_reason(problem) -> str | None:
     """Why Triton cannot rotate and quantize rows in one pass for a `records.Problem`, or None."""
-    if problem.device.type != "cuda" and not device_facts.interpreted():
-        return device_facts.needs("an NVIDIA or AMD GPU", problem.device)
-    reason = device_facts.triton_unsupported_reason() or groups_unsupported_reason(problem)
+    reason = device_facts.triton_on_unsupported_reason(problem.device)
+    reason = reason or groups_unsupported_reason(problem)
     if reason is None and problem.shape is not None:
         from .triton import int8
 
