@@ -322,36 +322,54 @@ def try_shape(
 ) -> None:
     """Before a model runs: try how its linears of a shape will run, and refuse what is wrong.
 
-    Each path runs once on random numbers, against torch's linear. A backend that raises or differs
-    is not chosen for this shape any more, unless it is named, and the next one is tried. Plain
-    torch is not: the others are held to it. Nothing is tried where there is no memory for it.
+    Each path runs once on random numbers, against torch's linear: those of the weight as it is
+    stored, and as it is prepared. A backend that raises or differs is not chosen for this shape any
+    more, unless it is named, and the next one is tried. Not tried are plain torch, which the others
+    are held to, what is named, and what there is no memory for.
 
     Args:
         as of `execution_path`.
     """
+    if 0 in shape or _forced:
+        return
     stored = None
     for rows in self_test.ROWS_ON_CPUS if device.type == "cpu" else self_test.ROWS:
-        prepare = "once" if m_class(rows) == "many" else "never"
-        while True:
-            path = execution_path(device, dtype, precision, rows, shape, prepare=prepare)
-            key, backend = (path, device, dtype, shape, rows), named(path.backend)
-            if key in _tried or backend.test is None:
-                break
-            try:
-                stored = stored or self_test.random_weight(*shape, device)
-                reason = self_test.run(partial(_try, path, stored, shape, rows), device, dtype)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                logger.info("MXFP8: layers of %d x %d were not tried: %s.", *shape, error)
-                return
-            _tried.add(key)
-            if reason is not None:
-                logger.warning(
-                    "MXFP8: %s is not used for layers of %d x %d on %s: %s.",
-                    path.backend, *shape, device, reason,
-                )  # fmt: skip
-                _refused[path.backend, device, dtype, shape] = reason
-                for known in [known for known in list(_paths) if shape in known]:
-                    del _paths[known]
+        for prepared in (True, False):
+            while True:
+                path = _path_of_call(device, dtype, precision, shape, rows, prepared)
+                key, backend = (path, device, dtype, shape, rows), named(path.backend)
+                if key in _tried or backend.test is None:
+                    break
+                try:
+                    stored = stored or self_test.random_weight(*shape, device)
+                    reason = self_test.run(partial(_try, path, stored, shape, rows), device, dtype)
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    logger.info("MXFP8: layers of %d x %d were not tried: %s.", *shape, error)
+                    return
+                _tried.add(key)
+                if reason is not None:
+                    _refuse(path.backend, device, dtype, shape, reason)
+
+
+def _path_of_call(device, dtype, precision, shape, rows: int, prepared: bool) -> ExecutionPath:
+    """How a call runs, with its preparer, on a weight as stored or in the form of many rows."""
+    many = execution_path(device, dtype, precision, None, shape, prepare="once")
+    if not prepared or many.weight_form == "stored":
+        return execution_path(device, dtype, precision, rows, shape)
+    if m_class(rows) == "many":
+        return many
+    few = execution_path(device, dtype, "auto", rows, shape, weight_form=many.weight_form)
+    return replace(few, preparer=many.preparer)
+
+
+def _refuse(backend: str, device, dtype, shape, reason: str) -> None:
+    """Choose no more a backend that is wrong at a shape."""
+    logger.warning(
+        "MXFP8: %s is not used for layers of %d x %d on %s: %s.", backend, *shape, device, reason
+    )
+    _refused[backend, device, dtype, shape] = reason
+    for known in [known for known in list(_paths) if shape in known]:
+        del _paths[known]
 
 
 def _try(path: ExecutionPath, stored, shape, rows: int, device, dtype) -> str | None:

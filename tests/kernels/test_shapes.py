@@ -121,6 +121,46 @@ def test_one_value_may_be_next_to_zero():
     assert self_test.at_shape(quantizing, weight, 1, "rowwise_fp8") is None
 
 
+@pytest.mark.parametrize("wrong_at", [1, 40])
+def test_few_rows_on_a_prepared_weight_are_tried_too(wrong_at, broken, monkeypatch):
+    monkeypatch.setattr(self_test, "ROWS_ON_CPUS", self_test.ROWS[:3])
+    broken(lambda out: out * (2 if out.shape[0] == wrong_at else 1))
+    try_shape()
+    assert path().backend != "reference_int8"
+
+
+def test_one_after_the_other_is_refused_until_plain_torch(monkeypatch, forget):
+    wrong = [
+        replace(b, matmul=lambda *operands: raises(None), test=lambda device, dtype: None)
+        for b in dispatch.BACKENDS
+        if b.name.startswith("reference_")
+    ]
+    wrong = [replace(b, automatic=True, m_classes=("many",)) for b in wrong]
+    plain = [b for b in dispatch.BACKENDS if b.name == "eager"]
+    monkeypatch.setattr(dispatch, "BACKENDS", (*wrong, *plain))
+    forget()
+    try_shape()
+    assert path().backend == "eager"
+    assert [name for name, _ in path().unsupported] == [b.name for b in wrong]
+
+
+def test_what_is_named_is_not_tried(broken, monkeypatch):
+    monkeypatch.setattr(self_test, "ROWS_ON_CPUS", self_test.ROWS[:3])
+    rows = broken(last_tile)
+    with kernels.use_backend("reference_int8"):
+        try_shape()
+    assert not rows and path().backend == "reference_int8"
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (32, 0)], ids=str)
+def test_an_empty_weight_is_not_tried(shape, prefer, monkeypatch):
+    prefer("reference")
+    first = replace(dispatch.BACKENDS[0], test=lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (first, *dispatch.BACKENDS[1:]))
+    try_shape(shape)
+    assert path(shape).backend == "reference"
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (33, 31), (96, 288)], ids=str)
 def test_the_weight_that_is_tried_is_one(shape):
     qdata, scale = self_test.random_weight(*shape, CPU)
