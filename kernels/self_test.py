@@ -4,8 +4,8 @@ What a small problem does not reach, second tiles and long pipelines, `at_shape`
 a model's own shape, against torch's of the unpacked weight.
 
 A kernel that a driver or a card breaks is ruled out by name instead of returning noise. There is
-one verdict per step, device and dtype, and everyone who asks gets it: that Triton can be imported
-does not say that it can compile, nor that a version of torch has a matmul that it returns float16.
+one verdict per step, device and dtype, and everyone who asks gets it: Triton may import where it
+cannot compile, and a matmul of torch may exist for bfloat16 alone.
 
 A test returns a sentence on what is wrong, or None. An exception in a kernel counts as wrong: this
 is the one place where one is caught, before anything relies on the kernel. What says nothing about
