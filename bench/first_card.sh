@@ -5,7 +5,7 @@
 #   bench/first_card.sh --device cpu --quick         to try the script without a GPU
 #
 # PART: correctness (tests marked gpu, 2 minutes), kernels (bench/gpu, 6), models (bench/in_comfyui,
-# 5); all unless told otherwise. The folder is $OUT, by default first_card.
+# 5); all unless told otherwise. The folder is $OUT, by default first_card in this repository.
 #
 # The Python is $PYTHON, that of .venv or python3. It needs torch. What else is missing is left out
 # and named: pytest and hypothesis for the tests, Triton for this pack's kernels, comfy-kitchen for
@@ -13,15 +13,18 @@
 # --wheels names a folder of such packages. Exits with 1 if something is wrong, not if time ran out.
 
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit
+root=$(cd "$(dirname "$0")/.." && pwd) || exit
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
 device=cuda options=() image=() wheels="" parts=()
 while (($#)); do
+    case $1 in --device | --wheels | --image-model | --prompts) (($# > 1)) || set -- "" ;; esac
     case $1 in
         --device) device=$2 && shift 2 ;;
         --quick) options+=(--quick) && shift ;;
-        --wheels) wheels=$2 && shift 2 ;;
-        --image-model | --prompts) image+=("$1" "$2") && shift 2 ;;
+        --wheels) wheels=$(absolute "$2") && shift 2 ;;
+        --image-model | --prompts) image+=("$1" "$(absolute "$2")") && shift 2 ;;
         correctness | kernels | models) parts+=("$1") && shift ;;
         *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 2 ;;
     esac
@@ -29,11 +32,18 @@ done
 ((${#parts[@]})) || parts=(correctness kernels models)
 options+=(--device "$device")
 
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-out=${OUT:-first_card}
-mkdir -p "$out"
-work=$(mktemp -d)
+python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
+case $python in */*) python=$(absolute "$python") ;; esac
+out=$([ -n "${OUT:-}" ] && absolute "$OUT" || echo "$root/first_card")
+cd "$root" && mkdir -p "$out" && exec 9< "$out" || exit
+if command -v flock > /dev/null && ! flock -n 9; then
+    echo "another run writes to $out" >&2
+    exit 1
+fi
+work=$(mktemp -d) || exit
+running=""
 trap 'rm -rf "$work"' EXIT
+trap stop INT TERM
 export TMPDIR=$work PYTHONUNBUFFERED=1 PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 mkdir "$work/site"
 ln -s "$PWD" "$work/site/mxfp8"
@@ -46,12 +56,27 @@ summary=$out/summary.txt
 [ ${#parts[@]} = 3 ] && rm -f "$summary"
 say() { echo "$*" >> "$summary"; }
 
+# Ends what runs, too: `timeout` has put it where Ctrl-C does not reach.
+stop() {
+    trap "" INT TERM
+    [ -n "$running" ] && kill "$running" && wait "$running"
+    say "== interrupted"
+    exit 130
+}
+
 # Runs a command for so many seconds, its output in the log of a part; sets `status`.
 limited() {
     local part=$1 signal=$2 seconds=$3
     shift 3
-    timeout -s "$signal" -k 5 "$seconds" "$@" 2>&1 | tee "$out/$part/log.txt"
-    status=${PIPESTATUS[0]}
+    mkfifo "$work/output"
+    tee "$out/$part/log.txt" < "$work/output" &
+    local tee=$!
+    timeout -s "$signal" -k 5 "$seconds" "$@" > "$work/output" 2>&1 &
+    running=$!
+    wait "$running" # a trap waits for no command but this one
+    status=$? running=""
+    wait "$tee"
+    rm "$work/output"
     tail -c 8M "$out/$part/log.txt" | sed "s|$work|...|g; s|$PWD|...|g; s|$HOME|...|g" \
         > "$work/log" && cp "$work/log" "$out/$part/log.txt"
     case $status in

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -419,3 +421,43 @@ def test_what_is_missing_is_left_out_and_named(tmp_path):
     assert "left out: the tests, No module named pytest" in summary
     assert "pip install pytest" in summary and "3 checks, 0 failed" in summary
     assert "left out: no ComfyUI at" in summary
+
+
+def test_paths_are_relative_to_where_it_is_called(tmp_path, monkeypatch):
+    stub(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert first_card(Path("my results"), "kernels", PYTHON="./python").returncode == 0
+    assert (tmp_path / "my results" / "summary.txt").is_file()
+    assert first_card(tmp_path, "--wheels").returncode == 2
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_ends_at_once_with_all_it_started(ending, tmp_path):
+    python = stub(tmp_path, kernels=f"echo $$ > {tmp_path}/started; exec sleep 300")
+    (tmp_path / "work").mkdir()
+    process = subprocess.Popen(
+        [ROOT / "bench" / "first_card.sh", "--device", "cpu", "kernels", "models"],
+        env=environment(OUT=str(tmp_path / "out"), PYTHON=python, TMPDIR=str(tmp_path / "work")),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    started = tmp_path / "started"
+    while not started.exists() or not started.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, ending)  # as a terminal does
+    assert process.wait(60) == 130
+    assert not Path(f"/proc/{started.read_text().strip()}").exists()
+    assert not any((tmp_path / "work").iterdir())
+    summary = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
+    assert "== models" not in summary and summary.endswith("== interrupted\n")
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        ended = first_card(tmp_path, "kernels", PYTHON=stub(tmp_path))
+    finally:
+        os.close(folder)
+    assert ended.returncode == 1 and f"another run writes to {tmp_path}" in ended.stderr
