@@ -323,6 +323,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if the bound fails")
     parser.add_argument("--json", metavar="FILE", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    ways = [way for way in WAYS if arguments.only in (None, way.name)]
+    if not ways:
+        names = "; ".join(way.name for way in WAYS)
+        parser.error(f"no way is called {arguments.only!r}; it must be one of: {names}")
+    if not arguments.json.parent.is_dir():
+        parser.error(f"{arguments.json.parent} is not a folder")
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from comfyui import import_modules
 
@@ -330,7 +338,6 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    ways = [way for way in WAYS if arguments.only in (None, way.name)]
     if arguments.profile:
         for way in ways:
             profile(way)

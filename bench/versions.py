@@ -277,6 +277,8 @@ def main() -> int:
         "--fetch", action="store_true", help="only download what `make setup` needs"
     )
     options = parser.parse_args()
+    if bool(options.versions) + options.newest + options.fetch > 1:
+        parser.error("--newest, --fetch and versions exclude each other")
     if options.fetch:
         for combination in ends():
             prepare(combination)

@@ -138,3 +138,20 @@ def test_the_newest_is_what_the_other_tests_run_too():
     assert newest()["triton"] == compiled["interpreter"]["triton"]
     by_newest = {r["arch"] for r in compiled["runs"] if r["triton"] == newest()["triton"]}
     assert by_newest == {run["arch"] for run in compiled["runs"]}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "versions.py --newest 0.30.0",
+        "versions.py --newest --fetch",
+        "host.py --check --only nothing",
+        "host.py --check --rounds 0",
+    ],
+)
+def test_arguments_that_would_run_something_else_are_refused(command):
+    script, *arguments = command.split()
+    ended = subprocess.run(
+        [sys.executable, ROOT / "bench" / script, *arguments], capture_output=True, timeout=60
+    )
+    assert ended.returncode == 2
