@@ -234,6 +234,7 @@ def _is_plain_call(x) -> bool:
     return not (
         torch.compiler.is_compiling()
         or type(x) is not torch.Tensor
+        or x.is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

@@ -587,6 +587,10 @@ def test_a_plain_call_goes_past_the_ops_and_all_that_looks_sees_them(anywhere, f
         assert f"{ops.NAMESPACE}::matmul(" in graph
         with pytest.raises(RuntimeError, match=f"not implemented for {ops.NAMESPACE}::"):
             torch.vmap(linear)(x[:, None])
+        out = kernels.linear_prepared(
+            path, x.to("meta"), [t.to("meta") for t in prepared], None, 70
+        )
+        assert out.is_meta and out.shape == expected.shape
     monkeypatch.setattr(ops, "_ops", None)
     assert torch.equal(linear(x), expected)
 
