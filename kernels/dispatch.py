@@ -120,7 +120,7 @@ _entered: list[list[tuple[Backend, ...]]] = []  # of `use_backend`, each the onl
 _paths: dict[tuple, ExecutionPath] = {}
 _steps: dict[tuple, Step] = {}
 _warned: set[tuple[str, str]] = set()
-_tried: set[tuple] = set()  # (path, device, dtype, shape, rows)
+_tried: set[tuple] = set()  # (path, device, dtype, shape, bias, rows)
 _refused: dict[tuple, str] = {}  # (backend, device, dtype, shape) -> reason
 
 
@@ -297,6 +297,8 @@ def _steps_for(backend: Backend, problem: Problem, verdicts: _Verdicts, forced: 
 def _named_only(backend: Backend, problem: Problem) -> str | None:
     """Why a backend is not chosen for a problem without being named, or None."""
     if backend.weight_form == "rotated_int8" and problem.weight_form == "stored":
+        if problem.prepare == "each call":
+            return "its weight is prepared once, by callers that look how much it changes"
         if problem.device.type == "cpu" and problem.precision == "auto":
             return "on a CPU, auto stays exact"
         if (device_facts.capability(problem.device) or (0, 0)) >= (10, 0):
@@ -318,7 +320,7 @@ def _warn_exact(device: str, path: ExecutionPath) -> None:
 
 
 def try_shape(
-    device: torch.device, dtype: torch.dtype, precision: str, shape: tuple[int, int]
+    device: torch.device, dtype: torch.dtype, precision: str, shape: tuple[int, int], bias: bool
 ) -> None:
     """Before a model runs: try how its linears of a shape will run, and refuse what is wrong.
 
@@ -328,7 +330,7 @@ def try_shape(
     are held to, what is named, and what there is no memory for.
 
     Args:
-        as of `execution_path`.
+        as of `execution_path`; bias: whether they have one, of `dtype`.
     """
     if 0 in shape or _forced:
         return
@@ -337,12 +339,13 @@ def try_shape(
         for prepared in (True, False):
             while True:
                 path = _path_of_call(device, dtype, precision, shape, rows, prepared)
-                key, backend = (path, device, dtype, shape, rows), named(path.backend)
+                key, backend = (path, device, dtype, shape, bias, rows), named(path.backend)
                 if key in _tried or backend.test is None:
                     break
                 try:
                     stored = stored or self_test.random_weight(*shape, device)
-                    reason = self_test.run(partial(_try, path, stored, shape, rows), device, dtype)
+                    trial = partial(_try, path, stored, shape, bias, rows)
+                    reason = self_test.run(trial, device, dtype)
                 except (MemoryError, torch.OutOfMemoryError) as error:
                     logger.info("MXFP8: layers of %d x %d were not tried: %s.", *shape, error)
                     return
@@ -372,7 +375,7 @@ def _refuse(backend: str, device, dtype, shape, reason: str) -> None:
         del _paths[known]
 
 
-def _try(path: ExecutionPath, stored, shape, rows: int, device, dtype) -> str | None:
+def _try(path: ExecutionPath, stored, shape, bias: bool, rows: int, device, dtype) -> str | None:
     """What is wrong with a path at a shape, or None."""
     backend = named(path.backend)
     quantize, prepare = (
@@ -383,11 +386,12 @@ def _try(path: ExecutionPath, stored, shape, rows: int, device, dtype) -> str | 
     )  # fmt: skip
     prepared = prepare(*stored)
 
-    def linear(x):
-        return backend.matmul(quantize(x), prepared, None, dtype, shape[0])
+    def linear(x, bias):
+        return backend.matmul(quantize(x), prepared, bias, dtype, shape[0])
 
     form = None if path.precision == "exact" else path.input_form or path.weight_form
-    return self_test.at_shape(linear, eager.dequantize(*stored, dtype, *shape), rows, form)
+    weight = eager.dequantize(*stored, dtype, *shape)
+    return self_test.at_shape(linear, weight, bias, rows, form)
 
 
 def choose_step(steps: tuple[Step, ...], device: torch.device, dtype: torch.dtype) -> Step:

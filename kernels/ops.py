@@ -103,8 +103,8 @@ def linear(x, qdata, scale, bias=None, *, shape=None, precision: str = "auto") -
         qdata, scale: W [N, K] as `quantize` returns it.
         bias: [N] or None.
         shape: the unpadded (N, K) of W; default: nothing is padding.
-        precision: "exact", "fast" or "auto" (see `dispatch`). A form of weights that one pass makes
-            is made on each call; others are left to `linear_prepared`.
+        precision: "exact", "fast" or "auto" (see `dispatch`). Row-wise FP8 weights are made on each
+            call where one pass does it; other forms are left to `linear_prepared`.
 
     Returns:
         [..., N] of x's dtype. Differentiable in x and bias; under torch.func exact, whatever the

@@ -284,21 +284,26 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def at_shape(linear: Callable, weight: torch.Tensor, rows: int, form: str | None) -> str | None:
+def at_shape(
+    linear: Callable, weight: torch.Tensor, bias: bool, rows: int, form: str | None
+) -> str | None:
     """What is wrong with a linear at the shape of a model's, or None: torch's shows it, by tiles.
 
     One wrong tile among thousands counts: each is compared by itself. Memory is that of x, of two
     outputs, and of float32 copies of 256 rows.
 
     Args:
-        linear: x [rows, K] -> [rows or more, N].
+        linear: (x [rows, K], bias [N] or None) -> [rows or more, N].
         weight: [N, K], unpacked, in x's dtype, on the device.
+        bias: whether it has one.
         form: that x is quantized to on the way.
     """
     N, K = weight.shape
     options = {"device": weight.device, "dtype": weight.dtype}
-    x = torch.randn(rows, K, generator=_generator(weight.device), **options)
-    out, expected = linear(x), torch.nn.functional.linear(x, weight)
+    generator = _generator(weight.device)
+    x = torch.randn(rows, K, generator=generator, **options)
+    added = torch.randn(N, generator=generator, **options) if bias else None
+    out, expected = linear(x, added), torch.nn.functional.linear(x, weight, added)
     if out.shape[1] != N or out.shape[0] < rows or out.dtype != x.dtype:
         return f"it returns {list(out.shape)} {out.dtype} instead of {[rows, N]} {x.dtype}"
     height = min(rows, 32)

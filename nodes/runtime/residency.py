@@ -45,9 +45,10 @@ def try_shapes(patcher) -> None:
         precision = _precision(patcher, name)
         if precision is not None:
             exact = forward.held_exact(module) is not None
-            asked["exact" if exact else precision, tuple(module.weight.shape)] = None
-    for precision, shape in asked:
-        kernels.try_shape(device, dtype, precision, shape)
+            shape, bias = tuple(module.weight.shape), module.bias is not None
+            asked["exact" if exact else precision, shape, bias] = None
+    for precision, shape, bias in asked:
+        kernels.try_shape(device, dtype, precision, shape, bias)
 
 
 def masters(patcher) -> dict[str, QuantizedTensor]:

@@ -322,6 +322,14 @@ def test_the_path_of_a_cpu(cpu, monkeypatch):
     dispatch.forget()
 
 
+@pytest.mark.parametrize(("prepare", "backend"), [("once", "triton_int8"), ("each call", "triton")])
+def test_int8_weights_are_made_by_callers_that_look_at_them(prepare, backend, monkeypatch):
+    describe((8, 6), monkeypatch)
+    gpu = torch.device("cuda", 0)
+    path = dispatch.execution_path(gpu, torch.bfloat16, "fast", 300, (3840, 3840), prepare=prepare)
+    assert path.backend == backend
+
+
 def test_the_path_of_mps(monkeypatch):
     describe(None, monkeypatch, NO_TRITON)
     for precision in ("auto", "fast", "exact"):

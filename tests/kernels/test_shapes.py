@@ -19,13 +19,14 @@ SHAPE, OTHER = (200, 512), (64, 512)
 def broken(prefer, monkeypatch):
     """broken(damage): a fast backend whose output, [M, N], is damaged; returns the rows it ran."""
 
-    def insert(damage=lambda out: out, name="reference_int8"):
+    def insert(damage=lambda out: out, name="reference_int8", only_with_bias=False):
         prefer(name)
         backend, rows = dispatch.BACKENDS[0], []
 
         def matmul(quantized, prepared, bias, dtype, N):
             rows.append(quantized[0].shape[0])
-            return damage(backend.matmul(quantized, prepared, bias, dtype, N))
+            out = backend.matmul(quantized, prepared, bias, dtype, N)
+            return out if only_with_bias and bias is None else damage(out)
 
         record = replace(backend, matmul=matmul, test=lambda device, dtype: None)
         monkeypatch.setattr(dispatch, "BACKENDS", (record, *dispatch.BACKENDS[1:]))
@@ -38,8 +39,8 @@ def path(shape=SHAPE, dtype=torch.bfloat16):
     return kernels.execution_path(CPU, dtype, "fast", None, shape, prepare="once")
 
 
-def try_shape(shape=SHAPE, dtype=torch.bfloat16):
-    kernels.try_shape(CPU, dtype, "fast", shape)
+def try_shape(shape=SHAPE, dtype=torch.bfloat16, bias=True):
+    kernels.try_shape(CPU, dtype, "fast", shape, bias)
 
 
 def last_tile(out):
@@ -98,27 +99,39 @@ def test_what_is_right_is_tried_once(name, dtype, shape, broken):
     assert path(shape, dtype).backend == name
 
 
+@pytest.mark.parametrize("damage", [last_tile, lambda out: out.zero_()])
+def test_layers_with_a_bias_are_tried_with_one(damage, broken):
+    broken(damage, only_with_bias=True)
+    try_shape(bias=False)
+    assert path().backend == "reference_int8"
+    try_shape(bias=True)
+    assert path().backend != "reference_int8"
+
+
 @pytest.mark.parametrize("rows", [1, 300])
 def test_a_step_that_a_pipeline_drops_shows(rows):
     weight = torch.randn(1024, 15360, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def dropping(x):
+    def linear(x, bias):
+        return x @ weight.t()
+
+    def dropping(x, bias):
         return x[:, :-64] @ weight[:, :-64].t()
 
-    assert self_test.at_shape(lambda x: x @ weight.t(), weight, rows, None) is None
+    assert self_test.at_shape(linear, weight, False, rows, None) is None
     for form in self_test._AT_SHAPE:
-        assert f"with {rows} rows of x" in self_test.at_shape(dropping, weight, rows, form)
+        assert f"with {rows} rows of x" in self_test.at_shape(dropping, weight, False, rows, form)
 
 
 def test_one_value_may_be_next_to_zero():
     x, weight = (torch.randn(1, 256, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     weight -= weight @ x.t() / (x @ x.t()) * x  # x as `at_shape` draws it
 
-    def quantizing(x):
+    def quantizing(x, bias):
         code, scale = reference.quantize_rowwise(x)
         return code.float() * scale[:, None] @ weight.t()
 
-    assert self_test.at_shape(quantizing, weight, 1, "rowwise_fp8") is None
+    assert self_test.at_shape(quantizing, weight, False, 1, "rowwise_fp8") is None
 
 
 @pytest.mark.parametrize("wrong_at", [1, 40])
