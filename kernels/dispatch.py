@@ -372,7 +372,7 @@ def _refuse(backend: str, device, dtype, shape, reason: str) -> None:
     )
     _refused[backend, device, dtype, shape] = reason
     for known in [known for known in list(_paths) if shape in known]:
-        del _paths[known]
+        _paths.pop(known, None)  # another thread may refuse it too
 
 
 def _try(path: ExecutionPath, stored, shape, bias: bool, rows: int, device, dtype) -> str | None:

@@ -157,6 +157,19 @@ def test_one_after_the_other_is_refused_until_plain_torch(monkeypatch, forget):
     assert [name for name, _ in path().unsupported] == [b.name for b in wrong]
 
 
+def test_another_thread_may_refuse_at_the_same_time(broken, monkeypatch):
+    class Paths(dict):
+        def __iter__(self):
+            known = list(super().__iter__())
+            self.clear()
+            return iter(known)
+
+    broken(raises)
+    monkeypatch.setattr(dispatch, "_paths", Paths())
+    try_shape()
+    assert path().backend != "reference_int8"
+
+
 def test_what_is_named_is_not_tried(broken, monkeypatch):
     monkeypatch.setattr(self_test, "ROWS_ON_CPUS", self_test.ROWS[:3])
     rows = broken(last_tile)
