@@ -48,6 +48,7 @@ def try_shapes(patcher) -> None:
             shape, bias = tuple(module.weight.shape), module.bias is not None
             asked["exact" if exact else precision, shape, bias] = None
     for precision, shape, bias in asked:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         kernels.try_shape(device, dtype, precision, shape, bias)
 
 

@@ -180,16 +180,20 @@ def failing(flux: Flux):
     interrupt = comfy.model_management.InterruptProcessingException()
     check = "throw_exception_if_processing_interrupted"
     with_one = with_lora(flux.fast, flux.lora, 0.8)
-    for patcher, owner, name, error in (
-        (flux.fast, comfy.model_management, check, interrupt),
-        (with_one, comfy.model_management, check, interrupt),
-        (flux.fast, kernels, "prepare_weight", MemoryError()),
+    modules = layers(flux.fast).values()
+    tried = len({(tuple(linear.weight.shape), linear.bias is None) for linear in modules})
+    dispatch.forget()
+    for patcher, owner, name, error, passes in (
+        (flux.fast, comfy.model_management, check, interrupt, 1),  # while shapes are tried
+        (flux.fast, comfy.model_management, check, interrupt, tried + 3),
+        (with_one, comfy.model_management, check, interrupt, tried + 3),
+        (flux.fast, kernels, "prepare_weight", MemoryError(), 3),
     ):
         for before in (flux.exact, None):  # in stock's loading, or after it had nothing to load
             comfy.model_management.unload_all_models()
             if before is not None:
                 output(before)
-            calls = iter([None, None, None, error])
+            calls = iter([None] * passes + [error])
             kept = getattr(owner, name)
 
             def failing_later(*arguments, calls=calls, kept=kept):
@@ -204,8 +208,10 @@ def failing(flux: Flux):
             except BaseException as raised:
                 failed = raised is error
             setattr(owner, name, kept)
-            what = f"{type(error).__name__} {patcher is with_one} {before is None}"
+            what = f"{type(error).__name__} {passes} {patcher is with_one} {before is None}"
             yield f"{what}: fails", failed
+            if passes == 1 and before is not None:
+                yield f"{what}: the rest is not tried", len(dispatch._tried) == 1
             unloaded = flux.stock.model.current_weight_patches_uuid is None and not flux.fast.backup
             yield f"{what}: unloaded", flux.as_stored() and unloaded
             yield f"{what}: fast", flux.as_fast()
