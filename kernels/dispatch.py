@@ -334,8 +334,10 @@ def try_shape(
     """
     if 0 in shape or _forced:
         return
-    stored = None
-    for rows in self_test.ROWS_ON_CPUS if device.type == "cpu" else self_test.ROWS:
+    stored, tried, all_rows = None, shape, self_test.ROWS
+    if device.type == "cpu":
+        tried, all_rows = (min(shape[0], self_test.N_ON_CPUS), shape[1]), self_test.ROWS_ON_CPUS
+    for rows in all_rows:
         for prepared in (True, False):
             while True:
                 path = _path_of_call(device, dtype, precision, shape, rows, prepared)
@@ -343,8 +345,8 @@ def try_shape(
                 if key in _tried or backend.test is None:
                     break
                 try:
-                    stored = stored or self_test.random_weight(*shape, device)
-                    trial = partial(_try, path, stored, shape, bias, rows)
+                    stored = stored or self_test.random_weight(*tried, device)
+                    trial = partial(_try, path, stored, tried, bias, rows)
                     reason = self_test.run(trial, device, dtype)
                 except (MemoryError, torch.OutOfMemoryError) as error:
                     logger.info("MXFP8: layers of %d x %d were not tried: %s.", *shape, error)
