@@ -157,6 +157,8 @@ def test_speeds_are_those_of_results_files(results):
         "rows": [linear | {"ms": 3.0}, linear | {"ms": 5.0}, linear | {"ms": 9.0, "M": 64}],
     }
     assert proved.speed(results, "int8", "cpu AMX") == "; 0.75 to 1.25 of BF16's time"
+    results["cpu.json"]["rows"][0]["vs_bf16"] = 0.7  # of paired rounds
+    assert proved.speed(results, "int8", "cpu AMX") == "; 0.70 to 1.25 of BF16's time"
     assert proved.speed(results, "int8", "sm_90") == proved.speed(results, "int8", "cpu") == ""
 
 
