@@ -33,7 +33,8 @@ def precision_input() -> io.Input:
         tooltip=(
             "exact: stored weights times unquantized activations. "
             "fast: activations are quantized too, for an 8-bit matmul: INT8 on RTX 20 to 40, "
-            "RX 7000 and 9000 and CPUs with AVX-512 VNNI or AMX, FP8 on H100, MXFP8 on Blackwell. "
+            "RX 7000 and 9000, MI300, MI350, and CPUs with AVX-512 VNNI or AMX, "
+            "FP8 on H100, MXFP8 on Blackwell. "
             "auto: fast on such GPUs, exact elsewhere, CPUs included. "
             "Layers that the file marks as full precision are always exact."
         ),

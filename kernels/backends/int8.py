@@ -84,7 +84,7 @@ def triton_unsupported_reason(problem) -> str | None:
     capability = device_facts.capability(problem.device) or (0, 0)
     amd = device_facts.amd_architecture(problem.device) or ""
     if capability < (8, 0) and not amd.startswith(_AMD):
-        cards = "NVIDIA compute capability 8.0 (RTX 30) or later, RX 7000 or later, MI300"
+        cards = "NVIDIA compute capability 8.0 (RTX 30) or later, RX 7000 or later, MI300, MI350"
         return device_facts.needs(f"INT8 that Triton multiplies: {cards}", problem.device)
     reason = device_facts.descriptors_unsupported_reason(problem.device)
     return reason or groups_unsupported_reason(problem)
