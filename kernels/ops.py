@@ -381,9 +381,11 @@ for _name, _kernel, _fake in (
     _lib.impl(_name, _fake, "Meta")
 
 
-def _without_autocast(device: str):
+def _without_autocast(key: str):
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+
     def matmul(*args):
-        with torch.autocast(device, enabled=False):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
             return _ops.matmul(*args)
 
     return matmul
@@ -391,8 +393,8 @@ def _without_autocast(device: str):
 
 # A path is chosen for x's dtype, which autocast would change inside of it, and so that of the
 # result, where a compiled graph relies on the fake's.
-for _device in ("cpu", "cuda", "mps", "xpu"):
-    _lib.impl("matmul", _without_autocast(_device), f"Autocast{_device.upper()}")
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU"):
+    _lib.impl("matmul", _without_autocast(_key), _key)
 torch.library.register_autograd(
     f"{NAMESPACE}::linear", _linear_backward, setup_context=_linear_setup_context, lib=_lib
 )
