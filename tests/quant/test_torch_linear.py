@@ -257,6 +257,7 @@ def test_half_precision_models_stay_in_half_precision(name, dtype):
 @pytest.mark.parametrize("name", ["encoder", "T5"])
 def test_models_compile_to_one_graph(name):
     _, quantized, run = pair(name)
+    torch.compiler.reset()  # other shapes before make these symbols, which torch's encoder cannot
     with torch.no_grad():
         compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
         assert off(run(compiled), run(quantized)) < 1e-5
