@@ -46,6 +46,7 @@ class Pace:
         self._clock = clock
         self._shown: float | None = None
         self._first: tuple[float, int] | None = None  # time, and what was done
+        self._verifying = False
         self.start()
 
     def start(self) -> None:
@@ -58,15 +59,20 @@ class Pace:
         return self._clock() - self._start
 
     def __call__(self, done: int, total: int, key: str) -> str | None:
-        """A line or two, or None if the last text is recent; arguments as of `Progress`."""
+        """A line or two, or None if the last text is recent; arguments as of `Progress`.
+
+        That verifying began is told at once: it may be over before another text is due.
+        """
         now = self._clock()
         since, before = self._first or (self._start, 0)
         if self._steps and done:
             self._first = self._first or (now, done)
-        if self._shown is not None and now - self._shown < self._every:
+        verifying = key == VERIFY and done >= total
+        begins, self._verifying = verifying and not self._verifying, verifying
+        if self._shown is not None and now - self._shown < self._every and not begins:
             return None
         self._shown = now
-        if key == VERIFY and done >= total:  # how much is read back is not counted
+        if verifying:  # how much is read back is not counted
             return "verifying"
         speed = (done - before) / max(now - since, 1e-3)
         if self._steps:

@@ -34,6 +34,13 @@ def test_reading_back_has_no_percentage():
     assert calls == ["verify\n50%, 0.0 MB/s, 1 s left", "b\n100%, 0.0 MB/s", "verifying"]
 
 
+def test_reading_back_is_told_at_once_and_then_not_too_often():
+    clock = Clock()
+    pace = Pace(clock=clock)
+    results = [pace(8, 8, key) for key in ("a", "b", VERIFY, VERIFY)]
+    assert results == ["a\n100%, 0.0 MB/s", None, "verifying", None]
+
+
 def test_a_low_speed_has_a_decimal():
     clock = Clock()
     pace = Pace(clock=clock)
