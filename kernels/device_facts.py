@@ -74,12 +74,7 @@ def block_scaled_unsupported_reason(device: torch.device) -> str | None:
     oldest = BLOCK_SCALED.get(version, OLDEST)
     if reason is not None or oldest == OLDEST:
         return reason
-    import triton
-
-    if _version(triton) < oldest:
-        needed = ".".join(map(str, oldest))
-        return f"needs Triton {needed} for this card; this is {triton.__version__}"
-    return None
+    return _older_triton_reason(oldest, "for this card")
 
 
 def descriptors_unsupported_reason(device: torch.device) -> str | None:
@@ -87,11 +82,16 @@ def descriptors_unsupported_reason(device: torch.device) -> str | None:
     reason = triton_unsupported_reason()
     if reason is not None or (capability(device) or (0, 0))[0] != 9:
         return reason
+    return _older_triton_reason(DESCRIPTORS, "on Hopper")
+
+
+def _older_triton_reason(needed: tuple[int, int], what_for: str) -> str | None:
+    """That the Triton here is older than needed, or None."""
     import triton
 
-    if _version(triton) < DESCRIPTORS:
-        needed = ".".join(map(str, DESCRIPTORS))
-        return f"needs Triton {needed} on Hopper; this is {triton.__version__}"
+    if _version(triton) < needed:
+        version = ".".join(map(str, needed))
+        return f"needs Triton {version} {what_for}; this is {triton.__version__}"
     return None
 
 

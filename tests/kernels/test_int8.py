@@ -8,6 +8,7 @@ import pytest
 import torch
 from arithmetic import all_magnitudes
 from comfy_kitchen.backends.eager import quantization as kitchen
+from distributions import heavy, normal
 
 from mxfp8 import kernels
 from mxfp8.kernels import sqnr
@@ -15,17 +16,6 @@ from mxfp8.kernels.backends import int8, reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = {768: 256, 3840: 256, 384: 64, 320: 64, 32: 16, 96: 16, 2592: 16}  # K -> group
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def heavy(*shape, seed=0):
-    """Student's t with 3 degrees of freedom."""
-    generator = torch.Generator().manual_seed(seed)
-    squares = torch.randn(3, *shape, generator=generator).square().mean(0)
-    return torch.randn(shape, generator=generator) / squares.sqrt()
 
 
 def relative(actual, expected) -> float:

@@ -5,23 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from arithmetic import all_magnitudes
+from distributions import heavy, normal
 
 from mxfp8.kernels import device_facts, layout
 from mxfp8.kernels.backends import reference
 from mxfp8.kernels.backends.triton import gemm, int8
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def heavy(*shape, seed=0):
-    """Student's t with 3 degrees of freedom."""
-    generator = torch.Generator().manual_seed(seed)
-    squares = torch.randn(3, *shape, generator=generator).square().mean(0)
-    return torch.randn(shape, generator=generator) / squares.sqrt()
 
 
 def check_codes(actual, value) -> None:
