@@ -11,16 +11,8 @@ of a text calibrates, the other half tests. For each method, on the test half:
     seconds               of the conversion, calibration included
 
 Each method makes a file of the stock format, which is measured; --keep keeps the files. The files
-rounded to nearest and calibrated are also measured as each kind of hardware multiplies them:
-
-    exact           weights decoded, inputs as they are
-    mxfp8           inputs in MXFP8 too
-    rowwise_fp8     weights and inputs in E4M3 with a scale per row
-    rotated_int8    weights and inputs rotated, then INT8 with a scale per row: in groups of 256
-                    along K where K is a multiple of 256 (MiniLM's 1536), else of 64 (its 384)
-
-The oracle (`kernels/backends/reference.py`) quantizes and multiplies, in float64, so a form's error
-is that of its numbers, not of one kernel. The figures of a method are those of `exact`.
+rounded to nearest and calibrated are also measured as each kind of hardware multiplies them
+(`forms.py`). The figures of a method are those of `exact`.
 
 --layer times the calibrated rounding of one layer of Z-Image's largest size, 3840 x 10240. --check
 exits with 1 when calibrated rounding has more than 0.60 of the layers' error or 0.50 of the
@@ -46,12 +38,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
 from convert import RIVAL, VERSION, rival
 from cpu import WEIGHT, machine
+from forms import EXACT, FORMS, INT8, MXFP8, linear_in
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
@@ -60,7 +52,6 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 import minilm  # noqa: E402
 from torch import nn  # noqa: E402
 
-from mxfp8.kernels.dispatch import named  # noqa: E402
 from mxfp8.kernels.records import Backend  # noqa: E402
 from mxfp8.quant.conversion.calibration import calibrate  # noqa: E402
 from mxfp8.quant.conversion.convert import convert_file  # noqa: E402
@@ -71,21 +62,12 @@ TEXTS = 160  # paragraphs in either half
 NEAREST, CALIBRATED, LEARNED = "nearest", "gptq", "convert_to_quant_learned"
 LAYERS, END_TO_END = 0.60, 0.50  # of plain rounding's
 SECONDS = 60  # for the layer
-EXACT, MXFP8, FP8, INT8 = "exact", "mxfp8", "rowwise_fp8", "rotated_int8"
 FORMED = NEAREST, CALIBRATED  # methods that are measured in every form
 BOUNDS = (  # of rotated INT8, calibrated: figure, form that it is compared with, ratio
     ("layer_output_error", EXACT, 1.30),
     ("layer_output_error", MXFP8, 0.65),
     ("end_to_end", EXACT, 1.60),
 )
-
-
-FORMS: dict[str, Backend] = {
-    EXACT: named("reference"),
-    MXFP8: named("reference_mx"),
-    FP8: named("reference_fp8"),
-    INT8: named("reference_int8"),
-}
 
 
 def encoder(module: nn.Module) -> dict[str, nn.Module]:
@@ -118,28 +100,14 @@ def learned(target: Path, texts: list[str]) -> None:
 METHODS: dict[str, Callable] = {NEAREST: nearest, CALIBRATED: calibrated, LEARNED: learned}
 
 
-def multiply(x: torch.Tensor, form: Backend, layer: MXFP8Linear, prepared) -> torch.Tensor:
-    """The forward of a layer whose weight is prepared for a form."""
-    N, K = layer.shape
-    rows = x.reshape(-1, K)
-    quantized = form.quantizers[0].run(rows) if form.quantizers else (rows,)
-    out = form.matmul(quantized, prepared, layer.bias, x.dtype, N)
-    return out[: len(rows)].reshape(*x.shape[:-1], N)  # MXFP8 pads rows
-
-
-def prepare(form: Backend, layer: MXFP8Linear) -> tuple[torch.Tensor, ...]:
-    """The weight of a layer in a form."""
-    stored = layer.qdata, layer.weight_scale
-    return form.preparers[0].run(*stored) if form.preparers else stored
-
-
 @torch.inference_mode()
 def loaded(target: Path, form: Backend) -> nn.Module:
     """The model of a file, whose layers compute in a form."""
     model = minilm.untrained().eval()
     load_quantized(model, target, precision="exact")
     for layer in encoder(model).values():
-        layer.forward = partial(multiply, form=form, layer=layer, prepared=prepare(form, layer))
+        stored = layer.qdata, layer.weight_scale
+        layer.forward = linear_in(form, *stored, layer.shape, layer.bias)
     return model
 
 

@@ -8,6 +8,7 @@ import minilm
 import pytest
 import quality
 import torch
+from forms import FORMS, linear_in
 
 from mxfp8 import kernels
 from mxfp8.kernels.backends import fp8_rowwise, int8
@@ -52,10 +53,10 @@ def test_each_form_multiplies_what_its_backends_do():
     stored = layer.qdata.view(torch.float8_e4m3fn), layer.weight_scale
     rows = x.reshape(-1, 320)
     expected = products(rows, layer.dequantize(torch.float32), stored)
-    assert expected.keys() == quality.FORMS.keys()
+    assert expected.keys() == FORMS.keys()
 
-    for name, form in quality.FORMS.items():
-        out = quality.multiply(x, form, layer, quality.prepare(form, layer))
+    for name, form in FORMS.items():
+        out = linear_in(form, layer.qdata, layer.weight_scale, layer.shape, layer.bias)(x)
         assert out.shape == (3, 7, 40) and out.dtype == x.dtype
         product = out.reshape(21, 40) - layer.bias
         errors = {n: float((product - p).norm() / p.norm()) for n, p in expected.items()}
@@ -81,7 +82,7 @@ def test_each_form_multiplies_what_its_backends_do():
 def test_a_bound_that_is_missed_is_named(form, figure, value, missed):
     plain = {"layer_output_error": 2.0, "end_to_end": 4.0, "seconds": 1.0}
     exact = {"layer_output_error": 1.0, "end_to_end": 1.0}
-    forms = {name: dict(exact) for name in quality.FORMS}
+    forms = {name: dict(exact) for name in FORMS}
     forms["mxfp8"]["layer_output_error"] = 2.1
     forms[form][figure] = value
     results = {"nearest": plain, "gptq": exact | {"forms": forms}}
@@ -91,7 +92,7 @@ def test_a_bound_that_is_missed_is_named(form, figure, value, missed):
 def test_the_results_have_every_form_of_what_converts_files_here():
     methods = json.loads(quality.RESULTS.read_text("utf-8"))["methods"]
     for name in quality.FORMED:
-        assert methods[name]["forms"].keys() == quality.FORMS.keys()
+        assert methods[name]["forms"].keys() == FORMS.keys()
         exact = methods[name]["forms"]["exact"]
         assert {key: methods[name][key] for key in exact} == exact
     layers = [r for r in quality.form_ratios(methods["gptq"]["forms"]) if "layer" in r[0]]
