@@ -9,11 +9,13 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
 import folder_paths
 
+from ...quant.container.writer import new_folders
 from ...quant.sources import shards
 from .filenames import check_name, check_target, is_inside
 
@@ -116,25 +118,9 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def folder_of(target: Path) -> Iterator[None]:
+def folder_of(target: Path) -> AbstractContextManager[None]:
     """Make the folder of a file that will be written; new ones are removed if that fails."""
-    with _new_folders(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield
-
-
-@contextlib.contextmanager
-def _new_folders(folder: Path) -> Iterator[None]:
-    """On an error, remove a folder and its parents, except those that exist already."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
-    try:
-        yield
-    except BaseException:
-        for new in missing:
-            with contextlib.suppress(OSError):  # not empty by now
-                new.rmdir()
-        raise
+    return new_folders(target.parent)
 
 
 @contextlib.contextmanager
@@ -152,7 +138,7 @@ def saving(prefix: str) -> Iterator[Path]:
     _check_inside_output(root, prefix, Path(root) / prefix)
     with tempfile.TemporaryDirectory() as elsewhere:  # ComfyUI makes the folder that it names
         subfolder = folder_paths.get_save_image_path(prefix, elsewhere)[3]
-    with _new_folders(Path(root, subfolder)):
+    with new_folders(Path(root, subfolder)):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         _check_inside_output(root, prefix, path)  # ComfyUI may have filled in variables

@@ -20,7 +20,7 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -344,6 +344,20 @@ def _rename_new(source: Path, target: Path) -> None:
         os.rename(source, target)
     else:
         source.unlink()
+
+
+@contextlib.contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; on an error, remove those that are new and empty."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for new in missing:
+            with contextlib.suppress(OSError):  # not empty by now
+                new.rmdir()
+        raise
 
 
 def _exists(target: Path) -> FileExistsError:

@@ -255,11 +255,9 @@ def _markers(plan: Plan) -> dict[str, dict]:
 
 def _writer(source: Source, target, plan: Plan, overwrite: bool, tick=lambda: None) -> Writer:
     """The writer of a plan's file."""
-    markers = _markers(plan)
-    stored = [tensor for d in plan.decisions for tensor in _stored(d, markers)]
     copied = format.header_markers(source.name, source.metadata)
-    metadata = format.with_markers(source.metadata, {**copied, **markers})
-    return Writer(target, stored, metadata, overwrite, tick)
+    metadata = format.with_markers(source.metadata, {**copied, **_markers(plan)})
+    return Writer(target, stored_tensors(plan), metadata, overwrite, tick)
 
 
 def _check_plan(source: Source, target, plan: Plan) -> None:
@@ -307,6 +305,12 @@ def _calibrated(
         return None
     count = sum(calibration.of(decision.layer) is not None for decision in plan.quantized)
     return {**_about(calibration, held_out), "rounded_layers": count}
+
+
+def stored_tensors(plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(key, dtype, shape) of every tensor in the file that a plan makes."""
+    markers = _markers(plan)
+    return [tensor for decision in plan.decisions for tensor in _stored(decision, markers)]
 
 
 def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -1,0 +1,331 @@
+"""Several models converted one after another: files, folders and patterns, to be run again.
+
+A batch that was interrupted goes on where it stopped, because a target that is a finished
+conversion of its source is skipped. A target appears whole or not at all, so what is asked is only
+whose it is: it must have the tensors of the plan, and the bits of every kept tensor's beginning and
+of every layer's first rows. A file with the right name and layout may be of another fine-tune; its
+codes differ. Rejected: a journal beside the files, which is wrong as soon as one of them is
+replaced, and comparing times, which copying changes.
+
+Calibrations have no place here: each belongs to one model.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ... import kernels
+from ...kernels import layout
+from ..container.header import FormatError, plain, read_container
+from ..container.writer import new_folders
+from ..format import SCALE, WEIGHT
+from ..progress import Meter, Progress
+from ..reports.conversion import format_size
+from ..sources import shards
+from ..sources.file import FileSource, StoredSource, as_bytes
+from ..sources.open import SUFFIXES, files_of, open_source
+from . import policy
+from .convert import convert, plan_source, stored_tensors
+from .policy import Plan, Selection
+
+KEY, VERSION = "mxfp8_batch", 1
+CONVERTED, SKIPPED, FAILED = "converted", "skipped", "failed"
+FINISHED = "is there already, converted from this source"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to convert: a path that `sources.open` opens, and the file to write."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        source, target: paths as in the job.
+        state: "converted", "skipped" or "failed"; reason: why, of the last two.
+        bytes_before, bytes_after, seconds, sqnr_db: as of `reports.conversion.Report`, of a model
+            that was converted; None otherwise.
+        warnings: what the user should know of how its layers were chosen.
+    """
+
+    source: str
+    target: str
+    state: str
+    reason: str = ""
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    seconds: float | None = None
+    sqnr_db: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """For a terminal or a node; warnings are apart."""
+        name = plain(Path(self.source).name)
+        if self.state != CONVERTED:
+            return f"{name}: {self.state}: {self.reason}"
+        sizes = f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)}"
+        sqnr = "" if self.sqnr_db is None else f", SQNR {self.sqnr_db:.2f} dB"
+        return f"{name} -> {plain(Path(self.target).name)}: {sizes} in {self.seconds:.1f} s{sqnr}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The outcomes of a batch, in the order of its jobs."""
+
+    outcomes: tuple[Outcome, ...]
+
+    def of(self, state: str) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.state == state]
+
+    def total(self) -> str:
+        """How many models became what, and what was saved, in a line."""
+        done = self.of(CONVERTED)
+        counts = [f"{len(done)} converted"]
+        counts += [f"{len(self.of(s))} {s}" for s in (SKIPPED, FAILED) if self.of(s)]
+        sizes = [
+            format_size(sum(getattr(outcome, name) for outcome in done))
+            for name in ("bytes_before", "bytes_after")
+        ]
+        return ", ".join(counts) + (f"; {' -> '.join(sizes)}" if done else "")
+
+    def summary(self) -> str:
+        """A line for every model and one for all of them."""
+        lines = []
+        for outcome in self.outcomes:
+            lines += [outcome.line(), *(f"  WARNING: {warning}" for warning in outcome.warnings)]
+        return "\n".join([*lines, self.total()])
+
+    def to_json(self) -> str:
+        models = [asdict(outcome) for outcome in self.outcomes]
+        return json.dumps({KEY: VERSION, "models": models}, indent=1, allow_nan=False)
+
+
+def find_jobs(
+    sources: Iterable[str | os.PathLike],
+    folder: str | os.PathLike | None = None,
+    suffix: str = "mxfp8",
+) -> list[Job]:
+    """The models that paths stand for, and where each one's conversion goes.
+
+    A path is a file; a folder that is one model, as `sources.open` reads it; a folder of models,
+    which is searched with its subfolders; or, if nothing has that name, a pattern (`*`, `?`,
+    `[...]`, and `**` for any folders). Files are left out that are the targets of others.
+
+    Args:
+        folder: where targets go, in the same subfolders; default: beside their sources.
+        suffix: a target's name is its source's with "-suffix".
+
+    Raises:
+        FileNotFoundError: a path leads to nothing.
+        ValueError: a path leads to no model, or two models have the same target.
+    """
+    targets: dict[Path, Path] = {}  # by source
+    for given in sources:
+        models = [*_models(Path(given))]
+        if not models:
+            raise ValueError(f"{given}: no safetensors model is there")
+        for path, root in models:
+            place = path.parent if folder is None else folder / path.parent.relative_to(root)
+            name = f"{shards.model_name(path.name)}-{suffix}.safetensors"
+            targets.setdefault(path, Path(place, name))
+    written = set(targets.values())
+    jobs = [Job(path, target) for path, target in targets.items() if path not in written]
+    source_of: dict[Path, Path] = {}
+    for job in jobs:
+        other = source_of.setdefault(job.target, job.source)
+        if other is not job.source:
+            raise ValueError(
+                f"{other} and {job.source} would both become {job.target}; rename one of them, or "
+                "convert it on its own"
+            )
+    return jobs
+
+
+def _models(given: Path) -> Iterator[tuple[Path, Path]]:
+    """(model, the folder that its subfolders are counted from) of each that a path stands for."""
+    if given.name in ("", ".."):  # a model is called as its folder
+        given = given.resolve()
+    if given.is_dir() and not _is_model(given):
+        yield from ((path, given) for path in _search(given, set()))
+    elif given.exists():
+        yield given, given.parent
+    elif glob.has_magic(str(given)):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+        for path in sorted(map(Path, glob.glob(str(given), recursive=True))):
+            if _is_model(path) if path.is_dir() else _is_model_file(path.name):
+                yield path, root
+    else:
+        raise FileNotFoundError(errno.ENOENT, "there is no such file or folder", str(given))
+
+
+def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The models in a folder that is none itself, and in its subfolders, links included."""
+    if folder.resolve() in seen:  # a link to a folder around it
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not _is_model(path):
+            yield from _search(path, seen)
+        elif path.is_dir() or _is_model_file(path.name):
+            yield path
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is one model, in parts or a pipeline, and not a folder of models."""
+    if (folder / "model_index.json").is_file():
+        return True
+    names = [path.name for path in folder.iterdir()]
+    whole = [name for name in names if _is_model_file(name)]
+    return len(whole) == 1 and shards.INDEX.search(whole[0]) is not None
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a file's name is that of a model or of an index, and not of one part of a model."""
+    whole = name.lower().endswith(SUFFIXES) and not shards.is_shard(name)
+    return whole or shards.INDEX.search(name) is not None
+
+
+def convert_all(
+    jobs: Iterable[Job],
+    selection: Selection = policy.DEFAULT,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    device: str | None = None,
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+) -> Batch:
+    """Convert models one after another.
+
+    Skipped are models whose target is a finished conversion of them, and files that are sound but
+    no model to convert: a LoRA, or a model that is quantized. Any other error is the outcome of its
+    model, and the next one follows.
+
+    Args:
+        overwrite: whether a target that is another file may be replaced.
+        progress: called with the bytes of the whole batch that are done; what it raises ends the
+            batch.
+        device: as of `convert.convert_file`.
+        tell: called with every outcome as soon as it is there.
+    """
+    jobs = [*jobs]
+    sizes = [_size(job.source) for job in jobs]
+    outcomes, begin = [], 0
+    for number, (job, size) in enumerate(zip(jobs, sizes, strict=True), 1):
+        label = f"{number} of {len(jobs)}, {job.source.name}"
+        part = _part(progress, begin, size, sum(sizes), label)
+        outcomes.append(_outcome(job, selection, overwrite, part, device))
+        begin += size
+        if progress is not None:
+            progress(begin, sum(sizes), label)
+        tell(outcomes[-1])
+    return Batch(tuple(outcomes))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model's files; 0 if they cannot be found, which converting it will say."""
+    try:
+        return sum(file.stat().st_size for file in files_of(path))
+    except (OSError, ValueError):
+        return 0
+
+
+def _part(progress: Progress | None, begin: int, size: int, total: int, label: str):
+    """The progress of one model as that of the batch."""
+    if progress is None:
+        return None
+
+    def part(done: int, whole: int, key: str) -> None:
+        progress(begin + size * min(done, whole) // max(whole, 1), total, f"{label}: {key}")
+
+    return part
+
+
+def _outcome(job: Job, selection: Selection, overwrite: bool, progress, device) -> Outcome:
+    paths = str(job.source), str(job.target)
+    try:
+        with open_source(job.source) as source:
+            plan = plan_source(source, selection)
+            if is_finished(source, job.target, plan, progress):
+                return Outcome(*paths, SKIPPED, FINISHED)
+            if not plan.quantized:
+                return Outcome(*paths, SKIPPED, "no layer of it would be MXFP8")
+            with new_folders(job.target.parent):
+                report = convert(
+                    source, job.target, plan, overwrite=overwrite, progress=progress, device=device
+                )
+    except FileExistsError:
+        reason = f"{job.target.name} exists and is not this conversion"
+        return Outcome(*paths, FAILED, f"{reason}; overwrite replaces it")
+    except (OSError, ValueError, MemoryError) as error:
+        foreign = isinstance(error, FormatError) and _is_sound(job.source)
+        return Outcome(*paths, SKIPPED if foreign else FAILED, _said(error, job.source.name))
+    return Outcome(
+        *paths, CONVERTED, "", report.bytes_before, report.bytes_after, report.seconds,
+        report.sqnr_db, report.warnings,
+    )  # fmt: skip
+
+
+def _said(error: Exception, name: str) -> str:
+    """An error in a line, without the name of the model that it stands beside."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).removeprefix(f"{name}: ")
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a model's headers can be read, so that it was refused for what it is."""
+    try:
+        for file in files_of(path):
+            if file.suffix.lower() in SUFFIXES:
+                read_container(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_finished(
+    source: StoredSource, target: Path, plan: Plan, progress: Progress | None = None
+) -> bool:
+    """Whether a file is what `convert` makes of a source by a plan, without a calibration.
+
+    Compared are all tensors' dtypes and shapes, the first rows of every quantized layer and the
+    beginning of every other tensor, bit for bit.
+    """
+    if not target.is_file():
+        return False
+    try:
+        with FileSource(target) as stored:
+            wanted = {key: (dtype, shape) for key, dtype, shape in stored_tensors(plan)}
+            planned = {decision.layer for decision in plan.quantized}
+            if stored.tensors != wanted or not planned <= stored.header.layers.keys():
+                return False
+            tick = Meter(len(plan.decisions), progress and (lambda *_: progress(0, 1, "compare")))
+            return all(_same(source, stored, decision, tick) for decision in plan.decisions)
+    except (FormatError, OSError):
+        return False
+
+
+def _same(source: StoredSource, stored: FileSource, decision, tick: Meter) -> bool:
+    """Whether a tensor's beginning is stored as a conversion stores it."""
+    tick(1, decision.key)
+    if not decision.quantize:
+        mine, theirs = (next(x.pieces(decision.key), b"") for x in (source, stored))
+        return bytes(mine) == bytes(theirs)
+    rows = min(decision.shape[0], layout.TILE_ROWS)
+    qdata, scale = kernels.quantize(source.rows(decision.key, 0, rows))
+    for key, part in ((decision.layer + WEIGHT, qdata[:rows]), (decision.layer + SCALE, scale)):
+        if bytes(as_bytes(part)) != bytes(as_bytes(stored.rows(key, 0, part.shape[0]))):
+            return False
+    return True
