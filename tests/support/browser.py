@@ -18,6 +18,8 @@ _ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+# Of comfyui-frontend-package: the newest on 2026-11-30; a release comes about weekly.
+NEWEST_PAGE = "1.58.1"
 SIZE = {"width": 1400, "height": 900}
 
 
@@ -127,6 +129,10 @@ class ComfyPage:
             }""",
             [source, slot, target, name],
         )
+
+    def command(self, name: str) -> None:
+        """Run one of the page's commands, as a menu or a shortcut does."""
+        self.page.evaluate("(name) => app.extensionManager.command.execute(name)", name)
 
     def queue(self, ends: str = "execution_success") -> None:
         """Run the workflow on the canvas, wait for its end, and check that it ended with this."""

@@ -7,13 +7,32 @@ import re
 import struct
 
 import pytest
-from browser import ComfyPage
+from browser import NEWEST_PAGE, ComfyPage
 from comfyui import Server, fetch_package
 from versions import ends
 
 pytestmark = pytest.mark.comfy
 
 RENDERERS = {"litegraph": False, "nodes2": True}
+
+
+@pytest.fixture(scope="module", params=["oldest", "pinned", "newest"])
+def served(request, comfy, tmp_path_factory):
+    """A server with the page of the oldest supported ComfyUI, of the pinned one, or the newest."""
+    if request.param == "pinned":
+        yield comfy
+        return
+    version = NEWEST_PAGE if request.param == "newest" else oldest_page()
+    page = fetch_package("comfyui-frontend-package", version) / "comfyui_frontend_package"
+    base = tmp_path_factory.mktemp(request.param)
+    (base / "models").symlink_to(comfy.base / "models")
+    with Server(base, arguments=("--front-end-root", str(page / "static"))) as server:
+        yield server
+
+
+def oldest_page() -> str:
+    text = (ends()[1].release.path / "requirements.txt").read_text(encoding="utf-8")
+    return re.search(r"^comfyui-frontend-package==(\S+)", text, re.MULTILINE)[1]
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
@@ -287,49 +306,65 @@ def test_every_kind_of_document_is_shown(comfy, browser, renderer):
     shown.close()
 
 
-def test_a_node_inside_a_subgraph_shows_its_report(comfy, browser):
-    shown = ComfyPage(browser, comfy, nodes2=False)
+def test_a_node_inside_a_subgraph_shows_its_report(served, browser):
+    """Also when one of its widgets is on the subgraph's node, as the user promotes it."""
+    shown = ComfyPage(browser, served, nodes2=False)
     shown.clear()
     node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
-    shown.page.evaluate(
-        "(id) => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", node
+    promoted = shown.page.evaluate(
+        """(id) => {
+            app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]));
+            const [outer] = app.graph._nodes;
+            const [inner] = outer.subgraph._nodes;
+            const slot = inner.inputs.find((input) => input.name === "file");
+            outer.subgraph.addInput("file", "COMBO").connect(slot, inner);
+            return outer.widgets.map((widget) => [widget.name, widget.value]);
+        }""",
+        node,
     )
+    assert promoted == [["file", "diffusion_models/wan-mxfp8.safetensors"]]
     shown.queue()
     inside = """() => {
         const outer = app.graph._nodes[0];
-        const inner = outer.subgraph._nodes[0];
-        return [outer.type !== inner.type, inner.type,
-            inner.widgets.find((w) => w.name === "mxfp8_report")?.view.rows.length ?? 0];
+        const inner = outer?.subgraph?._nodes[0];
+        return inner?.widgets.find((w) => w.name === "mxfp8_report")?.view.rows.length ?? 0;
     }"""
-    wrapped, kind, bars = shown.page.evaluate(inside)
-    assert wrapped and kind == "MXFP8Inspect" and bars > 10
-    # Opening the workflow's tab again loads the graph and the nodes' earlier outputs.
-    assert shown.page.evaluate(REOPEN.replace("NODE", "outer.subgraph._nodes[0]")) == bars
+    bars = shown.page.evaluate(inside)
+    assert bars > 10
+    switch_tabs(shown)
+    assert shown.page.evaluate(inside) == bars
+    shown.reload()
+    shown.page.wait_for_function(f"({inside})() === {bars}")
     assert not shown.complaints
     shown.close()
 
 
-REOPEN = """async () => {
-    const outputs = app.nodeOutputs;
-    await app.loadGraphData(app.graph.serialize());
-    app.nodeOutputs = outputs;
-    const outer = app.graph._nodes[0];
-    return NODE.widgets.find((w) => w.name === "mxfp8_report")?.view.rows.length ?? 0;
-}"""
+def switch_tabs(shown) -> None:
+    """Open another workflow's tab and come back to the first."""
+    count = "() => app.graph._nodes.length"
+    nodes = shown.page.evaluate(count)
+    shown.command("Comfy.NewBlankWorkflow")
+    assert shown.page.evaluate(count) == 0
+    shown.command("Workspace.PreviousOpenedWorkflow")
+    assert shown.page.evaluate(count) == nodes
+    shown.settle()
 
 
-def test_a_report_comes_back_with_its_workflow_tab(comfy, browser):
-    shown = ComfyPage(browser, comfy, nodes2=False)
+def test_a_report_comes_back_with_its_workflow_tab(served, browser):
+    shown = ComfyPage(browser, served, nodes2=False)
     shown.clear()
     shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
     shown.queue()
-    assert shown.page.evaluate(REOPEN.replace("NODE", "outer")) > 10
+    switch_tabs(shown)
+    bars = """() => app.graph._nodes[0].widgets.find((w) => w.name === "mxfp8_report")
+        ?.view.rows.length ?? 0"""
+    assert shown.page.evaluate(bars) > 10
     assert not shown.complaints
     shown.close()
 
 
-def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(comfy, browser):
-    shown = ComfyPage(browser, comfy, nodes2=True)
+def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(served, browser):
+    shown = ComfyPage(browser, served, nodes2=True)
     shown.clear()
     node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
     shown.queue()
@@ -340,7 +375,7 @@ def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(comfy, browse
         f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'mxfp8_report').view.json"
     ) == document  # fmt: skip
 
-    comfy.post("/history", {"clear": True})  # as a server that was started anew has none
+    served.post("/history", {"clear": True})  # as a server that was started anew has none
     height = shown.page.evaluate(
         """async () => {
             app.nodeOutputs = {};
@@ -370,21 +405,9 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown.close()
 
 
-@pytest.fixture(scope="module")
-def oldest(comfy, tmp_path_factory):
-    """A server with the page of the oldest supported ComfyUI."""
-    text = (ends()[1].release.path / "requirements.txt").read_text(encoding="utf-8")
-    (version,) = re.findall(r"^comfyui-frontend-package==(\S+)", text, re.MULTILINE)
-    page = fetch_package("comfyui-frontend-package", version) / "comfyui_frontend_package"
-    base = tmp_path_factory.mktemp("oldest")
-    (base / "models").symlink_to(comfy.base / "models")
-    with Server(base, arguments=("--front-end-root", str(page / "static"))) as server:
-        yield server
-
-
 @pytest.mark.parametrize("renderer", RENDERERS)
-def test_the_oldest_page_shows_it_too(oldest, browser, renderer):
-    shown = ComfyPage(browser, oldest, nodes2=RENDERERS[renderer])
+def test_every_page_shows_it(served, browser, renderer):
+    shown = ComfyPage(browser, served, nodes2=RENDERERS[renderer])
     shown.clear()
     node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
     shown.queue()
