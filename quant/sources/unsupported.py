@@ -2,9 +2,10 @@
 
 All are recognized by content, since names can be wrong: files of other formats by their first
 bytes, LoRAs, ControlNets, VAEs and the like by a tensor that only they have, quantized models by
-markers, dtypes and the tensors that other quantizers put beside a weight. Quantizing codes as if
-they were weights makes a file that loads and is silently wrong. Rejected: decoding the known
-formats first, which would pass off their loss as that of a new original.
+markers, dtypes and the tensors that other quantizers put beside a weight. `formats` has a row for
+each. Quantizing codes as if they were weights makes a file that loads and is silently wrong.
+Rejected: decoding the known formats first, which would pass off their loss as that of a new
+original.
 """
 
 from __future__ import annotations
@@ -16,67 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..container.header import FormatError, parse_object, quoted
-from ..format import MARKER, PREFIXES, SCALE, WEIGHT, header_markers
+from ..format import MARKER, PREFIXES, WEIGHT, header_markers
+from . import formats
+from .formats import FORMATS, FileKind, Format
 
 if TYPE_CHECKING:
     from .file import Source
 
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
+
 _ORIGINAL = "convert the BF16, FP16 or FP32 original"
-_TAKE = f"{_ORIGINAL}, as .safetensors"
-_START = 512  # bytes that show the kind of a file
-
-# First bytes -> the kind of file, and what to do.
-_TORCH = "which can run code when read: take the model as .safetensors"
-_KINDS = {
-    rb"GGUF": f"a GGUF file, quantized already; {_TAKE}",
-    rb"GGML|ggml|lmgg|tjgg|fmgg": f"a GGML file, quantized already; {_TAKE}",
-    rb"PK\x03\x04": f"a zip archive, such as a .ckpt, .pt, .pth or .bin of torch, {_TORCH}",
-    rb"\x80[\x02-\x05][^\0]": f"a pickle, such as an old .ckpt, .pt or .bin, {_TORCH}",
-    rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]": f"an ONNX file; {_TAKE}",
-    rb"\x89HDF\r\n": f"an HDF5 file (.h5); {_TAKE}",
-    rb"\x93NUMPY": f"a NumPy array (.npy); {_TAKE}",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "an archive; unpack it first",
-    rb".{257}ustar": "an archive; unpack it first",
-    rb"version https://git-lfs": "a Git LFS pointer, not the model; fetch it with git lfs pull",
-    rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)": "a web page, not a model; download it again",
-    rb"\s*\{\s*[\"}]": "a JSON file; give the model, or the index of its parts",
-    rb"\0{512}": "zeros where the header should be; the download is not complete",
-}
-
-_FORMATS = {
-    "mxfp8": "MXFP8",
-    "nvfp4": "NVFP4",
-    "float8_e4m3fn": "scaled FP8 (E4M3)",
-    "float8_e5m2": "scaled FP8 (E5M2)",
-    "int8_tensorwise": "INT8",
-    "convrot_w4a4": "INT4 with ConvRot",
-}
-SCALED_FP8 = "scaled FP8"  # of a whole model, which one tensor says
-# Tensors that only a quantized model has, by their names.
-_TRACES = {
-    r"\.quant_state\.bitsandbytes__nf4$": "NF4 (bitsandbytes)",
-    r"\.quant_state\.bitsandbytes__fp4$": "FP4 (bitsandbytes)",
-    r"\.weight\.(absmax|quant_map)$": "4 bits (bitsandbytes)",
-    r"\.(SCB|weight_format)$": "INT8 (bitsandbytes)",
-    r"\.wscales$": "SVDQuant (Nunchaku)",
-    r"\.(qweight|qzeros)$": "GPTQ or AWQ",
-    r"\.W_q$": "HQQ",
-    r"\.weight\._data$": "Quanto",
-    r"\.weight_packed$": "compressed-tensors",
-    r"\.weight_scale_2$": "NVFP4",
-    r"\.weight_scale_inv$": "block-scaled FP8",
-    r"(^|\.)scaled_fp8$": SCALED_FP8,
-}
-_CODES = {
-    "F8_E4M3": "FP8 (E4M3)",
-    "F8_E5M2": "FP8 (E5M2)",
-    "F8_E8M0": "E8M0 scales",
-    "F6_E2M3": "FP6 (E2M3)",
-    "F6_E3M2": "FP6 (E3M2)",
-    "F4": "FP4",
-    "I8": "INT8",
-    "U8": "packed integers",
-}
+SCALED_FP8 = next(row.name for row in FORMATS if row.whole)  # of a model, which one tensor says
 
 
 def check_file(path: Path) -> None:
@@ -84,16 +35,17 @@ def check_file(path: Path) -> None:
 
     What is not a file at all, or of no known kind, is left to the reader of the header.
     """
+    kind = kind_of(path)
+    if kind is not None:
+        raise FormatError(f"{path.name}: not a safetensors file but {kind.text}")
+
+
+def kind_of(path: Path) -> FileKind | None:
+    """The kind of a file that is no safetensors file; None if it is one, or unknown, or none."""
     if not path.is_file():
-        return
+        return None
     with path.open("rb") as file:
-        start = file.read(_START)
-    # A safetensors file begins with its header's length, 8 bytes of any content, and "{".
-    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
-        return
-    for pattern, text in _KINDS.items():
-        if re.match(pattern, start, re.DOTALL):
-            raise FormatError(f"{path.name}: not a safetensors file but {text}")
+        return formats.file_kind(file.read(formats.START))
 
 
 _LORA = re.compile(
@@ -169,6 +121,9 @@ _UNLESS = {
 
 def find_lora(keys: Iterable[str]) -> str | None:
     """A key that only LoRAs have, or None."""
+    keys = list(keys)
+    if any(key.endswith(".qweight") for key in keys):  # Nunchaku names its low-rank branch so
+        return None
     return next(filter(_LORA.search, keys), None)
 
 
@@ -214,11 +169,12 @@ def _first(pattern: str, keys: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Evidence that a layer is quantized: its name, the format, and what shows it."""
+    """Evidence that a layer is quantized: its name, the format, what shows it, and its codes."""
 
     layer: str
     format: str
     evidence: str
+    codes: str
 
     def error(self, source: Source, remedy: str = "") -> FormatError:
         advice = _ORIGINAL + remedy
@@ -245,57 +201,76 @@ def quantized(source: Source) -> Iterator[Quantized]:
     tensors = source.tensors
     for name, conf in header_markers(source.name, source.metadata).items():
         layer = next((p + name for p in ("", *PREFIXES) if p + name + WEIGHT in tensors), name)
-        yield Quantized(layer, _marked(conf), f"the header's marker of {quoted(name)} says so")
+        evidence = f"the header's marker of {quoted(name)} says so"
+        yield Quantized(layer, _marked(conf), evidence, layer + WEIGHT)
     for key in tensors:
         if key.endswith(MARKER):
             conf = _read_marker(source, key)
             layer = key.removesuffix(MARKER)
-            yield Quantized(layer, _marked(conf), f"the marker {quoted(key)} says so")
+            evidence = f"the marker {quoted(key)} says so"
+            yield Quantized(layer, _marked(conf), evidence, layer + WEIGHT)
     yield from unmarked(tensors)
 
 
-def unmarked(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[Quantized]:
+def unmarked(tensors: Tensors) -> Iterator[Quantized]:
     """What dtypes and the tensors beside weights show, as `quantized`."""
-    for key, (dtype, shape) in tensors.items():
-        if dtype == "F8_E4M3" and _scale(tensors, key) in ("U8", "F8_E8M0"):
-            evidence = f"{quoted(key)} is {dtype} {list(shape)} with MXFP8 scales"
-            yield Quantized(key.removesuffix(WEIGHT), "MXFP8", evidence)
-    for pattern, what in _TRACES.items():
-        for key in tensors:
-            if match := re.search(pattern, key):
-                layer = key[: match.start()].removesuffix(WEIGHT)
-                yield Quantized(layer, what, f"{quoted(key)} is there")
-    for key, (dtype, shape) in tensors.items():
-        evidence = f"{quoted(key)} is {dtype} {list(shape)}"
-        if key.endswith(WEIGHT) and len(shape) > 1 and dtype in _CODES:
-            what = _codes(dtype, _scale(tensors, key))
-            yield Quantized(key.removesuffix(WEIGHT), what, evidence)
+    ways = [(row, way, next(iter(way))) for row in FORMATS for way in row.tensors]
+    layers: dict[str, list[str]] = {first: [] for _, _, first in ways}
+    for key in tensors:
+        for first, found in layers.items():
+            if key.endswith(first) and (key == first or key[-len(first) - 1] == "."):
+                found.append(key[: -len(first)].removesuffix("."))
+    for row, way, first in ways:
+        for layer in layers[first]:
+            if _fits(row, way, layer, tensors):
+                yield Quantized(
+                    layer, row.name, _evidence(way, layer, tensors), _join(layer, first)
+                )
     for key, (dtype, shape) in tensors.items():
         if dtype.startswith(("F8_", "F6_", "F4")):
             evidence = f"{quoted(key)} is {dtype} {list(shape)}"
-            yield Quantized(key.removesuffix(WEIGHT), _CODES[dtype], evidence)
+            yield Quantized(key.removesuffix(WEIGHT), _PLAIN[dtype], evidence, key)
 
 
-def _scale(tensors: Mapping[str, tuple[str, tuple[int, ...]]], key: str) -> str | None:
-    """The dtype of the scales beside a weight."""
-    layer = key.removesuffix(WEIGHT)
-    names = (layer + SCALE, layer + ".scale_weight") if key.endswith(WEIGHT) else ()
-    return next((tensors[name][0] for name in names if name in tensors), None)
+# Dtype -> the format whose codes have it and nothing beside them.
+_PLAIN = {
+    way["weight"]: row.name
+    for row in FORMATS
+    for way in row.tensors
+    if len(way) == 1 and "weight" in way
+}
 
 
-def _codes(dtype: str, scale: str | None) -> str:
-    """The format of codes, by their dtype and that of the scales beside them."""
-    if dtype == "U8" and scale == "F8_E4M3":
-        return "NVFP4"
-    scaled = dtype.startswith("F8_") and scale is not None
-    return f"scaled {_CODES[dtype]}" if scaled else _CODES[dtype]
+def _fits(row: Format, way: Mapping[str, str], layer: str, tensors: Tensors) -> bool:
+    """Whether a layer has the tensors by which a row is recognized in one way."""
+    found = [tensors.get(_join(layer, name)) for name in way]
+    for info, dtypes in zip(found, way.values(), strict=True):
+        if info is None or (dtypes and info[0] not in dtypes.split()):
+            return False
+    if "weight" in way and len(found[0][1]) < 2:
+        return False
+    if row.words is None:
+        return True
+    codes, scales = (shape[-1] if shape else 0 for _, shape in found)
+    return codes == row.words * scales
+
+
+def _join(layer: str, name: str) -> str:
+    return f"{layer}.{name}" if layer else name
+
+
+def _evidence(way: Mapping[str, str], layer: str, tensors: Tensors) -> str:
+    first, *others = (_join(layer, name) for name in way)
+    if "weight" not in way:
+        return f"{quoted(first)} is there"
+    dtype, shape = tensors[first]
+    beside = "".join(f", beside {quoted(name)}" for name in others)
+    return f"{quoted(first)} is {dtype} {list(shape)}{beside}"
 
 
 def _marked(conf: Mapping) -> str:
-    name = conf.get("format")
-    if name == "int8_tensorwise" and conf.get("convrot"):
-        return "INT8 with ConvRot"
-    return _FORMATS.get(name, quoted(name)) if isinstance(name, str) else "an unnamed format"
+    row, name = formats.marked(conf), conf.get("format")
+    return row.name if row else quoted(name) if isinstance(name, str) else "an unnamed format"
 
 
 def _read_marker(source: Source, key: str) -> dict:
