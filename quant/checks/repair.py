@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -26,10 +26,13 @@ from ..container.part_file import would_replace
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
 from ..progress import VERIFY, Meter, Progress
+from ..reports import document
 from ..reports.conversion import listed, verdict
 from ..sources import diffusers
 from ..sources.file import FileSource, as_bytes
 from . import scan
+
+KEY = "mxfp8_repair"
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Repair:
             *listed("PROBLEM", self.problems),
             verdict(sound, self.problems, warnings),
         ])  # fmt: skip
+
+    def to_json(self, warnings: Sequence[str] = ()) -> str:
+        """Versioned JSON; `warnings` as of `summary`."""
+        return document.write(KEY, {**asdict(self), "warnings": warnings})
 
 
 def repair_file(

@@ -10,12 +10,22 @@ from ...kernels import layout
 from ..container.header import advising, nbytes, plain, quoted
 from ..format import FLOATS, MARKER, SCALE, WEIGHT, Layer, bare
 from ..progress import Meter, Progress
-from ..reports.conversion import MIN_SQNR, SqnrAccumulator, listed, total_sqnr, verdict
+from ..reports import document
+from ..reports.conversion import (
+    MIN_SQNR,
+    SqnrAccumulator,
+    format_count,
+    listed,
+    total_sqnr,
+    verdict,
+)
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
 from ..sources.unsupported import check_unquantized
 from .scan import scan_layer
 
+KEY = "mxfp8_verification"
+_LEAST = -300.0  # dB
 _SLAB = 1 << 23  # values compared at a time
 
 
@@ -42,20 +52,35 @@ class Verification:
         return min(lossy, key=lossy.get, default=None)
 
     def summary(self) -> str:
-        """The SQNR of every layer and of all together, the problems, and a verdict, a line each."""
+        """The SQNR of all layers together, the problems, and a verdict, a line each."""
         lines = []
-        for name, sqnr in self.layers.items():
-            value = "exact" if sqnr.sqnr_db is None else f"{sqnr.sqnr_db:6.2f} dB"
-            lines.append(f"{value}  {plain(name)}")
         if self.worst is not None:
             lines.append(
-                f"\n{len(self.layers)} MXFP8 layers, SQNR {self.sqnr_db:.2f} dB; "
+                f"{format_count(len(self.layers), 'MXFP8 layer')}, SQNR {self.sqnr_db:.2f} dB; "
                 f"worst layer {plain(self.worst)}: {self.layers[self.worst].sqnr_db:.2f} dB"
             )
         sound = "the file is its source in MXFP8: layers within rounding, all else equal"
         return "\n".join([
             *lines, *listed("PROBLEM", self.problems), verdict(sound, self.problems)
         ])  # fmt: skip
+
+    def to_json(self) -> str:
+        """Versioned JSON, every layer included."""
+        layers = [
+            {"name": name, "sqnr_db": _finite(sqnr.sqnr_db)} for name, sqnr in self.layers.items()
+        ]
+        fields = {
+            "sqnr_db": _finite(self.sqnr_db),
+            "worst": self.worst,
+            "problems": self.problems,
+            "layers": layers,
+        }
+        return document.write(KEY, fields)
+
+
+def _finite(sqnr_db: float | None) -> float | None:
+    """An SQNR as JSON can have it: that of nothing but noise, -Inf, becomes the least."""
+    return None if sqnr_db is None else max(sqnr_db, _LEAST)
 
 
 def verify_file(path, source, progress: Progress | None = None) -> Verification:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import glob
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,16 +26,17 @@ from ..container.header import FormatError, plain, read_container
 from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
 from ..progress import Meter, Progress
+from ..reports import document
 from ..reports.conversion import format_size
 from ..sources import shards
 from ..sources.file import FileSource, StoredSource, as_bytes
 from ..sources.open import SUFFIXES, files_of, open_source
 from . import policy
-from .convert import convert, plan_source, stored_tensors
+from .convert import check_conversion, convert, plan_source, stored_bytes, stored_tensors
 from .policy import Plan, Selection
 
-KEY, VERSION = "mxfp8_batch", 1
-CONVERTED, SKIPPED, FAILED = "converted", "skipped", "failed"
+KEY = "mxfp8_batch"
+CONVERTED, SKIPPED, FAILED, PLANNED = "converted", "skipped", "failed", "planned"
 FINISHED = "is there already, converted from this source"
 
 
@@ -54,9 +54,10 @@ class Outcome:
 
     Attributes:
         source, target: paths as in the job.
-        state: "converted", "skipped" or "failed"; reason: why, of the last two.
+        state: "converted", "skipped", "failed", or, of a dry run, "planned"; reason: why, if it
+            was skipped or failed.
         bytes_before, bytes_after, seconds, sqnr_db: as of `reports.conversion.Report`, of a model
-            that was converted; None otherwise.
+            that was converted; the first two also of a planned one; None otherwise.
         warnings: what the user should know of how its layers were chosen.
     """
 
@@ -73,11 +74,14 @@ class Outcome:
     def line(self) -> str:
         """For a terminal or a node; warnings are apart."""
         name = plain(Path(self.source).name)
-        if self.state != CONVERTED:
+        if self.state in (SKIPPED, FAILED):
             return f"{name}: {self.state}: {self.reason}"
-        sizes = f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)}"
-        sqnr = "" if self.sqnr_db is None else f", SQNR {self.sqnr_db:.2f} dB"
-        return f"{name} -> {plain(Path(self.target).name)}: {sizes} in {self.seconds:.1f} s{sqnr}"
+        parts = [f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)}"]
+        if self.seconds is not None:
+            parts[0] += f" in {self.seconds:.1f} s"
+        if self.sqnr_db is not None:
+            parts.append(f"SQNR {self.sqnr_db:.2f} dB")
+        return f"{name} -> {plain(Path(self.target).name)}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,14 @@ class Batch:
 
     def total(self) -> str:
         """How many models became what, and what was saved, in a line."""
-        done = self.of(CONVERTED)
-        counts = [f"{len(done)} converted"]
-        counts += [f"{len(self.of(s))} {s}" for s in (SKIPPED, FAILED) if self.of(s)]
+        done = self.of(CONVERTED) or self.of(PLANNED)
+        states = (CONVERTED, PLANNED, SKIPPED, FAILED)
+        counts = [f"{len(self.of(state))} {state}" for state in states if self.of(state)]
         sizes = [
             format_size(sum(getattr(outcome, name) for outcome in done))
             for name in ("bytes_before", "bytes_after")
         ]
-        return ", ".join(counts) + (f"; {' -> '.join(sizes)}" if done else "")
+        return ", ".join(counts or ["no model"]) + (f"; {' -> '.join(sizes)}" if done else "")
 
     def summary(self) -> str:
         """A line for every model and one for all of them."""
@@ -108,8 +112,7 @@ class Batch:
         return "\n".join([*lines, self.total()])
 
     def to_json(self) -> str:
-        models = [asdict(outcome) for outcome in self.outcomes]
-        return json.dumps({KEY: VERSION, "models": models}, indent=1, allow_nan=False)
+        return document.write(KEY, {"models": [asdict(outcome) for outcome in self.outcomes]})
 
 
 def find_jobs(
@@ -204,6 +207,7 @@ def convert_all(
     overwrite: bool = False,
     progress: Progress | None = None,
     device: str | None = None,
+    dry_run: bool = False,
     tell: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Batch:
     """Convert models one after another.
@@ -217,6 +221,7 @@ def convert_all(
         progress: called with the bytes of the whole batch that are done; what it raises ends the
             batch.
         device: as of `convert.convert_file`.
+        dry_run: whether to make all checks and write nothing.
         tell: called with every outcome as soon as it is there.
     """
     jobs = [*jobs]
@@ -225,7 +230,7 @@ def convert_all(
     for number, (job, size) in enumerate(zip(jobs, sizes, strict=True), 1):
         label = f"{number} of {len(jobs)}, {job.source.name}"
         part = _part(progress, begin, size, sum(sizes), label)
-        outcomes.append(_outcome(job, selection, overwrite, part, device))
+        outcomes.append(_outcome(job, selection, overwrite, part, device, dry_run))
         begin += size
         if progress is not None:
             progress(begin, sum(sizes), label)
@@ -252,7 +257,14 @@ def _part(progress: Progress | None, begin: int, size: int, total: int, label: s
     return part
 
 
-def _outcome(job: Job, selection: Selection, overwrite: bool, progress, device) -> Outcome:
+def _outcome(
+    job: Job,
+    selection: Selection,
+    overwrite: bool,
+    progress: Progress | None,
+    device: str | None,
+    dry_run: bool,
+) -> Outcome:
     paths = str(job.source), str(job.target)
     try:
         with open_source(job.source) as source:
@@ -261,6 +273,11 @@ def _outcome(job: Job, selection: Selection, overwrite: bool, progress, device) 
                 return Outcome(*paths, SKIPPED, FINISHED)
             if not plan.quantized:
                 return Outcome(*paths, SKIPPED, "no layer of it would be MXFP8")
+            if dry_run:
+                if job.target.parent.exists():
+                    check_conversion(source, job.target, plan, overwrite, device)
+                before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
+                return Outcome(*paths, PLANNED, "", before, after, warnings=plan.warnings)
             with new_folders(job.target.parent):
                 report = convert(
                     source, job.target, plan, overwrite=overwrite, progress=progress, device=device

@@ -29,7 +29,7 @@ from ... import kernels
 from ...kernels import layout
 from ...kernels.memory import is_out_of_memory
 from .. import format
-from ..container.header import FormatError, quoted
+from ..container.header import FormatError, nbytes, quoted
 from ..container.part_file import would_replace
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
@@ -311,6 +311,11 @@ def stored_tensors(plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
     """(key, dtype, shape) of every tensor in the file that a plan makes."""
     markers = _markers(plan)
     return [tensor for decision in plan.decisions for tensor in _stored(decision, markers)]
+
+
+def stored_bytes(plan: Plan) -> int:
+    """The bytes of these tensors."""
+    return sum(nbytes(dtype, shape) for _, dtype, shape in stored_tensors(plan))
 
 
 def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -21,7 +21,7 @@ from mxfp8.quant.cli import main
 from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.format import AGAIN, FormatError, read_header
-from mxfp8.quant.reports.conversion import Report
+from mxfp8.quant.reports.conversion import Report, format_size
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such device or signal")
 
@@ -110,15 +110,30 @@ def test_errors_of_outputs_are_of_held_out_data_if_there_is_any(source, run):
     assert (status, "--report" in err, "would replace" in err) == (1, True, True)
 
 
+def table(out: str) -> dict[str, list[str]]:
+    """The rows of a dry run by their tensors."""
+    rows = [re.split("  +", line) for line in out.split("\n\n")[0].splitlines()[1:]]
+    return {row[3]: row[:3] + row[4:] for row in rows}
+
+
 def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
     status, out, _ = run("convert", "--dry-run", ZIMAGE, source.with_name("target.safetensors"))
     assert status == 0
-    lines = out.splitlines()
-    assert "mxfp8  layers.0.attention.qkv.weight  BF16 192x32  linear layer" in lines
-    kept = "keep   layers.0.adaLN_modulation.0.weight  BF16 128x32  preset zimage keeps "
-    assert kept + "'adaLN_modulation'" in lines
-    assert len(lines) == len(load(ZIMAGE)[0]) + 2
-    assert lines[-1].endswith("tensors would be MXFP8 (preset zimage, Z-Image)")
+    rows = table(out)
+    assert rows["layers.0.attention.qkv.weight"] == ["mxfp8", "BF16", "192x32", "linear layer"]
+    kept = ["keep", "BF16", "128x32", "preset zimage keeps 'adaLN_modulation'"]
+    assert rows["layers.0.adaLN_modulation.0.weight"] == kept
+    assert rows.keys() == load(ZIMAGE)[0].keys()
+    total = out.splitlines()[-1]
+    assert "tensors would be MXFP8 (preset zimage, Z-Image): " in total
+    assert run("convert", ZIMAGE, source.with_name("target.safetensors"))[0] == 0
+    sizes = [sum(t.nbytes for t in load(path)[0].values())
+             for path in (ZIMAGE, source.with_name("target.safetensors"))]  # fmt: skip
+    assert total.endswith(" -> ".join(map(format_size, sizes)))
+
+
+def test_dry_run_leaves_nothing(source, run):
+    assert run("convert", "--dry-run", source, source.with_name("target.safetensors"))[0] == 0
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 
 
@@ -131,7 +146,7 @@ def test_dry_run_gives_the_reasons_where_nothing_would_be_quantized(source, run)
         "--exclude",
         ".",
     )
-    assert "keep   a.weight  BF16 40x64  excluded by '.'" in run(*words)[1]
+    assert table(run(*words)[1])["a.weight"] == ["keep", "BF16", "40x64", "excluded by '.'"]
 
 
 def test_inspect_says_what_a_file_holds(target, run):
@@ -238,8 +253,90 @@ def test_inspecting_a_header_needs_no_torch():
 def test_backends_are_listed_with_reasons(run):
     status, out, _ = run("backends")
     assert status == 0
-    assert "eager: plain torch on any device" in out
+    assert re.search(r"(?m)^eager +available +plain torch on any device", out)
     assert "not chosen automatically" in out
+
+
+JSON = {
+    ("convert", "source", "new.sft"): "mxfp8_report",
+    ("convert", "source", "new.sft", "--dry-run"): "mxfp8_plan",
+    ("batch", "source", "--to", "new"): "mxfp8_batch",
+    ("batch", "source", "--dry-run"): "mxfp8_batch",
+    ("inspect", "target.safetensors"): "mxfp8_inspection",
+    ("verify", "target.safetensors", "--source", "source"): "mxfp8_verification",
+    ("repair", "lost", "new.sft"): "mxfp8_repair",
+    ("probe", "blocks"): "mxfp8_probe",
+    ("backends",): "mxfp8_backends",
+}
+
+
+@pytest.mark.parametrize(("words", "key"), JSON.items(), ids=map(" ".join, JSON))
+def test_json_is_one_document_and_all_of_standard_output(target, run, monkeypatch, words, key):
+    monkeypatch.chdir(target.parent)
+    save_file({f"blocks.{i}.a.weight": matrix(64, 64, seed=i) for i in range(2)}, "blocks")
+    tensors, _ = load(target)
+    save_file({k: v.clone() for k, v in tensors.items() if not k.endswith(".comfy_quant")}, "lost")
+    status, out, err = run(*words, "--json")
+    assert (status, json.loads(out)[key], err) == (0, 1, "")
+
+
+def test_every_subcommand_has_json():
+    assert {words[0] for words in JSON} | NOT_JSON == set(subcommands())
+
+
+NOT_JSON: set[str] = set()
+
+
+def subcommands() -> list[str]:
+    (action,) = (a for a in cli.parser()._actions if a.dest == "==SUPPRESS==" and a.choices)
+    return [*action.choices]
+
+
+def test_json_of_an_error_is_a_document_too(target, run):
+    status, out, err = run("inspect", "nowhere", "--json")
+    assert (status, err) == (1, "mxfp8 inspect: error: nowhere: No such file or directory\n")
+    message = "nowhere: No such file or directory"
+    assert json.loads(out) == {"mxfp8_error": 1, "message": message, "status": 1}
+    status, out, _ = run("convert", target, target.with_name("new.sft"), "--json", "--dry-run")
+    assert (status, json.loads(out)["status"]) == (1, 1)
+
+
+def test_json_of_a_bad_file_says_what_is_wrong(source, target, run):
+    flip(target, read_header(target).tensors["norm.weight"].begin)
+    status, out, _ = run("verify", target, "--source", source, "--json")
+    assert (status, json.loads(out)["problems"]) == (1, ["'norm.weight' differs from the source"])
+    layers = {layer["name"]: layer["sqnr_db"] for layer in json.loads(out)["layers"]}
+    assert layers["zero"] is None
+    flip(target, read_header(target).tensors["zero.weight"].begin, 0x38)  # from nothing to 1
+    out = run("verify", target, "--source", source, "--json")[1]
+    layers = {layer["name"]: layer["sqnr_db"] for layer in json.loads(out)["layers"]}
+    assert layers["zero"] == -300.0
+
+
+def test_batch_prints_each_model_and_a_table(source, run, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    source.rename("one.safetensors")
+    bad_file(source.parent)
+    status, out, err = run("batch", ".", "--to", "new")
+    lines = out.splitlines()
+    assert (status, err) == (1, "")
+    reason = "the header is not a JSON object; the file is damaged or incomplete: get it again"
+    assert lines[0] == f"1 of 2: bad.safetensors: failed: {reason}"
+    assert lines[1].startswith("2 of 2: one.safetensors -> one-mxfp8.safetensors: ")
+    assert lines[3].split() == ["before", "after", "SQNR", "time", "model"]
+    assert lines[4].split() == ["failed", "bad.safetensors"]
+    assert lines[5].startswith("converted  ") and lines[5].endswith("  one.safetensors")
+    assert lines[-1].startswith("1 converted, 1 failed; ")
+    Path("bad.safetensors").unlink()
+    status, out, _ = run("batch", "*.safetensors", "--to", "new")
+    assert (status, out.splitlines()[-1]) == (0, "1 skipped")
+
+
+def test_batch_dry_run_writes_nothing(source, run):
+    source = source.rename(source.with_name("one.safetensors"))
+    status, out, _ = run("batch", source, "--dry-run", "--to", source.with_name("new"))
+    assert (status, out.splitlines()[-1].partition("; ")[0]) == (0, "1 planned")
+    assert [*source.parent.iterdir()] == [source]
 
 
 BAD_USES = [
@@ -254,6 +351,8 @@ BAD_USES = [
     ("convert", "a", ""),
     ("convert", "a", "/"),
     ("repair", "a", "b"),
+    ("batch",),
+    ("batch", "a", "--calibration", "b"),
     ("fly",),
 ]
 
@@ -275,6 +374,7 @@ def bad_file(folder) -> Path:
     ("words", "error"),
     [
         (("inspect", "nowhere"), "nowhere"),
+        (("batch", "nowhere"), "nowhere"),
         (("inspect", "bad"), "bad.safetensors: the header is not a JSON object"),
         (("convert", "bad", "new.sft"), "bad.safetensors: the header is not a JSON object"),
         (("convert", "source", "folder/new.sft"), "folder"),
@@ -292,7 +392,8 @@ def test_errors_are_one_line_on_stderr(source, run, words, error):
     status, out, err = run(*(places.get(word, word) for word in words))
     assert status != 0
     assert out == ""
-    assert err.splitlines()[-1].startswith("mxfp8: ")
+    assert err.startswith(f"mxfp8 {words[0]}: error: ")
+    assert len(err.splitlines()) == 1
     assert error in err
     assert "Traceback" not in err
     assert not (source.parent / "new.sft").exists()
@@ -314,7 +415,7 @@ def test_an_interrupt_is_reported_without_a_traceback(
     monkeypatch.setattr("mxfp8.quant.conversion.convert.convert", interrupted)
     status, _, err = run("convert", source, source.with_name("target.safetensors"))
     assert status == expected
-    assert "mxfp8: interrupted" in err
+    assert err == "mxfp8 convert: interrupted; nothing unfinished was left behind\n"
 
 
 def test_the_console_script_is_the_command(source):
@@ -325,7 +426,7 @@ def test_the_console_script_is_the_command(source):
     assert source.with_name("target.safetensors").exists()
     failed = subprocess.run([script, "inspect", "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("mxfp8: ")
+    assert failed.stderr.startswith("mxfp8 inspect: error: ")
 
 
 def rewrite(path, change, metadata=None) -> Path:
@@ -418,7 +519,7 @@ def test_a_report_never_replaces_a_model(source, run, report):
 def test_include_and_exclude_may_be_repeated(source, run):
     new = source.with_name("new.safetensors")
     _, out, _ = run("convert", source, new, "--dry-run", "--exclude", "^a", "--exclude", "^b")
-    kept = [line.split()[1] for line in out.splitlines() if "excluded by" in line]
+    kept = [tensor for tensor, row in table(out).items() if "excluded by" in row[-1]]
     assert {"a.weight", "b.weight"} <= set(kept)
 
 
@@ -525,7 +626,7 @@ def test_prefixes_may_differ(source, target, prefix, renamed):
     [
         ["inspect", "model.sft"],
         ["convert", "source", "new.sft", "--report", "r.json"],
-        ["probe", "blocks", "--json", "p.json", "--csv", "p.csv"],
+        ["probe", "blocks", "--report", "p.json", "--csv", "p.csv"],
     ],
 )
 def test_the_header_of_a_model_is_read_once(tmp_path, monkeypatch, words):
@@ -544,9 +645,9 @@ def test_several_expressions_keep_their_flags_and_groups(source, run):
     words = ("convert", source, source.with_name("new.sft"), "--dry-run")
     words += ("--exclude", "(?i)^(A)", "--exclude", r"z(e)ro\.w\1", "--exclude", "nothing")
     status, out, _ = run(*words)
-    excluded = {line.split()[1]: line for line in out.splitlines() if "excluded by" in line}
+    excluded = {k: row[-1] for k, row in table(out).items() if "excluded by" in row[-1]}
     assert (status, excluded.keys()) == (0, {"a.weight", "zero.weight"})
-    assert excluded["a.weight"].endswith("excluded by '(?i)^(A)'")
+    assert excluded["a.weight"] == "excluded by '(?i)^(A)'"
     assert "WARNING: exclude 'nothing' matches no key" in out
 
 
@@ -626,11 +727,11 @@ def test_probe_replaces_only_what_it_may(tmp_path, run):
     model, old = tmp_path / "model", tmp_path / "old"
     save_file({f"blocks.{i}.a.weight": matrix(64, 64, seed=i) for i in range(2)}, model)
     old.write_text("kept", encoding="utf-8")
-    status, out, err = run("probe", model, "--json", old)
+    status, out, err = run("probe", model, "--report", old)
     assert (status, out, "old exists; --overwrite replaces it" in err) == (1, "", True)
-    assert run("probe", model, "--json", old, "--csv", old, "--overwrite")[0] == 1
+    assert run("probe", model, "--report", old, "--csv", old, "--overwrite")[0] == 1
     assert old.read_text(encoding="utf-8") == "kept"
-    assert run("probe", model, "--json", old, "--overwrite")[0] == 0
+    assert run("probe", model, "--report", old, "--overwrite")[0] == 0
     assert json.loads(old.read_text(encoding="utf-8"))["layers"]
 
 

@@ -179,7 +179,7 @@ def test_a_signal_to_end_leaves_everything_as_it_was(
     ended = warm.run("convert", source, target, "--overwrite", at=(step, call, "before", number))
     assert (ended.status, ended.output.strip()) == (
         128 + number,
-        "mxfp8: interrupted; nothing unfinished was left behind",
+        "mxfp8 convert: interrupted; nothing unfinished was left behind",
     )
     assert (names(target.parent), target.read_bytes()) == ([target.name], OLD)
 
@@ -262,8 +262,8 @@ def test_a_disk_that_is_too_small_is_refused_at_once(warm, source, whole, tmp_pa
         ended = warm.run("convert", source, disk / "target.sft")
         assert ended.status == 1
         assert ended.output == (
-            f"mxfp8: {disk / 'target.sft'}: the disk has 0.02 GB free and the file needs 0.03 GB; "
-            "make room, or choose another folder\n"
+            f"mxfp8 convert: error: {disk / 'target.sft'}: the disk has 0.02 GB free and the file "
+            "needs 0.03 GB; make room, or choose another folder\n"
         )
         assert names(disk) == []
 
@@ -345,7 +345,7 @@ def test_a_pipe_or_folder_is_no_source(warm, tmp_path):
         timer.start()
         ended = warm.wait(child)
         timer.cancel()
-        assert (ended.status, ended.output[:7]) == (1, "mxfp8: ")
+        assert (ended.status, ended.output[:22]) == (1, "mxfp8 convert: error: ")
         assert "Traceback" not in ended.output
     assert names(tmp_path) == ["pipe"]
 
@@ -391,7 +391,9 @@ def test_a_read_only_file_system(warm, source, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         for name in ("new.sft", "old.sft"):
             ended = warm.run("convert", source, disk / name, "--overwrite")
-            said = f"mxfp8: {disk}: this folder is on a file system that is read-only; choose"
+            said = (
+                f"mxfp8 convert: error: {disk}: this folder is on a file system that is read-only"
+            )
             assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
         assert (names(disk), (disk / "old.sft").read_bytes()) == (["old.sft"], OLD)
 
@@ -406,7 +408,7 @@ def test_a_folder_without_permission(warm, source):
         ended = warm.run(
             "convert", folder / "source", folder / "closed" / "x.sft", user=NOBODY if ROOT else None
         )
-        said = f"mxfp8: {folder / 'closed'}: no permission to write in this folder"
+        said = f"mxfp8 convert: error: {folder / 'closed'}: no permission to write in this folder"
         assert (ended.status, ended.output.startswith(said)) == (1, True), ended.output
         assert names(folder / "closed") == []
         folder.chmod(0o755)
@@ -414,7 +416,10 @@ def test_a_folder_without_permission(warm, source):
 
 def test_no_folder(warm, source, tmp_path):
     ended = warm.run("convert", source, tmp_path / "no" / "target.sft")
-    assert ended.output == f"mxfp8: {tmp_path / 'no'}: there is no such folder; make it first\n"
+    assert (
+        ended.output
+        == f"mxfp8 convert: error: {tmp_path / 'no'}: there is no such folder; make it first\n"
+    )
     assert (ended.status, names(tmp_path)) == (1, [])
 
 

@@ -122,7 +122,7 @@ def test_rank_correlation(a, b, value):
 def test_the_command_prints_layers_and_writes_what_it_is_asked_for(model, capsys):
     source = str(model / "model.safetensors")
     words = ["probe", source, "--calibration", str(model / "calibration.safetensors")]
-    words += ["--json", str(model / "p.json"), "--csv", str(model / "p.csv")]
+    words += ["--report", str(model / "p.json"), "--csv", str(model / "p.csv")]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert out.count("blocks.") == 3 and "rank correlation of the score: " in out
@@ -150,8 +150,8 @@ def test_what_cannot_be_probed_is_refused_in_words(model, tmp_path, capsys):
     before = (model / "model.safetensors").read_bytes()
     for option, path, message in (
         ("--csv", source, "would replace"),
-        ("--json", str(model / "calibration.safetensors"), "would replace"),
-        ("--json", str(model), "is a folder"),
+        ("--report", str(model / "calibration.safetensors"), "would replace"),
+        ("--report", str(model), "is a folder"),
         ("--csv", str(model / "none" / "p.csv"), "there is no folder"),
     ):
         words = ["probe", source, option, path]

@@ -1,0 +1,252 @@
+"""`mxfp8 convert` and `mxfp8 batch`: one model, and several."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+
+from ..container.header import plain
+from ..conversion import policy
+from ..progress import duration
+from ..reports import document
+from ..reports.conversion import KEPT, MXFP8, format_size, listed
+from . import MODEL, Answer, command
+from .outputs import check_outputs, read_calibration, target, write
+from .terminal import beside_progress, progress, show, show_table
+
+_PLAN = "mxfp8_plan"
+
+
+def add(commands) -> None:
+    convert = command(commands, "convert", _convert, "convert a BF16, FP16 or FP32 model to MXFP8")
+    convert.add_argument("source", metavar="SRC", type=Path, help=f"model to convert: {MODEL}")
+    convert.add_argument(
+        "target",
+        metavar="DST",
+        type=target,
+        help="safetensors file to write; it appears whole or not at all",
+    )
+    _add_selection(convert)
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace an existing DST or report"
+    )
+    convert.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="calibration (safetensors); choose the rounding with the least error of layer "
+        "outputs on its data, which takes longer",
+    )
+    convert.add_argument(
+        "--held-out",
+        metavar="FILE",
+        type=Path,
+        help="second calibration, on other data; report the errors of layer outputs on that",
+    )
+    convert.add_argument(
+        "--report", metavar="FILE.json", type=Path, help="write the report of every layer as JSON"
+    )
+    convert.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list every decision with its reason, and check everything that can be checked before "
+        "the work; write nothing",
+    )
+
+    batch = command(
+        commands,
+        "batch",
+        _batch,
+        "convert several models, and go on where an earlier run stopped",
+        interrupted="; the same command goes on from here",
+    )
+    batch.add_argument(
+        "sources",
+        metavar="SRC",
+        nargs="+",
+        help=f"{MODEL}; a folder of models, subfolders included; or a pattern in quotes ('*.sft')",
+    )
+    batch.add_argument(
+        "--to",
+        metavar="FOLDER",
+        type=Path,
+        help="where to write NAME-mxfp8.safetensors; default: beside each model",
+    )
+    _add_selection(batch)
+    batch.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace targets that are other files; finished ones are skipped all the same",
+    )
+    batch.add_argument(
+        "--dry-run", action="store_true", help="check and list what would be done; write nothing"
+    )
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    names = policy.presets()
+    parser.add_argument(
+        "--preset",
+        default=policy.AUTO,
+        choices=names,
+        metavar="NAME",
+        help=f"which layers to quantize; default: auto; one of: {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--include",
+        metavar="RE",
+        type=_expression,
+        action="append",
+        help="quantize tensors whose names RE matches, even if the preset keeps them; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="RE",
+        type=_expression,
+        action="append",
+        help="keep tensors whose names RE matches, whatever else is given; may be repeated",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to quantize: cpu, cuda, cuda:1, ...; default: the accelerator, if there is one",
+    )
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression: {error}"
+        ) from error
+    return text
+
+
+def _selection(arguments) -> policy.Selection:
+    include, exclude = (tuple(x or ()) for x in (arguments.include, arguments.exclude))
+    return policy.Selection(arguments.preset, include, exclude)
+
+
+def _convert(arguments) -> Answer:
+    from ..container.pipeline import keep_freed_memory
+    from ..conversion.convert import check_calibrations, check_conversion, convert, plan_source
+    from ..sources.open import open_source
+
+    check_outputs(arguments, "report")
+    with open_source(arguments.source) as source:
+        plan = plan_source(source, _selection(arguments))
+        if arguments.dry_run and not arguments.json:
+            _show_plan(plan)  # before what may fail: it has the reasons
+        check_conversion(source, arguments.target, plan, arguments.overwrite, arguments.device)
+        calibration = read_calibration(arguments.calibration)
+        held_out = read_calibration(arguments.held_out)
+        if arguments.dry_run:
+            check_calibrations(source, calibration, held_out)
+            return Answer(lambda: None, lambda: _document(plan))
+        keep_freed_memory()
+        with progress("convert") as bar:
+            report = convert(
+                source, arguments.target, plan, overwrite=arguments.overwrite, progress=bar,
+                device=arguments.device, calibration=calibration, held_out=held_out,
+            )  # fmt: skip
+    written = []
+    if arguments.report:
+        written.append(write("report", arguments.report, report.to_json()))
+    return Answer(lambda: show("\n".join([report.summary(), *written])), report.to_json)
+
+
+def _show_plan(plan: policy.Plan) -> None:
+    """Every decision of a plan with its reason, and the sum of them."""
+    rows = [
+        (
+            "mxfp8" if decision.quantize else "keep",
+            decision.dtype,
+            "x".join(map(str, decision.shape)) or "scalar",
+            plain(decision.key),
+            decision.reason,
+        )
+        for decision in plan.decisions
+    ]
+    show_table(("", "dtype", "shape", "tensor", "reason"), rows)
+    before, after = _sizes(plan)
+    show("\n".join([
+        "",
+        *listed("WARNING", plan.warnings),
+        f"{len(plan.quantized)} of {len(plan.decisions)} tensors would be MXFP8 "
+        f"(preset {plan.preset}, {plan.architecture or 'architecture not recognized'}): "
+        f"{format_size(before)} -> {format_size(after)}",
+    ]))  # fmt: skip
+
+
+def _sizes(plan: policy.Plan) -> tuple[int, int]:
+    """Bytes of all tensors before and after."""
+    from ..conversion.convert import stored_bytes
+
+    return sum(decision.nbytes for decision in plan.decisions), stored_bytes(plan)
+
+
+def _document(plan: policy.Plan) -> str:
+    before, after = _sizes(plan)
+    tensors = [
+        {
+            "name": decision.key,
+            "decision": MXFP8 if decision.quantize else KEPT,
+            "reason": decision.reason,
+            "dtype": decision.dtype,
+            "shape": decision.shape,
+        }
+        for decision in plan.decisions
+    ]
+    fields = {
+        "preset": plan.preset,
+        "architecture": plan.architecture,
+        "bytes_before": before,
+        "bytes_after": after,
+        "warnings": plan.warnings,
+        "tensors": tensors,
+    }
+    return document.write(_PLAN, fields)
+
+
+def _batch(arguments) -> Answer:
+    from ..container.pipeline import keep_freed_memory
+    from ..conversion.batch import FAILED, convert_all, find_jobs
+
+    jobs = find_jobs(arguments.sources, arguments.to)
+    keep_freed_memory()
+    told = itertools.count(1)
+
+    def tell(outcome) -> None:
+        with beside_progress():
+            show(f"{next(told)} of {len(jobs)}: {outcome.line()}")
+
+    with progress("batch") as bar:
+        batch = convert_all(
+            jobs, _selection(arguments), overwrite=arguments.overwrite, progress=bar,
+            device=arguments.device, dry_run=arguments.dry_run,
+            tell=(lambda outcome: None) if arguments.json else tell,
+        )  # fmt: skip
+    status = int(bool(batch.of(FAILED)))
+    return Answer(lambda: _show_batch(batch), batch.to_json, status)
+
+
+def _show_batch(batch) -> None:
+    rows = []
+    for outcome in batch.outcomes:
+        sizes = (outcome.bytes_before, outcome.bytes_after)
+        rows.append((
+            outcome.state,
+            *("" if size is None else format_size(size) for size in sizes),
+            "" if outcome.sqnr_db is None else f"{outcome.sqnr_db:.2f} dB",
+            "" if outcome.seconds is None else duration(outcome.seconds),
+            plain(Path(outcome.source).name),
+        ))  # fmt: skip
+    show("")
+    right = ("before", "after", "SQNR", "time")
+    show_table(("", *right, "model"), rows, right)
+    warnings = [f"{plain(Path(o.source).name)}: {w}" for o in batch.outcomes for w in o.warnings]
+    show("\n".join(["", *listed("WARNING", warnings), batch.total()]))
