@@ -10,14 +10,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
+from ..quant.reports.comparison import FEWEST
 from .host.progress import ending_shown, output
 from .models.paired_sampling import check_pair, compare_models
 from .models.sampling import SamplerSettings
 from .widgets import CATEGORY, ComparisonType, sampler_inputs
 
 logger = logging.getLogger(__name__)
-
-_FEWEST = 4  # seeds; an interval over fewer says nothing
 
 
 class MXFP8Compare(io.ComfyNode):
@@ -42,10 +41,9 @@ class MXFP8Compare(io.ComfyNode):
                     io.Int.Input("first_seed", default=1000, min=0, max=0xFFFFFFFFFFFFFFFF,
                                  tooltip="The first seed; the others follow it. If the model was "
                                  "calibrated, use seeds that the calibration did not."),
-                    io.Int.Input("seeds", default=_FEWEST, min=_FEWEST, max=64,
+                    io.Int.Input("seeds", default=4, min=1, max=64,
                                  tooltip="How many seeds to sample on each model; the reference "
-                                 "runs once more. With few seeds the 95% interval is too narrow: "
-                                 "with four it holds the true mean about four times in five."),
+                                 f"runs once more. From {FEWEST} on, means have an interval."),
                     " A sampler that draws noise of its own takes another run of each seed, for "
                     "the noise floor.",
                 ),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,26 +22,26 @@ from statistics import fmean
 from ..format import bare
 from . import document
 from .adapters import AdapterUse
-from .conversion import format_size
+from .conversion import format_count, format_seconds, format_size
+from .verdict import BAD, GOOD, LATENTS, NOTICE, Verdict, word_for
 
 KEY = "mxfp8_comparison"
 OLD_KEY = "mxfp8_certificate"  # its name in older files
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
-_FEW = 10  # seeds; with fewer, `interval` calls itself too narrow
+# Seeds for an interval. Over 8 normal values the bootstrap holds the mean nine times in ten, over 4
+# four times in five.
+FEWEST = 8
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its 95% interval, a percentile bootstrap from a fixed random seed.
-
-    As any bootstrap, it is too narrow for few samples: with four seeds it holds the true mean about
-    four times in five.
-    """
+    """A mean over `count` seeds with its 95% interval, a percentile bootstrap from a fixed random
+    seed; `low` and `high` are None if there are fewer than FEWEST."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
 
@@ -200,9 +201,42 @@ class Comparison:
         measured = [seed for seed in self.seeds if seed.latent_snr_db is not None]
         return min(measured, key=lambda seed: seed.latent_snr_db, default=None)
 
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What the reference and the model are, in a word each: "BF16" and "MXFP8"."""
+        names = tuple(
+            "MXFP8" if side.paths else side.dtype for side in (self.reference, self.model)
+        )
+        return names if names[0] != names[1] else ("reference", "model")
+
+    @property
+    def verdict(self) -> Verdict:
+        """How close the two are."""
+        seeds = format_count(len(self.seeds), "seed")
+        if self.problems:
+            more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+            return Verdict(BAD, f"not usable: {self.problems[0]}{more}")
+        if self.identical:
+            return Verdict(GOOD, f"identical: the same latents, bit for bit, {seeds}")
+        snr = self.latent_snr_db
+        if snr is None:
+            return Verdict(NOTICE, f"not measured, {seeds}")
+        word = word_for(snr.mean, LATENTS)
+        level, name = word.level, word.word
+        repeat = self.floor.repeat_snr_db if self.floor else None
+        if repeat is not None and snr.mean >= repeat.mean - 10 * math.log10(2):
+            # What the model adds is no more than what the reference does by itself.
+            level, name = GOOD, f"as close as {self.labels[0]} is to itself"
+        if snr.low is not None and snr.high is not None:
+            return Verdict(level, f"{name}: latent SNR {snr.mean:.1f} dB "
+                           f"({snr.low:.1f} to {snr.high:.1f}), {seeds}")  # fmt: skip
+        return Verdict(
+            level, f"{name}: latent SNR {snr.mean:.1f} dB, {seeds}; use {FEWEST} for an interval"
+        )
+
     def to_json(self) -> str:
         """Versioned JSON; `from_json` is its inverse."""
-        return document.write(KEY, asdict(self))
+        return document.write(KEY, asdict(self), self.verdict)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -220,8 +254,9 @@ class Comparison:
         """A few lines for a terminal or a node."""
         versions = ", ".join(f"{name} {v}" for name, v in self.setting.versions.items())
         return "\n".join([
+            self.verdict.text,
             self.title(),
-            f"{len(self.seeds)} seeds, {self.setting}",
+            f"{format_count(len(self.seeds), 'seed')}, {self.setting}",
             *self._results(),
             *(self.floor.lines() if self.floor else []),
             *self._sides(),
@@ -258,7 +293,7 @@ class Comparison:
         for name, side in (("reference", self.reference), ("model", self.model)):
             parts = [] if side.fingerprint is None else [f"fingerprint {side.fingerprint[:12]}"]
             if side.seconds is not None:
-                parts.append(f"{side.seconds:.2f} s per run")
+                parts.append(f"{format_seconds(side.seconds)} per run")
             if side.peak_bytes is not None:
                 parts.append(f"peak memory {format_size(side.peak_bytes)}")
             elif side.seconds is not None and self.setting.device.startswith("cpu"):
@@ -286,26 +321,28 @@ def fingerprint(rows: Iterable[tuple[str, bytes]]) -> str | None:
 
 
 def interval(mean: Mean, unit: str) -> str:
-    """A mean with its interval, in words."""
+    """A mean with its interval, if it has one, in words."""
     digits = 2 if unit else 4
-    center, low, high = (f"{value:.{digits}f}" for value in (mean.mean, mean.low, mean.high))
-    narrow = ", too narrow at" if mean.count < _FEW else ","
-    return (
-        f"{center}{' ' * bool(unit)}{unit} (95% bootstrap CI {low} to {high}{narrow} "
-        f"n = {mean.count})"
-    )
+    center = f"{mean.mean:.{digits}f}{' ' * bool(unit)}{unit}"
+    if mean.low is None or mean.high is None:
+        return center if mean.count == 1 else f"{center} (mean, n = {mean.count})"
+    low, high = (f"{value:.{digits}f}" for value in (mean.low, mean.high))
+    return f"{center} (95% bootstrap CI {low} to {high}, n = {mean.count})"
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:
-    """The mean of the values that are not None, with its interval; None if all are.
+    """The mean of the values that are not None, with its interval if there are enough; None if
+    all are None.
 
     Resampled with the standard library's generator, whose sequence is the same everywhere.
     """
     sample = [value for value in values if value is not None]
     if not sample:
         return None
-    generator = random.Random(0)
     n = len(sample)
+    if n < FEWEST:
+        return Mean(fmean(sample), None, None, n)
+    generator = random.Random(0)
     means = sorted(fmean(generator.choices(sample, k=n)) for _ in range(_RESAMPLES))
     tail = round((1 - _CONFIDENCE) / 2 * _RESAMPLES)
     return Mean(fmean(sample), means[tail], means[-1 - tail], n)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 from ..container.header import plain
+from ..progress import duration
 from . import document
+from .verdict import BAD, GOOD, MIN_SQNR, NOTICE, STANDS_OUT, WEIGHTS, Verdict, word_for
 
 KEY = "mxfp8_report"
 MXFP8 = "mxfp8"
 KEPT = "kept"
-# dB, the least that rounding to E4M3 leaves: half a spacing of a value just above a power of two,
-# 1 in 17. Trained weights have 31 to 32.
-MIN_SQNR = 24.6
 _MOST_LISTED = 20  # sentences in a summary; JSON has all
 
 
@@ -102,9 +101,47 @@ class Report:
         lossy = [layer for layer in self.quantized if layer.sqnr_db is not None]
         return min(lossy, key=lambda layer: layer.sqnr_db, default=None)
 
+    @property
+    def stand_out(self) -> list[LayerReport]:
+        """The quantized layers with much more error than the others of their rounding, or more
+        than a sound layer can have; worst first."""
+        found = []
+        for calibrated in (False, True):
+            group = [
+                (layer.sqnr_db, layer)
+                for layer in self.quantized
+                if layer.sqnr_db is not None and (layer.output_error is not None) == calibrated
+            ]
+            if group:
+                least = max(median(sqnr for sqnr, _ in group) - STANDS_OUT, self.min_sqnr_db)
+                found += [pair for pair in group if pair[0] < least]
+        return [layer for _, layer in sorted(found, key=lambda pair: pair[0])]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Sizes, and whether the result is as it should be."""
+        before, after = self.bytes_before, self.bytes_after
+        saved = f", saves {format_size(before - after)}" if after < before else ""
+        sizes = f"{format_size(before)} -> {format_size(after)}{saved}"
+        if not self.quantized:
+            return Verdict(NOTICE, f"{sizes}; no layer was quantized")
+        ratio = self._output_ratio
+        if ratio is not None:
+            level, how = (GOOD if ratio < 1 else NOTICE), self._calibrated(ratio)
+        elif self.sqnr_db is None:
+            level, how = GOOD, "lossless"
+        else:
+            word = word_for(self.sqnr_db, WEIGHTS)
+            level, how = word.level, word.word
+        names = tuple(plain(layer.name) for layer in self.stand_out)
+        if names:
+            these = "this layer" if len(names) == 1 else f"these {len(names)} layers"
+            how, level = f"{how}; look at {these}", BAD if level == BAD else NOTICE
+        return Verdict(level, f"{sizes}; {how}", names)
+
     def to_json(self) -> str:
         """Versioned JSON; `from_json` is its inverse."""
-        return document.write(KEY, asdict(self))
+        return document.write(KEY, asdict(self), self.verdict)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -119,9 +156,10 @@ class Report:
         """A few lines for a terminal or a node."""
         kept = len(self.layers) - len(self.quantized)
         lines = [
-            f"{self.source} -> {self.target}",
-            f"{format_size(self.bytes_before)} -> {format_size(self.bytes_after)} "
-            f"({100 * self.bytes_after / max(self.bytes_before, 1):.1f}%) in {self.seconds:.1f} s",
+            self.verdict.line(),
+            f"{self.source} -> {self.target}, "
+            f"{100 * self.bytes_after / max(self.bytes_before, 1):.1f}% of the size, in "
+            f"{format_seconds(self.seconds)}",
             f"{format_count(len(self.quantized), 'layer')} MXFP8, {kept} kept "
             f"(preset {self.preset}, {self.architecture or 'architecture not recognized'})",
             *(f"WARNING: {warning}" for warning in self.warnings),
@@ -145,14 +183,34 @@ class Report:
             start = f"{len(measured)} layers calibrated"
         else:
             start = f"output error measured on {len(measured)} of {count} calibrated layers"
-        ratios = [x.output_error / x.nearest_error for x in measured if x.nearest_error]
-        if not ratios:
+        if self._output_ratio is None:
             return [start] if type(count) is int and count > len(measured) else []
-        data = "held-out data" if "held_out" in about else "the calibration data itself"
         return [
-            f"{start}: layer output error {fmean(ratios):.2f}x of nearest rounding on average, on "
-            f"{data} (weight SQNR is lower in exchange)"
+            f"{start}: layer output error {self._output_ratio:.2f}x of nearest rounding on average,"
+            f" {self._measured_on} (weight SQNR is lower in exchange)"
         ]
+
+    @property
+    def _output_ratio(self) -> float | None:
+        """Output error over that of rounding to nearest, mean of the calibrated layers."""
+        ratios = [
+            x.output_error / x.nearest_error
+            for x in self.layers
+            if x.output_error is not None and x.nearest_error
+        ]
+        return fmean(ratios) if ratios else None
+
+    @property
+    def _measured_on(self) -> str:
+        held_out = "held_out" in (self.calibration or {})
+        return "on held-out data" if held_out else "in-sample (on the calibration data)"
+
+    def _calibrated(self, ratio: float) -> str:
+        held_out = "held_out" in (self.calibration or {})
+        return (
+            f"calibrated, {ratio:.2f}x the output error of nearest rounding"
+            f"{'' if held_out else ' (in-sample)'}"
+        )
 
 
 def _calibrated_on(about: dict) -> str:
@@ -189,11 +247,26 @@ def format_count(count: int, name: str, plural: str | None = None) -> str:
 
 
 def format_size(count: int) -> str:
-    """A size in decimal units, as disks and model pages give it."""
+    """A size in decimal units, as disks and model pages give it, with three digits."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
+        if count >= 0.9995 * size:
+            return f"{_three_digits(count / size)} {unit}"
     return f"{count} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time that something took: "643 us", "12.3 s", "2 min 05 s"."""
+    if seconds >= 60:
+        return duration(seconds)
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * size:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} us"
+
+
+def _three_digits(value: float) -> str:
+    """A number of at most four digits before the point, rounded to three."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:

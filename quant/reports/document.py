@@ -10,20 +10,24 @@ import functools
 import json
 import types
 import typing
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 
 from ..container.header import FormatError, parse_object, quoted
+from .verdict import Verdict
 
 VERSION = 1  # of every kind; web/document.mjs expects the same
 
 
-def write(key: str, values: dict) -> str:
-    """A report's fields as JSON, versioned."""
-    return json.dumps({key: VERSION, **values}, indent=1, allow_nan=False)
+def write(key: str, values: dict, verdict: Verdict | None = None) -> str:
+    """A report's fields as JSON, versioned, with what it comes down to."""
+    derived = {} if verdict is None else {"verdict": asdict(verdict)}
+    return json.dumps({key: VERSION, **derived, **values}, indent=1, allow_nan=False)
 
 
 def read(kind: type, key: str, text: str, old_key: str | None = None):
     """A dataclass from what `write` made of it. Fields with a default may be missing.
+
+    The verdict in it is dropped: it follows from the rest, by the thresholds of this version.
 
     A field's `metadata` may give its name in earlier versions as "old_name".
 
@@ -37,6 +41,7 @@ def read(kind: type, key: str, text: str, old_key: str | None = None):
     if key not in data and old_key in data:
         data[key] = data.pop(old_key)
     version = data.pop(key, None)
+    data.pop("verdict", None)
     if version != VERSION:
         raise FormatError(f"not an {key} of version {VERSION} (it has version {quoted(version)})")
     return _typed(kind, data, key)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from ...kernels import FEW_ROWS, DeviceReason, ExecutionPath
 from . import document
 from .adapters import AdapterUse
-from .conversion import MXFP8, format_count, format_size
+from .conversion import MXFP8, format_count, format_seconds, format_size
 
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
@@ -169,8 +169,8 @@ class BackendReport:
         loras = " with its LoRAs (the others without)" if self.adapters else ""
         lines += [
             f"{format_count(t.layers, 'layer')} {list(t.shape)} on {t.backend}, {t.rows} rows: "
-            f"{t.microseconds:.0f} us{loras}, {_speed(t.faster_than_dense)} dense {self.dtype}, "
-            f"{_speed(t.faster_than_stock)} stock"
+            f"{format_seconds(t.microseconds / 1e6)}{loras}, {_speed(t.faster_than_dense)} dense "
+            f"{self.dtype}, {_speed(t.faster_than_stock)} stock"
             for t in self.timings
         ]
         return "\n".join(lines)

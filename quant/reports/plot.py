@@ -148,13 +148,15 @@ def _draw_seeds(page: _Page, comparison: Comparison, box) -> None:
         return
     seeds = [seed for seed in comparison.seeds if seed.latent_snr_db is not None]
     values = [seed.latent_snr_db for seed in seeds]
-    ticks = _ticks(min(*values, mean.low), max(*values, mean.high))
+    band = [limit for limit in (mean.low, mean.high) if limit is not None]
+    ticks = _ticks(min(values + band), max(values + band))
     axes = _Axes(*box, (0.5, len(seeds) + 0.5), (ticks[0], ticks[-1]))
     stride = math.ceil(len(seeds) / (_MOST_LABELS if seeds[-1].seed < 10**5 else 3))
     labels = {i + 1: str(seeds[i].seed) for i in range(0, len(seeds), stride)}
     _draw_frame(page, axes, (title, interval(mean, "dB")), ticks, "seed", labels)
-    (_, high), (_, low) = axes.at(1, mean.high), axes.at(1, mean.low)
-    page.rectangle((axes.left, high), (axes.right, low), _BAND)
+    if band:
+        low, high = (axes.at(1, limit)[1] for limit in band)
+        page.rectangle((axes.left, high), (axes.right, low), _BAND)
     middle = axes.at(1, mean.mean)[1]
     page.line([(axes.left, middle), (axes.right, middle)], _LINE, 2)
     for i, value in enumerate(values, 1):

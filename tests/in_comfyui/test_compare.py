@@ -94,7 +94,7 @@ def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(co
     # Both runs of a pair round alike, and differ by 30 dB: roundings of SAME move that by little.
     assert [s.latent_snr_db for s in result.seeds] == pytest.approx(expected, abs=0.02)
     assert result.latent_snr_db.mean == pytest.approx(sum(expected) / 4, abs=0.02)
-    assert min(expected) - 0.1 < result.latent_snr_db.low < result.latent_snr_db.high
+    assert result.latent_snr_db.low is None  # four seeds are too few for an interval
     assert result.problems == [] and result.floor.repeats and not result.floor.draws
     check_steps(result, latent)
     check_words(result, outputs[node[0]]["text"][0], kind)
@@ -191,7 +191,7 @@ def test_a_sampler_that_draws_noise_has_a_floor_beside_its_number(comfy, sampler
     assert all(seed.other_noise_snr_db is not None for seed in result.seeds)
     assert result.floor.other_noise_snr_db.count == len(SEEDS)
     # Other noise makes another image; eight bits do not.
-    assert result.floor.other_noise_snr_db.high < result.latent_snr_db.low
+    assert result.floor.other_noise_snr_db.mean < result.latent_snr_db.mean
     assert "this sampler draws noise of its own" in outputs[node[0]]["text"][0]
 
 

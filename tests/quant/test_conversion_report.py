@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from mxfp8.quant.reports.conversion import (
     LayerReport,
     Report,
     SqnrAccumulator,
+    format_seconds,
     format_size,
     sqnr_db,
     total_sqnr,
 )
+from mxfp8.quant.reports.verdict import LATENTS, WEIGHTS, Verdict
 
 
 def layer(name="a", decision="mxfp8", **changes) -> LayerReport:
@@ -54,7 +57,7 @@ def test_json_comes_back_as_it_was(report):
 def test_json_names_its_version_and_every_field():
     data = json.loads(REPORT.to_json())
     assert data.pop("mxfp8_report") == 1
-    assert data.keys() == Report.__dataclass_fields__.keys()
+    assert data.keys() == Report.__dataclass_fields__.keys() | {"verdict"}
     assert data["layers"][0] == {
         "name": "a",
         "decision": "mxfp8",
@@ -170,8 +173,8 @@ def test_the_worst_layer_is_the_lossy_one_with_the_lowest_sqnr():
 
 def test_the_summary_says_what_matters():
     assert REPORT.summary().splitlines() == [
-        "model.safetensors -> model-mxfp8.safetensors",
-        "12.31 GB -> 6.36 GB (51.7%) in 12.3 s",
+        "12.3 GB -> 6.36 GB, saves 5.95 GB; typical",
+        "model.safetensors -> model-mxfp8.safetensors, 51.7% of the size, in 12.3 s",
         "3 layers MXFP8, 1 kept (preset zimage, Z-Image)",
         "SQNR 31.25 dB; worst layer b: 29.75 dB",
     ]
@@ -190,6 +193,64 @@ def test_the_summary_of_a_lossless_unrecognized_model():
 )
 def test_sizes_are_in_decimal_units(count, text):
     assert format_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(6.4e-5, "64.0 us"), (0.643, "643 ms"), (0.9996, "1.00 s"), (12.34, "12.3 s"),
+     (125, "2 min 05 s")],
+)  # fmt: skip
+def test_times_have_the_unit_that_fits(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_layers_that_stand_out_are_in_the_verdict_worst_first():
+    """Below the median by 3 dB, each kind of rounding by itself; calibrated layers have less."""
+    layers = [layer(f"a{i}", sqnr_db=31.5) for i in range(9)]
+    layers += [layer(f"c{i}", sqnr_db=28.0, output_error=0.01, nearest_error=0.02)
+               for i in range(5)]  # fmt: skip
+    assert replace(REPORT, layers=tuple(layers)).verdict.layers == ()
+    layers += [layer("bad", sqnr_db=28.4), layer("worse", sqnr_db=24.0)]
+    report = replace(REPORT, layers=tuple(layers[:9] + layers[-2:]))
+    assert report.verdict == Verdict(
+        "notice",
+        "12.3 GB -> 6.36 GB, saves 5.95 GB; typical; look at these 2 layers",
+        ("worse", "bad"),
+    )
+    assert report.summary().splitlines()[0].endswith("look at these 2 layers: worse, bad")
+    assert json.loads(report.to_json())["verdict"]["layers"] == ["worse", "bad"]
+
+
+def test_the_documentation_has_the_words_and_their_reasons():
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    for word in (*LATENTS, *WEIGHTS):
+        least = f" {word.at_least:g} dB" if word.at_least > 0 else ""
+        assert f"| {word.word} |{least} | {word.reason} |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "ends"),
+    [
+        ({"sqnr_db": 29.9}, "notice", "; noisier than usual"),
+        ({"sqnr_db": 24.5}, "bad", "; damaged"),
+        ({"sqnr_db": None}, "good", "; lossless"),
+        ({"layers": ()}, "notice", "; no layer was quantized"),
+        ({"bytes_after": 12_400_000_000}, "good", "12.3 GB -> 12.4 GB; typical"),
+    ],
+)
+def test_the_words_of_the_verdict(changes, level, ends):
+    verdict = replace(REPORT, **changes).verdict
+    assert verdict.level == level and verdict.text.endswith(ends)
+
+
+def test_a_calibrated_report_says_what_its_error_was_measured_on():
+    layers = (layer("a", output_error=0.01, nearest_error=0.02),)
+    inside = replace(REPORT, layers=layers, calibration=CALIBRATION)
+    text = "calibrated, 0.50x the output error of nearest rounding"
+    assert inside.verdict.text.endswith(f"; {text} (in-sample)")
+    outside = replace(inside, calibration={**CALIBRATION, "held_out": CALIBRATION})
+    assert outside.verdict.text.endswith(f"; {text}") and outside.verdict.level == "good"
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_json_and_words_have_everything():
     assert "expected error of rowwise_fp8: 1.99 times that of exact" in summary
     assert "not used: torch_mx: no" in summary
     assert "offloaded: 1.00 MB" in summary
-    assert "2 layers [64, 32] on torch_fp8, 256 rows: 10 us" in summary
+    assert "2 layers [64, 32] on torch_fp8, 256 rows: 10.0 us" in summary
     assert "2.00x as fast as dense BF16, 5.00x as fast as stock" in summary
 
 

@@ -487,7 +487,7 @@ def test_output_errors_are_measured_on_held_out_data_if_there_is_any(model):
     assert report.calibration["held_out"]["layers"] == 1
     assert Report.from_json(report.to_json()) == report
     assert "measured on 1 of 2 calibrated layers" in report.summary()
-    assert "on held-out data" in report.summary() and "itself" in own.summary()
+    assert "on held-out data" in report.summary() and "in-sample" in own.summary()
     with pytest.raises(ValueError, match="give a calibration as well"):
         convert_file(source, model / "none", held_out=others)
 

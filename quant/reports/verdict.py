@@ -1,0 +1,77 @@
+"""Verdicts: what a report comes down to, in one line, for those who read nothing else.
+
+The words and the thresholds behind them stand here and nowhere else. A report's JSON carries its
+verdict, so that no reader of it has thresholds of its own; docs/how-it-works.md explains them.
+
+A word stands for how much of the energy differs, in steps of ten. What can be seen of that depends
+on the picture, and one number for "visible" would be made up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GOOD, NOTICE, BAD = "good", "notice", "bad"
+_MOST_NAMED = 3  # layers in a line; JSON has all
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    Attributes:
+        level: GOOD, NOTICE or BAD, which a page shows as a color.
+        text: one line.
+        layers: names of layers to look at, worst first.
+    """
+
+    level: str
+    text: str
+    layers: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """The text with the names of the first layers."""
+        if not self.layers:
+            return self.text
+        more = len(self.layers) - _MOST_NAMED
+        names = ", ".join(self.layers[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return f"{self.text}: {names}"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, the SNR in dB from which on it holds, and why from there."""
+
+    word: str
+    level: str
+    at_least: float
+    reason: str
+
+
+# Of the latents of two models that sampled the same seed.
+LATENTS = (
+    Word("very close", GOOD, 30.0,
+         "at most 1/1000 of the energy differs, 3% of the amplitude: no more than rounding to "
+         "MXFP8 changes in the weights themselves (31.5 dB)"),
+    Word("close", GOOD, 20.0, "at most 1/100 of the energy differs, 10% of the amplitude"),
+    Word("similar", NOTICE, 10.0, "at most 1/10 of the energy differs, 32% of the amplitude"),
+    Word("different", BAD, -math.inf,
+         "more than that differs; latents that have nothing in common are at -3 dB"),
+)  # fmt: skip
+
+# dB, the least that rounding to E4M3 leaves: half a spacing of a value just above a power of two,
+# 1 in 17.
+MIN_SQNR = 24.6
+# Of a model's weights, rounded to nearest.
+WEIGHTS = (
+    Word("typical", GOOD, 30.0, "trained weights have 31 to 32 dB in MXFP8"),
+    Word("noisier than usual", NOTICE, MIN_SQNR, "less than trained weights have"),
+    Word("damaged", BAD, -math.inf, "less than rounding to E4M3 can leave"),
+)
+# dB below the median layer from which on a layer stands out: twice the noise of the others.
+STANDS_OUT = 3.0
+
+
+def word_for(snr_db: float, words: Sequence[Word]) -> Word:
+    return next(word for word in words if snr_db >= word.at_least)
