@@ -6,6 +6,7 @@ from collections import Counter
 
 from comfy_api.latest import io
 
+from ..quant.checks import explain
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
 from ..quant.reports.conversion import KEPT, format_size
 from .host import paths
@@ -100,15 +101,17 @@ def inspect_model(patcher) -> Inspection:
     weights = (report.memory[kind] for kind in ("codes", "scales", "other weights"))
     total = sum(kind.device + kind.offloaded for kind in weights)
     mxfp8 = sum(layer.bytes for layer in report.mxfp8)
+    formats = dict(Counter(layer.decision for layer in layers if layer.decision != KEPT))
     return Inspection(
         file=report.model,
         bytes=total,
         tensors=sum(1 for _ in patcher.model.parameters()),
         architecture=report.model,
-        formats=dict(Counter(layer.decision for layer in layers if layer.decision != KEPT)),
+        formats=formats,
         mxfp8_bytes=mxfp8,
         other_bytes=total - mxfp8,
         metadata=[],
         every_byte=False,
         layers=layers,
+        explained=explain.of_names(formats),
     )

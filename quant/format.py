@@ -183,7 +183,12 @@ def _read_markers(header: Header) -> dict[str, dict]:
                     f"most {MAX_MARKER} bytes"
                 )
             file.seek(tensor.begin)
-            conf = _check_marker(where, parse_object(where, file.read(tensor.nbytes)))
+            text = file.read(tensor.nbytes)
+            if text and not text.strip(b"\0"):
+                raise FormatError(
+                    f"{where} holds only zeros, as a download that was cut short does"
+                )
+            conf = _check_marker(where, parse_object(where, text))
             _add_marker(markers, tensor.name.removesuffix(MARKER), conf, f"{path.name}: marker of")
     return markers
 
@@ -208,7 +213,10 @@ def full_name(header: Header, name: str) -> str:
 
 def _check_marker(where: str, conf) -> dict:
     if not isinstance(conf, dict) or not isinstance(conf.get("format"), str):
-        raise FormatError(f"{where} names no format")
+        raise FormatError(
+            f'{where} names no format, for which ComfyUI says "Unknown quantization format" '
+            "(ComfyUI-INT8-Fast saved INT8 files so; its newest version saves them right)"
+        )
     full = conf.get("full_precision_matrix_mult", False)
     if full not in (False, True, None):  # 0 and 1 are equal to the first two
         raise FormatError(

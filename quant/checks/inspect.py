@@ -1,27 +1,33 @@
-"""What a file holds and what is wrong with it: its header, and a scan of every byte.
+"""What a file is, what it holds and what is wrong with it: its header, and a scan of every byte.
 
-The header alone needs no torch and takes milliseconds; the MXFP8 layers are read in slabs.
+The header alone needs no torch and takes milliseconds; the MXFP8 layers are read in slabs. A file
+that no loader takes is explained all the same, as far as its first bytes or its header go: cut
+short, with damaged markers, of another kind. Pickles are never read.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .. import format
-from ..container.header import quoted
+from ..container.header import parse_object, plain, quoted, read_container
 from ..conversion import architectures
-from ..format import MARKER, SCALE, WEIGHT, FormatError, Header
+from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_markers
 from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
 from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, listed, verdict
-from ..sources import unsupported
+from ..sources import formats, gguf, unsupported
+from . import explain
+from .explain import AsMXFP8, FormatFacts
 
 KEY = "mxfp8_inspection"
+_FIRST = 1 << 20  # bytes of a torch file that are searched for names of libraries
+_MOST_CONFIG = 1 << 20  # bytes of a config.json
+_NAMED = 5  # parts in a sentence
 
 
 @dataclass
@@ -63,6 +69,9 @@ class Inspection:
         problems, warnings: sentences; a file with problems should not be used.
         report, comparison: as kept in the header; None if missing or damaged.
         kind: what it is and the tensor that shows it, if no diffusion model or text encoder.
+        container: "safetensors", or what else the file is.
+        explained: what is known of its formats.
+        as_mxfp8: what it would be as MXFP8; None if it is that, or nothing is known.
     """
 
     file: str
@@ -80,6 +89,9 @@ class Inspection:
     report: Report | None = None
     comparison: Comparison | None = None
     kind: str | None = None
+    container: str = "safetensors"
+    explained: list[FormatFacts] = field(default_factory=list)
+    as_mxfp8: AsMXFP8 | None = None
 
     @property
     def mxfp8(self) -> list[LayerInspection]:
@@ -91,18 +103,21 @@ class Inspection:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
+        count = f", {format_count(self.tensors, 'tensor')}" if self.tensors else ""
         return "\n".join([
-            f"{self.file}: {format_size(self.bytes)}, {self.tensors} tensors",
+            f"{self.file}: {format_size(self.bytes)}{count}",
+            *([f"file: {self.container}"] if self.container != "safetensors" else []),
             *([f"kind: {self.kind}"] if self.kind else []),
-            f"architecture: {self.architecture or 'not recognized'}",
+            *([f"architecture: {self.architecture or 'not recognized'}"] if self.tensors else []),
             *self.contents(),
+            *([f"as MXFP8: {self.as_mxfp8.text}"] if self.as_mxfp8 else []),
             f"metadata: {', '.join(self.metadata) or 'none'}",
             f"read: {self._read()}",
             *metadata.lines(self.report, self.comparison),
             *listed("WARNING", self.warnings),
             *listed("PROBLEM", self.problems),
             verdict(
-                "no problem found" if self.every_byte else "no problem found in the header",
+                "no problem found" + ("" if self.every_byte else f" in {self._read()}"),
                 self.problems,
                 self.warnings,
             ),
@@ -111,7 +126,7 @@ class Inspection:
     def _read(self) -> str:
         """Which of the file's bytes were read."""
         if not self.every_byte:
-            return "the header"
+            return "the header" if self.tensors else "its first bytes"
         layers = len(self.mxfp8)
         banks = self.formats.get(MXFP8, 0) - layers
         read = [f"every byte of {format_count(layers, 'MXFP8 layer')}"] if layers else []
@@ -120,12 +135,17 @@ class Inspection:
         return ", ".join(["the header", *read]) if read else "the header; no layer is MXFP8"
 
     def contents(self) -> list[str]:
-        """The number of layers in each format, the bytes in MXFP8, and what is kept, a line each.
+        """What is known of each format, the bytes in MXFP8, and what is kept, a line each.
 
         Kept are matrices that are not quantized, here by reason.
         """
-        formats = [
-            f"{k}: {format_count(count, 'layer')}" for k, count in sorted(self.formats.items())
+        if not self.tensors:
+            return [line for fact in self.explained for line in fact.lines()]
+        explained = any(fact.name == formats.GGUF.name for fact in self.explained)
+        others = [
+            f"{name}: {format_count(count, 'layer')}"
+            for name, count in sorted(self.formats.items())
+            if not explained and formats.named(name) is None
         ]
         mxfp8, other = format_size(self.mxfp8_bytes), format_size(self.other_bytes)
         reasons = Counter(layer.reason for layer in self.layers if layer.decision == KEPT)
@@ -134,37 +154,90 @@ class Inspection:
             for reason, count in reasons.most_common()
         ]
         return [
-            *(formats or ["no quantized layers"]),
-            f"MXFP8 {mxfp8}, everything else {other}",
+            *(line for fact in self.explained for line in fact.lines()),
+            *others,
+            *([] if self.formats else ["no quantized layers"]),
+            *([f"MXFP8 {mxfp8}, everything else {other}"] if self.mxfp8_bytes else []),
             *kept,
         ]
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:
-    """Inspect a safetensors file.
+    """Inspect a model's file: safetensors, or any other, as far as it can be without risk.
 
     Args:
-        every_byte: whether to read the MXFP8 layers, for which torch is needed.
+        path: of a file, the index of several, or a folder with one of these.
+        every_byte: whether to read the MXFP8 layers of a single file, for which torch is needed.
         progress: called after every slab.
 
     Raises:
-        FormatError: the header or the markers are damaged, so that nothing in the file is reliable.
+        FormatError: the header is damaged, so that nothing in the file is reliable; or a folder has
+            no model, or several.
         OSError: it cannot be read.
     """
-    unsupported.check_file(Path(path))
-    header = format.read_header(path)
-    header.check_layers()
-    result = _from_header(header, every_byte)
-    if every_byte:
+    path = Path(path)
+    if path.is_dir() or ".safetensors.index." in path.name:
+        from ..sources.open import find_model
+
+        place = find_model(path)
+        if place.suffix.lower() == ".json":
+            return _inspect_parts(place)
+        result = inspect_file(place, every_byte=every_byte, progress=progress)
+        result.explained += _configured(place.parent, result.explained)
+        return result
+    kind = unsupported.kind_of(path)
+    if kind is not None:
+        return _inspect_gguf(path) if kind.name == "GGUF" else _inspect_other(path, kind)
+    header, markers, problems = _read_file(path)
+    result = _from_header(header, markers, problems)
+    if every_byte and not result.problems:
+        result.every_byte = True
         _scan(header, result, progress)
     return result
 
 
-def _from_header(header: Header, every_byte: bool) -> Inspection:
+def _read_file(path: Path) -> tuple[Header, dict[str, dict], list[str]]:
+    """(header, markers, what is wrong with either) of a safetensors file."""
+    header = read_container(path, Header, whole=False)
+    needed = max((tensor.end for tensor in header.tensors.values()), default=0)
+    if needed <= header.file_size:
+        try:
+            return header, header.markers, []
+        except FormatError as error:
+            return header, {}, [str(error)]
+    percent = 100 * header.file_size // needed
+    problem = (
+        f"{path.name}: truncated: it has {header.file_size} of {needed} bytes ({percent}%); "
+        "download it again"
+    )
+    try:
+        return header, header_markers(path.name, header.metadata), [problem]
+    except FormatError as error:
+        return header, {}, [problem, str(error)]
+
+
+def _from_header(
+    header: Header, markers: Mapping[str, dict], problems: Iterable[str]
+) -> Inspection:
+    """What a header says, whose markers are known."""
+    layers: dict[str, Layer] = {}
+    experts: dict[str, Layer] = {}
+    problems = [*problems, *explain.lost_scales(markers, header.tensors)]
+    if markers and not problems:
+        try:
+            layers, experts = header.layers, header.experts
+        except FormatError as error:
+            problems.append(str(error))
     detected = architectures.detect(header.tensors)
-    marked, formats = (conf["format"] for conf in header.markers.values()), _unmarked(header)
+    recognized = detected is not None and bool(detected[0].classes)
+    unmarked = [
+        *unsupported.unmarked({t.name: (t.dtype, t.shape) for t in header.tensors.values()})
+    ]
+    names = _unmarked(header, markers, unmarked)
+    kind = _kind(header, recognized)
     report, comparison, warnings = metadata.read(header.metadata)
-    parts = {n + p for n in (*header.layers, *header.experts) for p in (WEIGHT, SCALE, MARKER)}
+    explained, lost = explain.of_layers(header.tensors, markers, unmarked)
+    parts = {n + p for n in (*layers, *experts) for p in (WEIGHT, SCALE, MARKER)}
     sizes = Counter()
     for tensor in header.tensors.values():
         sizes[tensor.name in parts] += tensor.nbytes
@@ -173,16 +246,150 @@ def _from_header(header: Header, every_byte: bool) -> Inspection:
         bytes=header.file_size,
         tensors=len(header.tensors),
         architecture=detected and detected[0].name,
-        formats=dict(Counter([*marked, *formats.values()])),
+        formats=dict(Counter([*(conf["format"] for conf in markers.values()), *names.values()])),
         mxfp8_bytes=sizes[True],
         other_bytes=sizes[False],
         metadata=sorted(header.metadata),
-        every_byte=every_byte,
-        layers=[*_layers(header, formats)],
-        warnings=warnings,
+        every_byte=False,
+        problems=problems,
+        layers=[*_layers(header, markers, layers, names)],
+        warnings=[*warnings, *lost, *explain.unreadable(header.tensors)],
         report=report,
         comparison=comparison,
-        kind=_kind(header, recognized=detected is not None and bool(detected[0].classes)),
+        kind=kind,
+        explained=explained,
+        as_mxfp8=explain.as_mxfp8(header.tensors, markers, unmarked, kind, recognized),
+    )
+
+
+def _inspect_parts(index: Path) -> Inspection:
+    """A model in several files: their headers as one."""
+    from ..sources.shards import read_index
+
+    weight_map, _ = read_index(index)
+    parts = dict.fromkeys(sorted(weight_map.values()))
+    missing = [name for name in parts if not (index.parent / name).is_file()]
+    tensors, about, markers, problems, size = {}, {}, {}, [], 0
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        problems.append(
+            f"{index.name}: {len(missing)} of its {format_count(len(parts), 'part')} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: "
+            f"{', '.join(map(quoted, missing[:_NAMED]))}{more}; download them"
+        )
+    for name in parts.keys() - {*missing}:
+        try:
+            unsupported.check_file(index.parent / name)
+            header, marked, wrong = _read_file(index.parent / name)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        tensors |= header.tensors
+        about, markers = header.metadata | about, markers | marked
+        problems, size = problems + wrong, size + header.file_size
+    gone = [key for key, name in weight_map.items() if key not in tensors and name not in missing]
+    if gone and not problems:
+        problems.append(
+            f"{index.name}: the index names {format_count(len(gone), 'tensor')} that "
+            f"{'is' if len(gone) == 1 else 'are'} not in its parts: {quoted(gone[0])}"
+            f"{', ...' if len(gone) > 1 else ''}; download it and all its parts again"
+        )
+    merged = Header(index, tensors, about, size)
+    merged.__dict__["markers"] = markers  # which each part's file was asked for
+    result = _from_header(merged, markers, problems)
+    result.container = f"safetensors in {format_count(len(parts), 'part')}"
+    result.explained += _configured(index.parent, result.explained)
+    return result
+
+
+def _configured(folder: Path, known: Iterable[FormatFacts]) -> list[FormatFacts]:
+    """The format that a folder's config.json names, if it is not known already."""
+    path = folder / "config.json"
+    if not path.is_file() or path.stat().st_size > _MOST_CONFIG:
+        return []
+    try:
+        conf = parse_object(path.name, path.read_bytes()).get("quantization_config")
+    except FormatError:
+        return []
+    method = conf.get("quant_method") if isinstance(conf, dict) else None
+    rows = (row for row in (*formats.FORMATS, formats.GGUF) if method and row.method == method)
+    return [explain.facts(row, 0) for row in rows if not any(known)][:1]
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    header = gguf.read_header(path)
+    detected = architectures.detect(tensor.name for tensor in header.tensors)
+    name = header.about.get("architecture")
+    problems = []
+    if header.needed > header.file_size:
+        percent = 100 * header.file_size // header.needed
+        problems.append(
+            f"{path.name}: truncated: it has {header.file_size} of {header.needed} bytes "
+            f"({percent}%); download it again"
+        )
+    quantized = Counter(t.kind for t in header.tensors if t.kind not in gguf.PLAIN)
+    facts = explain.of_gguf(header)
+    if isinstance(maker := header.about.get("quantized_by"), str):
+        facts.made_by = plain(maker)
+    return Inspection(
+        file=path.name,
+        bytes=header.file_size,
+        tensors=len(header.tensors),
+        architecture=detected[0].name
+        if detected
+        else plain(name)
+        if isinstance(name, str)
+        else None,
+        formats={f"GGUF {kind}": count for kind, count in quantized.items()},
+        mxfp8_bytes=0,
+        other_bytes=header.file_size,
+        metadata=sorted(f"general.{plain(key)}" for key in header.about),
+        every_byte=False,
+        problems=problems,
+        layers=[
+            LayerInspection(
+                name=tensor.name.removesuffix(WEIGHT),
+                shape=tensor.shape,
+                bytes=tensor.nbytes,
+                decision=KEPT if tensor.kind in gguf.PLAIN else f"GGUF {tensor.kind}",
+                reason=f"{tensor.kind} in the file",
+                dtype=tensor.kind,
+            )
+            for tensor in header.tensors
+            if len(tensor.shape) == 2
+        ],
+        container=f"GGUF {header.version}",
+        explained=[facts] if facts.layers else [],
+        as_mxfp8=explain.of_gguf_as_mxfp8(header),
+    )
+
+
+def _inspect_other(path: Path, kind: formats.FileKind) -> Inspection:
+    """A file that is not read, since it is no model, or could run code."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_FIRST)
+        file.seek(max(0, size - 65_557))  # an archive's end, with the longest comment
+        end = file.read()
+    problems = [f"{path.name}: not a safetensors file but {kind.text}"] if kind.broken else []
+    if kind.name == "torch" and b"PK\x05\x06" not in end:
+        problems.append(f"{path.name}: truncated: the archive has no end; download it again")
+    rows = (row for row in formats.FORMATS if row.pickle and row.pickle in start)
+    torch = kind.name in ("torch", "pickle")
+    return Inspection(
+        file=path.name,
+        bytes=size,
+        tensors=0,
+        architecture=None,
+        formats={},
+        mxfp8_bytes=0,
+        other_bytes=size,
+        metadata=[],
+        every_byte=False,
+        problems=problems,
+        container=kind.name if kind.broken else kind.text,
+        explained=[explain.facts(row, 0) for row in rows] if torch else [],
+        as_mxfp8=None if kind.broken else AsMXFP8(None, "take the original as .safetensors"),
     )
 
 
@@ -192,26 +399,38 @@ def _kind(header: Header, recognized: bool) -> str | None:
     return found and f"{found[0]} ({quoted(found[1])})"
 
 
-def _unmarked(header: Header) -> dict[str, str]:
+def _unmarked(
+    header: Header, markers: Mapping[str, dict], found: Iterable[unsupported.Quantized]
+) -> dict[str, str]:
     """Layer -> format, of those that are quantized without a marker."""
-    tensors = {t.name: (t.dtype, t.shape) for t in header.tensors.values()}
-    named, formats = tensors.keys() | header.markers.keys(), {}
-    for found in unsupported.unmarked(tensors):
-        _, shape = tensors.get(found.layer + WEIGHT, (None, (0, 0)))  # of GPTQ it is a `qweight`
-        whole = found.format == unsupported.SCALED_FP8
-        if len(shape) == 2 and not whole and found.layer not in named:
-            lost = " without markers" if found.format == "MXFP8" else ""
-            formats.setdefault(found.layer, found.format + lost)
-    return formats
+    named, names = header.tensors.keys() | markers.keys(), {}
+    for layer in found:
+        _, shape = _info(header, layer.layer + WEIGHT)
+        whole = layer.format == unsupported.SCALED_FP8
+        if len(shape) == 2 and not whole and layer.layer not in named:
+            lost = " without markers" if layer.format == "MXFP8" else ""
+            names.setdefault(layer.layer, layer.format + lost)
+    return names
 
 
-def _layers(header: Header, formats: Mapping[str, str]) -> Iterator[LayerInspection]:
-    """Every 2-D weight, in the order of the file; `formats` of those without a marker."""
+def _info(header: Header, key: str) -> tuple[str, tuple[int, ...]]:
+    """A tensor's dtype and shape; of GPTQ and others it is not called `weight`."""
+    tensor = header.tensors.get(key)
+    return (tensor.dtype, tensor.shape) if tensor else ("", (0, 0))
+
+
+def _layers(
+    header: Header,
+    markers: Mapping[str, dict],
+    layers: Mapping[str, Layer],
+    names: Mapping[str, str],
+) -> Iterator[LayerInspection]:
+    """Every 2-D weight, in the order of the file; `names` of formats without a marker."""
     for tensor in header.tensors.values():
         name = tensor.name.removesuffix(WEIGHT)
         if name == tensor.name:
             continue
-        layer = header.layers.get(name)
+        layer = layers.get(name)
         if layer is not None:
             yield LayerInspection(
                 name=name,
@@ -222,12 +441,12 @@ def _layers(header: Header, formats: Mapping[str, str]) -> Iterator[LayerInspect
                 dtype=tensor.dtype,
             )
         elif len(tensor.shape) == 2:
-            marked = header.markers.get(name, {}).get("format")
+            marked = markers.get(name, {}).get("format")
             yield LayerInspection(
                 name=name,
                 shape=tensor.shape,
                 bytes=tensor.nbytes,
-                decision=marked or formats.get(name, KEPT),
+                decision=marked or names.get(name, KEPT),
                 reason=f"marked as {marked}" if marked else f"{tensor.dtype} in the file",
                 dtype=tensor.dtype,
             )

@@ -14,9 +14,11 @@ from .terminal import progress, show, show_table
 
 def add(commands) -> None:
     inspect = command(
-        commands, "inspect", _inspect, "show what a file holds and what is wrong with it"
+        commands, "inspect", _inspect, "show what a file is, who runs it and what is wrong with it"
     )
-    inspect.add_argument("file", metavar="FILE", type=Path, help="safetensors file")
+    inspect.add_argument(
+        "file", metavar="FILE", type=Path, help="model's file of any kind, index or folder"
+    )
     inspect.add_argument(
         "--header", action="store_true", help="read only the header, not every byte"
     )

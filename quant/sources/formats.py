@@ -87,8 +87,8 @@ class Format:
 FORMATS = (
     Format(
         "MXFP8", 8.25, "this pack, ComfyUI, convert_to_quant",
-        "this pack runs it fast on most GPUs (docs/hardware.md); stock ComfyUI multiplies it on "
-        "NVIDIA RTX 50, B200 and B300, and unpacks it on every step elsewhere",
+        "any with this pack, by 8-bit matmuls on most (docs/hardware.md); stock ComfyUI multiplies "
+        "it on NVIDIA RTX 50, B200 and B300, and unpacks it on every step elsewhere",
         _COMFYUI, comfyui="0.20.1", marker="mxfp8", scales=("weight_scale",), code_bits=8,
         tensors=({"weight": "F8_E4M3", "weight_scale": "U8 F8_E8M0"},),
     ),
@@ -141,17 +141,17 @@ FORMATS = (
         marker="convrot_w4a4", scales=("weight_scale",), code_bits=4,
     ),
     Format(
-        "NF4 (bitsandbytes)", 4.5, "bitsandbytes, diffusers, Forge", _BNB_GPUS, _BITSANDBYTES,
+        "NF4 (bitsandbytes)", None, "bitsandbytes, diffusers, Forge", _BNB_GPUS, _BITSANDBYTES,
         nodes=_BNB_NODES, tensors=({"weight": "", "weight.quant_state.bitsandbytes__nf4": ""},),
         code_bits=4, method="bitsandbytes", pickle=b"cbitsandbytes",
     ),
     Format(
-        "FP4 (bitsandbytes)", 4.5, "bitsandbytes, diffusers, Forge", _BNB_GPUS, _BITSANDBYTES,
+        "FP4 (bitsandbytes)", None, "bitsandbytes, diffusers, Forge", _BNB_GPUS, _BITSANDBYTES,
         nodes=_BNB_NODES, tensors=({"weight": "", "weight.quant_state.bitsandbytes__fp4": ""},),
         code_bits=4,
     ),
     Format(
-        "4 bits (bitsandbytes)", 4.5, "bitsandbytes", _BNB_GPUS, _BITSANDBYTES, nodes=_BNB_NODES,
+        "4 bits (bitsandbytes)", None, "bitsandbytes", _BNB_GPUS, _BITSANDBYTES, nodes=_BNB_NODES,
         tensors=({"weight": "", "weight.absmax": ""},), code_bits=4,
     ),
     Format(
@@ -262,7 +262,10 @@ FORMATS = (
     ),
     # Codes with nothing beside them that would tell more.
     *(
-        Format(name, bits, "unknown", "none that we know of", "", tensors=({"weight": dtype},))
+        Format(
+            name, bits, "unknown", "none that we know of", "", code_bits=bits,
+            tensors=({"weight": dtype},),
+        )
         for name, bits, dtype in (
             ("E8M0 scales", 8, "F8_E8M0"),
             ("FP6 (E2M3)", 6, "F6_E2M3"), ("FP6 (E3M2)", 6, "F6_E3M2"), ("FP4", 4, "F4"),

@@ -220,14 +220,21 @@ def unmarked(tensors: Tensors) -> Iterator[Quantized]:
         for first, found in layers.items():
             if key.endswith(first) and (key == first or key[-len(first) - 1] == "."):
                 found.append(key[: -len(first)].removesuffix("."))
+    seen = set()  # names of layers, and of tensors of codes
     for row, way, first in ways:
         for layer in layers[first]:
             if _fits(row, way, layer, tensors):
+                seen |= {layer, _join(layer, first)}
                 yield Quantized(
                     layer, row.name, _evidence(way, layer, tensors), _join(layer, first)
                 )
     for key, (dtype, shape) in tensors.items():
-        if dtype.startswith(("F8_", "F6_", "F4")):
+        layer = key.rpartition(".")[0]
+        if (
+            dtype.startswith(("F8_", "F6_", "F4"))
+            and key not in seen
+            and not (layer and layer in seen)
+        ):
             evidence = f"{quoted(key)} is {dtype} {list(shape)}"
             yield Quantized(key.removesuffix(WEIGHT), _PLAIN[dtype], evidence, key)
 

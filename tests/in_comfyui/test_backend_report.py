@@ -528,7 +528,7 @@ def test_a_model_is_inspected(comfy):
     assert report["mxfp8_bytes"] == sum(
         layer["bytes"] for layer in layers.values() if layer["decision"] == "mxfp8"
     )
-    assert f"mxfp8: {count} layers" in text
+    assert f"MXFP8: {count} layers" in text
 
 
 def test_nothing_to_inspect(comfy):

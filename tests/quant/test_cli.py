@@ -156,7 +156,8 @@ def test_inspect_says_what_a_file_holds(target, run):
     assert status == 0
     assert out.splitlines()[0].startswith("target.safetensors: ")
     assert "architecture: not recognized" in out
-    assert "mxfp8: 3 layers" in out
+    assert "MXFP8: 3 layers, 8.25 bits per weight\n  written by: " in out
+    assert "  runs in: ComfyUI 0.20.1 or later\n  GPUs: " in out
     assert "metadata: _quantization_metadata, format" in out
     assert "kept: " not in out
     assert "read: the header, every byte of 3 MXFP8 layers" in out
@@ -248,7 +249,7 @@ def test_inspecting_a_header_needs_no_torch():
     path = str(GOLDEN / "a_zimage_simple.safetensors")
     words = [sys.executable, "-c", code, "inspect", path, "--header"]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "mxfp8: " in out
+    assert "MXFP8: " in out
     assert out.splitlines()[-1] == "False"
 
 

@@ -79,8 +79,8 @@ def test_a_file_of_another_kind_is_told_by_its_content(tmp_path, content, words,
     source.write_bytes(content)
     with pytest.raises(FormatError, match=rf"model{suffix}: not a safetensors file but .*{words}"):
         convert_file(source, tmp_path / "target")
-    with pytest.raises(FormatError, match=rf"model{suffix}: not a safetensors file but .*{words}"):
-        inspect_file(source)
+    if not content.startswith(b"GGUF"):  # tests/quant/test_inspect.py has such
+        assert words.rpartition(";")[0] in inspect_file(source).summary()
     assert list(tmp_path.iterdir()) == [source]
 
 
