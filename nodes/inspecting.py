@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..quant.checks import explain
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
 from ..quant.reports.conversion import KEPT, format_size
+from ..quant.sources.open import files_of
 from .host import paths
 from .host.progress import Progress, ending_shown, output
 from .runtime.describe import describe
@@ -23,15 +24,27 @@ class MXFP8Inspect(io.ComfyNode):
             display_name="Inspect (MXFP8)",
             category=CATEGORY,
             description=(
-                "Shows what a file contains and what is wrong with it: formats, sizes, layers that "
-                "are kept and why, damaged scales and codes. Or what a loaded model contains."
+                "Shows what any model file is, which ComfyUI and GPUs run it, what is wrong with "
+                "it, and its size as MXFP8: safetensors in every quantized format, GGUF, truncated "
+                "downloads. Or what a loaded model contains."
             ),
-            search_aliases=["mxfp8", "inspect", "file info", "layers", "metadata", "damaged"],
+            search_aliases=[
+                "mxfp8",
+                "inspect",
+                "file info",
+                "metadata",
+                "damaged",
+                "gguf",
+                "nvfp4",
+            ],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[*paths.list_files(), NO_FILE],
-                    tooltip="A safetensors file in a model folder. The model is not loaded.",
+                    options=[*paths.list_any(), NO_FILE],
+                    tooltip=(
+                        "A file of any kind in a model folder, or a model in several files. It is "
+                        "not loaded."
+                    ),
                 ),
                 io.Boolean.Input(
                     "every_byte",
@@ -64,8 +77,10 @@ class MXFP8Inspect(io.ComfyNode):
             return float("nan")
         if file == NO_FILE:
             return ""
-        status = paths.source_path(file).stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+        path = paths.source_path(file)
+        parts = files_of(path) if path.suffix.lower() == ".json" else {path}
+        found = [part.stat() for part in sorted(parts) if part.is_file()]
+        return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in found)
 
     @classmethod
     @ending_shown

@@ -53,12 +53,29 @@ def list_files() -> list[str]:
     return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in _single_files(folder)]
 
 
+def list_any() -> list[str]:
+    """What `list_sources` has, and files of any other kind that may hold a model."""
+    return sorted({
+        *list_sources(),
+        *(f"{folder}/{name}" for folder in MODEL_FOLDERS for name in _others(folder)),
+    })  # fmt: skip
+
+
 def source_path(choice: str) -> Path:
     """The file, or the index of several, behind a choice of these lists."""
     folder, _, name = choice.partition("/")
     if folder not in MODEL_FOLDERS:
         raise ValueError(f"{choice!r} must begin with one of {', '.join(MODEL_FOLDERS)}")
     return model_path(folder, _sharded(folder).get(name, name))
+
+
+def _others(folder: str) -> list[str]:
+    """Files of other kinds than safetensors; ComfyUI itself does not list GGUF files."""
+    names = folder_paths.get_filename_list(folder)
+    for root in folder_paths.get_folder_paths(folder):
+        found, _ = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+        names = [*names, *(name for name in found if name.lower().endswith(".gguf"))]
+    return [name for name in names if not name.lower().endswith(SAFETENSORS)]
 
 
 def _single_files(folder: str) -> list[str]:

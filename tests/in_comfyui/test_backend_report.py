@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import other_formats
 import pytest
 import torch
 from bad_files import LAYER, draft
@@ -516,6 +518,44 @@ def test_what_is_wrong_in_a_file_is_shown_and_is_no_error(comfy):
     assert len(report["problems"]) == 1
     assert f"PROBLEM: '{LAYER}': 1 codes are NaN" in text
     assert text.splitlines()[-1] == "NOT OK: 1 problem; do not use this file"
+
+
+OTHERS = {
+    "gguf 0.19.0: flux": (".gguf", "GGUF: 3 layers, 6.33 bits", "ComfyUI with ComfyUI-GGUF"),
+    "torchao 0.18.0: torch.save": (".pt", "torchao: named in the file", "can run code when read"),
+    "comfy-kitchen 0.2.40: asym_w4a8_int8": (
+        ".safetensors", "W4A8 (4 bits for INT8 matmuls): 1 layer", "runs in: ComfyUI 0.31 or later",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_no_loader_here_takes_are_listed_and_explained(comfy, name):
+    suffix, *words = OTHERS[name]
+    path = comfy.base / "models" / "diffusion_models" / "folder" / f"inspected{suffix}"
+    path.parent.mkdir(exist_ok=True)
+    other_formats.write(path, name)
+    report, text = inspected(comfy, f"diffusion_models/folder/{path.name}", every_byte=False)
+    shutil.rmtree(path.parent)
+    assert all(word in text for word in words)
+    assert len(report["explained"]) == 1 and report["problems"] == []
+
+
+def test_a_missing_part_is_named_until_it_is_there(comfy):
+    folder = comfy.base / "models" / "diffusion_models" / "parts"
+    folder.mkdir()
+    names = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for name in names:
+        save_file({name: torch.zeros(8)}, folder / name)
+    weight_map = {name: name for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / names[1]).rename(folder / "away")
+    first, _ = inspected(comfy, "diffusion_models/parts")
+    (folder / "away").rename(folder / names[1])
+    second, _ = inspected(comfy, "diffusion_models/parts")
+    shutil.rmtree(folder)
+    assert f"1 of its 2 parts is missing: {names[1]!r}" in first["problems"][0]
+    assert second["problems"] == []
 
 
 def test_a_model_is_inspected(comfy):
