@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
-STEPS, BATCH = 5000, 48
+STEPS, BATCH = 4000, 48
 RATE, WARM_UP, CONSTANT = 1e-3, 100, 1000  # steps; then falls with the root of the step
 BETAS, DECAY, MOST_GRADIENT = (0.9, 0.99), 0.01, 1.0
 AVERAGE = 7  # gamma of that section: the average spreads over a tenth of the steps
