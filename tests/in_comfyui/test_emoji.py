@@ -1,9 +1,13 @@
-"""bench/emoji/train.py: twenty steps, in one run and in two, and what ComfyUI loads of them."""
+"""bench/emoji: twenty steps of training, in one run and in two; what the trained model draws."""
 
 from __future__ import annotations
 
+import shutil
 from statistics import mean
 
+import demo_pictures
+import numpy as np
+import pictures
 import pytest
 import torch
 from checkpoints import load
@@ -73,3 +77,53 @@ def test_gradients_come_through_comfyuis_blocks(found):
 
 def test_a_picture_survives_the_way_to_a_latent_and_back(found):
     assert found["pixels"] < 1 / 255  # rounding of the blend with white
+
+
+@pytest.fixture(scope="module")
+def variants(comfy):
+    shutil.copy(demo_pictures.MODEL, comfy.base / "models" / "diffusion_models")
+    return demo_pictures.draw_variants(comfy)
+
+
+def test_the_trained_model_draws_what_the_prompts_name(variants):
+    known = pictures.pixels(pictures.latents())
+    drawn = variants[0].images
+    for image, prompt in zip(drawn, demo_pictures.PROMPTS, strict=True):
+        distances = (known - image).square().mean((1, 2, 3))
+        assert pictures.NAMES[int(distances.argmin())] == prompt
+        assert distances.min() < 0.01  # 20 dB
+
+
+def test_prompts_that_calibrate_are_not_drawn():
+    assert not set(demo_pictures.PROMPTS) & set(demo_pictures.CALIBRATION)
+    assert set(demo_pictures.PROMPTS) | set(demo_pictures.CALIBRATION) <= set(pictures.NAMES)
+
+
+def test_calibrated_pictures_are_nearer_to_the_originals(variants):
+    original, *others = variants
+    assert {s.caption()[0] for s in original.similarities(original)} == {"identical"}
+    nearest, calibrated, fast = (demo_pictures.mean_of(v.similarities(original)) for v in others)
+    assert 35 < nearest.latent_snr_db < calibrated.latent_snr_db - 2
+    # Where this CPU multiplies INT8, inputs are rounded too.
+    assert nearest.latent_snr_db + 1 < fast.latent_snr_db <= calibrated.latent_snr_db
+    assert nearest.psnr_db < calibrated.psnr_db
+    assert nearest.ssim < calibrated.ssim <= 1
+
+
+def test_the_sheet_shows_every_picture(variants):
+    sheet = np.array(demo_pictures.draw_sheet(variants))
+    for variant in variants:
+        for image in variant.images:
+            pixels = (image * 255).round().byte().numpy().repeat(4, 0).repeat(4, 1)
+            assert contains(sheet, pixels), variant.title
+
+
+def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether the picture is somewhere in the sheet, pixel by pixel."""
+    rows, columns = picture.shape[:2]
+    tops, lefts = np.nonzero((sheet == picture[rows // 2, columns // 2]).all(-1))
+    return any(
+        np.array_equal(sheet[y - rows // 2 :, x - columns // 2 :][:rows, :columns], picture)
+        for y, x in zip(tops, lefts, strict=True)
+        if y >= rows // 2 and x >= columns // 2
+    )

@@ -1,11 +1,15 @@
-"""The main job, shown: quantize a model inside the real ComfyUI, save it, load it, compare.
+"""The main job, shown: what quantizing does to pictures, then the whole way at full width.
 
     make demo
 
-Runs the example workflow `quantize_z_image_turbo` on a model with Z-Image's layers, five instead
-of 34 and random (908 million parameters), because a fresh machine has no models; prompts are
-replaced by a fixed conditioning for the same reason. Then it loads the saved file as
-`load_mxfp8` does, and compares the three images. Everything stays in demo-output/.
+Everything runs in the real ComfyUI, on the CPU, and stays in demo-output/.
+
+1. A small trained model draws eight prompts in BF16 and in MXFP8, side by side in pictures.png
+   (see demo_pictures.py).
+2. A model with Z-Image's layers at their full size, five instead of 34 and random (908 million
+   parameters), because a fresh machine has no models: the example workflow
+   `quantize_z_image_turbo` quantizes and saves it, `load_mxfp8` loads the saved file, and the three
+   images are compared. Prompts are replaced by a fixed conditioning.
 """
 
 from __future__ import annotations
@@ -13,13 +17,12 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import demo_pictures
 import numpy
-from comfyui import ROOT, Server, comfyui_path
+from comfyui import ROOT, Server, make_models
 from graphs import output_files
 from PIL import Image
 from workflows import drop_text_encoder, find, load_example, set_inputs
@@ -27,45 +30,60 @@ from workflows import drop_text_encoder, find, load_example, set_inputs
 from mxfp8.quant.reports.conversion import Report, format_size
 
 BASE = ROOT / "demo-output"
+DIFFUSION_MODELS = BASE / "models" / "diffusion_models"
+PICTURES = BASE / "pictures.png"
 SIZE, STEPS = 256, 2
 
 
 def main() -> None:
     shutil.rmtree(BASE, ignore_errors=True)
-    diffusion_models = BASE / "models" / "diffusion_models"
-    with step("make a model of Z-Image's shape, and a VAE"):
-        command = [
-            sys.executable,
-            ROOT / "tests" / "support" / "tiny_models.py",
-            comfyui_path(),
-            BASE,
-        ]
-        subprocess.run(list(map(str, [*command, "zimage", "vae"])), check=True)
-    source = diffusion_models / "zimage.safetensors"
+    DIFFUSION_MODELS.mkdir(parents=True)
+    shutil.copy(demo_pictures.MODEL, DIFFUSION_MODELS)
     with contextlib.ExitStack() as stack:
         with step("start ComfyUI"):
-            server = stack.enter_context(Server(BASE))
-        graph = load_example("quantize_z_image_turbo", server.get("/object_info"))
-        fit_machine(graph)
-        set_inputs(graph, "UNETLoader", unet_name=source.name)
-        saving, quantizing = find(graph, "MXFP8SaveModel"), find(graph, "MXFP8QuantizeModel")
-        images = {graph[key]["inputs"]["filename_prefix"]: key for key in find(graph, "SaveImage")}
+            server = stack.enter_context(Server(BASE, (demo_pictures.NODES,)))
+        draw_pictures(server)
+        quantize_at_full_width(server)
 
-        with step("load the BF16 model, sample and decode"):
-            original = picture(server, graph, images["z_image_bf16"])
-        with step("quantize it in the graph and save it"):
-            outputs = server.run(graph, only=saving)
-        saved = BASE / "output" / "diffusion_models" / outputs[saving[0]]["text"][0].split(":")[0]
-        report = BASE / "report.json"
-        report.write_text(outputs[quantizing[0]]["mxfp8_report"][0], encoding="utf-8")
-        with step("sample and decode with the quantized model"):
-            quantized = picture(server, graph, images["z_image_mxfp8"])
 
-        graph = load_example("load_mxfp8", server.get("/object_info"))
-        fit_machine(graph)
-        set_inputs(graph, "MXFP8LoadDiffusionModel", model_name=saved.name)
-        with step("load the saved file, sample and decode"):
-            reloaded = picture(server, graph, *find(graph, "SaveImage"))
+def draw_pictures(server: Server) -> None:
+    """Write PICTURES; print how close each form of the small model is to the original."""
+    with step("draw eight prompts in BF16 and in MXFP8"):
+        original, *others = demo_pictures.draw_variants(server)
+    demo_pictures.draw_sheet([original, *others]).save(PICTURES)
+    print(f"\nagainst the BF16 model, mean of eight pictures, side by side in {PICTURES}")
+    for variant in others:
+        mean = demo_pictures.mean_of(variant.similarities(original))
+        print(f"{variant.title:20} {', '.join(mean.caption())}")
+    print(flush=True)
+
+
+def quantize_at_full_width(server: Server) -> None:
+    """Quantize, save, reload and compare a model of Z-Image's width."""
+    with step("make a model of Z-Image's shape, and a VAE"):
+        make_models(BASE, "zimage", "vae")
+    source = DIFFUSION_MODELS / "zimage.safetensors"
+    graph = load_example("quantize_z_image_turbo", server.get("/object_info"))
+    fit_machine(graph)
+    set_inputs(graph, "UNETLoader", unet_name=source.name)
+    saving, quantizing = find(graph, "MXFP8SaveModel"), find(graph, "MXFP8QuantizeModel")
+    images = {graph[key]["inputs"]["filename_prefix"]: key for key in find(graph, "SaveImage")}
+
+    with step("load the BF16 model, sample and decode"):
+        original = picture(server, graph, images["z_image_bf16"])
+    with step("quantize it in the graph and save it"):
+        outputs = server.run(graph, only=saving)
+    saved = BASE / "output" / "diffusion_models" / outputs[saving[0]]["text"][0].split(":")[0]
+    report = BASE / "report.json"
+    report.write_text(outputs[quantizing[0]]["mxfp8_report"][0], encoding="utf-8")
+    with step("sample and decode with the quantized model"):
+        quantized = picture(server, graph, images["z_image_mxfp8"])
+
+    graph = load_example("load_mxfp8", server.get("/object_info"))
+    fit_machine(graph)
+    set_inputs(graph, "MXFP8LoadDiffusionModel", model_name=saved.name)
+    with step("load the saved file, sample and decode"):
+        reloaded = picture(server, graph, *find(graph, "SaveImage"))
 
     print(f"\n{Report.from_json(report.read_text(encoding='utf-8')).summary()}\n")
     for label, path in (("original", source), ("MXFP8", saved)):

@@ -20,7 +20,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-from . import branches, controls, recording
+from . import branches, controls, emoji, recording
 
 
 class _Node:
@@ -647,4 +647,4 @@ NODE_CLASS_MAPPINGS = {
         TestInterrupt, TestBackend, TestPrepared, TestForeignForward, TestForeignForwards,
     )
 }  # fmt: skip
-NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES | branches.NODES
+NODE_CLASS_MAPPINGS |= recording.NODES | controls.NODES | branches.NODES | emoji.NODES
