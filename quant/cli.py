@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from ..kernels.memory import is_out_of_memory
-from .commands import checking, converting, machine
+from .commands import checking, completion, converting, machine
 from .commands.terminal import show_error
 from .conversion import policy
 from .reports import document
@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for family in (converting, checking, machine):
+    for family in (converting, checking, machine, completion):
         family.add(commands)
     return parser
 

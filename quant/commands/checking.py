@@ -77,7 +77,7 @@ def _verify(arguments) -> Answer:
             for name, sqnr in result.layers.items()
         ]
         if rows:
-            show_table(("SQNR", "layer"), rows, right=("SQNR",))
+            show_table(("SQNR", "layer"), rows, "layer", right=("SQNR",))
             show("")
         show(result.summary())
 
@@ -131,7 +131,7 @@ def _probe(arguments) -> Answer:
                 *((error,) if calibration is not None else ()),
             )
             rows.append((*cells, layer.recommendation, plain(layer.key)))
-        show_table((*numbers, "advice", "layer"), rows, right=numbers)
+        show_table((*numbers, "advice", "layer"), rows, "layer", right=numbers)
         show("\n".join([
             "",
             "score and advice are quant_probe's, from statistics of the weights; `convert` does "

@@ -14,7 +14,7 @@ from ..reports import document
 from ..reports.conversion import KEPT, MXFP8, format_size, listed
 from . import MODEL, Answer, command
 from .outputs import check_outputs, read_calibration, target, write
-from .terminal import beside_progress, progress, show, show_table
+from .terminal import progress, show, show_table
 
 _PLAN = "mxfp8_plan"
 
@@ -164,14 +164,14 @@ def _show_plan(plan: policy.Plan) -> None:
     rows = [
         (
             "mxfp8" if decision.quantize else "keep",
+            plain(decision.key),
             decision.dtype,
             "x".join(map(str, decision.shape)) or "scalar",
-            plain(decision.key),
             decision.reason,
         )
         for decision in plan.decisions
     ]
-    show_table(("", "dtype", "shape", "tensor", "reason"), rows)
+    show_table(("", "tensor", "dtype", "shape", "reason"), rows, "tensor")
     before, after = _sizes(plan)
     show("\n".join([
         "",
@@ -220,11 +220,12 @@ def _batch(arguments) -> Answer:
     keep_freed_memory()
     told = itertools.count(1)
 
-    def tell(outcome) -> None:
-        with beside_progress():
+    with progress("batch") as bar:
+
+        def tell(outcome) -> None:
+            bar.clear()
             show(f"{next(told)} of {len(jobs)}: {outcome.line()}")
 
-    with progress("batch") as bar:
         batch = convert_all(
             jobs, _selection(arguments), overwrite=arguments.overwrite, progress=bar,
             device=arguments.device, dry_run=arguments.dry_run,
@@ -240,13 +241,17 @@ def _show_batch(batch) -> None:
         sizes = (outcome.bytes_before, outcome.bytes_after)
         rows.append((
             outcome.state,
+            plain(Path(outcome.source).name),
             *("" if size is None else format_size(size) for size in sizes),
             "" if outcome.sqnr_db is None else f"{outcome.sqnr_db:.2f} dB",
             "" if outcome.seconds is None else duration(outcome.seconds),
-            plain(Path(outcome.source).name),
         ))  # fmt: skip
     show("")
     right = ("before", "after", "SQNR", "time")
-    show_table(("", *right, "model"), rows, right)
-    warnings = [f"{plain(Path(o.source).name)}: {w}" for o in batch.outcomes for w in o.warnings]
+    show_table(("", "model", *right), rows, "model", right)
+    named: dict[str, list[str]] = {}  # by warning, which many models may share
+    for outcome in batch.outcomes:
+        for warning in outcome.warnings:
+            named.setdefault(warning, []).append(plain(Path(outcome.source).name))
+    warnings = [f"{', '.join(names)}: {warning}" for warning, names in named.items()]
     show("\n".join(["", *listed("WARNING", warnings), batch.total()]))

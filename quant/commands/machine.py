@@ -32,9 +32,9 @@ def _backends(arguments) -> Answer:
             )
             for backend in backends
         ]
-        show_table(("backend", "here", "what it does"), rows)
+        show_table(("backend", "here", "what it does"), rows, "backend")
         show("\nLinear layers, by precision:\n")
-        show_table(("precision", "backend"), [path.split(": ", 1) for path in paths])
+        show_table(("precision", "backend"), [path.split(": ", 1) for path in paths], "precision")
 
     def to_json() -> str:
         fields = {

@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..container.header import plain
 from ..progress import VERIFY
@@ -41,33 +41,60 @@ def show(text: str) -> None:
         console.print(Text(line, _style(line)))
 
 
+def show_as_it_is(text: str) -> None:
+    """Print a text that another program reads: not folded, without color."""
+    print(text)
+
+
 def show_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    name: str,
+    right: Collection[str] = (),
 ) -> None:
-    """Print a table, whose last column is folded where a terminal is narrow.
+    """Print a table.
+
+    Where a terminal is too narrow for it, the columns after `name` go to a line below that.
 
     Args:
+        name: the column that says what a row is about.
         right: the columns that are aligned to the right.
     """
     rows, console = [*rows], _console()
+    lines = [*_aligned(columns, rows, right)]
     if console is None:
-        print(*_aligned(columns, rows, right), sep="\n")
+        print(*lines, sep="\n")
         return
     from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in columns:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    whole = max(map(len, lines)) <= console.width
+    shown = columns if whole else columns[: columns.index(name) + 1]
+    for column in shown:
         table.add_column(
-            name,
-            justify="right" if name in right else "left",
-            no_wrap=name in right,
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column != name,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(Text(cell, _style(cell)) for cell in row))
+        cells = [Text(cell, _style(cell)) for cell in row[: len(shown)]]
+        if not whole:
+            below = _below(columns[len(shown) :], row[len(shown) :], right)
+            cells[-1] = Group(cells[-1], *(Padding(Text(x, "dim"), (0, 0, 0, 2)) for x in below))
+        table.add_row(*cells)
     console.print(table)
+
+
+def _below(columns, row, right) -> list[str]:
+    """The cells of a row as lines: numbers on one, with what they are, and each text on its own."""
+    numbers = [f"{c} {cell}" for c, cell in zip(columns, row, strict=True) if cell and c in right]
+    texts = [cell for c, cell in zip(columns, row, strict=True) if cell and c not in right]
+    return [*([", ".join(numbers)] if numbers else []), *texts]
 
 
 def show_error(prog: str, label: str, message: str) -> None:
@@ -113,11 +140,8 @@ def _aligned(columns, rows, right) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with throughput and time left, as a `progress.Progress`.
-
-    It is drawn on standard error, if that is a terminal.
-    """
+def progress(label: str) -> Iterator[Bar]:
+    """A bar with throughput and time left on standard error, if that is a terminal."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # starting its thread hangs when memory is short
@@ -132,22 +156,33 @@ def progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
         delay=_DELAY,
         disable=None,  # if stderr is no terminal
     ) as bar:
-        drawn = time.monotonic()
+        yield Bar(bar)
 
-        def update(done: int, total: int, key: str) -> None:
-            nonlocal drawn
-            if bar.disable:
-                return
-            bar.total = total
-            verifying = key == VERIFY and done >= total
-            bar.bar_format = _VERIFYING if verifying else _bar_format(key, _width())
-            if bar.update(done - bar.n):
-                drawn = time.monotonic()
-            elif time.monotonic() - drawn > _EVERY and bar.format_dict["elapsed"] > _DELAY:
-                drawn = time.monotonic()  # nothing was added, which tqdm draws only when asked
-                bar.refresh()
 
-        yield update
+class Bar:
+    """A `progress.Progress` that draws tqdm's bar in the width of the terminal."""
+
+    def __init__(self, bar):
+        self._bar = bar
+        self._start = self._drawn = time.monotonic()
+
+    def __call__(self, done: int, total: int, key: str) -> None:
+        bar, now = self._bar, time.monotonic()
+        if bar.disable:
+            return
+        bar.total = total
+        verifying = key == VERIFY and done >= total
+        bar.bar_format = _VERIFYING if verifying else _bar_format(key, _width())
+        if bar.update(done - bar.n):
+            self._drawn = now
+        elif now - self._drawn > _EVERY and now - self._start > _DELAY:
+            self._drawn = now  # nothing was added, which tqdm draws only when asked
+            bar.refresh()
+
+    def clear(self) -> None:
+        """Make room for a line; the next call draws the bar below it."""
+        if not self._bar.disable:
+            self._bar.clear()
 
 
 def _bar_format(key: str, width: int) -> str:
@@ -171,12 +206,3 @@ def _width() -> int:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):  # no terminal
         return 80
-
-
-@contextlib.contextmanager
-def beside_progress() -> Iterator[None]:
-    """Print within while a bar is there."""
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode(file=sys.stdout):
-        yield

@@ -143,8 +143,12 @@ def find_jobs(
             place = path.parent if folder is None else folder / path.parent.relative_to(root)
             name = f"{shards.model_name(path.name)}-{suffix}.safetensors"
             targets.setdefault(path, Path(place, name))
-    written = set(targets.values())
-    jobs = [Job(path, target) for path, target in targets.items() if path not in written]
+    written = {os.path.abspath(target) for target in targets.values()}
+    jobs = [
+        Job(path, target)
+        for path, target in targets.items()
+        if os.path.abspath(path) not in written
+    ]
     source_of: dict[Path, Path] = {}
     for job in jobs:
         other = source_of.setdefault(job.target, job.source)

@@ -62,6 +62,12 @@ def test_files_folders_and_patterns_lead_to_models(models, monkeypatch):
     assert [*targets(".").values()] == [(models / "parts-mxfp8.safetensors").as_posix()]
 
 
+def test_targets_are_no_sources_however_their_folder_is_given(models, monkeypatch):
+    monkeypatch.chdir(models)
+    before = convert_all(find_jobs(["."], "new"))
+    assert states(convert_all(find_jobs(["."], "new"))).keys() == states(before).keys()
+
+
 def test_targets_are_in_a_folder_of_their_own_with_the_subfolders_of_their_sources(models):
     found = targets(models, folder="new")
     assert found[(models / "more/two.safetensors").as_posix()] == "new/more/two-mxfp8.safetensors"

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import GOLDEN, flip, load, matrix
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from mxfp8.quant import cli
 from mxfp8.quant.checks.verify import _told_apart, verify_file
 from mxfp8.quant.cli import main
+from mxfp8.quant.commands import terminal
 from mxfp8.quant.container import header
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.format import AGAIN, FormatError, read_header
@@ -115,7 +119,7 @@ def test_errors_of_outputs_are_of_held_out_data_if_there_is_any(source, run):
 def table(out: str) -> dict[str, list[str]]:
     """The rows of a dry run by their tensors."""
     rows = [re.split("  +", line) for line in out.split("\n\n")[0].splitlines()[1:]]
-    return {row[3]: row[:3] + row[4:] for row in rows}
+    return {row[1]: row[:1] + row[2:] for row in rows}
 
 
 def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
@@ -270,6 +274,7 @@ JSON = {
     ("repair", "lost", "new.sft"): "mxfp8_repair",
     ("probe", "blocks"): "mxfp8_probe",
     ("backends",): "mxfp8_backends",
+    ("completion", "bash"): "mxfp8_completion",
 }
 
 
@@ -284,15 +289,8 @@ def test_json_is_one_document_and_all_of_standard_output(target, run, monkeypatc
 
 
 def test_every_subcommand_has_json():
-    assert {words[0] for words in JSON} | NOT_JSON == set(subcommands())
-
-
-NOT_JSON: set[str] = set()
-
-
-def subcommands() -> list[str]:
-    (action,) = (a for a in cli.parser()._actions if a.dest == "==SUPPRESS==" and a.choices)
-    return [*action.choices]
+    (commands,) = (action for action in cli.parser()._actions if action.choices)
+    assert {words[0] for words in JSON} == commands.choices.keys()
 
 
 def test_json_of_an_error_is_a_document_too(target, run):
@@ -326,9 +324,9 @@ def test_batch_prints_each_model_and_a_table(source, run, monkeypatch):
     reason = "the header is not a JSON object; the file is damaged or incomplete: get it again"
     assert lines[0] == f"1 of 2: bad.safetensors: failed: {reason}"
     assert lines[1].startswith("2 of 2: one.safetensors -> one-mxfp8.safetensors: ")
-    assert lines[3].split() == ["before", "after", "SQNR", "time", "model"]
+    assert lines[3].split() == ["model", "before", "after", "SQNR", "time"]
     assert lines[4].split() == ["failed", "bad.safetensors"]
-    assert lines[5].startswith("converted  ") and lines[5].endswith("  one.safetensors")
+    assert lines[5].startswith("converted  one.safetensors  ")
     assert lines[-1].startswith("1 converted, 1 failed; ")
     Path("bad.safetensors").unlink()
     status, out, _ = run("batch", "*.safetensors", "--to", "new")
@@ -823,3 +821,57 @@ def test_waiting_threads_sleep_unless_the_user_wants_otherwise(target, own, spin
     done = spawn("inspect", target, stdout=subprocess.DEVNULL, environment=environment)
     (count,) = re.findall("GOMP_SPINCOUNT *= *'(.*)'", done.stderr)
     assert (count != "0") == spins
+
+
+def on_a_terminal(*words, columns: int = 60, **environment) -> str:
+    """What the command writes to a terminal of so many columns."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {"TERM": "xterm-256color", "NO_COLOR": None, "COLUMNS": None} | environment
+    reader = ThreadPoolExecutor(1).submit(_all_of, ours)
+    done = spawn(*words, stdout=its, stderr=its, environment=environment)
+    os.close(its)
+    assert done.returncode == 0
+    return reader.result()
+
+
+def _all_of(descriptor: int) -> str:
+    parts = []
+    with contextlib.suppress(OSError):  # Linux ends a terminal with an error
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+    os.close(descriptor)
+    return b"".join(parts).decode()
+
+
+@needs_posix
+def test_a_terminal_gets_colors_and_no_line_that_is_too_long(target, source):
+    out = on_a_terminal("verify", target, "--source", source)
+    assert "\x1b[1;32mOK: " in out
+    out = on_a_terminal("backends", NO_COLOR="1")
+    assert "\x1b[3" not in out
+    lines = re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()
+    assert max(map(len, lines)) == 60
+    below = lines.index(next(line for line in lines if line.startswith("eager "))) + 1
+    assert [line.rstrip() for line in lines[below : below + 2]] == [
+        "  available",
+        "  plain torch on any device, weights unpacked on each call",
+    ]
+
+
+@needs_posix
+@pytest.mark.parametrize("columns", [40, 60, 80, 140])
+def test_a_bar_fits_into_the_terminal(columns):
+    template = terminal._bar_format("model.layers.0.attention.{qkv}.weight", columns)
+    bar = tqdm.format_meter(
+        123_456_789, 9_876_543_210, 12.3, ncols=columns, prefix="calibration", unit="B",
+        unit_scale=True, bar_format=template,
+    )  # fmt: skip
+    assert len(bar) <= columns
+    assert "10.0MB/s" in bar
+    assert ("weight" in bar) == (columns > 40)
