@@ -54,11 +54,13 @@ class FormatFacts:
         return [
             f"{self.name}: {count}{bits}{kinds}",
             f"  written by: {self.made_by}",
-            f"  runs in: {self._runs()}",
+            f"  runs in: {self.runs}",
             f"  GPUs: {self.gpus}",
         ]
 
-    def _runs(self) -> str:
+    @property
+    def runs(self) -> str:
+        """The ComfyUI or node pack that runs it."""
         if self.comfyui:
             return f"ComfyUI {self.comfyui} or later"
         return f"ComfyUI with {self.nodes}" if self.nodes else "no ComfyUI that we know of"

@@ -20,6 +20,7 @@ from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
 from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, listed, verdict
+from ..reports.verdict import BAD, GOOD, NOTICE, Verdict
 from ..sources import formats, gguf, unsupported
 from . import explain
 from .explain import AsMXFP8, FormatFacts
@@ -99,7 +100,28 @@ class Inspection:
 
     def to_json(self) -> str:
         """Versioned JSON, every layer included."""
-        return document.write(KEY, asdict(self))
+        return document.write(KEY, asdict(self), self.verdict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the file is and who runs it, or what is wrong with it."""
+        if self.problems:
+            more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+            return Verdict(BAD, f"NOT OK: {self.problems[0]}{more}")
+        most = max(self.explained, key=lambda fact: fact.layers, default=None)
+        if most is not None:
+            layers = f", {format_count(most.layers, 'layer')}" if most.layers else ""
+            what = f"{most.name}{layers}: runs in {most.runs}"
+        elif self.kind or self.container != "safetensors":
+            what = self.kind or self.container
+        else:
+            what = "not quantized"
+        size = self.as_mxfp8 and self.as_mxfp8.bytes
+        as_mxfp8 = f"; {format_size(size)} as MXFP8" if size else ""
+        known = most is None or most.comfyui is not None
+        warned = f"; {format_count(len(self.warnings), 'warning')}" if self.warnings else ""
+        level = GOOD if known and not self.warnings else NOTICE
+        return Verdict(level, f"{format_size(self.bytes)}, {what}{as_mxfp8}{warned}")
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""

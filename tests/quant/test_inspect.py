@@ -72,6 +72,27 @@ def test_the_size_as_mxfp8_is_that_of_the_converted_file(tmp_path):
     assert f"with {len(report.quantized)} layer" in found.as_mxfp8.text
 
 
+def verdict(found) -> tuple[str, str]:
+    """As the JSON has it, which the page shows."""
+    data = json.loads(found.to_json())["verdict"]
+    return data["level"], data["text"]
+
+
+def test_a_verdict_says_it_in_one_line(tmp_path):
+    path = other_formats.write(tmp_path / "model", "comfy-kitchen 0.2.40: convrot_w4a4")
+    assert verdict(inspect_file(path)) == (
+        "good",
+        "66.9 kB, INT4 with ConvRot, 1 layer: runs in ComfyUI 0.28 or later; 135 kB as MXFP8",
+    )
+    level, text = verdict(inspect_file(other_formats.write(tmp_path / "model", GGUF)))
+    assert (level, "GGUF, 3 layers: runs in ComfyUI with ComfyUI-GGUF" in text) == ("notice", True)
+    path.write_bytes(path.read_bytes()[:-100])
+    level, text = verdict(inspect_file(path))
+    assert (level, text.startswith("NOT OK: model: truncated")) == ("bad", True)
+    save_file({"a.weight": matrix(8, 8)}, path)
+    assert verdict(inspect_file(path)) == ("good", "208 B, not quantized")
+
+
 def test_a_lora_needs_no_conversion(tmp_path):
     save_file({"a.lora_up.weight": torch.zeros(8, 4)}, tmp_path / "lora")
     assert "no conversion" in inspect_file(tmp_path / "lora").summary()
