@@ -51,7 +51,7 @@ bench: setup
 	$(BIN)/python bench/lora.py
 
 gallery: setup
-	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py
+	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py tests/in_comfyui/test_emoji.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from statistics import mean
 
@@ -111,7 +112,10 @@ def test_calibrated_pictures_are_nearer_to_the_originals(variants):
 
 
 def test_the_sheet_shows_every_picture(variants):
-    sheet = np.array(demo_pictures.draw_sheet(variants))
+    drawn = demo_pictures.draw_sheet(variants)
+    if os.environ.get("MXFP8_KEEP_PICTURES"):  # for the README: `make gallery`
+        drawn.save(ROOT / "docs" / "gallery" / "pictures.png", optimize=True)
+    sheet = np.array(drawn)
     for variant in variants:
         for image in variant.images:
             pixels = (image * 255).round().byte().numpy().repeat(4, 0).repeat(4, 1)

@@ -159,7 +159,9 @@ def draw_sheet(variants: Sequence[Variant]) -> Image.Image:
     """A row for each variant, a column for each prompt, and under each picture how close it is."""
     side = variants[0].images.shape[1] * _ZOOM
     width = 2 * _MARGIN + _LABEL + (side + _GAP) * len(PROMPTS)
-    height = 2 * _MARGIN + _HEADER + (side + _CAPTION) * len(variants)
+    first = _MARGIN + _HEADER  # which has no captions
+    tops = [first, *(first + side + _GAP + i * (side + _CAPTION) for i in range(len(variants) - 1))]
+    height = tops[-1] + side + _CAPTION
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
 
@@ -169,8 +171,7 @@ def draw_sheet(variants: Sequence[Variant]) -> Image.Image:
     columns = [_MARGIN + _LABEL + index * (side + _GAP) for index in range(len(PROMPTS))]
     for left, prompt in zip(columns, PROMPTS, strict=True):
         text(left, _MARGIN, "\n".join(textwrap.wrap(prompt, _COLUMN)))
-    for row, variant in enumerate(variants):
-        top = _MARGIN + _HEADER + row * (side + _CAPTION)
+    for top, variant in zip(tops, variants, strict=True):
         text(_MARGIN, top, variant.title, 18, _INK)
         text(_MARGIN, top + 28, "\n".join(variant.details))
         similarities = variant.similarities(variants[0])
