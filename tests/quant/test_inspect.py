@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 
 import other_formats
@@ -293,3 +294,24 @@ def test_a_torch_file_is_named_and_never_unpickled(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-200])
     (problem,) = inspect_file(path).problems
     assert "truncated: the archive has no end" in problem
+
+
+# ---- whatever else a file may be -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(other_formats.FILES))
+def test_a_damaged_file_is_explained_or_refused(tmp_path, name):
+    """Bytes of the header are changed and the file cut, wherever chance has it."""
+    whole = other_formats.write(tmp_path / "whole", name).read_bytes()
+    chance, path = random.Random(name), tmp_path / "model"
+    for _ in range(20):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 3])):
+            content[chance.randrange(min(len(content), 2000))] = chance.randrange(256)
+        path.write_bytes(content[: chance.choice([len(content), chance.randrange(len(content))])])
+        try:
+            found = inspect_file(path, every_byte=False)
+        except FormatError as error:
+            assert str(error).startswith("model: ")
+        else:
+            assert json.loads(found.to_json())["file"] == "model" and found.summary()
