@@ -14,9 +14,9 @@ from .loading import (
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
-from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel
+from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel, MXFP8QuantizeTextEncoder
 from .repairing import MXFP8RepairFile
-from .saving import MXFP8SaveModel
+from .saving import MXFP8SaveCheckpoint, MXFP8SaveModel, MXFP8SaveTextEncoder
 
 NODES: list[type[io.ComfyNode]] = [
     MXFP8LoadDiffusionModel,
@@ -28,8 +28,11 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8SaveCalibration,
     MXFP8LoadCalibration,
     MXFP8QuantizeModel,
+    MXFP8QuantizeTextEncoder,
     MXFP8Compare,
     MXFP8SaveModel,
+    MXFP8SaveTextEncoder,
+    MXFP8SaveCheckpoint,
     MXFP8ConvertFile,
     MXFP8RepairFile,
     MXFP8Inspect,

@@ -11,9 +11,9 @@ from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from .host import paths
 from .host.progress import Progress, ending_shown, output
-from .models.quantize import device, quantize_model
+from .models.quantize import device, quantize_clip, quantize_model
 from .runtime.describe import describe
-from .runtime.patch import accelerate
+from .runtime.patch import accelerate, accelerate_clip
 from .widgets import (
     CATEGORY,
     ModelNode,
@@ -63,6 +63,40 @@ class MXFP8QuantizeModel(ModelNode):
         quantized, report = quantize_model(model, selection, calibration, held_out, Progress(cls))
         quantized = accelerate(quantized, precision)
         return _report_output(cls, report, quantized, runs=describe(quantized).line())
+
+
+class MXFP8QuantizeTextEncoder(ModelNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8QuantizeTextEncoder",
+            display_name="Quantize Text Encoder (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Quantizes a BF16, FP16 or FP32 text encoder to MXFP8, half the size of BF16: the "
+                "layers that ComfyUI runs quantized (T5-XXL and language models; not CLIP). LoRAs "
+                "on it are first baked in at full precision. The input is not changed."
+            ),
+            search_aliases=["mxfp8", "quantize clip", "quantize", "compress", "t5", "qwen"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="A text encoder that is not quantized yet."),
+                *selection_inputs(),
+            ],
+            outputs=[
+                io.Clip.Output(display_name="clip", tooltip="The MXFP8 text encoder."),
+                io.String.Output(
+                    display_name="report", tooltip="Every layer's decision, size and error: JSON."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    @ending_shown
+    def execute(cls, clip, preset, include="", exclude="") -> io.NodeOutput:
+        quantized, report = quantize_clip(clip, Selection(preset, include, exclude), Progress(cls))
+        quantized = accelerate_clip(quantized)
+        return _report_output(cls, report, quantized, runs=describe(quantized.patcher).line())
 
 
 class MXFP8ConvertFile(io.ComfyNode):

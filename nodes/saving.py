@@ -1,4 +1,4 @@
-"""A node that saves a MODEL, with what is known of how it was made."""
+"""Nodes that save models: a MODEL with what is known of how it was made, a CLIP, a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_see
 from .host import paths
 from .host.progress import Progress, ending_shown, output
 from .models import fingerprints
-from .models.save import save_model
+from .models.save import save_checkpoint, save_model, save_text_encoder
+from .models.text_encoder import encoders
 from .runtime.forward import mxfp8_linears
 from .widgets import CATEGORY, ComparisonType
 
@@ -78,15 +79,112 @@ class MXFP8SaveModel(io.ComfyNode):
         with paths.saving(filename_prefix) as path:
             size = save_model(model, path, metadata, Progress(cls))
         text = f"{path.name}: {format_size(size)}"
-        if next(iter(mxfp8_linears(model.model)), None) is None:
-            text += (
-                "\nWARNING: this model has no MXFP8 layer and was saved as it is; to quantize it, "
-                "put Quantize Model (MXFP8) before this node"
-            )
+        text += _warning_of_none("Quantize Model", model)
         if note := note_on_seeds(report, comparison):
             logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
             text += f"\nWARNING: the comparison was {note}"
         return output(cls, text)
+
+
+class MXFP8SaveTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8SaveTextEncoder",
+            display_name="Save Text Encoder (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Saves the text encoders of a CLIP to output/, each to a file of its own, MXFP8 "
+                "layers in the format that stock ComfyUI and other tools read. LoRAs on them are "
+                "baked in. Each file is read back and verified before it gets its name."
+            ),
+            search_aliases=["mxfp8", "save clip", "export text encoder", "quantized"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From Quantize Text Encoder (MXFP8) or a loader."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="clip/mxfp8",
+                    tooltip=(
+                        "Folder and name inside output/. The text encoder loaders list files in "
+                        "output/clip. If there are several encoders, their names are added."
+                    ),
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @ending_shown
+    def execute(cls, clip, filename_prefix) -> io.NodeOutput:
+        metadata = prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        names = encoders(clip)
+        lines = []
+        for name in names:
+            prefix = f"{filename_prefix}_{name}" if len(names) > 1 else filename_prefix
+            with paths.saving(prefix) as path:
+                size = save_text_encoder(clip, name, path, metadata, Progress(cls))
+            lines.append(f"{path.name}: {format_size(size)}")
+        text = "\n".join(lines) + _warning_of_none("Quantize Text Encoder", clip.patcher)
+        return output(cls, text)
+
+
+class MXFP8SaveCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8SaveCheckpoint",
+            display_name="Save Checkpoint (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Saves a diffusion model, its text encoders and its VAE to output/ as one file for "
+                "Load Checkpoint, MXFP8 layers in the format that stock ComfyUI reads. LoRAs are "
+                "baked in. The file is read back and verified before it gets its name."
+            ),
+            search_aliases=["mxfp8", "save checkpoint", "export checkpoint", "quantized"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Quantize Model (MXFP8) or a loader."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip=(
+                        "Its text encoders, from Quantize Text Encoder (MXFP8) or a loader. "
+                        "In some checkpoints ComfyUI runs them only unquantized; this node says so."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="Its VAE."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="checkpoints/mxfp8",
+                    tooltip=(
+                        "Folder and name inside output/. The checkpoint loaders list files in "
+                        "output/checkpoints."
+                    ),
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @ending_shown
+    def execute(cls, model, clip, vae, filename_prefix) -> io.NodeOutput:
+        metadata = prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        with paths.saving(filename_prefix) as path:
+            size = save_checkpoint(model, clip, vae, path, metadata, Progress(cls))
+        text = f"{path.name}: {format_size(size)}"
+        return output(cls, text + _warning_of_none("Quantize Model", model, clip.patcher))
+
+
+def _warning_of_none(node: str, *patchers) -> str:
+    """What to add to a text if none of these models has an MXFP8 layer."""
+    if any(next(iter(mxfp8_linears(patcher.model)), None) for patcher in patchers):
+        return ""
+    return (
+        "\nWARNING: there is no MXFP8 layer; everything was saved as it is. To quantize it, put "
+        f"{node} (MXFP8) before this node"
+    )
 
 
 def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:

@@ -1,33 +1,48 @@
-"""A MODEL quantized to MXFP8, on the patcher of its input.
+"""A MODEL or a CLIP quantized to MXFP8, on the patcher of its input.
 
 The weights stream through the converter into a file in ComfyUI's temp folder, and stock loads that
 file. So reloads, deep clones and other devices have a file to load, and memory holds the input, the
 result and one layer. The file is deleted with the last model that uses it.
+
+A MODEL's file is one that stock recognizes. What type of CLIP a text encoder's files were loaded as
+is not to be seen in them, so stock's CLIP is built anew from the class of the given one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
+from comfy.text_encoders.long_clipl import model_options_long_clip
 
 from ...kernels import has_float8, layout
 from ...quant.container.header import advising, quoted
 from ...quant.conversion.calibration import Calibration
 from ...quant.conversion.convert import convert, plan_source
-from ...quant.conversion.policy import Plan, Selection
-from ...quant.format import WEIGHT
+from ...quant.conversion.policy import Decision, Plan, Selection
+from ...quant.format import WEIGHT, read_header
 from ...quant.progress import Progress
 from ...quant.reports.conversion import Report
 from ..host import paths
 from ..host.float8 import check_float8
-from .load import load_diffusion_model
+from .load import load_diffusion_model, read_state
+from .raw_codes import check_layers
 from .source import ModelSource
+from .text_encoder import TextEncoderSource, encoders, names_in_file
 from .transfer import check_movable, give_model
+from .weights import LoadedWeights
 
-_SAVE_INSTEAD = "to bake a LoRA into this one, use Save Model (MXFP8)"
+# By which ComfyUI's text encoders are told to build quantizing layers.
+_QUANTIZING = {
+    f"{part}quantization_metadata": {"mixed_ops": True} for part in ("", "t5xxl_", "llama_")
+}
+_SAVE_INSTEAD = "to bake a LoRA into this one, use {} (MXFP8)"
 
 
 def device() -> str:
@@ -45,17 +60,21 @@ def plan_model(patcher, selection: Selection) -> tuple[ModelSource, Plan]:
     """
     check_movable(patcher)
     source = ModelSource(patcher)
-    _check_not_cast(source)
-    baking = bool(source.quantized and patcher.patches)
-    with advising(_SAVE_INSTEAD) if baking else contextlib.nullcontext():
-        plan = plan_source(source, selection, is_linear=source.is_linear)
+    _check_not_cast(source, "--fp8_e4m3fn-unet")
+    plan = _plan(source, selection, patcher, "Save Model")
     source.metadata |= source.detection_metadata(
         {d.key: layout.padded_shape(*d.shape) for d in plan.quantized}
     )
     return source, plan
 
 
-def _check_not_cast(source: ModelSource) -> None:
+def _plan(source: LoadedWeights, selection: Selection, patcher, saver: str) -> Plan:
+    baking = bool(source.quantized and patcher.patches)
+    with advising(_SAVE_INSTEAD.format(saver)) if baking else contextlib.nullcontext():
+        return plan_source(source, selection, is_linear=source.is_linear)
+
+
+def _check_not_cast(source: LoadedWeights, option: str) -> None:
     for key, (dtype, shape) in source.tensors.items():
         layer = key.removesuffix(WEIGHT)
         if layer in source.quantized or layer == key:
@@ -64,7 +83,7 @@ def _check_not_cast(source: ModelSource) -> None:
             raise ValueError(
                 f"this {source.name} is FP8 in memory ({quoted(key)} is {dtype}): its file is, or "
                 "it was cast on loading. Load the BF16, FP16 or FP32 original with weight_dtype "
-                "'default', in a ComfyUI started without an option such as --fp8_e4m3fn-unet"
+                f"'default', in a ComfyUI started without an option such as {option}"
             )
 
 
@@ -99,3 +118,103 @@ def _load_temporary(file: paths.TemporaryFile, disable_dynamic: bool = False):
     patcher = load_diffusion_model(str(file.restored()), disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (_load_temporary, (file,))
     return patcher
+
+
+def plan_clip(clip, selection: Selection) -> tuple[LoadedWeights, Plan]:
+    """The weights of a CLIP as a source, and which of its layers to quantize.
+
+    Each text encoder is planned as the file that it would be.
+
+    Raises:
+        ValueError: as `plan_model`, or the CLIP has weights that no file of a text encoder has.
+    """
+    check_movable(clip.patcher)
+    source = LoadedWeights(clip.patcher)
+    decisions: dict[str, Decision] = {}
+    plans = []
+    for encoder in encoders(clip):
+        part = TextEncoderSource(clip, encoder)
+        _check_not_cast(part, "--fp8_e4m3fn-text-enc")
+        plans.append(_plan(part, selection, clip.patcher, "Save Text Encoder"))
+        for decision in plans[-1].decisions:
+            if decision.key in part.in_memory:  # the rest is the tokenizer's
+                key = part.in_memory[decision.key]
+                decisions[key] = replace(decision, key=key)
+    for key in source.tensors.keys() - decisions.keys():
+        decisions[key] = Decision(key, *source.tensors[key], False, "not a layer's weight")
+    quantizing = [plan for plan in plans if plan.quantized] or plans
+    return source, Plan(
+        tuple(decisions[key] for key in source.tensors),
+        ", ".join(dict.fromkeys(plan.preset for plan in quantizing)),
+        ", ".join(dict.fromkeys(filter(None, (plan.architecture for plan in quantizing)))) or None,
+        selection,
+        tuple(dict.fromkeys(warning for plan in quantizing for warning in plan.warnings)),
+    )
+
+
+def quantize_clip(clip, selection: Selection, progress: Progress | None = None):
+    """The MXFP8 version of a CLIP, and the report on it.
+
+    Raises:
+        ValueError: as `plan_clip`, or the CLIP's device has no float8.
+    """
+    check_float8(clip.patcher.load_device, f"this {type(clip.cond_stage_model).__name__}")
+    source, plan = plan_clip(clip, selection)
+    file = paths.TemporaryFile()
+    report = convert(source, file.path, plan, progress=progress, device=device())
+    file.hold()
+    del source
+
+    fresh = _ClipFile.like(clip, file).load(disable_dynamic=not clip.patcher.is_dynamic())
+    quantized = clip.clone()
+    quantized.patcher = give_model(clip.patcher, fresh.patcher)
+    quantized.cond_stage_model = fresh.cond_stage_model
+    return quantized, replace(report, target="CLIP")
+
+
+@dataclass(frozen=True)
+class _ClipFile:
+    """A file with the weights of a CLIP, by their names in memory, and what to build it with.
+
+    Attributes:
+        build: ComfyUI's class of its model.
+        tokenizer: of the CLIP, which is shared.
+        options: as ComfyUI's loaders give it.
+    """
+
+    file: paths.TemporaryFile
+    build: type
+    tokenizer: object
+    options: Mapping
+
+    @classmethod
+    def like(cls, clip, file: paths.TemporaryFile) -> _ClipFile:
+        patcher = clip.patcher
+        _, arguments, *_ = patcher.cached_patcher_init or (None, ())
+        given = arguments[3] if len(arguments) > 3 else None  # to all of ComfyUI's loaders
+        options = dict(given) if isinstance(given, Mapping) else {}
+        state = clip.cond_stage_model.state_dict()
+        for encoder in encoders(clip):  # CLIP-L may be a longer one, which its weights show
+            names = names_in_file(clip, encoder)
+            named = {new: state[old] for old, new in names.items()}
+            _, options = model_options_long_clip(named, {}, options)
+        options |= {"load_device": patcher.load_device, "offload_device": patcher.offload_device}
+        return cls(file, type(clip.cond_stage_model), clip.tokenizer, options)
+
+    def load(self, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+        header = read_header(self.file.restored())
+        state, _ = read_state(header)
+        clip = comfy.sd.CLIP(
+            SimpleNamespace(params={}, clip=self.build, tokenizer=lambda **_: self.tokenizer),
+            parameters=comfy.utils.calculate_parameters(state),
+            state_dict=state,
+            model_options={**self.options, **_QUANTIZING},
+            disable_dynamic=disable_dynamic,
+        )
+        check_layers(header, clip.cond_stage_model)
+        clip.patcher.cached_patcher_init = (self.load_patcher, ())
+        return clip
+
+    def load_patcher(self, disable_dynamic: bool = False) -> ModelPatcher:
+        """ComfyUI's factory for deep clones."""
+        return self.load(disable_dynamic).patcher

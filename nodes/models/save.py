@@ -1,17 +1,23 @@
-"""A MODEL written as a diffusion model file: MXFP8 layers in the stock format, the rest as is."""
+"""Loaded models written as files: MXFP8 layers in the stock format, the rest as is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from ...quant import format
 from ...quant.container.header import nbytes
 from ...quant.container.writer import Writer
 from ...quant.progress import VERIFY, Meter, Progress
+from .checkpoint import checkpoint_sources
 from .source import ModelSource
+from .text_encoder import TextEncoderSource
 from .transfer import check_movable
+from .weights import LoadedWeights
 
 _PIECE = 1 << 22  # bytes written at a time
 
 
-def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> int:
+def save_model(patcher, path, metadata: Mapping[str, str], progress: Progress) -> int:
     """Write a MODEL's diffusion model to `path`; returns the file's size in bytes.
 
     Raises:
@@ -20,19 +26,49 @@ def save_model(patcher, path, metadata: dict[str, str], progress: Progress) -> i
     """
     check_movable(patcher)
     source = ModelSource(patcher)
-    tensors = [(key, *info) for key, info in source.tensors.items()]
-    metadata = {**metadata, **source.metadata, **source.detection_metadata({})}
+    return _write([source], path, {**metadata, **source.detection_metadata({})}, progress)
+
+
+def save_text_encoder(
+    clip, encoder: str, path, metadata: Mapping[str, str], progress: Progress
+) -> int:
+    """Write one of a CLIP's `encoders` to `path`, as `save_model`."""
+    check_movable(clip.patcher)
+    return _write([TextEncoderSource(clip, encoder)], path, metadata, progress)
+
+
+def save_checkpoint(model, clip, vae, path, metadata: Mapping[str, str], progress: Progress) -> int:
+    """Write a MODEL, its CLIP and its VAE to `path` as one checkpoint, as `save_model`.
+
+    Raises:
+        ValueError: also if ComfyUI would not load the text encoder of such a checkpoint as it is.
+    """
+    check_movable(model)
+    check_movable(clip.patcher)
+    diffusion_model, *others = checkpoint_sources(model, clip, vae)
+    metadata = {**metadata, **diffusion_model.detection_metadata({})}
+    return _write([diffusion_model, *others], path, metadata, progress)
+
+
+def _write(
+    sources: Sequence[LoadedWeights], path, metadata: Mapping[str, str], progress: Progress
+) -> int:
+    """Write the tensors of all sources into one file; returns its size in bytes."""
+    tensors = [(key, *info) for source in sources for key, info in source.tensors.items()]
+    markers = {name: marker for source in sources for name, marker in source.markers.items()}
+    metadata = format.with_markers(metadata, markers) if markers else dict(metadata)
     advance = Meter(sum(nbytes(dtype, shape) for _, dtype, shape in tensors), progress)
     with Writer(path, tensors, metadata, tick=lambda: advance(0, VERIFY)) as writer:
-        for key, *_ in tensors:
-            for piece in source.pieces(key):
-                _write(writer, key, piece, advance)
+        for source in sources:
+            for key in source.tensors:
+                for piece in source.pieces(key):
+                    _write_piece(writer, key, piece, advance)
     return writer.nbytes
 
 
-def _write(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:
-    """Write a tensor's next bytes in pieces, between which the user can interrupt a slow disk."""
+def _write_piece(writer: Writer, key: str, data: memoryview, advance: Meter) -> None:
+    """Write a tensor's next bytes in parts, between which the user can interrupt a slow disk."""
     for start in range(0, len(data), _PIECE):
-        piece = data[start : start + _PIECE]
-        writer.write(key, piece)
-        advance(len(piece), key)
+        part = data[start : start + _PIECE]
+        writer.write(key, part)
+        advance(len(part), key)

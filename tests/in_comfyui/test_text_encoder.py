@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from checkpoints import load as load_file
+from checkpoints import same
 from comfyui import make_models
 from graphs import SAME, Graph, difference, load_ours, run, saved_tensor
 from safetensors.torch import save_file
@@ -14,20 +15,21 @@ from safetensors.torch import save_file
 from mxfp8 import kernels
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.reports.conversion import Report
 
 pytestmark = pytest.mark.comfy
 
+SOURCE = "qwen3.safetensors"
 NAME = "qwen3-mxfp8.safetensors"
 
 
 @pytest.fixture(scope="module")
 def encoder(comfy):
-    """Qwen3 0.6B with random weights, converted; the BF16 file is not kept."""
+    """Qwen3 0.6B with random weights, converted; the BF16 file is kept."""
     make_models(comfy.base, "qwen3")
-    source = comfy.base / "models" / "text_encoders" / "qwen3.safetensors"
-    report = convert_file(source, source.with_name(NAME))
+    source = comfy.base / "models" / "text_encoders" / SOURCE
+    yield convert_file(source, source.with_name(NAME))
     source.unlink()
-    yield report
     source.with_name(NAME).unlink()
 
 
@@ -92,6 +94,29 @@ def test_nobody_chose_that_it_runs_exact(comfy, encoder):
     for reason, node in nodes.items():
         layers = json.loads(outputs[node[0]]["mxfp8_report"][0])["layers"]
         assert {x["reason"] for x in layers if x["decision"] == "mxfp8"} == {reason}
+
+
+def test_a_text_encoder_quantized_and_saved_in_the_graph_is_the_converted_file(comfy, encoder):
+    graph = Graph()
+    clip = graph.add("CLIPLoader", clip_name=SOURCE, type="stable_diffusion")
+    quantized = graph.add("MXFP8QuantizeTextEncoder", clip=clip, preset="auto")
+    saving = graph.add("MXFP8SaveTextEncoder", clip=quantized, filename_prefix="clip/qwen3")
+    outputs = comfy.run(graph)
+    report = Report.from_json(outputs[quantized[0]]["mxfp8_report"][0])
+    assert len(report.quantized) == len(encoder.quantized)
+    name = outputs[saving[0]]["text"][0].split(":")[0]
+    path = comfy.base / "output" / "clip" / name
+    assert (
+        name
+        in comfy.get("/object_info/CLIPLoader")["CLIPLoader"]["input"]["required"]["clip_name"][0]
+    )
+    try:
+        saved, _ = load_file(path)
+        converted, _ = load_file(comfy.base / "models" / "text_encoders" / NAME)
+        assert saved.keys() == converted.keys()
+        assert all(same(saved[key], converted[key]) for key in saved)
+    finally:
+        path.unlink()
 
 
 def test_text_encoders_merge(comfy, encoder):

@@ -67,7 +67,7 @@ def qwen(name: str, width: int, queries: int = 256, **more: torch.Tensor) -> Non
         f"{layer}.input_layernorm": width, f"{layer}.post_attention_layernorm": width,
         "model.norm": width,
     }  # fmt: skip
-    others = {f"{key}.weight": torch.ones(size) for key, size in norms.items()}
+    others = {f"{key}.weight": torch.ones(size).bfloat16() for key, size in norms.items()}
     others["model.embed_tokens.weight"] = random(64, width)
     save(name, {f"{layer}.{key}": random(*shape) for key, shape in linears.items()} | more, others)
 

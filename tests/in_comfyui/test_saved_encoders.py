@@ -1,0 +1,68 @@
+"""Text encoders quantized and saved as loaded ones, alone and in a checkpoint; small ones, in
+ComfyUI's modules."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui import ask
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return ask("saved_encoders.py", tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def alone(found):
+    return found["alone"]
+
+
+def test_a_text_encoder_is_quantized_as_its_file_is(alone):
+    assert alone["layers"] == 7
+    assert alone["bytes as converted"]
+    assert 0.01 < alone["rounding"] < 0.2  # to E4M3, in random weights
+    assert alone["input unchanged"] == 0
+
+
+def test_it_puts_out_the_same_saved_loaded_accelerated_and_cloned(alone):
+    for how in ("loaded by ours", "loaded by stock", "deep clone"):
+        assert alone[how] == 0, how
+    assert alone["accelerated"] < 1e-4  # another order of summation
+
+
+def test_what_is_not_quantized_is_saved_as_it_was(alone):
+    assert alone["bytes unchanged"]
+
+
+def test_a_lora_is_baked_in_before_rounding(alone):
+    assert alone["LoRA baked"]
+
+
+def test_a_text_encoder_is_not_quantized_twice_nor_without_a_layer(alone):
+    assert "already quantized as MXFP8" in alone["again"]
+    assert "no layer to quantize" in alone["nothing"]
+
+
+@pytest.mark.parametrize("name", ["quantized", "accelerated"])
+def test_a_checkpoint_is_read_back_equal_by_both_loaders(found, name):
+    seen = found["checkpoint"][name]
+    assert seen["title"] == name
+    assert seen["layers"] == seen["quantized"] == 10 + 7
+    assert seen["stock"] == seen["ours"] == [0, 0, 0]  # model, text encoder, VAE
+
+
+def test_a_text_encoder_that_does_not_belong_to_the_model_is_refused(found):
+    assert "has none with these layers" in found["checkpoint"]["another type of CLIP"]
+
+
+def test_tensors_that_a_checkpoint_joins_are_those_of_stock(found):
+    assert found["joined"] == {"SDXL": True, "SD20": True}
+
+
+@pytest.mark.slow
+def test_every_text_encoder_gets_the_names_of_the_files_that_comfyui_knows():
+    lacking = ask("encoder_names.py")
+    assert len(lacking) > 30
+    assert not any(lacking.values()), lacking
