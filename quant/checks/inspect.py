@@ -212,6 +212,13 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
         return _inspect_gguf(path) if kind.name == "GGUF" else _inspect_other(path, kind)
     header, markers, problems = _read_file(path)
     result = _from_header(header, markers, problems)
+    if "-of-" in path.name:
+        from ..sources.shards import is_shard
+
+        if is_shard(path.name):
+            result.warnings.append(
+                "one part of a model in several files; inspect its folder or its index"
+            )
     if every_byte and not result.problems:
         result.every_byte = True
         _scan(header, result, progress)
@@ -280,7 +287,7 @@ def _from_header(
         comparison=comparison,
         kind=kind,
         explained=explained,
-        as_mxfp8=explain.as_mxfp8(header.tensors, markers, unmarked, kind, recognized),
+        as_mxfp8=explain.as_mxfp8(header.tensors, markers, unmarked, kind, detected is not None),
     )
 
 

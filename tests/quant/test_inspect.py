@@ -73,6 +73,14 @@ def test_the_size_as_mxfp8_is_that_of_the_converted_file(tmp_path):
     assert f"with {len(report.quantized)} layer" in found.as_mxfp8.text
 
 
+def test_a_text_encoder_s_size_is_told_too(tmp_path):
+    keys = ("0.layer.0.SelfAttention.q", "23.layer.1.DenseReluDense.wi_1")  # of T5-XXL
+    state = {f"encoder.block.{key}.weight": matrix(64, 4096, torch.bfloat16) for key in keys}
+    save_file(state, tmp_path / "t5")
+    found = inspect_file(tmp_path / "t5", every_byte=False)
+    assert found.architecture and found.as_mxfp8.bytes
+
+
 def verdict(found) -> tuple[str, str]:
     """As the JSON has it, which the page shows."""
     data = json.loads(found.to_json())["verdict"]
@@ -204,6 +212,9 @@ def test_missing_parts_are_named_all_at_once(tmp_path, as_folder):
     found = inspect_file(tmp_path if as_folder else index)
     assert (found.problems, len(found.layers)) == ([], 3)
     assert found.container == "safetensors in 3 parts"
+    assert inspect_file(tmp_path / "model-00001-of-00003.safetensors").warnings == [
+        "one part of a model in several files; inspect its folder or its index"
+    ]
     for number in (1, 3):
         (tmp_path / f"model-{number:05}-of-00003.safetensors").unlink()
     (problem,) = inspect_file(index).problems
