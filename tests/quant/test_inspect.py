@@ -74,11 +74,16 @@ def test_the_size_as_mxfp8_is_that_of_the_converted_file(tmp_path):
 
 
 def test_a_text_encoder_s_size_is_told_too(tmp_path):
-    keys = ("0.layer.0.SelfAttention.q", "23.layer.1.DenseReluDense.wi_1")  # of T5-XXL
-    state = {f"encoder.block.{key}.weight": matrix(64, 4096, torch.bfloat16) for key in keys}
-    save_file(state, tmp_path / "t5")
+    """Of real shapes, by which ComfyUI tells encoders apart; the weights are a hole in the file."""
+    key, size = "encoder.block.0.layer.0.SelfAttention.q.weight", 2 * 4096 * 4096
+    entry = {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [0, size]}
+    text = json.dumps({key: entry}).encode()
+    with (tmp_path / "t5").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
     found = inspect_file(tmp_path / "t5", every_byte=False)
-    assert found.architecture and found.as_mxfp8.bytes
+    assert found.architecture == "T5"
+    assert 0 <= found.as_mxfp8.bytes - 4096 * 4096 * 33 // 32 < 200
 
 
 def verdict(found) -> tuple[str, str]:
