@@ -32,12 +32,12 @@ _FP8_GPUS = (
     "every step"
 )
 _INT_GPUS = (
-    "NVIDIA from RTX 20 on (torch for CUDA 13) and AMD RX 7000 and 9000 multiply it directly by "
-    "comfy-kitchen's kernels; elsewhere it is slow"
+    "NVIDIA from RTX 20 on (with torch for CUDA 13), AMD RX 7000 and 9000 multiply it directly; "
+    "elsewhere it is slow"
 )
 _CAST = "any; weights are unpacked on every step, unless ComfyUI runs with --fast fp8_matrix_mult"
 _APPLE = "Apple's, in MLX"
-_QUANTOPS = "ComfyUI-QuantOps, which is no longer maintained"
+_QUANTOPS = "ComfyUI-QuantOps (no longer maintained)"
 _BNB_NODES = "ComfyUI_bnb_nf4_fp4_Loaders"
 _BNB_GPUS = "NVIDIA; weights are unpacked on every step"
 
@@ -93,8 +93,9 @@ FORMATS = (
         tensors=({"weight": "F8_E4M3", "weight_scale": "U8 F8_E8M0"},),
     ),
     Format(
-        "hybrid MXFP8", 8.25, "convert_to_quant", _BLACKWELL, _CONVERT_TO_QUANT, nodes=_QUANTOPS,
-        marker="hybrid_mxfp8", scales=("weight_scale", "weight_scalar"), code_bits=8,
+        "hybrid MXFP8", 8.25, "convert_to_quant", "NVIDIA from RTX 40 on", _CONVERT_TO_QUANT,
+        nodes=_QUANTOPS, marker="hybrid_mxfp8", code_bits=8,
+        scales=("weight_scale", "weight_scalar"),
     ),
     Format(
         "NVFP4", 4.5, "ComfyUI, convert_to_quant, NVIDIA ModelOpt", _BLACKWELL, _COMFYUI,
@@ -123,7 +124,7 @@ FORMATS = (
     Format(
         "SVDQuant in ComfyUI's form (W4A4)", None, "comfy-kitchen", _INT_GPUS,
         "https://github.com/Comfy-Org/ComfyUI/pull/13580",
-        nodes="a ComfyUI with the open pull request 13580", marker="svdquant_w4a4",
+        nodes="the open pull request 13580", marker="svdquant_w4a4",
         scales=("weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor"),
         tensors=({"weight": "I8", "weight_proj_down": ""},), code_bits=4,
     ),
@@ -133,8 +134,8 @@ FORMATS = (
         tensors=({"weight": "I8", "weight_scale": _FLOATS},),
     ),
     Format(
-        "INT8 in blocks", 8, "convert_to_quant", _INT_GPUS, _CONVERT_TO_QUANT, nodes=_QUANTOPS,
-        marker="int8_blockwise", scales=("weight_scale",), code_bits=8,
+        "INT8 in blocks", 8, "convert_to_quant", "NVIDIA, with Triton", _CONVERT_TO_QUANT,
+        nodes=_QUANTOPS, marker="int8_blockwise", scales=("weight_scale",), code_bits=8,
     ),
     Format(
         "INT4 with ConvRot", 4, "ComfyUI, convert_to_quant", _INT_GPUS, _COMFYUI, comfyui="0.28",
@@ -245,11 +246,12 @@ FORMATS = (
         ),
     ),
     Format(
-        "FP8 (E4M3) with a scale per row", 8, "convert_to_quant", _FP8_GPUS, _CONVERT_TO_QUANT,
-        nodes=_QUANTOPS, marker="float8_e4m3fn_rowwise", scales=("weight_scale",), code_bits=8,
+        "FP8 (E4M3) with a scale per row", 8, "convert_to_quant", "NVIDIA from RTX 40 on",
+        _CONVERT_TO_QUANT, nodes=_QUANTOPS, marker="float8_e4m3fn_rowwise",
+        scales=("weight_scale",), code_bits=8,
     ),
     Format(
-        "FP8 (E4M3) in blocks", 8, "convert_to_quant", _FP8_GPUS, _CONVERT_TO_QUANT,
+        "FP8 (E4M3) in blocks", 8, "convert_to_quant", "NVIDIA from RTX 40 on", _CONVERT_TO_QUANT,
         nodes=_QUANTOPS, marker="float8_e4m3fn_blockwise", scales=("weight_scale",), code_bits=8,
     ),
     Format(

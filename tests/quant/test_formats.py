@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import other_formats
 import pytest
 
+from mxfp8.quant.checks import explain
 from mxfp8.quant.container.header import FormatError
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.format import FORMATS as READABLE
@@ -119,3 +121,14 @@ def test_nunchaku_s_low_rank_branch_is_no_lora(tmp_path, precision):
     kind = "FP4" if dtype == "F8_E4M3" else "INT4"
     with pytest.raises(FormatError, match=rf"quantized as SVDQuant {kind} \(Nunchaku\)"):
         convert_file(source, tmp_path / "target")
+
+
+def test_the_docs_have_the_same_facts():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    lines = [
+        f"| {row.name} | {f'{row.bits:g}' if row.bits else ''} | {explain.facts(row, 1).runs} | "
+        f"{row.gpus} |"
+        for row in (*formats.FORMATS, formats.GGUF)
+        if row.made_by != "unknown" and not row.whole
+    ]
+    assert "\n".join(lines) in page
