@@ -1,11 +1,13 @@
-"""`mxfp8 backends`: what this machine has."""
+"""`mxfp8 backends` and `mxfp8 recommend`: what this machine has, and what suits it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
+from ..container.header import plain
 from ..reports import document
-from . import Answer, command
+from . import MODEL, Answer, command
 from .terminal import show, show_table
 
 _BACKENDS = "mxfp8_backends"
@@ -15,6 +17,34 @@ def add(commands) -> None:
     command(
         commands, "backends", _backends, "list the backends, and which of them run on this machine"
     )
+    recommend = command(
+        commands,
+        "recommend",
+        _recommend,
+        "say which format suits this machine and a model, and what to install",
+    )
+    recommend.add_argument(
+        "file", metavar="FILE", nargs="?", type=Path, help=f"model, or MXFP8 file: {MODEL}"
+    )
+    recommend.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: the GPU, if there is one"
+    )
+
+
+def _recommend(arguments) -> Answer:
+    from ..advice.recommend import recommend
+
+    found = recommend(arguments.file, arguments.device)
+
+    def show_result() -> None:
+        model = [found.model, found.architecture or "architecture not recognized"]
+        heading = f"{plain(model[0])} ({model[1]})" if found.model else "Formats"
+        show("\n".join([*found.here(), "", f"{heading}:", ""]))
+        right = ("bits", "error", "size")
+        show_table(found.columns(), found.rows(), "format", right)
+        show("\n".join(["", *found.notes()]))
+
+    return Answer(show_result, found.to_json)
 
 
 def _backends(arguments) -> Answer:

@@ -178,7 +178,7 @@ def convert(
     """Carry out a plan. Arguments and errors as for `convert_file`."""
     _check_plan(source, target, plan)
     check_calibrations(source, calibration, held_out)
-    quantizing_on = _device(device)
+    quantizing_on = find_device(device)
     start = time.perf_counter()
     total = sum(d.nbytes for d in plan.decisions)
     advance = Meter(total, progress)
@@ -215,7 +215,7 @@ def convert(
 def check_conversion(source: Source, target, plan: Plan, overwrite: bool, device: str | None):
     """Raise what `convert` would before it writes a byte; calibrations apart. Leaves nothing."""
     _check_plan(source, target, plan)
-    _device(device)
+    find_device(device)
     _writer(source, target, plan, overwrite).check()
 
 
@@ -528,8 +528,8 @@ def _check_storable(where: str, values: torch.Tensor, qdata, scale, first: int) 
             raise ValueError(f"{where} holds {problem.format(row)} exclude this layer")
 
 
-def _device(name: str | None) -> torch.device:
-    """The device to quantize on: of this name, else the accelerator, else the CPU.
+def find_device(name: str | None) -> torch.device:
+    """The device of this name, else the accelerator that has float8, else the CPU.
 
     Raises:
         ValueError: torch has no such device here, or it has no float8.

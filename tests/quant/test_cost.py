@@ -158,7 +158,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device):
 def test_the_accelerator_that_torch_has_is_used(monkeypatch, found, used):
     device = None if found is None else torch.device(found)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: device)
-    assert converting._device(None) == torch.device(used)
+    assert converting.find_device(None) == torch.device(used)
 
 
 def test_slabs_are_quantized_where_they_are_sent(tmp_path, monkeypatch):

@@ -26,12 +26,14 @@ class Card:
     version: compute capability of an NVIDIA card, or architecture of an AMD card.
     torch_for: the version of CUDA or ROCm that torch is for.
     shared: bytes of shared memory that a block may ask for.
+    memory: bytes, all of them free.
     """
 
     name: str
     version: tuple[int, int] | str
     torch_for: str = "13.0"
     shared: int = 101376
+    memory: int = 24 << 30
     device: torch.device = field(default=torch.device("cuda", 0), repr=False)
 
     @property
@@ -63,6 +65,7 @@ def install(card: Card, patch: pytest.MonkeyPatch, kitchen: bool = True) -> None
     patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: card.name)
+    patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (card.memory, card.memory))
     forget()
     _register(card, patch, kitchen)
 

@@ -1,0 +1,1 @@
+"""What suits a machine: formats, memory, and what to install."""
