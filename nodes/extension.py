@@ -15,6 +15,7 @@ from .loading import (
     MXFP8LoadTextEncoder,
 )
 from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel, MXFP8QuantizeTextEncoder
+from .recommending import MXFP8Recommend
 from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveCheckpoint, MXFP8SaveModel, MXFP8SaveTextEncoder
 
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8RepairFile,
     MXFP8Inspect,
     MXFP8BackendReport,
+    MXFP8Recommend,
 ]
 
 

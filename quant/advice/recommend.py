@@ -126,7 +126,10 @@ class Recommendation:
         if device.driver:
             parts.append(f"driver for CUDA {device.driver}")
         versions = ", ".join(f"{k} {v or 'missing'}" for k, v in device.versions.items())
-        lines = [", ".join(filter(None, parts)), versions, "", "MXFP8 linear layers here:"]
+        lines = [", ".join(filter(None, parts)), versions, ""]
+        if not self.runs:
+            return [*lines, "MXFP8 does not run here: PyTorch has no float8 on this device."]
+        lines.append("MXFP8 linear layers here:")
         for run in self.runs:
             as_exact = run.asked != "exact" and run.precision == "exact"
             lines.append(f"  {run.asked}: {run.backend}{' (exact)' if as_exact else ''}")
@@ -243,10 +246,14 @@ def _version(package: str) -> str | None:
 
 
 def _runs(device: torch.device) -> tuple[tuple[Run, ...], Mapping[str, ExecutionPath]]:
+    holds = device_facts.has_float8(device)
+    on = device if holds else torch.device("cpu")
     paths = {
-        precision: execution_path(device, torch.bfloat16, precision, None, SHAPE, prepare="once")
+        precision: execution_path(on, torch.bfloat16, precision, None, SHAPE, prepare="once")
         for precision in ("exact", "fast", "auto")
     }
+    if not holds:
+        return (), paths
     runs = [
         Run(asked, path.backend, path.precision, _missing(path) if asked != "auto" else {})
         for asked, path in paths.items()
@@ -374,6 +381,8 @@ def _native(
         return True, "multiplied in 16 bits"
     if name == MXFP8:
         fast, auto = paths["fast"], paths["auto"]
+        if not device_facts.has_float8(device):
+            return False, "does not run"
         if fast.precision == "exact":
             return False, unpacked
         asked = " and precision fast" if auto.precision == "exact" else ""

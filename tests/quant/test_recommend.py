@@ -118,6 +118,13 @@ def test_formats_are_compared_by_what_the_card_multiplies(on, version, native, a
     assert advice in found.advice
 
 
+def test_where_torch_has_no_float8_mxfp8_does_not_run():
+    found = recommend(None, torch.device("mps"))
+    assert found.runs == ()
+    assert "MXFP8 does not run here" in found.summary()
+    assert {choice.name: choice.how for choice in found.choices}[MXFP8] == "does not run"
+
+
 def test_errors_are_those_that_were_measured():
     results = json.loads((ROOT / "bench/results/formats.json").read_text(encoding="utf-8"))
     names = {MXFP8: "MXFP8", INT8: "INT8 ConvRot", Q8_0: "GGUF Q8_0", NVFP4: "NVFP4"}
