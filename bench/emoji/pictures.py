@@ -27,6 +27,7 @@ NAMES = (HERE / "names.txt").read_text("utf-8").splitlines()
 HELD_OUT = 16  # the last of the names: prompts that training never sees
 TOKENS = 16
 WIDTH = 384  # of MiniLM
+SAMPLER_STEPS = 20
 
 
 def latents() -> torch.Tensor:
@@ -42,7 +43,7 @@ def latents() -> torch.Tensor:
 def pixels(latents: torch.Tensor) -> torch.Tensor:
     """RGB of latents [N, 16, h, w]: float32 [N, 2h, 2w, 3], 0 to 1, as ComfyUI has images.
 
-    Those that a sampler of ComfyUI returns are to go through the model's `process_latent_in` first.
+    Those that KSampler returns are to go through the model's `process_latent_in` first.
     """
     values = torch.nn.functional.pixel_shuffle(latents.float(), 2)[:, :3]
     return (values / 2 + 0.5).clamp(0, 1).movedim(1, -1)
@@ -66,3 +67,26 @@ def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = model(**batch).last_hidden_state * mask
     context = torch.nn.functional.pad(hidden, (0, 0, 0, TOKENS - hidden.shape[1]))
     return context.clone(), hidden.sum(1) / mask.sum(1)
+
+
+@torch.inference_mode()  # as ComfyUI executes nodes
+def sample(
+    model,
+    context: torch.Tensor,
+    pooled: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int = SAMPLER_STEPS,
+) -> torch.Tensor:
+    """Latents [N, 16, 16, 16] that ComfyUI samples: Euler, simple schedule, CFG 1, in one batch.
+
+    Args:
+        model: a ModelPatcher; its modules can be imported by then.
+        context, pooled: N prompts, as `encode` makes them.
+        noise: [N, 16, 16, 16].
+    """
+    import comfy.sample
+
+    prompts = [[context, {"pooled_output": pooled}]]
+    arguments = (steps, 1.0, "euler", "simple", prompts, prompts, torch.zeros_like(noise))
+    out = comfy.sample.sample(model, noise, *arguments, seed=0, disable_pbar=True)
+    return model.model.process_latent_in(out)

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from pictures import HELD_OUT, NAMES, WIDTH, encode, latents, pixels
+from pictures import HELD_OUT, NAMES, WIDTH, encode, latents, pixels, sample
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -43,7 +43,6 @@ BETAS, DECAY, MOST_GRADIENT = (0.9, 0.99), 0.01, 1.0
 AVERAGE = 7  # gamma of that section: the average spreads over a tenth of the steps
 SECONDS_BETWEEN_FILES = 120
 STEPS_BETWEEN_LINES = 50
-SAMPLER_STEPS = 20
 
 
 def build(seed: int) -> torch.nn.Module:
@@ -192,27 +191,16 @@ def write(training: Training, out: Path, checkpoint: Path) -> None:
     os.replace(part, out)
 
 
-@torch.inference_mode()  # as ComfyUI executes nodes
-def sample(path: Path, prompts: list[str], seed: int) -> torch.Tensor:
-    """Latents [N, 16, 16, 16] that the real ComfyUI samples of a file, one for each prompt."""
-    import comfy.sample
-    import comfy.sd
-
-    model = comfy.sd.load_diffusion_model(str(path))
-    context, pooled = encode(prompts)
-    empty = torch.zeros(len(prompts), 16, 16, 16)
-    noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(seed))
-    conditioning = [[context, {"pooled_output": pooled}]]
-    arguments = (SAMPLER_STEPS, 1.0, "euler", "simple", conditioning, conditioning, empty)
-    out = comfy.sample.sample(model, noise, *arguments, seed=seed, disable_pbar=True)
-    return model.model.process_latent_in(out)
-
-
 def draw(path: Path, picture: Path, seed: int = 0) -> None:
     """Samples of 48 prompts above their emoji, in rows of 16; the last row is held out."""
+    import comfy.sd
+
     known = len(NAMES) - HELD_OUT
     chosen = [*(known * i // 32 for i in range(32)), *range(known, len(NAMES))]
-    images = pixels(sample(path, [NAMES[i] for i in chosen], seed)), pixels(latents()[chosen])
+    emoji = latents()[chosen]
+    noise = torch.randn(emoji.shape, generator=torch.Generator().manual_seed(seed))
+    model = comfy.sd.load_diffusion_model(str(path))
+    images = pixels(sample(model, *encode([NAMES[i] for i in chosen]), noise)), pixels(emoji)
     rows = torch.stack([x.unflatten(0, (-1, 16)) for x in images], 1).flatten(0, 1)
     values = rows.movedim(1, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray((values * 255).round().byte().numpy())
