@@ -8,7 +8,7 @@ import minilm
 import pytest
 import quality
 import torch
-from forms import FORMS, linear_in
+from forms import FORMS, fast_linear_in, linear_in
 
 from mxfp8 import kernels
 from mxfp8.kernels.backends import fp8_rowwise, int8
@@ -44,8 +44,9 @@ def products(x, weight, stored) -> dict[str, torch.Tensor]:
     return {name: a[:, : b.shape[1]] @ b[: len(weight)].t() for name, (a, b) in pairs.items()}
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @torch.no_grad()
-def test_each_form_multiplies_what_its_backends_do():
+def test_each_form_multiplies_what_its_backends_do(fast):
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(320, 40)
     x = torch.randn(3, 7, 320, generator=generator) * torch.randn(320, generator=generator).exp()
@@ -56,7 +57,8 @@ def test_each_form_multiplies_what_its_backends_do():
     assert expected.keys() == FORMS.keys()
 
     for name, form in FORMS.items():
-        out = linear_in(form, layer.qdata, layer.weight_scale, layer.shape, layer.bias)(x)
+        arguments = layer.qdata, layer.weight_scale, layer.shape, layer.bias
+        out = (fast_linear_in(name, *arguments) if fast else linear_in(form, *arguments))(x)
         assert out.shape == (3, 7, 40) and out.dtype == x.dtype
         product = out.reshape(21, 40) - layer.bias
         errors = {n: float((product - p).norm() / p.norm()) for n, p in expected.items()}
