@@ -7,6 +7,8 @@
     mxfp8 repair lost-markers.safetensors repaired.safetensors
     mxfp8 probe model.safetensors
     mxfp8 backends
+    mxfp8 recommend model.safetensors
+    mxfp8 completion bash
 
 Standard output has the answer, and with --json nothing but one JSON document, an error's included;
 standard error has errors and progress.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -162,9 +165,10 @@ def parser() -> argparse.ArgumentParser:
         prog="mxfp8",
         description="Convert, inspect, verify and repair models in MXFP8 (8-bit microscaling).",
         epilog="Each command has --help, and --json for programs.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=18),
     )
     parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND [OPTIONS]")
     for family in (converting, checking, machine, completion):
         family.add(commands)
     return parser

@@ -337,7 +337,7 @@ def bf16_unsupported_reason(problem) -> str | None:
     float32 a model's BF16 weights are widened on each call as well: ComfyUI does so on CPUs.
     """
     if problem.device.type != "cpu":
-        return "keeps unpacked weights on CPUs only"
+        return device_facts.DeviceReason("keeps unpacked weights on CPUs only")
     if problem.weight_form == "bf16" or problem.dtype == torch.float32:
         return None
     if problem.dtype != torch.bfloat16:

@@ -258,7 +258,7 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
 def one_row_unsupported_reason(problem) -> str | None:
     """Why `matmul_one_row` cannot take a `records.Problem`, or None."""
     if problem.device.type != "cpu":
-        return "torch has this matmul for CPUs"
+        return device_facts.DeviceReason("torch has this matmul for CPUs")
     if problem.m_class != "one" or problem.dtype != torch.bfloat16:
         return "takes one row of bfloat16"
     if not hasattr(torch, "_weight_int8pack_mm"):

@@ -142,19 +142,30 @@ class Recommendation:
         for choice in self.choices:
             cells = [choice.name, f"{choice.bits:g}", f"{100 * choice.error:.2g}%"]
             if self.model is not None:
-                fits = choice.largest or "yes"
-                if choice.room is None:
-                    fits = ""
-                elif choice.room < 0:
-                    fits = f"no, {format_size(-choice.room)} too much"
-                cells += [format_size(choice.bytes), fits]
+                cells.append(format_size(choice.bytes))
+            if choice.room is not None:
+                fits = f"up to {choice.largest}" if choice.largest else "yes"
+                cells.append(fits if choice.room >= 0 else f"no, {format_size(-choice.room)} over")
             since = f"ComfyUI {choice.comfyui}" if choice.comfyui else choice.nodes or "ComfyUI"
             rows.append((*cells, since, choice.how))
         return rows
 
     def columns(self) -> tuple[str, ...]:
-        sizes = ("size", "fits, up to") if self.model is not None else ()
-        return ("format", "bits", "error", *sizes, "needs", "here")
+        size = ("size",) if self.model is not None else ()
+        return (
+            "format",
+            "bits",
+            "error",
+            *size,
+            *(("fits",) if self._fits else ()),
+            "needs",
+            "here",
+        )
+
+    @property
+    def _fits(self) -> bool:
+        """Whether it is known what fits: of a model, on a card."""
+        return any(choice.room is not None for choice in self.choices)
 
     def notes(self) -> list[str]:
         """The advice and what the figures are, a line each."""
@@ -167,7 +178,7 @@ class Recommendation:
             *(
                 ["fits: ComfyUI's own guess of what sampling one picture takes, with nothing else "
                  "on the device; not a measurement."]
-                if self.model is not None else []
+                if self._fits else []
             ),
             "No speed is given: none was measured on a GPU.",
         ]  # fmt: skip
@@ -385,6 +396,8 @@ def _native(
             return False, "does not run"
         if fast.precision == "exact":
             return False, unpacked
+        if fast.backend == "torch_mx":
+            return True, "8-bit matmul, in stock ComfyUI too"
         asked = " and precision fast" if auto.precision == "exact" else ""
         return True, f"8-bit matmul by {fast.backend}, with this pack{asked}"
     if name == INT8:

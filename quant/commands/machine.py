@@ -40,7 +40,7 @@ def _recommend(arguments) -> Answer:
         model = [found.model, found.architecture or "architecture not recognized"]
         heading = f"{plain(model[0])} ({model[1]})" if found.model else "Formats"
         show("\n".join([*found.here(), "", f"{heading}:", ""]))
-        right = ("bits", "error", "size")
+        right = ("bits", "error", "size", "fits", "needs")
         show_table(found.columns(), found.rows(), "format", right)
         show("\n".join(["", *found.notes()]))
 

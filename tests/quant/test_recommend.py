@@ -87,6 +87,8 @@ def test_what_keeps_a_faster_backend_away_is_what_can_be_changed(on):
     assert fast.faster.keys() == {"kitchen_int8"}
     assert "cannot open shared object file" in fast.faster["kitchen_int8"]
     assert on((8, 6)).runs[1].faster == {}
+    exact = on((8, 6), triton=NO_TRITON).runs[0]
+    assert exact.faster == {"triton": NO_TRITON}  # and not what runs on CPUs only
 
 
 def test_triton_for_windows_is_that_of_the_torch_here(on, monkeypatch):
