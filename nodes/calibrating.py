@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 _GB = 10**9
 _MOST_NAMED = 8  # layers in a result's text
+_IN_SAMPLE = (
+    "the report of a conversion measures its error on this data (in-sample) unless it gets a "
+    "second calibration, of other seeds, as held_out"
+)
 
 
 class MXFP8Calibrate(io.ComfyNode):
@@ -145,10 +149,17 @@ def _result(layers: dict, accumulators: dict[str, HessianAccumulator], seconds: 
             f"{_counted(len(partly), 'layer')} got rows with NaN or Inf, which were left out: "
             f"{_some(partly)}"
         )
+    few = [f"{quoted(name)} ({moments.rows} of {moments.width})"
+           for name, moments in layers.items() if moments.rows < moments.width]  # fmt: skip
+    if few:
+        faults.append(
+            f"{_counted(len(few), 'layer')} saw fewer rows than the layer's width, and may gain "
+            f"less on other data; use more seeds or a larger latent: {_some(few)}"
+        )
     for fault in faults:
         logger.warning("MXFP8: %s", fault)
     done = f"{_counted(len(layers), 'layer')}, at least {rows} rows each, in {duration(seconds)}"
-    return [done, *faults]
+    return [done, *faults, _IN_SAMPLE]
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..quant.reports import plot
-from ..quant.reports.comparison import FEWEST
+from ..quant.reports.comparison import FEWEST, Comparison
 from .host.progress import ending_shown, output
 from .models.paired_sampling import check_pair, compare_models
 from .models.sampling import SamplerSettings
@@ -53,7 +53,7 @@ class MXFP8Compare(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="picture",
-                    tooltip="Charts, and with a VAE the images of the first seed side by side.",
+                    tooltip="With a VAE the images of both models side by side; then charts.",
                 ),
                 io.String.Output(display_name="summary", tooltip="The result as text."),
                 io.String.Output(display_name="json", tooltip="Every seed and step, as JSON."),
@@ -74,15 +74,25 @@ class MXFP8Compare(io.ComfyNode):
         comparison, images = compare_models(cls, reference, model, settings, decode)
         summary, text = comparison.summary(), comparison.to_json()
         logger.info("MXFP8: %s", summary)
-        strip = plot.make_strip(*map(_picture, images)) if images else None
-        picture = _tensor(plot.draw(comparison, strip))
-        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        strips = [plot.make_strip(*map(_picture, pair)) for pair in images]
+        picture = _tensor(plot.draw(comparison, strips))
+        shown = {"mxfp8_images": [_pairs(cls, comparison, strips)]} if strips else {}
         return output(cls, summary, picture, summary, text, comparison, document=text, **shown)
 
 
 def _decoder(vae):
     """Samples -> images [B, H, W, C], as the stock node decodes them."""
     return lambda samples: comfy_nodes.VAEDecode().decode(vae, {"samples": samples})[0]
+
+
+def _pairs(node: type[io.ComfyNode], comparison: Comparison, strips: list[plot.Strip]) -> dict:
+    """The images of the first seeds as files in ComfyUI's temp folder, for the report view."""
+    pairs = []
+    for seed, strip in zip(comparison.seeds, strips, strict=False):
+        both = torch.cat([_tensor(strip.reference), _tensor(strip.model)])
+        first, second = ui.PreviewImage(both, cls=node).as_dict()["images"]
+        pairs.append({"name": f"seed {seed.seed}", "first": first, "second": second})
+    return {"labels": comparison.labels, "pairs": pairs}
 
 
 def _picture(image: torch.Tensor) -> Image.Image:

@@ -6,7 +6,7 @@
  * picture has no page around it. The palette has at least 3:1 contrast on #f5f5f5 and on #222.
  */
 
-import { group, groups, sentence, value } from "./document.mjs";
+import { KEPT, group, groups, sentence, value } from "./document.mjs";
 
 const SVG = "http://www.w3.org/2000/svg";
 export const AXIS = 64; // px
@@ -38,7 +38,7 @@ function element(name, attributes = {}, ...children) {
 export function colors(rows) {
   let next = 0;
   return new Map(
-    groups(rows).map(([name]) => [name, name === "kept" ? GRAY : PALETTE[next++ % PALETTE.length]]),
+    groups(rows).map(([name]) => [name, name === KEPT ? GRAY : PALETTE[next++ % PALETTE.length]]),
   );
 }
 

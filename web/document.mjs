@@ -15,6 +15,7 @@ const KINDS = {
   mxfp8_certificate: "comparison", // as earlier versions wrote it
 };
 const VERSION = 1;
+export const KEPT = "not quantized"; // what a reader sees of the decision "kept"
 
 /**
  * Measures in order of preference.
@@ -76,6 +77,40 @@ export function read(text) {
   return { kind: KINDS[key], measures, rows, data };
 }
 
+/**
+ * What a document comes down to: its verdict, or what the summary says first.
+ *
+ * @returns {{level: string, text: string, layers: string[]}} level: "good", "notice", "bad" or ""
+ */
+export function verdict(data, summary) {
+  if (data.verdict) return data.verdict;
+  const lines = summary.split("\n");
+  const end = lines.find((line) => /^(NOT )?OK:/.test(line)); // of a check
+  const level = end && (end.startsWith("OK") ? "good" : "bad");
+  return { level: level ?? "", text: end ?? lines[0], layers: [] };
+}
+
+/** The name of a saved picture: what it is of, and when it was made. */
+export function pictureName({ kind, data }, now) {
+  const named = [data.source, data.file, data.model?.model, data.model];
+  const name = named.find((part) => typeof part === "string" && part) ?? "";
+  const base = name.split(/[\\/]/).at(-1).replace(/\.(safetensors|sft)$/, "");
+  const safe = base.replace(/[^\w.-]+/g, "-").slice(0, 80);
+  const two = (number) => String(number).padStart(2, "0");
+  const date = [now.getFullYear(), two(now.getMonth() + 1), two(now.getDate())].join("-");
+  return [`mxfp8-${kind}`, safe, date].filter(Boolean).join("-") + ".png";
+}
+
+/**
+ * The regular expression for `exclude` that keeps these layers too.
+ *
+ * @param {string} present what `exclude` has now
+ */
+export function excluding(layers, present = "") {
+  const names = layers.map((name) => name.replace(/[^\w-]/g, "\\$&"));
+  return [present, `(^|\\.)(${names.join("|")})\\.weight$`].filter(Boolean).join("|");
+}
+
 /** The LoRAs of a model as rows. */
 function adapters(model, side = "") {
   return (model?.adapters ?? []).map((adapter) => {
@@ -112,7 +147,7 @@ export function orders(measure) {
 export function arrange(rows, measure, order, filter = "") {
   const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
   const matching = rows.filter((row) => {
-    const text = [row.name, row.decision, row.backend, row.precision, row.reason, row.dtype]
+    const text = [row.name, row.decision, group(row), row.backend, row.precision, row.reason, row.dtype]
       .join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   });
@@ -131,15 +166,15 @@ export function arrange(rows, measure, order, filter = "") {
 
 /** The group that gives a row its color: the backend that runs it, else its format. */
 export function group(row) {
-  if (row.decision === "kept") return "kept";
+  if (row.decision === "kept") return KEPT;
   return row.backend ?? row.decision ?? "";
 }
 
-/** [group, number of rows] in order of appearance, "kept" last. */
+/** [group, number of rows] in order of appearance, what is not quantized last. */
 export function groups(rows) {
   const counts = new Map();
   for (const row of rows) counts.set(group(row), (counts.get(group(row)) ?? 0) + 1);
-  return [...counts].filter(([name]) => name).sort((a, b) => (a[0] === "kept") - (b[0] === "kept"));
+  return [...counts].filter(([name]) => name).sort((a, b) => (a[0] === KEPT) - (b[0] === KEPT));
 }
 
 /**
@@ -151,7 +186,8 @@ export function describe(row) {
   const lines = [];
   const add = (label, text) => text && lines.push([label, text]);
   add("Shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
-  add("Format", [row.decision, row.backend, row.precision].filter(Boolean).join(", "));
+  const decision = row.decision === "kept" ? KEPT : row.decision;
+  add("Format", [decision, row.backend, row.precision].filter(Boolean).join(", "));
   if (row.weight_form && row.weight_form !== "stored") add("Weight prepared as", row.weight_form);
   add("Expected output error", row.expected_error && relative(row.expected_error));
   add("Reason", row.reason);
@@ -201,13 +237,19 @@ function ratio(v) {
 }
 
 function microseconds(v) {
-  return v >= 1000 ? `${(v / 1000).toFixed(2)} ms` : `${v.toFixed(1)} \u00b5s`;
+  if (v >= 999500) return `${digits(v / 1e6)} s`;
+  return v >= 999.5 ? `${digits(v / 1000)} ms` : `${digits(v)} \u00b5s`;
+}
+
+/** Three digits, as the reports' text has them. */
+function digits(v) {
+  return v.toFixed(v < 9.995 ? 2 : v < 99.95 ? 1 : 0);
 }
 
 /** A size in decimal units, as on disks and model pages. */
 function bytes(count) {
   for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
-    if (count >= size) return `${(count / size).toFixed(2)} ${unit}`;
+    if (count >= 0.9995 * size) return `${digits(count / size)} ${unit}`;
   }
   return `${count} B`;
 }

@@ -2,19 +2,29 @@
  * The extension of ComfyUI's page: a report view on each MXFP8 node that sends a document, and the
  * settings of this pack.
  *
- * A node's view is created with its first document. It is not saved with a workflow: ComfyUI leaves
- * a widget out of the workflow if its own `serialize` is false, and out of the prompt if that of its
- * options is. A reloaded page gets the documents of earlier runs from the server's history.
+ * A node has its view from the start, so that no result enlarges it over others; progress texts go
+ * into the view too. It is not saved with a workflow: ComfyUI leaves a widget out of the workflow if
+ * its own `serialize` is false, and out of the prompt if that of its options is. A reloaded page gets
+ * the documents of earlier runs from the server's history.
  */
 
 import { app } from "../../scripts/app.js";
+import { excluding } from "./document.mjs";
 import { ReportView } from "./report.mjs";
 
 const NAME = "mxfp8_report"; // the key of the document in a node's output, and the widget's name
 const TYPE = "MXFP8_REPORT_VIEW";
 const PREFIX = "MXFP8";
 const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for progress texts
-const WIDTH = 480; // px: fits the tools on one line
+const WIDTH = 400; // px of a new node: shows the names of files
+// Nodes that send documents -> px that a new one has for images, beside the view's own height.
+const REPORTS = {
+  MXFP8BackendReport: 0,
+  MXFP8Compare: 320,
+  MXFP8ConvertFile: 0,
+  MXFP8Inspect: 0,
+  MXFP8QuantizeModel: 0,
+};
 const PRECISION = "MXFP8.DefaultPrecision";
 const RUNS = 20; // of the history that are looked through
 
@@ -22,23 +32,44 @@ const RUNS = 20; // of the history that are looked through
 function show(node, output) {
   const [text] = output?.[NAME] ?? [];
   if (typeof text !== "string") return;
+  dropProgress(node); // the view shows its last text, the summary
+  const [images] = output.mxfp8_images ?? [];
+  const pairs = (images?.pairs ?? []).map(({ name, first, second }) => ({
+    name, first: address(first), second: address(second),
+  }));
+  (viewOf(node) ?? addView(node)).show(text, output.text?.[0] ?? "", pairs, images?.labels);
+}
+
+/** Where the server has an image of a node's output. */
+function address(image) {
+  return app.api.apiURL(`/view?${new URLSearchParams(image)}`);
+}
+
+/** Show a text of the work in progress in the view, where ComfyUI would enlarge the node for it. */
+function showProgress({ detail }) {
+  const node = nodeAt(String(detail.nodeId));
+  const view = node && viewOf(node);
+  if (!view) return;
+  dropProgress(node);
+  // ComfyUI shows these texts as HTML, so the server sends them escaped.
+  view.progress(new DOMParser().parseFromString(detail.text, "text/html").body.textContent);
+}
+
+function dropProgress(node) {
   const progress = node.widgets?.find((w) => w.name === PROGRESS);
-  if (progress) node.removeWidget(progress); // the view shows its last text, the summary
-  const widget = viewOf(node) ?? addView(node);
-  widget.view.show(text, output.text?.[0] ?? "");
+  if (progress) node.removeWidget(progress);
 }
 
 function viewOf(node) {
-  return node.widgets?.find((w) => w.name === NAME);
+  return node.widgets?.find((w) => w.name === NAME)?.view;
 }
 
 function addView(node) {
-  const [, bare] = node.computeSize();
   const view = new ReportView();
   const widget = node.addDOMWidget(NAME, TYPE, view.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => ReportView.height,
+    getMinHeight: () => view.height,
   });
   widget.serialize = false;
   widget.view = view;
@@ -46,6 +77,14 @@ function addView(node) {
     // Nodes 2.0 passes the wheel on to the canvas by itself.
     if (!LiteGraph.vueNodesMode && !view.scrolls()) app.canvas.processMouseWheel(event);
   });
+  view.onOpen = (open) => {
+    node.setSize([node.size[0], node.size[1] + (open ? ReportView.rest : -ReportView.rest)]);
+    if (open) app.canvas.bringToFront(node);
+  };
+  const exclude = node.widgets.find((w) => w.name === "exclude");
+  if (exclude) {
+    view.exclude = (layers) => { exclude.value = excluding(layers, exclude.value); };
+  }
   const removed = widget.onRemove;
   widget.onRemove = function () {
     view.dispose();
@@ -54,11 +93,9 @@ function addView(node) {
   const serialized = node.onSerialize;
   node.onSerialize = function (data) {
     serialized?.call(this, data);
-    if (viewOf(this)) data.size = [data.size[0], bare]; // or a workflow opens with an empty box
+    if (view.open) data.size = [data.size[0], data.size[1] - ReportView.rest]; // it opens closed
   };
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height)]);
-  return widget;
+  return view;
 }
 
 /** The node of a key in ComfyUI's node outputs: "id", or "subgraph:id". */
@@ -87,7 +124,7 @@ async function restore() {
     if (root() !== graph || about?.extra_pnginfo?.workflow?.id !== graph.id) continue;
     for (const [key, output] of Object.entries(outputs)) {
       const node = nodeAt(key);
-      if (node && nodes[key]?.class_type === node.comfyClass && !viewOf(node)) show(node, output);
+      if (node && nodes[key]?.class_type === node.comfyClass && !viewOf(node)?.json) show(node, output);
     }
   }
 }
@@ -126,12 +163,19 @@ app.registerExtension({
       defaultValue: true,
     },
   ],
+  setup() {
+    app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));
+  },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith(PREFIX)) return;
     const precision = node.widgets?.find((widget) => widget.name === "precision");
     // A node in a loaded workflow gets its saved values after this.
     const chosen = app.extensionManager.setting.get(PRECISION);
     if (precision && chosen) precision.value = chosen;
+    const room = REPORTS[node.comfyClass];
+    if (room !== undefined) addView(node);
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height) + (room ?? 0)]);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);

@@ -1,7 +1,9 @@
 /**
- * The report view: a summary, a bar chart, and the details of the bar under the pointer.
+ * The report view: a verdict in one line, below images if there are any. A button opens the rest: a
+ * bar chart, the details of the bar under the pointer, and the whole summary.
  *
- * It is one element with a shadow root, which isolates its styles from the page's. It knows documents
+ * Its height depends on nothing but whether it is open, so that no result and no pointer moves what
+ * is around it. It is one element with a shadow root, which isolates its styles from the page's. It knows documents
  * (`document.mjs`), not ComfyUI. The bars are a list box: arrow keys move between them, and a screen
  * reader reads each as a sentence. Positions are fractions of an element's measured size, because the
  * canvas zooms by scaling elements.
@@ -9,24 +11,41 @@
 
 import * as documents from "./document.mjs";
 import * as charts from "./chart.mjs";
+import * as pairs from "./pairs.mjs";
 
 const HEIGHT = 150; // px, of the bars
-const SUMMARY_LINES = 6; // shown before "more lines"
+const CLOSED = 92; // px: a verdict of three lines and the buttons
+const REST = 430; // px, what a click opens
 const STYLE = `
   :host {
     --mx-text: var(--input-text, #ddd);
     --mx-soft: var(--descrip-text, #999);
     --mx-back: var(--comfy-menu-bg, #171718);
     --mx-line: var(--border-color, #4e4e4e);
-    --mx-bad: #e5484d;
+    --mx-bad: #e5484d; --mx-notice: #d98a1f; --mx-good: #2f9e6e;
     display: block; width: 100%; height: 100%; overflow: hidden; box-sizing: border-box;
+    contain: size; min-height: ${CLOSED}px;
     font: 12px system-ui, sans-serif; color: var(--mx-text); background: var(--mx-back);
     border-radius: 8px; user-select: text;
   }
   [hidden] { display: none !important; }
+  :host(.open) { min-height: ${CLOSED + REST}px; }
   .all { display: flex; flex-direction: column; gap: 6px; padding: 8px; height: 100%;
-    box-sizing: border-box; overflow: auto; }
-  .summary { white-space: pre-line; line-height: 1.45; overflow-wrap: anywhere; flex: none; }
+    box-sizing: border-box; overflow: hidden; }
+  .verdict { line-height: 17px; max-height: 51px; overflow: hidden auto; overflow-wrap: anywhere;
+    white-space: pre-line; flex: none; }
+  .verdict::before { content: ""; display: inline-block; width: 9px; height: 9px; flex: none;
+    margin-right: 6px; border-radius: 50%; background: var(--mx-soft); }
+  .verdict[data-level=good]::before { background: var(--mx-good); }
+  .verdict[data-level=notice]::before { background: var(--mx-notice); }
+  .verdict[data-level=bad]::before { background: var(--mx-bad); }
+  .verdict[data-level=none] { color: var(--mx-soft); }
+  .verdict[data-level=none]::before { display: none; }
+  .actions { display: flex; flex-wrap: wrap; gap: 6px; flex: none; }
+  .rest { display: flex; flex-direction: column; gap: 6px; flex: none; min-height: 0;
+    height: ${REST - 6}px; flex-shrink: 1; }
+  .summary { white-space: pre-line; line-height: 1.45; overflow: auto; overflow-wrap: anywhere;
+    flex: 1 1 0; border-top: 1px solid var(--mx-line); padding-top: 6px; }
   .tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
   select, input, button { font: inherit; color: inherit; background: transparent;
     border: 1px solid var(--mx-line); border-radius: 4px; padding: 2px 6px; min-width: 0; }
@@ -34,29 +53,30 @@ const STYLE = `
   option { color: var(--mx-text); background: var(--mx-back); }
   input { flex: 1 1 50px; width: 50px; }
   button { cursor: pointer; }
-  .more { align-self: flex-start; padding: 0 6px; flex: none; }
+  button:disabled { cursor: default; color: var(--mx-soft); }
   :focus-visible { outline: 2px solid #3b8eea; outline-offset: 1px; }
   .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; color: var(--mx-soft); flex: none; }
   .legend i { display: inline-block; width: 9px; height: 9px; margin-right: 4px; }
   .chart { display: flex; flex: none; }
   .scroll { flex: 1; overflow-x: auto; overflow-y: hidden; }
-  .details { color: var(--mx-soft); flex: none; line-height: 1.45; }
+  .details { color: var(--mx-soft); flex: none; line-height: 17px; height: 85px; overflow: auto; }
+  .details div { display: inline-block; margin-right: 14px; }
+  .details b { display: block; }
   .details b, .details em { color: var(--mx-text); font-style: normal; overflow-wrap: anywhere; }
   .status { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   svg { display: block; }
   ${charts.STYLE}
+  ${pairs.STYLE}
 `;
 const TOOLS = `
   <select name="measure" aria-label="Measure"></select>
   <select name="order" aria-label="Sort order"></select>
-  <input name="filter" type="search" placeholder="filter" aria-label="Filter by name or reason">
-  <button name="copy" title="Copy the report as JSON">copy JSON</button>
-  <button name="save" title="Save the chart as a PNG image">save PNG</button>`;
+  <input name="filter" type="search" placeholder="filter" aria-label="Filter by name or reason">`;
 
 /** A plain div with a shadow root, since a custom element would be registered globally. */
 export class ReportView {
-  /** Height in px at which the view needs no scrolling. */
-  static height = 420;
+  /** How much higher it is when it is open, in px. */
+  static rest = REST;
 
   constructor() {
     this.element = document.createElement("div");
@@ -66,15 +86,26 @@ export class ReportView {
     this.root.innerHTML = `
       <style>${STYLE}</style>
       <section class="all" aria-label="MXFP8 report">
-        <div class="summary"></div>
-        <button class="more"></button>
-        <div class="tools">${TOOLS}</div>
-        <div class="legend"></div>
-        <div class="chart"><div class="axis"></div><div class="scroll"></div></div>
-        <div class="details"></div>
+        <div class="verdict" data-level="none">The report appears here.</div>
+        <div class="actions" hidden>
+          <button name="open" aria-expanded="false"></button>
+          <button name="exclude" hidden></button>
+          <button name="copy" title="Copy the report as JSON" hidden>copy JSON</button>
+          <button name="save" title="Save the chart as a PNG image" hidden>save PNG</button>
+        </div>
+        <div class="rest" hidden>
+          <div class="tools">${TOOLS}</div>
+          <div class="legend"></div>
+          <div class="chart"><div class="axis"></div><div class="scroll"></div></div>
+          <div class="details"></div>
+          <div class="summary"></div>
+        </div>
         <div class="status" role="status"></div>
       </section>`;
     this.part = (selector) => this.root.querySelector(selector);
+    this._pairs = new pairs.Pairs();
+    this.part(".verdict").before(this._pairs.element);
+    this.open = false;
     this._drawn = [];
     this._chosen = -1;
     this._width = 0;
@@ -88,19 +119,77 @@ export class ReportView {
    *
    * @param {string} text JSON from a node
    * @param {string} summary a few lines of text
+   * @param {object[]} images as `Pairs.show` takes them
+   * @param {[string, string]} labels of these
    */
-  show(text, summary) {
+  show(text, summary, images = [], labels = ["", ""]) {
     this.json = text;
     this.summary = summary;
     try {
       this.document = documents.read(text);
     } catch (error) { // the page is older than the pack
       this.document = { measures: [], rows: {}, data: {} };
-      this.summary = `${summary}\n${error.message}; reload the page`.trim();
+      this.summary = `${error.message}; reload the page\n${summary}`.trim();
     }
-    this._expand(false);
+    const { level, text: verdict, layers } = documents.verdict(this.document.data, this.summary);
+    this._headline(level, verdict);
+    this._layers = layers;
+    this._pairs.show(images, labels);
+    this.part(".actions").hidden = false;
+    this._offerExclude();
+    const [first, ...others] = this.summary.split("\n");
+    this.part(".summary").textContent = first.startsWith(verdict) ? others.join("\n") : this.summary;
     setOptions(this.part("[name=measure]"), this.document.measures.map((m) => m.label));
+    this._setOpen(this.open);
     this._draw();
+  }
+
+  /** Show how far the work is, or how it ended, in place of the verdict. */
+  progress(text) {
+    const failed = text.startsWith("failed") ? "bad" : "";
+    this._headline(text === "interrupted" ? "notice" : failed, text);
+  }
+
+  _headline(level, text) {
+    const line = this.part(".verdict");
+    line.textContent = text;
+    line.title = text;
+    line.dataset.level = level;
+  }
+
+  /** What a click on "exclude these layers" does with their names; without it there is no button. */
+  set exclude(act) {
+    this._exclude = act;
+    this._offerExclude();
+  }
+
+  _offerExclude() {
+    const count = this._layers?.length ?? 0;
+    const button = this.part("[name=exclude]");
+    button.hidden = !count || !this._exclude;
+    button.disabled = false;
+    button.textContent = count === 1 ? "exclude this layer" : `exclude these ${count} layers`;
+    button.title = `Keep unquantized:\n${this._layers?.join("\n")}`;
+  }
+
+  _setOpen(open) {
+    const button = this.part("[name=open]");
+    const what = this.document?.data.layers ? "layers" : "details";
+    button.textContent = `${open ? "hide" : "show"} ${what}`;
+    button.setAttribute("aria-expanded", open);
+    this.part(".rest").hidden = !open;
+    this.part("[name=copy]").hidden = !open;
+    this.part("[name=save]").hidden = !open || !this.document?.measures.length;
+    this.element.classList.toggle("open", open);
+    if (open === this.open) return;
+    this.open = open;
+    this.onOpen?.(open); // who owns the view makes room
+    if (open && this.document) this._draw();
+  }
+
+  /** Height in px that the view needs. */
+  get height() {
+    return CLOSED + (this.open ? REST : 0);
   }
 
   dispose() {
@@ -128,7 +217,13 @@ export class ReportView {
     });
     this.part("[name=copy]").addEventListener("click", () => this._copy());
     this.part("[name=save]").addEventListener("click", () => this._save());
-    this.part(".more").addEventListener("click", () => this._expand(!this._expanded));
+    this.part("[name=open]").addEventListener("click", () => this._setOpen(!this.open));
+    this.part("[name=exclude]").addEventListener("click", () => {
+      this._exclude(this._layers);
+      const button = this.part("[name=exclude]");
+      button.disabled = true;
+      button.textContent = "excluded in the next run";
+    });
     const scroll = this.part(".scroll");
     for (const kind of ["pointermove", "click"]) {
       scroll.addEventListener(kind, (event) => this._choose(this._under(event)));
@@ -147,20 +242,9 @@ export class ReportView {
 
   /** Whether the wheel would scroll something in this view. */
   scrolls() {
-    const all = this.part(".all");
-    const scroll = this.part(".scroll");
-    return all.scrollHeight > all.clientHeight || scroll.scrollWidth > scroll.clientWidth;
-  }
-
-  _expand(expanded) {
-    this._expanded = expanded;
-    const lines = this.summary.split("\n");
-    const shown = expanded ? lines : lines.slice(0, SUMMARY_LINES);
-    const more = this.part(".more");
-    this.part(".summary").textContent = shown.join("\n");
-    more.hidden = lines.length <= SUMMARY_LINES;
-    more.textContent = expanded ? "less" : `${lines.length - SUMMARY_LINES} more lines`;
-    more.setAttribute("aria-expanded", expanded);
+    return [".summary", ".details", ".verdict", ".scroll"].map(this.part).some(
+      (part) => part.scrollHeight > part.clientHeight || part.scrollWidth > part.clientWidth,
+    );
   }
 
   _resized() {
@@ -175,7 +259,7 @@ export class ReportView {
 
   _draw() {
     const { data, measures, rows: all } = this.document;
-    const drawing = ".chart, .legend, .details, .tools > :not([name=copy])";
+    const drawing = ".chart, .legend, .details, .tools";
     for (const part of this.root.querySelectorAll(drawing)) part.hidden = !measures.length;
     this._drawn = [];
     this._chosen = -1;
@@ -194,7 +278,7 @@ export class ReportView {
     this._legend(all[measure.rows]);
     this.part(".details").textContent = this._drawn.length
       ? "Point at a bar, or use the arrow keys, for details."
-      : "No bar matches the filter.";
+      : "No layer matches the filter.";
   }
 
   _legend(rows) {
@@ -273,7 +357,7 @@ export class ReportView {
   async _save() {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await this.png());
-    link.download = `mxfp8-${this.document.kind}.png`;
+    link.download = documents.pictureName(this.document, new Date());
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }

@@ -47,6 +47,7 @@ from .sampling import SamplerSettings
 
 _KEY = "mxfp8_compare"
 _KEPT = 1 << 30  # bytes of recorded steps
+_MOST_IMAGES = 16  # seeds whose images are kept
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,15 @@ class Pair:
 
 def compare_models(
     node: type[io.ComfyNode], reference, model, settings: SamplerSettings, decode: Callable | None
-) -> tuple[Comparison, tuple | None]:
+) -> tuple[Comparison, list[tuple]]:
     """Sample all seeds on both models; `node` shows the progress.
 
     Args:
         decode: samples -> images [B, H, W, C]; None if there is no VAE.
 
     Returns:
-        The comparison, and the first seed's decoded images.
+        The comparison, and the decoded images of the first seeds, at most _MOST_IMAGES pairs of
+        [1, H, W, C]; none without `decode`.
 
     Raises:
         ValueError: the two do not sample at the same noise levels, or make other latents.
@@ -115,7 +117,8 @@ def compare_models(
     seconds: tuple[list[list[float]], ...] = [], []  # of each model, by loading, of each run
     pairs: list[Pair] = []
     seeds: list[Seed] = []
-    images, notes = None, []
+    images: list[tuple] = []
+    notes: list[str] = []
     sides = floor = None
     left = settings.each_seed
     while left:
@@ -134,7 +137,8 @@ def compare_models(
             progress.step(0, f"seed {pair.seed.seed}")
             seeds.append(_with_images(pair.seed, decoded, notes) if decoded else pair.seed)
             pairs.append(replace(pair, samples=()))
-            images = images or tuple(image[:1].cpu() for image in decoded)
+            if decoded and len(images) < _MOST_IMAGES:
+                images.append(tuple(image[:1].cpu() for image in decoded))
 
     if any(pair.errors is None for pair in pairs):
         notes.append("differences by step were not measured: this sampler chooses its own steps")

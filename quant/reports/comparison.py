@@ -204,10 +204,12 @@ class Comparison:
     @property
     def labels(self) -> tuple[str, str]:
         """What the reference and the model are, in a word each: "BF16" and "MXFP8"."""
-        names = tuple(
-            "MXFP8" if side.paths else side.dtype for side in (self.reference, self.model)
+        dtypes = {"F32": "FP32", "F16": "FP16"}
+        first, second = (
+            "MXFP8" if side.paths else dtypes.get(side.dtype, side.dtype)
+            for side in (self.reference, self.model)
         )
-        return names if names[0] != names[1] else ("reference", "model")
+        return (first, second) if first != second else ("reference", "model")
 
     @property
     def verdict(self) -> Verdict:

@@ -1,4 +1,4 @@
-"""A comparison as one picture: two charts, and a strip of three images if a VAE decoded any.
+"""A comparison as one picture: the verdict, the images if a VAE decoded any, and two charts.
 
 Drawn with Pillow, which ComfyUI brings; it does not bring matplotlib. Everything is drawn at twice
 the size and scaled down, because Pillow's lines have hard edges.
@@ -7,11 +7,13 @@ the size and scaled down, because Pillow's lines have hard edges.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from .comparison import Comparison, interval
+from .verdict import BAD
 
 WIDTH = 1536  # pixels, as everything below
 _TITLES, _CHART, _STRIP = 96, 400, 512
@@ -19,6 +21,7 @@ _MARGIN, _GAP = 32, 24
 _SCALE = 2
 _PAPER, _INK, _PALE, _GRID = "#ffffff", "#1f2328", "#656d76", "#e4e7eb"
 _LINE, _BAND = "#0b62d6", "#d6e6fb"
+_MOST_OTHERS = 3  # seeds beside the first whose images are drawn
 _MOST_LABELS = 9  # along an axis
 _AMPLIFY = (64, 32, 16, 8, 4, 2, 1)
 
@@ -90,16 +93,20 @@ def _scaled(point) -> tuple[float, float]:
     return point[0] * _SCALE, point[1] * _SCALE
 
 
-def draw(comparison: Comparison, strip: Strip | None = None) -> Image.Image:
-    """Draw the picture, WIDTH pixels wide."""
+def draw(comparison: Comparison, strips: Sequence[Strip] = ()) -> Image.Image:
+    """Draw the picture, WIDTH pixels wide.
+
+    Args:
+        strips: the images of the first seeds, if a VAE decoded them.
+    """
     page = _Page(WIDTH, _TITLES + _CHART + 2 * _MARGIN)
     _draw_titles(page, comparison)
     top, bottom = _TITLES + 60, _TITLES + _CHART
     middle = WIDTH * 0.56
     _draw_steps(page, comparison, (_MARGIN + 72, top, middle, bottom))
     _draw_seeds(page, comparison, (middle + 120, top, WIDTH - _MARGIN, bottom))
-    charts = page.image.reduce(_SCALE)
-    return _with_strip(charts, strip) if strip else charts
+    drawn = page.image.reduce(_SCALE)
+    return _with_strips(drawn, strips, comparison.labels) if strips else drawn
 
 
 def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
@@ -112,12 +119,11 @@ def make_strip(reference: Image.Image, model: Image.Image) -> Strip:
 
 def _draw_titles(page: _Page, comparison: Comparison) -> None:
     room = WIDTH - 2 * _MARGIN
-    page.fitted((_MARGIN, _MARGIN - 8), comparison.title(), room, 24)
-    setting = comparison.setting
-    about = f"{len(comparison.seeds)} seeds, {setting}, {setting.device}"
-    page.fitted((_MARGIN, _MARGIN + 26), about, room, 16, _PALE)
-    if comparison.problems:
-        page.fitted((_MARGIN, _MARGIN + 50), "; ".join(comparison.problems), room, 16, "#b42318")
+    verdict, setting = comparison.verdict, comparison.setting
+    color = "#b42318" if verdict.level == BAD else _INK
+    page.fitted((_MARGIN, _MARGIN - 16), verdict.text, room, 24, color)
+    page.fitted((_MARGIN, _MARGIN + 20), comparison.title(), room, 16, _PALE)
+    page.fitted((_MARGIN, _MARGIN + 42), f"{setting}, {setting.device}", room, 16, _PALE)
 
 
 def _draw_steps(page: _Page, comparison: Comparison, box) -> None:
@@ -196,21 +202,43 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 
-def _with_strip(charts: Image.Image, strip: Strip) -> Image.Image:
-    """The charts with the strip below them."""
-    room = (WIDTH - 2 * _MARGIN - 2 * _GAP) // 3, _STRIP
-    pictures = (strip.reference, strip.model, strip.difference)
-    small = strip.reference.width < room[0] and strip.reference.height < room[1]
+def _with_strips(page: Image.Image, strips: Sequence[Strip], labels: Sequence[str]) -> Image.Image:
+    """The page with the images between its titles and its charts: the first seed's with their
+    difference, and smaller the next ones'."""
+    first, *others = strips
+    named = [*zip(labels, (first.reference, first.model), strict=True),
+             (f"difference, amplified {first.factor}x", first.difference)]  # fmt: skip
+    rows = [_row(named, len(named))]
+    rest = [
+        (label, picture)
+        for strip in others[:_MOST_OTHERS]
+        for label, picture in zip(labels, (strip.reference, strip.model), strict=True)
+    ]
+    if rest:
+        rows.append(_row(rest, max(len(rest), 4)))
+    height = page.height + sum(row.height for row in rows)
+    image = Image.new("RGB", (WIDTH, height), _PAPER)
+    top = 0
+    titles = page.crop((0, 0, WIDTH, _TITLES))
+    charts = page.crop((0, _TITLES, WIDTH, page.height))
+    for part in (titles, *rows, charts):
+        image.paste(part, (0, top))
+        top += part.height
+    return image
+
+
+def _row(named: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image:
+    """Pictures side by side, each under its label."""
+    room = (WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns, _STRIP
+    first = named[0][1]
+    small = first.width < room[0] and first.height < room[1]
     # Of a small image, visible pixels are better than blur.
     resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    pictures = [ImageOps.contain(picture, room, resampling) for picture in pictures]
-    top = charts.height
-    image = Image.new("RGB", (WIDTH, top + 28 + pictures[0].height + _MARGIN), _PAPER)
-    image.paste(charts)
+    pictures = [ImageOps.contain(picture, room, resampling) for _, picture in named]
+    image = Image.new("RGB", (WIDTH, 28 + pictures[0].height + _GAP), _PAPER)
     draw = ImageDraw.Draw(image)
-    labels = ("reference", "model", f"difference, amplified {strip.factor}x")
-    for index, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
+    for index, ((label, _), picture) in enumerate(zip(named, pictures, strict=True)):
         left = _MARGIN + index * (room[0] + _GAP)
-        draw.text((left, top), label, _INK, ImageFont.load_default(16))
-        image.paste(picture, (left, top + 28))
+        draw.text((left, 2), label, _INK, ImageFont.load_default(16))
+        image.paste(picture, (left, 28))
     return image

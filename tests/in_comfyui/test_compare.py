@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from comfyui import PromptError
@@ -85,6 +86,7 @@ def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(co
     for name, samples in runs.items() if vae else ():
         image = graph.add("VAEDecode", samples=samples[0], **vae)
         graph.add("TestSaveTensor", tensor=image, name=f"compare-{name}")
+    shown = graph.add("PreviewImage", images=node)
     outputs = comfy.run(graph)
 
     result = comparison(outputs, node)
@@ -98,7 +100,7 @@ def test_a_comparison_says_what_stock_samplers_put_out_and_goes_into_the_file(co
     assert result.problems == [] and result.floor.repeats and not result.floor.draws
     check_steps(result, latent)
     check_words(result, outputs[node[0]]["text"][0], kind)
-    check_picture(result, outputs, node, comfy.base)
+    check_picture(result, outputs, node, shown, comfy.base)
     check_file(comfy, result, outputs[made[0]], kind)
     warned = "the comparison was measured on seeds that the calibration sampled (1 of 4"
     assert (warned in outputs[save[0]]["text"][0]) == (kind == "wan")
@@ -116,7 +118,7 @@ def check_steps(result: Comparison, latent: dict) -> None:
 
 def check_words(result: Comparison, text: str, kind: str) -> None:
     assert text == result.summary() and "lossless" not in text.lower()
-    assert f"latent SNR {result.latent_snr_db.mean:.2f} dB (95% bootstrap CI " in text
+    assert f"latent SNR {result.latent_snr_db.mean:.2f} dB (mean, n = 4)" in text
     assert "4 seeds, 2 steps of euler/simple, cfg 1" in text
     assert sum(result.model.paths.values()) >= 10
     assert result.reference.paths == {} and result.reference.fingerprint != result.model.fingerprint
@@ -128,15 +130,23 @@ def check_words(result: Comparison, text: str, kind: str) -> None:
     assert (result.psnr_db is None) == (kind != "flux")
 
 
-def check_picture(result: Comparison, outputs: dict, node: list, base) -> None:
-    (entry,) = outputs[node[0]]["images"]
+def check_picture(result: Comparison, outputs: dict, node: list, shown: list, base) -> None:
+    (entry,) = outputs[shown[0]]["images"]
     picture = Image.open(base / entry["type"] / entry["subfolder"] / entry["filename"])
     assert picture.width == 1536
     if result.psnr_db is None:
-        assert picture.height < 600
+        assert picture.height < 600 and "mxfp8_images" not in outputs[node[0]]
         return
     assert picture.height > 900
     reference, model = (saved_tensor(base, f"compare-{name}").double() for name in "rm")
+    (images,) = outputs[node[0]]["mxfp8_images"]
+    assert images["labels"] == list(result.labels) and len(images["pairs"]) == len(SEEDS)
+    for entry, tensor in zip(("first", "second"), (reference, model), strict=True):
+        file = images["pairs"][0][entry]
+        decoded = numpy.asarray(
+            Image.open(base / file["type"] / file["subfolder"] / file["filename"])
+        )
+        assert numpy.abs(decoded / 255 - tensor[0].numpy()).max() <= 0.6 / 255  # rounded or cut off
     error = (reference - model).square().mean()
     assert result.seeds[0].psnr_db == pytest.approx(-10 * math.log10(float(error)), abs=0.02)
     assert 0.5 < result.seeds[0].ssim < 1

@@ -415,12 +415,14 @@ def test_the_strip_shows_both_images_and_their_difference_amplified():
     model = Image.new("RGB", (64, 64), (103, 100, 100))
     strip = plot.make_strip(reference, model)
     assert strip.factor == 64 and strip.difference.getpixel((5, 5)) == (192, 0, 0)
-    image = plot.draw(COMPARISON, strip)
-    plain = plot.draw(COMPARISON)
-    y = plain.height + 100
+    image = plot.draw(COMPARISON, [strip])
+    y = plot._TITLES + 100
     third = plot.WIDTH // 3
     colors = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
     assert colors == [(100, 100, 100), (103, 100, 100), (192, 0, 0)]
+    more = plot.draw(COMPARISON, [strip] * 9)  # of the next three seeds, six smaller pictures
+    below = more.crop((0, image.height - plot._CHART, plot.WIDTH, image.height - plot._CHART + 200))
+    assert more.height > image.height and len(pixels(below, "#676464", 0)) > 10_000
     assert plot.make_strip(reference, Image.new("RGB", (64, 64), (255, 0, 0))).factor == 1
     assert plot.make_strip(reference, reference).difference.getbbox() is None
 

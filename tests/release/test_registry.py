@@ -25,6 +25,7 @@ import venv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -333,7 +334,7 @@ def test_the_browser_gets_the_packs_script_and_templates(server):
     assert set(server.get("/workflow_templates")[REGISTRY_FOLDER]) == names
     for path in examples.iterdir():
         assert path.stem in names, f"{path.name} belongs to no example"
-        url = f"{server.url}/api/workflow_templates/{REGISTRY_FOLDER}/{path.name}"
+        url = f"{server.url}/api/workflow_templates/{REGISTRY_FOLDER}/{quote(path.name)}"
         with urllib.request.urlopen(url, timeout=60) as answer:
             assert answer.read() == path.read_bytes()
 

@@ -20,6 +20,7 @@ _ARGUMENTS = [
 ]  # fmt: skip
 # Of comfyui-frontend-package: the newest on 2026-11-30; a release comes about weekly.
 NEWEST_PAGE = "1.58.1"
+RENDERERS = {"litegraph": False, "nodes2": True}  # -> the setting Comfy.VueNodes.Enabled
 SIZE = {"width": 1400, "height": 900}
 
 
@@ -134,18 +135,30 @@ class ComfyPage:
         """Run one of the page's commands, as a menu or a shortcut does."""
         self.page.evaluate("(name) => app.extensionManager.command.execute(name)", name)
 
+    def open(self, workflow: dict) -> None:
+        """Open a workflow and show all of it."""
+        self.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+        self.settle()
+        self.command("Comfy.Canvas.FitView")
+        self.settle(60)
+
     def queue(self, ends: str = "execution_success") -> None:
         """Run the workflow on the canvas, wait for its end, and check that it ended with this."""
+        self.run(None, ends)
+
+    def run(self, prompt: dict | None, ends: str = "execution_success") -> None:
+        """The same with a prompt of one's own: {"output": graph, "workflow": what is saved}."""
         self.page.evaluate(
-            """() => {
+            """(prompt) => {
                 window.ended = new Promise((done) => {
                     for (const kind of
                         ["execution_success", "execution_error", "execution_interrupted"]) {
                         app.api.addEventListener(kind, () => done(kind), { once: true });
                     }
                 });
-                return app.queuePrompt(0, 1);
-            }"""
+                return prompt ? app.api.queuePrompt(0, prompt) : app.queuePrompt(0, 1);
+            }""",
+            prompt,
         )
         ended = self.page.evaluate("() => window.ended")
         assert ended == ends, ended

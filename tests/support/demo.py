@@ -7,8 +7,8 @@ Everything runs in the real ComfyUI, on the CPU, and stays in demo-output/.
 1. A small trained model draws eight prompts in BF16 and in MXFP8, side by side in pictures.png
    (see demo_pictures.py).
 2. A model with Z-Image's layers at their full size, five instead of 34 and random (908 million
-   parameters), because a fresh machine has no models: the example workflow
-   `quantize_z_image_turbo` quantizes and saves it, `load_mxfp8` loads the saved file, and the three
+   parameters), because a fresh machine has no models: the example workflow `MXFP8 2 - Quantize and
+   compare` quantizes and saves it, `MXFP8 1 - Run a model` loads the saved file, and the three
    images are compared. Prompts are replaced by a fixed conditioning.
 """
 
@@ -63,7 +63,7 @@ def quantize_at_full_width(server: Server) -> None:
     with step("make a model of Z-Image's shape, and a VAE"):
         make_models(BASE, "zimage", "vae")
     source = DIFFUSION_MODELS / "zimage.safetensors"
-    graph = load_example("quantize_z_image_turbo", server.get("/object_info"))
+    graph = load_example("MXFP8 2 - Quantize and compare", server.get("/object_info"))
     fit_machine(graph)
     set_inputs(graph, "UNETLoader", unet_name=source.name)
     saving, quantizing = find(graph, "MXFP8SaveModel"), find(graph, "MXFP8QuantizeModel")
@@ -79,7 +79,7 @@ def quantize_at_full_width(server: Server) -> None:
     with step("sample and decode with the quantized model"):
         quantized = picture(server, graph, images["z_image_mxfp8"])
 
-    graph = load_example("load_mxfp8", server.get("/object_info"))
+    graph = load_example("MXFP8 1 - Run a model", server.get("/object_info"))
     fit_machine(graph)
     set_inputs(graph, "MXFP8LoadDiffusionModel", model_name=saved.name)
     with step("load the saved file, sample and decode"):

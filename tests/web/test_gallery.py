@@ -15,6 +15,7 @@ from pathlib import Path
 
 import minilm
 import pytest
+import thumbnails
 from browser import ComfyPage
 from PIL import Image
 from workflows import EXAMPLES, to_graph
@@ -35,12 +36,6 @@ FOLDERS = {
     "MXFP8LoadTextEncoder": "text_encoders",
     "VAELoader": "vae",
 }
-# Everything on the page except the canvas and its nodes.
-HIDDEN = """
-    .comfyui-body-top, .comfyui-body-left, .comfyui-body-right, .comfyui-body-bottom,
-    [class*=minimap], [class*=side-tool], [class*=sidebar], [class*=workflow-tabs],
-    [class*=actionbar], .p-toast { visibility: hidden !important }
-"""
 TALL = {"width": 1400, "height": 1500}  # px, so that every node fits on the page
 
 
@@ -80,6 +75,19 @@ def take(shown, node: int, path: Path) -> None:
         assert len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64)) > 8, path.name
 
 
+def take_thumbnails(browser, errors: list, folder: Path) -> None:
+    """Take the example workflows' thumbnails."""
+    folder.mkdir(exist_ok=True)
+    page = browser.new_page(viewport={"width": thumbnails.SIZE, "height": thumbnails.SIZE})
+    for path in EXAMPLES.glob("*.json"):
+        page.set_content(thumbnails.page(path.stem, errors))
+        png = page.screenshot()
+        with Image.open(io.BytesIO(png)) as image:
+            assert image.size == (thumbnails.SIZE, thumbnails.SIZE)
+            image.convert("RGB").save(folder / f"{path.stem}.jpg", quality=90)
+    page.close()
+
+
 @pytest.fixture(scope="module")
 def trained(comfy) -> None:
     """Trained weights, MiniLM's, in a model folder, and two calibrations of them on two texts."""
@@ -110,6 +118,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
         shown.link(load, convert, to)
     shown.queue()
     view = shown.page.locator(".mxfp8-report")
+    view.get_by_role("button", name="show layers").click()
     view.locator(".bar").first.wait_for()
     view.locator("[role=listbox]").focus()
     for _ in range(12):
@@ -120,6 +129,8 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     assert len(measured) == 36
     assert all(layer["output_error"] < layer["nearest_error"] for layer in measured)
     assert "on held-out data" in view.locator(".summary").inner_text()
+    errors = [(layer["nearest_error"], layer["output_error"]) for layer in measured]
+    take_thumbnails(browser, errors, pictures / "example_workflows")
     assert not shown.complaints
     shown.close()
 
@@ -130,6 +141,7 @@ def test_a_backend_report(shown, pictures):
     node = shown.add("MXFP8BackendReport", (420, 120), measure=True, rows=256)
     shown.link(load, node, "model")
     shown.queue()
+    shown.page.get_by_role("button", name="show layers").click()
     shown.page.locator(".mxfp8-report .bar").first.wait_for()
     take(shown, node, pictures / "docs" / "gallery" / "backend-report.png")
 
@@ -149,7 +161,11 @@ def test_a_comparison(shown, pictures):
     ):  # fmt: skip
         shown.link(source, node, name)
     shown.queue()
-    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    images = shown.page.locator(".mxfp8-report .pairs img")
+    images.first.wait_for()
+    assert images.count() == 2 * 4  # seeds
+    images.evaluate_all("(all) => Promise.all(all.map((image) => image.decode()))")
+    assert images.evaluate_all("(all) => all.every((image) => image.naturalWidth === 64)")
     take(shown, node, pictures / "docs" / "gallery" / "compare.png")
 
 
@@ -187,7 +203,7 @@ def test_every_node_alone(comfy, examples, pictures):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.json")))
-def test_an_example_opens_whole(comfy, examples, pictures, name):
+def test_an_example_opens_whole(comfy, examples, name):
     workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
     examples.clear()
     sent, failed = examples.page.evaluate(
@@ -201,26 +217,3 @@ def test_an_example_opens_whole(comfy, examples, pictures, name):
     assert not failed
     graph = to_graph(workflow, comfy.get("/object_info"))  # what the other tests run
     assert {k: n["inputs"] for k, n in sent.items()} == {k: n["inputs"] for k, n in graph.items()}
-    examples.settle()
-    box = examples.page.evaluate(
-        """() => {
-            const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30,
-                n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
-            const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((b) => b[i])) - 20);
-            const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((b) => b[i])) + 20);
-            const { width, height } = app.canvas.canvas.getBoundingClientRect();
-            const scale = Math.min((width - 80) / (right - left), (height - 130) / (bottom - top));
-            app.canvas.ds.scale = scale;
-            app.canvas.ds.offset = [70 / scale - left, 110 / scale - top];
-            app.canvas.setDirty(true, true);
-            return { x: 70, y: 110, width: (right - left) * scale, height: (bottom - top) * scale };
-        }"""
-    )
-    examples.settle()
-    png = examples.page.screenshot(clip=box, style=HIDDEN)
-    path = pictures / "example_workflows" / f"{name}.jpg"
-    path.parent.mkdir(exist_ok=True)
-    with Image.open(io.BytesIO(png)) as image:
-        image.convert("RGB").resize((900, round(900 * image.height / image.width))).save(
-            path, quality=82
-        )

@@ -7,13 +7,11 @@ import re
 import struct
 
 import pytest
-from browser import NEWEST_PAGE, ComfyPage
+from browser import NEWEST_PAGE, RENDERERS, ComfyPage
 from comfyui import Server, fetch_package
 from versions import ends
 
 pytestmark = pytest.mark.comfy
-
-RENDERERS = {"litegraph": False, "nodes2": True}
 
 
 @pytest.fixture(scope="module", params=["oldest", "pinned", "newest"])
@@ -49,6 +47,7 @@ def quantized(request, comfy, browser, tmp_path_factory):
     shown.queue()
     shown.node = node
     shown.view = shown.page.locator(".mxfp8-report")
+    shown.view.get_by_role("button", name="show layers").click()
     shown.view.locator(".bar").first.wait_for()
     picture = tmp_path_factory.mktemp("pictures") / f"report-{request.param}.png"
     shown.page.screenshot(path=picture)
@@ -96,7 +95,7 @@ def test_the_summary_is_the_report_s(quantized):
     text = quantized.view.locator(".summary").inner_text()
     assert "17 layers MXFP8, 2 kept" in text and "worst layer" in text
     legend = quantized.view.locator(".legend").inner_text()
-    assert "mxfp8 17" in legend and "kept 2" in legend
+    assert "mxfp8 17" in legend and "not quantized 2" in legend
     widgets = quantized.page.evaluate(
         f"app.graph.getNodeById({quantized.node}).widgets.map((w) => w.name)"
     )
@@ -133,7 +132,7 @@ def test_layers_are_sorted_and_filtered(quantized):
     assert labels(quantized) == ["img_in", "txt_in"]
     quantized.view.locator("[name=filter]").fill("no such layer")
     assert labels(quantized) == []
-    assert "No bar" in quantized.view.locator(".details").inner_text()
+    assert "No layer" in quantized.view.locator(".details").inner_text()
     quantized.view.locator("[name=filter]").fill("")
     assert labels(quantized) == [layer["name"] for layer in layers]
 
@@ -163,7 +162,7 @@ def test_keys_walk_the_bars_and_reach_nothing_else(quantized):
 def test_every_control_has_a_name_and_every_bar_a_role(quantized):
     for name in ("measure", "order", "filter"):
         assert quantized.view.locator(f"[name={name}]").get_attribute("aria-label")
-    assert quantized.view.get_by_role("option", name="img_in, kept").count() == 1
+    assert quantized.view.get_by_role("option", name="img_in, not quantized").count() == 1
     assert quantized.view.get_by_role("button", name="copy JSON").count() == 1
 
 
@@ -189,7 +188,7 @@ def test_the_report_is_copied_and_saved(quantized, tmp_path):
         quantized.view.get_by_role("button", name="save PNG").click()
     path = tmp_path / download.value.suggested_filename
     download.value.save_as(path)
-    assert path.name == "mxfp8-conversion.png"
+    assert re.fullmatch(r"mxfp8-conversion-Flux-\d{4}-\d\d-\d\d\.png", path.name)
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -215,6 +214,36 @@ def test_the_view_is_not_saved_with_the_workflow(quantized):
         saved,
     )
     assert again[:4] == entry["widgets_values"]
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_layers_that_stand_out_are_excluded_on_a_click(comfy, browser, renderer):
+    """Random weights have no such layers, so the report that the node sent is given two."""
+    shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
+    shown.clear()
+    load = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
+    seen = f"no_such_layer_{renderer}"  # or the server would not run it for both renderers
+    node = shown.add("MXFP8QuantizeModel", (420, 160), preset="none", exclude=seen)
+    shown.link(load, node, "model")
+    shown.link(node, shown.add("PreviewAny", (980, 160)), "source", slot=1)
+    shown.queue()
+    view = f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'mxfp8_report').view"
+    names = ["double_blocks.0.img_attn.proj", "img_in"]
+    shown.page.evaluate(
+        f"""(names) => {{
+            const report = JSON.parse({view}.json);
+            report.verdict.layers = names;
+            {view}.show(JSON.stringify(report), "");
+        }}""",
+        names,
+    )
+    shown.page.get_by_role("button", name="exclude these 2 layers").click()
+    shown.page.get_by_role("button", name="excluded in the next run").wait_for()
+    shown.queue()
+    layers = json.loads(shown.page.evaluate(f"{view}.json"))["layers"]
+    assert [x["name"] for x in layers if x["decision"] == "kept"] == sorted(names, reverse=True)
+    assert not shown.complaints
+    shown.close()
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
@@ -363,14 +392,14 @@ def test_a_report_comes_back_with_its_workflow_tab(served, browser):
     shown.close()
 
 
-def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(served, browser):
+def test_a_report_comes_back_after_a_reload_if_the_server_has_it(served, browser):
     shown = ComfyPage(browser, served, nodes2=True)
     shown.clear()
     node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
     shown.queue()
     document = shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]")
     shown.reload()
-    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for(state="attached")
     assert shown.page.evaluate(
         f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'mxfp8_report').view.json"
     ) == document  # fmt: skip
@@ -384,8 +413,8 @@ def test_a_report_comes_back_after_a_reload_or_leaves_no_empty_box(served, brows
         }"""
     )
     shown.settle()
-    assert shown.page.locator(".mxfp8-report").count() == 0
-    assert height < 200  # the view takes 420
+    assert shown.page.locator(".mxfp8-report .verdict").inner_text() == "The report appears here."
+    assert height < 250  # closed
     assert not shown.complaints
     shown.close()
 
@@ -411,7 +440,7 @@ def test_every_page_shows_it(served, browser, renderer):
     shown.clear()
     node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
     shown.queue()
-    shown.page.locator(".mxfp8-report .bar").first.wait_for()
+    shown.page.locator(".mxfp8-report .bar").first.wait_for(state="attached")
     layers = json.loads(shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]"))["layers"]
     assert shown.page.locator(".mxfp8-report .bar").count() == len(layers)
     assert not shown.complaints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -123,7 +124,7 @@ def test_decibels_have_a_threshold_and_no_zero(view):
     assert kept["fill"] != good["fill"] == bad["fill"]
     assert good["label"] == "a.1, mxfp8, SQNR 31.00 dB, 64 by 32"
     assert "SQNR 22.50 dB, below the threshold of 24.60 dB" in bad["label"]
-    assert kept["label"] == "a.2, kept, 64 by 32, excluded by preset"
+    assert kept["label"] == "a.2, not quantized, 64 by 32, excluded by preset"
 
 
 def test_bars_stay_wide_enough_to_point_at(view):
@@ -257,7 +258,7 @@ def test_a_saved_picture_has_the_whole_title_and_a_legend(view):
         REPORT.to_json(),
     )
     assert parsed
-    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "kept"]
+    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "not", "quantized"]
     assert right <= width
 
 
@@ -270,20 +271,23 @@ def showing(view, *documents: tuple[str, str]) -> dict:
             document.body.append(view.element);
             for (const [text, summary] of documents) {
                 view.show(text, summary);
+                if (!view.open) view.part("[name=open]").click();
                 view._choose(0);
             }
             const shown = (selector) => view.part(selector).getClientRects().length > 0;
             const state = {
                 chart: shown(".chart"), save: shown("[name=save]"), copy: shown("[name=copy]"),
                 legend: shown(".legend"), details: shown(".details"), bars: view._drawn.length,
-                summary: view.part(".summary").textContent, more: shown(".more"),
+                summary: view.part(".summary").textContent,
+                verdict: view.part(".verdict").textContent,
+                level: view.part(".verdict").dataset.level,
                 name: view.part(".details b")?.textContent ?? null,
                 made: view.root.querySelectorAll("img, .summary b").length,
                 orders: [...view.part("[name=order]").options].map((o) => o.textContent),
                 measure: view.part("[name=measure]").value,
             };
-            view.part(".more").click();
-            state.expanded = view.part(".summary").textContent;
+            view.part("[name=open]").click();
+            state.closed = !shown(".chart") && !shown(".summary") && !shown("[name=copy]");
             view.element.remove();
             return state;
         }""",
@@ -294,7 +298,7 @@ def showing(view, *documents: tuple[str, str]) -> dict:
 def test_nothing_of_an_earlier_document_stays(view):
     empty = json.dumps({"mxfp8_inspection": 1, "layers": []})
     shown = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
-    assert shown["summary"] == "second" and shown["bars"] == 0
+    assert (shown["verdict"], shown["summary"], shown["bars"]) == ("second", "", 0)
     assert not any(shown[part] for part in ("chart", "save", "legend", "details"))
     assert shown["copy"]
     again = showing(view, (empty, "first"), (REPORT.to_json(), "second"))
@@ -303,16 +307,104 @@ def test_nothing_of_an_earlier_document_stays(view):
 
 def test_an_unreadable_document_asks_for_a_reload(view):
     shown = showing(view, (json.dumps({"mxfp8_report": 9}), "summary"))
-    assert "summary" in shown["summary"] and "reload the page" in shown["summary"]
+    assert shown["summary"] == "summary" and "reload the page" in shown["verdict"]
     assert not shown["chart"]
 
 
-def test_a_long_summary_opens(view):
-    text = "\n".join(f"line {i}" for i in range(9))
-    shown = showing(view, (REPORT.to_json(), text))
-    assert shown["more"] and shown["summary"] == text[: text.index("\nline 6")]
-    assert shown["expanded"] == text
-    assert not showing(view, (REPORT.to_json(), "line\n" * 3))["more"]
+@pytest.mark.parametrize(
+    ("document", "text", "level", "verdict"),
+    [
+        ({"mxfp8_report": 1, "verdict": {"level": "notice", "text": "so", "layers": []}}, "a\nb",
+         "notice", "so"),
+        ({"mxfp8_inspection": 1}, "a\nOK: sound", "good", "OK: sound"),
+        ({"mxfp8_inspection": 1}, "a\nNOT OK: 1 problem", "bad", "NOT OK: 1 problem"),
+        ({"mxfp8_backend_report": 1}, "a\nb", "", "a"),
+    ],
+)  # fmt: skip
+def test_the_verdict_comes_first_and_the_rest_on_a_click(view, document, text, level, verdict):
+    shown = showing(view, (json.dumps({**document, "layers": [asdict(LAYERS[0])]}), text))
+    rest = text.removeprefix(verdict).strip()
+    assert (shown["level"], shown["verdict"], shown["summary"]) == (level, verdict, rest)
+    assert shown["chart"] and shown["closed"]
+
+
+def test_nothing_changes_the_height_but_opening(view):
+    heights = view(
+        """async ([text, pixel]) => {
+            const { ReportView } = await import("/extensions/ComfyUI-MXFP8/report.mjs");
+            const view = new ReportView();
+            document.body.append(view.element);
+            const seen = [];
+            const measure = () => seen.push(view.element.offsetHeight);
+            measure();
+            view.progress("working\\n".repeat(9)); measure();
+            const image = { name: "seed 1", first: pixel, second: pixel };
+            view.show(text, "line\\n".repeat(40), [image, image], ["BF16", "MXFP8"]); measure();
+            view.part("[name=open]").click(); measure();
+            const top = () => view.part(".summary").getBoundingClientRect().top;
+            const tops = [top()];
+            for (const index of [0, 1, 2, 3]) { view._choose(index); tops.push(top()); }
+            measure();
+            view.part("[name=open]").click(); measure();
+            view.element.remove();
+            return [seen, new Set(tops).size];
+        }""",
+        [REPORT.to_json(), PIXEL],
+    )
+    (new, working, shown, opened, chosen, closed), tops = heights
+    assert new == working == shown == closed < opened == chosen
+    assert tops == 1  # whichever bar is under the pointer
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY"
+    "42YAAAAASUVORK5CYII="
+)
+
+
+def test_images_share_a_slider_and_a_click_enlarges_one(view):
+    states = view(
+        """async (pixel) => {
+            const { Pairs } = await import("/extensions/ComfyUI-MXFP8/pairs.mjs");
+            const pairs = new Pairs();
+            document.body.append(pairs.element);
+            const image = (i) => ({ name: `seed ${i}`, first: pixel, second: pixel });
+            pairs.show([0, 1, 2].map(image), ["BF16", "MXFP8"]);
+            const [first, second] = pairs.element.children;
+            const state = () => [pairs.element.style.getPropertyValue("--split"),
+                [...pairs.element.children].map((f) => f.ariaValueNow),
+                pairs.element.style.getPropertyValue("--columns"),
+                pairs.element.classList.contains("one")];
+            const states = [state()];
+            const key = (name) => first.dispatchEvent(new KeyboardEvent("keydown", { key: name }));
+            key("ArrowLeft"); states.push(state());
+            second.click(); states.push(state());
+            second.click(); states.push(state());
+            states.push([first.textContent, first.ariaLabel]);
+            pairs.show([], ["", ""]); states.push(pairs.element.hidden);
+            pairs.element.remove();
+            return states;
+        }""",
+        PIXEL,
+    )
+    assert states == [
+        ["50%", ["50"] * 3, "2", False],
+        ["45%", ["45"] * 3, "2", False],
+        ["45%", ["45"] * 3, "1", True],
+        ["45%", ["45"] * 3, "2", False],
+        ["BF16MXFP8seed 0", "seed 0: BF16 at the left, MXFP8 at the right"],
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("present", "whole"),
+    [("", r"(^|\.)(a\.1|b\+x)\.weight$"), ("txt_in", r"txt_in|(^|\.)(a\.1|b\+x)\.weight$")],
+)
+def test_layers_become_an_expression_for_exclude(view, present, whole):
+    made = view("(present) => documents.excluding(['a.1', 'b+x'], present)", present)
+    assert made == whole
+    assert re.search(made, "model.a.1.weight") and not re.search(made, "a.10.weight")
 
 
 def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
@@ -325,4 +417,4 @@ def test_hostile_names_are_text(view):
     text = json.dumps({"mxfp8_report": 1, "layers": [layer]})
     shown = showing(view, (text, "<b>summary</b>"))
     assert shown["made"] == 0
-    assert shown["name"] == layer["name"] and shown["summary"] == "<b>summary</b>"
+    assert shown["name"] == layer["name"] and shown["verdict"] == "<b>summary</b>"

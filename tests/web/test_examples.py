@@ -1,0 +1,83 @@
+"""The example workflows in the page: readable as they open, after a run, and under the pointer."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+from browser import RENDERERS, ComfyPage
+from workflows import EXAMPLES, load_example, use_tiny_models
+
+pytestmark = pytest.mark.comfy
+
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+# Of each node, with its title: [name, left, top, right, bottom] in px of the canvas.
+BOXES = """() => {
+    const { scale, offset } = app.canvas.ds;
+    return app.graph._nodes.map((node) => {
+        const shown = document.querySelector(`[data-node-id="${node.id}"]`);
+        if (!shown) {
+            const [x, y, width, height] = node.boundingRect ?? node.getBounding();
+            return [node.title, x, y, x + width, y + height];
+        }
+        const box = shown.getBoundingClientRect();
+        const at = app.canvas.canvas.getBoundingClientRect();
+        const x = (box.left - at.left) / scale - offset[0];
+        const y = (box.top - at.top) / scale - offset[1];
+        return [node.title, x, y, x + box.width / scale, y + box.height / scale];
+    });
+}"""
+
+GROUPS = """() => app.graph._groups.map(
+    ({ title, _bounding: [x, y, width, height] }) => [title, x, y, x + width, y + height])"""
+
+
+def overlaps(boxes: list[list]) -> list[tuple[str, str]]:
+    return [
+        (a[0], b[0])
+        for a, b in combinations(boxes, 2)
+        if a[1] < b[3] and b[1] < a[3] and a[2] < b[4] and b[2] < a[4]
+    ]
+
+
+def inside(pair: tuple[str, str], groups: list[list], nodes: list[list]) -> bool:
+    """Whether the node of a pair lies in its group, frame and all."""
+    group, node = (next(box for box in boxes if box[0] == name)
+                   for name, boxes in zip(pair, (groups, nodes), strict=True))  # fmt: skip
+    return (
+        group[1] <= node[1] and node[3] <= group[3] and group[2] <= node[2] and node[4] <= group[4]
+    )
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def shown(request, comfy, browser):
+    page = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param])
+    page.page.set_viewport_size({"width": 1800, "height": 1000})
+    yield page
+    assert not page.complaints
+    page.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_stays_readable_after_a_run(comfy, shown, name, tmp_path):
+    workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+    shown.open(workflow)
+    before = shown.page.evaluate(BOXES)
+    assert overlaps(before) == []
+    groups = shown.page.evaluate(GROUPS)
+    assert [title.partition(".")[0] for title, *_ in groups] == list("12345"[: len(groups)])
+    assert overlaps(groups) == []
+    assert [pair for pair in overlaps([*groups, *before]) if not inside(pair, groups, before)] == []
+
+    graph = load_example(name, comfy.get("/object_info"))
+    use_tiny_models(graph)
+    shown.run({"output": graph, "workflow": workflow})
+    shown.settle(60)
+    shown.page.screenshot(path=tmp_path / "after.png")
+    after = shown.page.evaluate(BOXES)
+    assert overlaps(after) == []
+    for view in shown.page.locator(".mxfp8-report").all():
+        view.hover(force=True)
+    shown.settle()
+    assert shown.page.evaluate(BOXES) == after
