@@ -24,6 +24,7 @@ const REPORTS = {
   MXFP8ConvertFile: 0,
   MXFP8Inspect: 0,
   MXFP8QuantizeModel: 0,
+  MXFP8QuantizeTextEncoder: 0,
 };
 const PRECISION = "MXFP8.DefaultPrecision";
 const RUNS = 20; // of the history that are looked through
