@@ -165,13 +165,12 @@ def _show_plan(plan: policy.Plan) -> None:
         (
             "mxfp8" if decision.quantize else "keep",
             plain(decision.key),
-            decision.dtype,
-            "x".join(map(str, decision.shape)) or "scalar",
+            f"{decision.dtype} {'x'.join(map(str, decision.shape)) or 'scalar'}",
             decision.reason,
         )
         for decision in plan.decisions
     ]
-    show_table(("", "tensor", "dtype", "shape", "reason"), rows, "tensor")
+    show_table(("", "tensor", "stored as", "reason"), rows, "tensor")
     before, after = _sizes(plan)
     show("\n".join([
         "",

@@ -54,16 +54,16 @@ def show_table(
 ) -> None:
     """Print a table.
 
-    Where a terminal is too narrow for it, the columns after `name` go to a line below that.
+    Where a terminal is too narrow for it, a row goes on below its name: with its texts, and with
+    its numbers too where those do not fit either.
 
     Args:
         name: the column that says what a row is about.
-        right: the columns that are aligned to the right.
+        right: the columns of numbers, which are aligned to the right.
     """
     rows, console = [*rows], _console()
-    lines = [*_aligned(columns, rows, right)]
     if console is None:
-        print(*lines, sep="\n")
+        print(*_aligned(columns, rows, right), sep="\n")
         return
     from rich import box
     from rich.console import Group
@@ -72,8 +72,7 @@ def show_table(
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    whole = max(map(len, lines)) <= console.width
-    shown = columns if whole else columns[: columns.index(name) + 1]
+    shown = _that_fit(columns, _widths(columns, rows), console.width, name, right)
     for column in shown:
         table.add_column(
             column,
@@ -82,18 +81,37 @@ def show_table(
             overflow="fold",
         )
     for row in rows:
-        cells = [Text(cell, _style(cell)) for cell in row[: len(shown)]]
-        if not whole:
-            below = _below(columns[len(shown) :], row[len(shown) :], right)
-            cells[-1] = Group(cells[-1], *(Padding(Text(x, "dim"), (0, 0, 0, 2)) for x in below))
-        table.add_row(*cells)
+        cells = dict(zip(columns, row, strict=True))
+        texts = {column: Text(cells[column], _style(cells[column])) for column in shown}
+        below = _below({c: cell for c, cell in cells.items() if cell and c not in shown}, right)
+        if below:
+            lines = (Padding(Text(line, "dim"), (0, 0, 0, 2)) for line in below)
+            texts[name] = Group(texts[name], *lines)
+        table.add_row(*texts.values())
     console.print(table)
 
 
-def _below(columns, row, right) -> list[str]:
-    """The cells of a row as lines: numbers on one, with what they are, and each text on its own."""
-    numbers = [f"{c} {cell}" for c, cell in zip(columns, row, strict=True) if cell and c in right]
-    texts = [cell for c, cell in zip(columns, row, strict=True) if cell and c not in right]
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, int]:
+    return {
+        column: max(map(len, cells))
+        for column, cells in zip(columns, zip(columns, *rows, strict=True), strict=True)
+    }
+
+
+def _that_fit(columns, widths: dict[str, int], width: int, name: str, right) -> list[str]:
+    """The columns of a table that fit into a terminal; at least those up to `name`."""
+    first = columns[: columns.index(name) + 1]
+    numbers = [column for column in columns if column in first or column in right]
+    for shown in (columns, numbers):
+        if sum(widths[column] + 2 for column in shown) - 2 <= width:
+            return [*shown]
+    return [*first]
+
+
+def _below(cells: dict[str, str], right: Collection[str]) -> list[str]:
+    """Cells as lines: numbers on one, with what they are, and each text on its own."""
+    numbers = [f"{column} {cell}" for column, cell in cells.items() if column in right]
+    texts = [cell for column, cell in cells.items() if column not in right]
     return [*([", ".join(numbers)] if numbers else []), *texts]
 
 
@@ -130,11 +148,11 @@ def _begins(text: str, start: str) -> bool:
 
 def _aligned(columns, rows, right) -> Iterator[str]:
     """The lines of a table in plain text, two spaces between its columns."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    widths = _widths(columns, rows)
     for row in (columns, *rows):
         cells = (
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(columns, row, widths, strict=True)
+            cell.rjust(widths[name]) if name in right else cell.ljust(widths[name])
+            for name, cell in zip(columns, row, strict=True)
         )
         yield "  ".join(cells).rstrip()
 

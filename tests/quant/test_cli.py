@@ -126,8 +126,8 @@ def test_dry_run_prints_every_decision_and_writes_nothing(source, run):
     status, out, _ = run("convert", "--dry-run", ZIMAGE, source.with_name("target.safetensors"))
     assert status == 0
     rows = table(out)
-    assert rows["layers.0.attention.qkv.weight"] == ["mxfp8", "BF16", "192x32", "linear layer"]
-    kept = ["keep", "BF16", "128x32", "preset zimage keeps 'adaLN_modulation'"]
+    assert rows["layers.0.attention.qkv.weight"] == ["mxfp8", "BF16 192x32", "linear layer"]
+    kept = ["keep", "BF16 128x32", "preset zimage keeps 'adaLN_modulation'"]
     assert rows["layers.0.adaLN_modulation.0.weight"] == kept
     assert rows.keys() == load(ZIMAGE)[0].keys()
     total = out.splitlines()[-1]
@@ -152,7 +152,7 @@ def test_dry_run_gives_the_reasons_where_nothing_would_be_quantized(source, run)
         "--exclude",
         ".",
     )
-    assert table(run(*words)[1])["a.weight"] == ["keep", "BF16", "40x64", "excluded by '.'"]
+    assert table(run(*words)[1])["a.weight"] == ["keep", "BF16 40x64", "excluded by '.'"]
 
 
 def test_inspect_says_what_a_file_holds(target, run):
