@@ -755,12 +755,12 @@ def test_names_cannot_write_to_the_terminal(source, run):
 SCRIPT = Path(sys.executable).with_name("mxfp8")
 
 
-def spawn(*words, environment=None, **options) -> subprocess.CompletedProcess:
+def spawn(*words, environment=None, program=(SCRIPT,), **options) -> subprocess.CompletedProcess:
     """Run the console script, whose output Python keeps until it is flushed."""
     ours = {"PYTHONUNBUFFERED": "", "OMP_WAIT_POLICY": None} | (environment or {})
     environment = {k: v for k, v in (os.environ | ours).items() if v is not None}
     options = {"stderr": subprocess.PIPE, "encoding": "utf-8"} | options
-    return subprocess.run([SCRIPT, *words], env=environment, **options)
+    return subprocess.run([*program, *words], env=environment, **options)
 
 
 @pytest.mark.slow
@@ -824,8 +824,8 @@ def test_waiting_threads_sleep_unless_the_user_wants_otherwise(target, own, spin
     assert (count != "0") == spins
 
 
-def on_a_terminal(*words, columns: int = 60, **environment) -> str:
-    """What the command writes to a terminal of so many columns."""
+def on_a_terminal(*words, columns: int = 60, program=(SCRIPT,), **environment) -> str:
+    """What the command, or another program, writes to a terminal of so many columns."""
     import fcntl
     import pty
     import struct
@@ -835,7 +835,9 @@ def on_a_terminal(*words, columns: int = 60, **environment) -> str:
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {"TERM": "xterm-256color", "NO_COLOR": None, "COLUMNS": None} | environment
     reader = ThreadPoolExecutor(1).submit(_all_of, ours)
-    done = spawn(*words, stdout=its, stderr=its, environment=environment)
+    done = spawn(
+        *words, program=program or (SCRIPT,), stdout=its, stderr=its, environment=environment
+    )
     os.close(its)
     assert done.returncode == 0
     return reader.result()
@@ -876,3 +878,39 @@ def test_a_bar_fits_into_the_terminal(columns):
     assert len(bar) <= columns
     assert "10.0MB/s" in bar
     assert ("weight" in bar) == (columns > 40)
+
+
+@needs_posix
+def test_without_rich_a_terminal_gets_plain_text(target, source):
+    code = "import sys; sys.modules['rich'] = None; from mxfp8.quant.cli import main; main()"
+    words = ("verify", target, "--source", source)
+    out = on_a_terminal("-c", code, *words, program=(sys.executable,))
+    assert out.replace("\r\n", "\n") == spawn(*words, stdout=subprocess.PIPE).stdout
+
+
+WORK = """
+import time
+from mxfp8.quant.commands.terminal import progress, show
+with progress("batch") as bar:
+    for done in range(8):
+        bar(done << 20, 8 << 20, f"model.layers.{done}.weight")
+        time.sleep(0.1)
+        if done == 5:
+            bar.clear()
+            show("a line")
+    for _ in range(4):
+        bar(8 << 20, 8 << 20, "verify")
+        time.sleep(0.1)
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("columns", [60, 140])
+def test_a_bar_is_drawn_in_one_line_and_gone_at_the_end(columns):
+    out = on_a_terminal("-c", WORK, program=(sys.executable,), columns=columns)
+    drawn = [frame for line in out.split("\r\n") for frame in line.split("\r")]
+    assert max(map(len, drawn)) <= columns
+    assert any(frame.startswith("batch") and "MB/s" in frame for frame in drawn)
+    assert any("reading the written file back" in frame for frame in drawn)
+    assert "a line" in drawn
+    assert drawn[-1].strip() == drawn[-2].strip() == ""
