@@ -13,6 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
+import demo_pictures
 import minilm
 import pytest
 import thumbnails
@@ -146,27 +147,35 @@ def test_a_backend_report(shown, pictures):
     take(shown, node, pictures / "docs" / "gallery" / "backend-report.png")
 
 
-def test_a_comparison(shown, pictures):
+def test_a_comparison(comfy, browser, pictures):
+    """Of the small trained image model, whose pictures have 32 x 32 pixels."""
+    shutil.copy(demo_pictures.MODEL, comfy.base / "models" / "diffusion_models")
+    shown = ComfyPage(browser, comfy, nodes2=True)  # a new page lists the new file
+    shown.page.set_viewport_size(TALL)
+    shown.page.add_style_tag(content=".mxfp8-report img { image-rendering: pixelated }")
     shown.clear()
-    load = shown.add("UNETLoader", (60, 120), unet_name="flux.safetensors")
+    load = shown.add("UNETLoader", (60, 120), unet_name=demo_pictures.MODEL.name)
     quantize = shown.add("MXFP8QuantizeModel", (60, 300))
-    prompt = shown.add("LotusConditioning", (60, 500))
-    latent = shown.add("EmptySD3LatentImage", (60, 600), width=64, height=64)
-    vae = shown.add("VAELoader", (60, 760), vae_name="vae.safetensors")
-    node = shown.add("MXFP8Compare", (520, 120), steps=4)
-    shown.link(load, quantize, "model")
-    for source, name in (
-        (load, "reference"), (quantize, "model"), (prompt, "positive"), (prompt, "negative"),
-        (latent, "latent_image"), (vae, "vae"),
+    clip = shown.add("TestEmojiTextEncoder", (60, 500))
+    prompt = shown.add("CLIPTextEncode", (60, 560), text="fox face")
+    latent = shown.add("EmptySD3LatentImage", (60, 700), width=128, height=128)
+    vae = shown.add("TestEmojiVAE", (60, 860))
+    node = shown.add("MXFP8Compare", (520, 120), steps=20)
+    for source, to, name in (
+        (load, quantize, "model"), (clip, prompt, "clip"), (load, node, "reference"),
+        (quantize, node, "model"), (prompt, node, "positive"), (prompt, node, "negative"),
+        (latent, node, "latent_image"), (vae, node, "vae"),
     ):  # fmt: skip
-        shown.link(source, node, name)
+        shown.link(source, to, name)
     shown.queue()
     images = shown.page.locator(".mxfp8-report .pairs img")
     images.first.wait_for()
     assert images.count() == 2 * 4  # seeds
     images.evaluate_all("(all) => Promise.all(all.map((image) => image.decode()))")
-    assert images.evaluate_all("(all) => all.every((image) => image.naturalWidth === 64)")
+    assert images.evaluate_all("(all) => all.every((image) => image.naturalWidth === 32)")
     take(shown, node, pictures / "docs" / "gallery" / "compare.png")
+    assert not shown.complaints
+    shown.close()
 
 
 @pytest.fixture(scope="module")
