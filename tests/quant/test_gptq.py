@@ -578,7 +578,7 @@ def test_devices_without_float64_leave_calibrated_layers_to_the_cpu(model, monke
     monkeypatch.setattr(
         "mxfp8.quant.conversion.convert.has_float64", lambda device: device.type != "meta"
     )
-    monkeypatch.setattr("mxfp8.quant.conversion.convert._device", torch.device)
+    monkeypatch.setattr("mxfp8.quant.conversion.convert.find_device", torch.device)
     convert_file(model / "net.safetensors", model / "meta", device="meta", calibration=statistics)
     assert (model / "cpu").read_bytes() == (model / "meta").read_bytes()
 
