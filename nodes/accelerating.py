@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..quant import format
-from .host.progress import show
+from .host.progress import ending_shown, show
 from .models.load import check_file, load_diffusion_model
 from .models.raw_codes import check_layers, check_weights
 from .runtime.describe import describe
@@ -86,6 +86,7 @@ class MXFP8Accelerate(ModelNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, model, precision) -> io.NodeOutput:
         warnings = check_loaded(model)
         model = accelerate(model, precision)
@@ -111,6 +112,7 @@ class MXFP8AccelerateTextEncoder(ModelNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, clip) -> io.NodeOutput:
         warnings = check_loaded(clip.patcher)
         clip = accelerate_clip(clip)

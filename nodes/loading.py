@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..quant import format
 from .accelerating import show_loaded
 from .host.paths import model_path
+from .host.progress import ending_shown
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
 from .runtime.patch import accelerate, accelerate_clip
 from .widgets import CATEGORY, NO_FILE, ModelNode, precision_input
@@ -53,6 +54,7 @@ class MXFP8LoadDiffusionModel(ModelNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, model_name, precision, scales=format.AUTO) -> io.NodeOutput:
         path = model_path("diffusion_models", model_name)
         header, warnings = check_file(path, scales)
@@ -90,6 +92,7 @@ class MXFP8LoadCheckpoint(ModelNode):
         )
 
     @classmethod
+    @ending_shown
     def execute(cls, checkpoint_name, precision) -> io.NodeOutput:
         path = model_path("checkpoints", checkpoint_name)
         header, warnings = check_file(path)
@@ -152,6 +155,7 @@ class MXFP8LoadTextEncoder(ModelNode):
         )  # fmt: skip
 
     @classmethod
+    @ending_shown
     def execute(
         cls, name, type, name2=NO_FILE, name3=NO_FILE, name4=NO_FILE, device="default"
     ) -> io.NodeOutput:

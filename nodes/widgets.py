@@ -48,6 +48,7 @@ def selection_inputs() -> list[io.Input]:
             "preset",
             options=policy.presets(),
             default=policy.AUTO,
+            extra_dict={"mxfp8_titles": policy.preset_titles()},  # web/mxfp8.js shows them
             tooltip=(
                 "Which layers stay as they are. auto: the preset of the architecture that the "
                 "tensor names show, which suits Z-Image-Turbo too, and embedders and final "

@@ -41,6 +41,14 @@ function show(node, output) {
   (viewOf(node) ?? addView(node)).show(text, output.text?.[0] ?? "", pairs, images?.labels);
 }
 
+/** Have the list of presets say what each is for. The values stay as they are. */
+function titlePresets(node) {
+  const preset = node.widgets?.find((widget) => widget.name === "preset");
+  const titles = node.constructor.nodeData?.input?.required?.preset?.[1]?.mxfp8_titles;
+  if (!preset || !titles) return;
+  preset.options.getOptionLabel = (value) => (titles[value] ? `${value}: ${titles[value]}` : value);
+}
+
 /** Where the server has an image of a node's output. */
 function address(image) {
   return app.api.apiURL(`/view?${new URLSearchParams(image)}`);
@@ -173,6 +181,7 @@ app.registerExtension({
     // A node in a loaded workflow gets its saved values after this.
     const chosen = app.extensionManager.setting.get(PRECISION);
     if (precision && chosen) precision.value = chosen;
+    titlePresets(node);
     const room = REPORTS[node.comfyClass];
     if (room !== undefined) addView(node);
     const [width, height] = node.computeSize();

@@ -22,6 +22,7 @@ from server import PromptServer
 
 from ...quant.progress import Pace
 
+_PACK = __package__.removesuffix("nodes.host")
 # One character of everything that the page makes links of, its own placeholder __LNK0__ included.
 _LINKS = re.compile(r"(?i)(?<=\[)\[|:(?=//)|(?<=www)\.|(?<=__)L(?=NK)")
 
@@ -47,7 +48,11 @@ def as_html(text: str) -> str:
 
 
 def ending_shown(execute):
-    """For a node's `execute`: failing or interrupted, it says so in place of its last progress."""
+    """For a node's `execute`: failing or interrupted, it says so in place of its last progress.
+
+    An exception of this pack's own kind goes on as the built-in one that it is: ComfyUI's page puts
+    the path of an exception's module above the message.
+    """
 
     @functools.wraps(execute)
     def run(node: type[io.ComfyNode], *args, **inputs):
@@ -58,7 +63,10 @@ def ending_shown(execute):
             raise
         except Exception as error:
             show(node, f"failed: {error}".splitlines()[0])
-            raise
+            plain = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+            if plain is type(error) or not type(error).__module__.startswith(_PACK):
+                raise
+            raise plain(str(error)).with_traceback(error.__traceback__) from None
 
     return run
 

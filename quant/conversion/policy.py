@@ -167,6 +167,15 @@ def presets() -> list[str]:
     return [AUTO, NONE, *sorted(_table()["presets"])]
 
 
+def preset_titles() -> dict[str, str]:
+    """What each preset is for and what it keeps, in a few words."""
+    return {
+        AUTO: "chosen by the model's tensor names",
+        NONE: "every linear layer is quantized",
+        **{name: preset["about"] for name, preset in sorted(_table()["presets"].items())},
+    }
+
+
 DEFAULT = Selection()
 
 

@@ -81,3 +81,16 @@ def test_an_example_stays_readable_after_a_run(comfy, shown, name, tmp_path):
         view.hover(force=True)
     shown.settle()
     assert shown.page.evaluate(BOXES) == after
+
+
+def test_the_examples_are_found_among_the_templates(shown):
+    """By the pack's name, with their thumbnails, which are squares."""
+    shown.command("Comfy.BrowseTemplates")
+    shown.page.get_by_placeholder("Search").first.fill("mxfp8")
+    for name in NAMES:
+        shown.page.get_by_text(name, exact=True).wait_for()
+    square = """() => [...document.images].filter(
+        ({ naturalWidth, naturalHeight }) => naturalWidth && naturalWidth === naturalHeight
+    ).length"""
+    shown.page.wait_for_function(f"({square})() >= {len(NAMES)}")
+    shown.page.keyboard.press("Escape")

@@ -246,6 +246,31 @@ def test_layers_that_stand_out_are_excluded_on_a_click(comfy, browser, renderer)
     shown.close()
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_presets_are_listed_with_what_they_are_for(comfy, browser, renderer):
+    shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
+    shown.clear()
+    node = shown.add("MXFP8ConvertFile")
+    shown.settle()
+    if RENDERERS[renderer]:
+        shown.page.locator(f"[data-node-id='{node}']").get_by_text("auto:").click()
+    else:
+        shown.page.evaluate(
+            f"""() => {{
+                const node = app.graph.getNodeById({node});
+                const widget = node.widgets.find((w) => w.name === "preset");
+                const e = {{ canvasX: node.pos[0] + node.size[0] / 2, clientX: 300, clientY: 100 }};
+                widget.onClick({{ e, node, canvas: app.canvas }});
+            }}"""
+        )
+    shown.page.get_by_text("zimage: Z-Image", exact=True).wait_for()
+    shown.page.keyboard.press("Escape")
+    value = f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'preset').value"
+    assert shown.page.evaluate(value) == "auto"
+    assert not shown.complaints
+    shown.close()
+
+
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_text_and_bars_stand_out_in_both_themes(comfy, browser, theme):
     shown = ComfyPage(browser, comfy, nodes2=False, theme=theme)
