@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 check test test-long: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo check test test-long lint format bench gallery clean
+.PHONY: setup demo check test test-long lint format bench gallery locales clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ bench: setup
 
 gallery: setup
 	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py tests/in_comfyui/test_emoji.py
+
+# UNCHANGED="key ..." names texts whose translation still fits the new English.
+locales: setup
+	$(BIN)/python tests/support/translations.py $(UNCHANGED)
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -56,12 +56,21 @@ class ComfyPage:
         complaints: console errors and warnings from this pack's files, and uncaught errors.
     """
 
-    def __init__(self, browser: Browser, server: Server, *, nodes2: bool, theme: str = "dark"):
+    def __init__(
+        self,
+        browser: Browser,
+        server: Server,
+        *,
+        nodes2: bool,
+        theme: str = "dark",
+        language: str = "en",
+    ):
         server.post(
             "/settings",
             {
                 "Comfy.VueNodes.Enabled": nodes2,
                 "Comfy.ColorPalette": theme,
+                "Comfy.Locale": language,
                 "Comfy.TutorialCompleted": True,
                 "Comfy.Workflow.ShowMissingModelsWarning": False,
             },

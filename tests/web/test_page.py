@@ -7,6 +7,7 @@ import re
 import struct
 
 import pytest
+import translations
 from browser import NEWEST_PAGE, RENDERERS, ComfyPage
 from comfyui import Server, fetch_package
 from versions import ends
@@ -468,5 +469,28 @@ def test_every_page_shows_it(served, browser, renderer):
     shown.page.locator(".mxfp8-report .bar").first.wait_for(state="attached")
     layers = json.loads(shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]"))["layers"]
     assert shown.page.locator(".mxfp8-report .bar").count() == len(layers)
+    assert not shown.complaints
+    shown.close()
+
+
+def test_nodes_and_help_are_in_the_language_of_the_page(served, browser):
+    texts = translations.stored("zh")
+    shown = ComfyPage(browser, served, nodes2=True, language="zh")
+    shown.clear()
+    node = shown.add("MXFP8QuantizeModel", (420, 160))
+    shown.settle()
+    card = shown.page.locator(f"[data-node-id='{node}']")
+    title = texts["nodeDefs.MXFP8QuantizeModel.display_name"]
+    assert title in card.inner_text()
+    precision = "nodeDefs.MXFP8QuantizeModel.inputs.precision"
+    card.get_by_text(texts[f"{precision}.name"], exact=True).hover()
+    shown.page.get_by_text(texts[f"{precision}.tooltip"]).first.wait_for()
+
+    shown.page.evaluate(f"app.canvas.selectNode(app.graph.getNodeById({node}))")
+    shown.page.locator("[data-testid=info-button]").click()
+    text = shown.page.locator(".node-help-content").inner_text()
+    page = translations.help_pages("zh")["web/docs/MXFP8QuantizeModel.md"]
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE)[-1] in text.splitlines()
+    assert "*" not in text and "`" not in text  # all of its Markdown is understood
     assert not shown.complaints
     shown.close()

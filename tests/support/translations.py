@@ -1,0 +1,203 @@
+"""The texts that users see, in English and in Chinese, and which translations are out of date.
+
+    make locales                                   writes locales/en and lists what to translate
+    make locales UNCHANGED="web/docs/MXFP8Inspect.md ..."
+                                                   the Chinese of these still fits their new English
+
+English texts stand in the nodes' schemas and in the settings of web/*.js; locales/en is made from
+what a real ComfyUI and its page say of them. Chinese ones stand in locales/zh, and the help page
+web/docs/NODE.md in web/docs/NODE/zh.md. tests/web/translated.json keeps a hash of both texts per
+translation: if only the English one is another now, the Chinese one is out of date.
+
+Keys are those of ComfyUI's page (`nodeDefs.NODE.inputs.NAME.tooltip`), or the path of a help page.
+The first part of a key is its file in locales/, or one of `MAIN`, which are in main.json.
+https://docs.comfy.org/custom-nodes/i18n
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCALES = ROOT / "locales"
+PAGES = ROOT / "web" / "docs"
+RECORD = ROOT / "tests" / "web" / "translated.json"
+MAIN = ("settingsCategories",)
+# Quotes the lists of text encoders of the ComfyUI that runs: in English, the node's own text stays.
+QUOTING = ("nodeDefs.MXFP8LoadTextEncoder.description",)
+# What the page's message compiler (vue-i18n) takes as syntax.
+SYNTAX = re.compile(r"[{}@|]")
+
+
+def node_texts(nodes: dict[str, dict]) -> dict[str, str]:
+    """The texts of nodes, as /object_info describes them."""
+    found = {}
+    for name, info in nodes.items():
+        node = f"nodeDefs.{name}"
+        found[f"{node}.display_name"] = info["display_name"]
+        found[f"{node}.description"] = info["description"]
+        for part in ("required", "optional"):
+            for key, (_, options) in info["input"].get(part, {}).items():
+                found[f"{node}.inputs.{key}.name"] = options.get("display_name") or key
+                found[f"{node}.inputs.{key}.tooltip"] = options["tooltip"]
+        outputs = zip(info["output_name"], info["output_tooltips"] or (), strict=True)
+        for index, (output, tooltip) in enumerate(outputs):
+            found[f"{node}.outputs.{index}.name"] = output
+            found[f"{node}.outputs.{index}.tooltip"] = tooltip
+    return found
+
+
+def page_texts(page) -> dict[str, str]:
+    """The texts of this pack's settings and commands, which ComfyUI's page (Playwright's) holds."""
+    extensions = page.evaluate(
+        """() => app.extensions.filter((e) => e.name.startsWith("mxfp8.")).map((e) => ({
+            settings: (e.settings ?? []).map(({ id, name, tooltip, category, options }) =>
+                ({ id, name, tooltip, category })),
+            commands: (e.commands ?? []).map(({ id, label }) => ({ id, label })),
+        }))"""
+    )
+    found = {}
+    for extension in extensions:
+        for setting in extension["settings"]:
+            key = "settings." + setting["id"].replace(".", "_")
+            found[f"{key}.name"] = setting["name"]
+            found[f"{key}.tooltip"] = setting["tooltip"]
+            found |= {f"settingsCategories.{name}": name for name in setting["category"][:2]}
+        for command in extension["commands"]:
+            found[f"commands.{command['id'].replace('.', '_')}.label"] = command["label"]
+    return found
+
+
+def help_pages(language: str) -> dict[str, str]:
+    """The help pages, under the English one's path."""
+    paths = PAGES.glob("*.md" if language == "en" else f"*/{language}.md")
+    names = {path: path.stem if language == "en" else path.parent.name for path in paths}
+    return {f"web/docs/{n}.md": p.read_text(encoding="utf-8") for p, n in sorted(names.items())}
+
+
+def stored(language: str) -> dict[str, str]:
+    """The texts in locales/."""
+
+    def flat(texts: dict, prefix: str) -> dict[str, str]:
+        found = {}
+        for key, value in texts.items():
+            if isinstance(value, dict):
+                found |= flat(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+        return found
+
+    found = {}
+    for path in sorted((LOCALES / language).glob("*.json")):
+        prefix = "" if path.stem == "main" else f"{path.stem}."
+        found |= flat(json.loads(path.read_text(encoding="utf-8")), prefix)
+    return found
+
+
+def store(language: str, texts: dict[str, str]) -> None:
+    """Write texts to locales/, in the order they come in, and nothing else into that folder."""
+    files: dict[str, dict] = {}
+    for key, text in texts.items():
+        file = file_of(key)
+        at = files.setdefault(file, {})
+        *outer, last = key.removeprefix(f"{file}.").split(".")
+        for part in outer:
+            at = at.setdefault(part, {})
+        at[last] = text
+    folder = LOCALES / language
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    for file, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / f"{file}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def pair(english: str, chinese: str) -> str:
+    """What the record keeps of a translation."""
+    return f"{short_hash(english)} {short_hash(chinese)}"
+
+
+def file_of(key: str) -> str:
+    """The file of a key in locales/LANGUAGE, without its suffix."""
+    first = key.split(".")[0]
+    return "main" if first in MAIN else first
+
+
+def place(key: str) -> str:
+    """Where the Chinese text of a key is."""
+    if key.endswith(".md"):
+        return f"{key.removesuffix('.md')}/zh.md"
+    return f"locales/zh/{file_of(key)}.json"
+
+
+def problems(english: dict, chinese: dict, record: dict) -> list[str]:
+    """A line for each Chinese text that is missing, left over or out of date."""
+    found = []
+    for key in sorted(english.keys() | chinese.keys() | record.keys()):
+        text, recorded = english.get(key), record.get(key, "").split()
+        said = "" if text is None or key.endswith(".md") else f": {text!r}"
+        if key not in chinese:
+            fault = f"has no translation; add it to {place(key)}{said}" if text else "is gone"
+        elif text is None:
+            fault = f"is no text any more; remove it from {place(key)}"
+        elif recorded and recorded[0] != short_hash(text):
+            fault = f"is another text now; update it in {place(key)}{said}"
+        elif recorded != pair(text, chinese[key]).split():
+            fault = "was translated; `make locales` records it"
+        else:
+            continue
+        found.append(f"{key} {fault}")
+    return found
+
+
+def renewed(english: dict, chinese: dict, record: dict, unchanged=()) -> dict[str, str]:
+    """The record, with translations that are new, changed or among `unchanged`."""
+    result = {}
+    for key in sorted(english.keys() & chinese.keys()):
+        now = short_hash(chinese[key])
+        if key in unchanged or key not in record or record[key].split()[1] != now:
+            result[key] = pair(english[key], chinese[key])
+        else:
+            result[key] = record[key]
+    return result
+
+
+def read_record() -> dict[str, str]:
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+
+
+def main(unchanged: list[str]) -> int:
+    from browser import ComfyPage, chromium
+    from comfyui import Server
+
+    with tempfile.TemporaryDirectory() as base, Server(Path(base)) as server:
+        info = server.get("/object_info")
+        nodes = {n: i for n, i in info.items() if i["python_module"].endswith(".ComfyUI-MXFP8")}
+        with chromium() as browser:
+            shown = ComfyPage(browser, server, nodes2=False)
+            texts = node_texts(nodes) | page_texts(shown.page)
+    store("en", {key: text for key, text in texts.items() if key not in QUOTING})
+    english = texts | help_pages("en")
+    if unknown := sorted(set(unchanged) - english.keys()):
+        print(f"no such text: {', '.join(unknown)}")
+        return 2
+    chinese = stored("zh") | help_pages("zh")
+    record = renewed(english, chinese, read_record(), unchanged)
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    left = problems(english, chinese, record)
+    print("\n".join(left) if left else f"{len(english)} texts and pages, all translated")
+    return bool(left)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
