@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ... import kernels
 from ...kernels import layout
-from ..container.header import FormatError, plain, read_container
+from ..container.header import FormatError, plain
 from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
 from ..progress import Meter, Progress
@@ -31,6 +31,7 @@ from ..reports.conversion import format_size
 from ..sources import shards
 from ..sources.file import FileSource, StoredSource, as_bytes
 from ..sources.open import SUFFIXES, files_of, open_source
+from ..sources.unsupported import NothingToConvertError
 from . import policy
 from .convert import check_conversion, convert, plan_source, stored_bytes, stored_tensors
 from .policy import Plan, Selection
@@ -290,8 +291,8 @@ def _outcome(
         reason = f"{job.target.name} exists and is not this conversion"
         return Outcome(*paths, FAILED, f"{reason}; overwrite replaces it")
     except (OSError, ValueError, MemoryError) as error:
-        foreign = isinstance(error, FormatError) and _is_sound(job.source)
-        return Outcome(*paths, SKIPPED if foreign else FAILED, _said(error, job.source.name))
+        state = SKIPPED if isinstance(error, NothingToConvertError) else FAILED
+        return Outcome(*paths, state, _said(error, job.source.name))
     return Outcome(
         *paths, CONVERTED, "", report.bytes_before, report.bytes_after, report.seconds,
         report.sqnr_db, report.warnings,
@@ -303,17 +304,6 @@ def _said(error: Exception, name: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).removeprefix(f"{name}: ")
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a model's headers can be read, so that it was refused for what it is."""
-    try:
-        for file in files_of(path):
-            if file.suffix.lower() in SUFFIXES:
-                read_container(file)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def is_finished(

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype, shape
 
+
+class NothingToConvertError(FormatError):
+    """A sound file that is no model to convert: a LoRA, another part, or quantized already."""
+
+
 _ORIGINAL = "convert the BF16, FP16 or FP32 original"
 SCALED_FP8 = next(row.name for row in FORMATS if row.whole)  # of a model, which one tensor says
 
@@ -128,10 +133,10 @@ def find_lora(keys: Iterable[str]) -> str | None:
 
 
 def check_no_lora(source: Source) -> None:
-    """Raise FormatError if a source is a LoRA."""
+    """Raise NothingToConvertError if a source is a LoRA."""
     lora = find_lora(source.tensors)
     if lora is not None:
-        raise FormatError(
+        raise NothingToConvertError(
             f"{source.name}: a LoRA, not a model ({quoted(lora)}); a LoRA needs no conversion: "
             "load it on an MXFP8 or any other model"
         )
@@ -153,11 +158,11 @@ def find_kind(keys: Collection[str], recognized: bool) -> tuple[str, str] | None
 
 
 def check_kind(source: Source, recognized: bool) -> None:
-    """Raise FormatError if a source is no model, naming what it is; as `find_kind`."""
+    """Raise NothingToConvertError if a source is no model, naming what it is; as `find_kind`."""
     found = find_kind(source.tensors, recognized)
     if found is not None:
         kind, key = found
-        raise FormatError(
+        raise NothingToConvertError(
             f"{source.name}: {kind}, not a diffusion model or text encoder ({quoted(key)}); "
             "ComfyUI runs it only unquantized: use the file as it is"
         )
@@ -176,17 +181,17 @@ class Quantized:
     evidence: str
     codes: str
 
-    def error(self, source: Source, remedy: str = "") -> FormatError:
+    def error(self, source: Source, remedy: str = "") -> NothingToConvertError:
         advice = _ORIGINAL + remedy
         if self.format == "MXFP8" and not self.evidence.endswith("says so"):
             advice = "its markers are missing, and `mxfp8 repair` puts them back"
-        return FormatError(
+        return NothingToConvertError(
             f"{source.name}: already quantized as {self.format} ({self.evidence}); {advice}"
         )
 
 
 def check_unquantized(source: Source, copied: Callable[[str], bool] = lambda layer: False) -> None:
-    """Raise FormatError if a layer is quantized, naming format and evidence.
+    """Raise NothingToConvertError if a layer is quantized, naming format and evidence.
 
     Args:
         copied: whether a layer does not count, because its bytes stay as they are.

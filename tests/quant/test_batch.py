@@ -209,6 +209,17 @@ def test_errors_are_outcomes_and_the_next_model_follows(models):
     assert [row["state"] for row in data["models"]] == [o.state for o in batch.outcomes]
 
 
+def test_a_model_whose_parts_are_not_those_of_its_index_failed(models):
+    """Each of its files is sound, but the model is not there."""
+    (index,) = (models / "parts").glob("*.json")
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"]["lost.weight"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content), encoding="utf-8")
+    (outcome,) = convert_all(find_jobs([models / "parts"])).outcomes
+    assert outcome.state == FAILED
+    assert "'lost.weight'" in outcome.reason
+
+
 def test_a_failure_leaves_no_folder_behind(models):
     nan = model()
     nan["a.weight"][3, 3] = float("nan")
