@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCALES = ROOT / "locales"
 PAGES = ROOT / "web" / "docs"
 RECORD = ROOT / "tests" / "web" / "translated.json"
-MAIN = ("settingsCategories",)
+MAIN = ("settingsCategories", "contextMenu")
 # Quotes the lists of text encoders of the ComfyUI that runs: in English, the node's own text stays.
 QUOTING = ("nodeDefs.MXFP8LoadTextEncoder.description",)
 # What the page's message compiler (vue-i18n) takes as syntax.
@@ -53,13 +53,17 @@ def node_texts(nodes: dict[str, dict]) -> dict[str, str]:
 
 
 def page_texts(page) -> dict[str, str]:
-    """The texts of this pack's settings and commands, which ComfyUI's page (Playwright's) holds."""
+    """The texts of this pack's settings and of its entries in a loader's menu."""
     extensions = page.evaluate(
-        """() => app.extensions.filter((e) => e.name.startsWith("mxfp8.")).map((e) => ({
-            settings: (e.settings ?? []).map(({ id, name, tooltip, category, options }) =>
-                ({ id, name, tooltip, category })),
-            commands: (e.commands ?? []).map(({ id, label }) => ({ id, label })),
-        }))"""
+        """() => {
+            const loader = LiteGraph.createNode("MXFP8LoadDiffusionModel");
+            loader.widgets.find((w) => w.name === "model_name").value = "a.safetensors";
+            return app.extensions.filter((e) => e.name.startsWith("mxfp8.")).map((e) => ({
+                settings: (e.settings ?? []).map(
+                    ({ id, name, tooltip, category }) => ({ id, name, tooltip, category })),
+                menu: (e.getNodeMenuItems?.(loader) ?? []).map(({ content }) => content),
+            }));
+        }"""
     )
     found = {}
     for extension in extensions:
@@ -68,8 +72,7 @@ def page_texts(page) -> dict[str, str]:
             found[f"{key}.name"] = setting["name"]
             found[f"{key}.tooltip"] = setting["tooltip"]
             found |= {f"settingsCategories.{name}": name for name in setting["category"][:2]}
-        for command in extension["commands"]:
-            found[f"commands.{command['id'].replace('.', '_')}.label"] = command["label"]
+        found |= {f"contextMenu.{entry}": entry for entry in extension["menu"]}
     return found
 
 
