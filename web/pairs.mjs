@@ -4,6 +4,7 @@
  * models differ in on every seed. A click enlarges a pair.
  */
 
+const SMALL = 128; // px
 const STEP = 5; // percent that an arrow key moves the slider
 
 export const STYLE = `
@@ -13,6 +14,7 @@ export const STYLE = `
     border-radius: 4px; background: #0002; }
   .pairs.one figure:not(.large) { display: none; }
   .pairs img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
+  .pairs img.small { image-rendering: pixelated; }
   .pairs img + img { clip-path: inset(0 0 0 var(--split)); }
   .pairs i { position: absolute; top: 0; bottom: 0; left: var(--split); width: 2px;
     margin-left: -1px; background: #fff; box-shadow: 0 0 3px #000; }
@@ -50,7 +52,7 @@ export class Pairs {
     figure.role = "slider";
     figure.ariaLabel = `${name}: ${labels[0]} at the left, ${labels[1]} at the right`;
     figure.append(
-      ...[first, second].map((address) => Object.assign(new Image(), { src: address, alt: "" })),
+      ...[first, second].map(picture),
       document.createElement("i"),
       ...labels.map((label, index) => text("span", label, index ? "second" : "first")),
       text("figcaption", name),
@@ -86,6 +88,13 @@ export class Pairs {
   _arrange(one = false) {
     this.element.style.setProperty("--columns", one ? 1 : this._columns);
   }
+}
+
+function picture(address) {
+  const image = Object.assign(new Image(), { src: address, alt: "" });
+  // Of a small image, visible pixels are better than blur.
+  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < SMALL));
+  return image;
 }
 
 function text(kind, content, name = "") {

@@ -52,7 +52,8 @@ def inside(pair: tuple[str, str], groups: list[list], nodes: list[list]) -> bool
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def shown(request, comfy, browser):
-    page = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param])
+    theme = "light" if request.param == "litegraph" else "dark"
+    page = ComfyPage(browser, comfy, nodes2=RENDERERS[request.param], theme=theme)
     page.page.set_viewport_size({"width": 1800, "height": 1000})
     yield page
     assert not page.complaints

@@ -152,7 +152,6 @@ def test_a_comparison(comfy, browser, pictures):
     shutil.copy(demo_pictures.MODEL, comfy.base / "models" / "diffusion_models")
     shown = ComfyPage(browser, comfy, nodes2=True)  # a new page lists the new file
     shown.page.set_viewport_size(TALL)
-    shown.page.add_style_tag(content=".mxfp8-report img { image-rendering: pixelated }")
     shown.clear()
     load = shown.add("UNETLoader", (60, 120), unet_name=demo_pictures.MODEL.name)
     quantize = shown.add("MXFP8QuantizeModel", (60, 300))
