@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...kernels import layout
 from ..container.header import TensorInfo, nbytes, quoted
 from ..conversion import policy
-from ..format import MXFP8, WEIGHT
+from ..format import MARKER, MXFP8, WEIGHT
 from ..reports.conversion import format_count, format_size
 from ..sources import formats, gguf
 from ..sources.formats import Format
@@ -77,6 +77,9 @@ class AsMXFP8:
     text: str
 
 
+AS_SAFETENSORS = AsMXFP8(None, "take the original as .safetensors")
+
+
 def facts(row: Format, layers: int, bits: float | None = None, kinds=None) -> FormatFacts:
     """What a row of the table says of a file with this number of layers in that format."""
     return FormatFacts(
@@ -108,7 +111,8 @@ def of_layers(
             continue
         named.add(layer)
         rows[row.name] += 1
-        if row.marker and row.marker != MXFP8 and not (older and row.name.startswith("scaled")):
+        needs_marker = row.marker and not (older and row.name.startswith("scaled"))
+        if needs_marker and f"{layer}{MARKER}" not in tensors:
             lost[row.name] += 1
     for name, count in unknown.items():
         warnings.append(
@@ -116,9 +120,12 @@ def of_layers(
             f"{NEWEST} knows"
         )
     for name, count in lost.items():
+        remedy = (
+            "; `mxfp8 repair` rebuilds the markers" if formats.named(name).marker == MXFP8 else ""
+        )
         warnings.append(
-            f"{format_count(count, 'layer')} in {name}, but no marker says so: ComfyUI runs the "
-            'codes as weights (noise, or "mat1 and mat2 shapes cannot be multiplied")'
+            f"{format_count(count, 'layer')} in {name}, but no marker says so: ComfyUI runs "
+            'the codes as weights (noise, or "mat1 and mat2 shapes cannot be multiplied")' + remedy
         )
     found = of_names(rows)
     for fact in found:
@@ -190,14 +197,14 @@ def as_mxfp8(
     if kind is not None:
         return AsMXFP8(None, "no conversion: only models and text encoders are converted")
     codes = {name: _elements(tensors, name + WEIGHT, conf) for name, conf in markers.items()}
+    named = {conf["format"] for conf in markers.values()}
     for layer in quantized:
         row = formats.named(layer.format)
-        if not row.whole:
-            codes.setdefault(layer.layer, _weights(tensors.get(layer.codes), row))
+        if not row.whole and layer.layer not in codes:
+            codes[layer.layer] = _weights(tensors.get(layer.codes), row)
+            named.add(row.marker)
     if codes:
-        if all(conf["format"] == "mxfp8" for conf in markers.values()) and len(codes) == len(
-            markers
-        ):
+        if named == {MXFP8}:
             return None
         return _from_original(None if None in codes.values() else _size(tensors, codes))
     return _converted(tensors) if recognized else None
@@ -257,6 +264,8 @@ def _converted(tensors: Mapping[str, TensorInfo]) -> AsMXFP8 | None:
 
 
 def of_gguf_as_mxfp8(header: gguf.GgufHeader) -> AsMXFP8:
+    if all(tensor.kind in gguf.PLAIN for tensor in header.tensors):
+        return AS_SAFETENSORS
     size = sum(
         tensor.nbytes if tensor.kind in gguf.PLAIN else _mxfp8_bytes(math.prod(tensor.shape))
         for tensor in header.tensors

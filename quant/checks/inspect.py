@@ -112,6 +112,9 @@ class Inspection:
         if most is not None:
             layers = f", {format_count(most.layers, 'layer')}" if most.layers else ""
             what = f"{most.name}{layers}: runs in {most.runs}"
+        elif self.formats:  # none of them known
+            name = max(self.formats, key=self.formats.get)
+            what = f"{plain(name)}, {format_count(self.formats[name], 'layer')}"
         elif self.kind or self.container != "safetensors":
             what = self.kind or self.container
         else:
@@ -133,7 +136,7 @@ class Inspection:
             *([f"architecture: {self.architecture or 'not recognized'}"] if self.tensors else []),
             *self.contents(),
             *([f"as MXFP8: {self.as_mxfp8.text}"] if self.as_mxfp8 else []),
-            f"metadata: {', '.join(self.metadata) or 'none'}",
+            f"metadata: {', '.join(map(plain, self.metadata)) or 'none'}",
             f"read: {self._read()}",
             *metadata.lines(self.report, self.comparison),
             *listed("WARNING", self.warnings),
@@ -165,7 +168,7 @@ class Inspection:
             return [line for fact in self.explained for line in fact.lines()]
         explained = any(fact.name == formats.GGUF.name for fact in self.explained)
         others = [
-            f"{name}: {format_count(count, 'layer')}"
+            f"{plain(name)}: {format_count(count, 'layer')}"
             for name, count in sorted(self.formats.items())
             if not explained and formats.named(name) is None
         ]
@@ -306,7 +309,9 @@ def _inspect_parts(index: Path) -> Inspection:
             f"{'is' if len(missing) == 1 else 'are'} missing: "
             f"{', '.join(map(quoted, missing[:_NAMED]))}{more}; download them"
         )
-    for name in parts.keys() - {*missing}:
+    for name in parts:
+        if name in missing:
+            continue
         try:
             unsupported.check_file(index.parent / name)
             header, marked, wrong = _read_file(index.parent / name)
@@ -372,7 +377,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         formats={f"GGUF {kind}": count for kind, count in quantized.items()},
         mxfp8_bytes=0,
         other_bytes=header.file_size,
-        metadata=sorted(f"general.{plain(key)}" for key in header.about),
+        metadata=sorted(f"general.{key}" for key in header.about),
         every_byte=False,
         problems=problems,
         layers=[
@@ -418,7 +423,7 @@ def _inspect_other(path: Path, kind: formats.FileKind) -> Inspection:
         problems=problems,
         container=kind.name if kind.broken else kind.text,
         explained=[explain.facts(row, 0) for row in rows] if torch else [],
-        as_mxfp8=None if kind.broken else AsMXFP8(None, "take the original as .safetensors"),
+        as_mxfp8=None if kind.broken else explain.AS_SAFETENSORS,
     )
 
 
@@ -437,7 +442,8 @@ def _unmarked(
         _, shape = _info(header, layer.layer + WEIGHT)
         whole = layer.format == unsupported.SCALED_FP8
         if len(shape) == 2 and not whole and layer.layer not in named:
-            lost = " without markers" if layer.format == "MXFP8" else ""
+            marked = layer.layer + MARKER in header.tensors
+            lost = " without markers" if layer.format == "MXFP8" and not marked else ""
             names.setdefault(layer.layer, layer.format + lost)
     return names
 

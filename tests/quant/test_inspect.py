@@ -131,10 +131,10 @@ def test_a_truncated_download_is_explained_by_its_header(tmp_path, share, capsys
         inspect_file(path)
 
 
-def with_marker(folder, text: bytes):
+def with_marker(folder, text: bytes, metadata=None):
     tensors, _ = model({"a": matrix(64, 64)}, marked=False)
     tensors["a.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return save(folder, tensors)
+    return save(folder, tensors, metadata)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_damaged_marker_is_a_problem(tmp_path, text, words):
     (problem,) = found.problems
     assert "'a.comfy_quant'" in problem and words in problem
     assert "NOT OK" in found.summary().splitlines()[-1]
-    assert found.formats == {} or found.formats == {"MXFP8 without markers": 1}
+    assert found.formats == {"MXFP8": 1}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,21 @@ def test_codes_without_their_marker_are_warned_of(tmp_path, name):
     assert "no marker says so" in warning and "mat1 and mat2" in warning
 
 
+def test_mxfp8_without_its_markers_is_warned_of_from_the_header_alone(tmp_path):
+    path = save(tmp_path, *model({"a": matrix(64, 64)}, marked=False))
+    found = inspect_file(path, every_byte=False)
+    (warning,) = found.warnings
+    assert "1 layer in MXFP8, but no marker" in warning and "`mxfp8 repair`" in warning
+    assert verdict(found)[0] == "notice" and found.as_mxfp8 is None
+
+
+def test_markers_beyond_the_end_of_a_file_are_not_lost(tmp_path):
+    path = other_formats.write(tmp_path / "model", "comfy-kitchen 0.2.40: nvfp4")
+    path.write_bytes(path.read_bytes()[:-100])
+    found = inspect_file(path)
+    assert "truncated" in found.problems[0] and found.warnings == []
+
+
 def test_an_older_scaled_fp8_model_is_in_order(tmp_path):
     """As ComfyUI wrote them before its markers, and Kijai's files are."""
     state = {
@@ -195,6 +210,15 @@ def test_dtypes_that_comfyui_s_loader_does_not_know_are_warned_of(tmp_path):
 def test_a_marker_of_a_format_to_come_is_named(tmp_path):
     found = inspect_file(with_marker(tmp_path, b'{"format": "fp3"}'))
     assert found.warnings == ["1 layer marked as 'fp3', which no ComfyUI up to 0.38.1 knows"]
+    assert ", fp3, 1 layer; " in verdict(found)[1]
+
+
+def test_names_in_a_header_cannot_write_to_the_terminal(tmp_path):
+    evil = "\x1b[31m\nOK: all is well"
+    path = with_marker(tmp_path, json.dumps({"format": evil}).encode(), {evil: "", "a": ""})
+    summary = inspect_file(path).summary()
+    assert "\x1b" not in summary and "\nOK: all is well" not in summary
+    assert summary.count(repr(evil)) == 3  # its format, its metadata, the warning
 
 
 # ---- several files, and other kinds of them --------------------------------------------------
@@ -260,6 +284,14 @@ def test_a_gguf_file_is_explained(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-100])
     (problem,) = inspect_file(path).problems
     assert "truncated: it has 5500 of 5600 bytes (98%)" in problem
+
+
+def test_a_gguf_file_that_is_not_quantized_has_lost_nothing(tmp_path):
+    rest = struct.pack("<QcIQQIQ", 1, b"a", 2, 8, 8, 1, 0)  # F16
+    content = gguf_header(tensors=1, rest=rest)
+    (tmp_path / "model.gguf").write_bytes(content + bytes(-len(content) % 32 + 8 * 8 * 2))
+    found = inspect_file(tmp_path / "model.gguf")
+    assert (found.problems, found.explained, found.as_mxfp8.bytes) == ([], [], None)
 
 
 def gguf_header(version=3, tensors=0, pairs=0, rest=b"") -> bytes:
