@@ -348,10 +348,18 @@ def _rename_new(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def new_folders(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; on an error, remove those that are new and empty."""
+    """Make a folder and its parents; on an error, remove those that are new and empty.
+
+    Raises:
+        NotADirectoryError: a file has that name, or a parent's.
+    """
     missing = [f for f in (folder, *folder.parents) if not f.exists()]  # innermost first
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            reason = "not a folder; choose another"
+            raise NotADirectoryError(errno.ENOTDIR, reason, str(folder)) from error
         yield
     except BaseException:
         for new in missing:

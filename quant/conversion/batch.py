@@ -279,8 +279,9 @@ def _outcome(
             if not plan.quantized:
                 return Outcome(*paths, SKIPPED, "no layer of it would be MXFP8")
             if dry_run:
-                if job.target.parent.exists():
-                    check_conversion(source, job.target, plan, overwrite, device)
+                place = next(folder for folder in job.target.parents if folder.exists())
+                replace = overwrite or place != job.target.parent  # what has that name there stays
+                check_conversion(source, place / job.target.name, plan, replace, device)
                 before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
                 return Outcome(*paths, PLANNED, "", before, after, warnings=plan.warnings)
             with new_folders(job.target.parent):

@@ -229,6 +229,18 @@ def test_a_failure_leaves_no_folder_behind(models):
     assert not (models.parent / "new").exists()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("below", [".", "new/deep"])
+def test_a_file_where_the_folder_would_be_is_named(models, below, dry_run):
+    file = models.parent / "file"
+    file.write_bytes(b"")
+    jobs = find_jobs([models / "one.safetensors"], file / below)
+    (outcome,) = convert_all(jobs, overwrite=True, dry_run=dry_run).outcomes
+    assert outcome.state == FAILED
+    assert str(file) in outcome.reason
+    assert outcome.reason.endswith(": not a folder; choose another")
+
+
 def test_what_progress_raises_ends_the_batch_and_the_next_run_goes_on(models):
     jobs = find_jobs([models])
 
