@@ -130,7 +130,7 @@ class Inspection:
         """A few lines for a terminal or a node."""
         count = f", {format_count(self.tensors, 'tensor')}" if self.tensors else ""
         return "\n".join([
-            f"{self.file}: {format_size(self.bytes)}{count}",
+            f"{plain(self.file)}: {format_size(self.bytes)}{count}",
             *([f"file: {self.container}"] if self.container != "safetensors" else []),
             *([f"kind: {self.kind}"] if self.kind else []),
             *([f"architecture: {self.architecture or 'not recognized'}"] if self.tensors else []),
@@ -201,7 +201,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
         OSError: it cannot be read.
     """
     path = Path(path)
-    if path.is_dir() or ".safetensors.index." in path.name:
+    if path.is_dir() or _is_index(path):
         from ..sources.open import find_model
 
         place = find_model(path)
@@ -226,6 +226,14 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
         result.every_byte = True
         _scan(header, result, progress)
     return result
+
+
+def _is_index(path: Path) -> bool:
+    if path.suffix.lower() != ".json":
+        return False
+    from ..sources.shards import INDEX
+
+    return INDEX.search(path.name) is not None
 
 
 def _read_file(path: Path) -> tuple[Header, dict[str, dict], list[str]]:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from ..container.header import plain
+from ..container.header import one_line, plain
 from ..progress import VERIFY
 
 # What a line or a cell begins with -> how it looks.
@@ -117,6 +117,7 @@ def _below(cells: dict[str, str], right: Collection[str]) -> list[str]:
 
 def show_error(prog: str, label: str, message: str) -> None:
     """Print an error on standard error, in argparse's form."""
+    message = one_line(message)
     console = _console(sys.stderr)
     if console is None:
         print(f"{prog}: {label}{message}", file=sys.stderr)

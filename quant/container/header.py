@@ -49,6 +49,11 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= _QUOTE.maxstring else quoted(name)
 
 
+def one_line(text: str) -> str:
+    """A text that may have names in it, with what cannot be printed as Python writes it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class FormatError(ValueError):
     """A file that breaks a rule of its format; the message names file, tensor and rule."""
 

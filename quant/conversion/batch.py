@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ... import kernels
 from ...kernels import layout
-from ..container.header import FormatError, plain
+from ..container.header import FormatError, one_line, plain
 from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
 from ..progress import Meter, Progress
@@ -303,8 +303,8 @@ def _outcome(
 def _said(error: Exception, name: str) -> str:
     """An error in a line, without the name of the model that it stands beside."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error).removeprefix(f"{name}: ")
+        return one_line(f"{error.filename}: {error.strerror}") if error.filename else error.strerror
+    return one_line(str(error).removeprefix(f"{name}: "))
 
 
 def is_finished(

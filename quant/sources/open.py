@@ -79,8 +79,8 @@ def find_model(path: Path) -> Path:
         return find_model(models[0])
     pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())
     raise FormatError(
-        f"{path.name}: there is no safetensors model in this folder (one in several parts needs "
-        "its index)"
+        f"{path.resolve().name}: there is no safetensors model in this folder (one in several "
+        "parts needs its index)"
         + ", but torch files, which can run code when read: get the .safetensors"
         * pickled
     )

@@ -752,6 +752,17 @@ def test_names_cannot_write_to_the_terminal(source, run):
         assert repr(layer)[:-1] in out
 
 
+@needs_posix
+def test_names_of_files_cannot_either(tmp_path, run):
+    evil = "a\x1b[31m\nOK: all is well.safetensors"
+    (tmp_path / evil).symlink_to("nowhere")
+    for words in (("inspect", tmp_path / evil), ("batch", tmp_path)):
+        status, out, err = run(*words)
+        text = out + err
+        assert (status, "\x1b" in text, "\nOK: all is well" in text) == (1, False, False)
+        assert repr(evil)[1:-1] in text
+
+
 SCRIPT = Path(sys.executable).with_name("mxfp8")
 
 

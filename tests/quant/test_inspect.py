@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 
@@ -257,6 +258,18 @@ def test_missing_parts_are_named_all_at_once(tmp_path, as_folder):
         )
     (problem,) = inspect_file(index).problems
     assert "the index names 1 tensor that is not in its parts: '1.weight'" in problem
+
+
+@pytest.mark.parametrize("name", ["model.sft.index.json", "MODEL.SafeTensors.Index.fp16.JSON"])
+def test_an_index_is_known_by_every_name_that_it_may_have(tmp_path, name):
+    index = sharded(tmp_path).rename(tmp_path / name)
+    assert inspect_file(index).container == "safetensors in 3 parts"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_file_s_name_cannot_forge_a_line(tmp_path):
+    save_file({"a.weight": matrix(32, 32)}, tmp_path / "a\nOK: fine.safetensors")
+    assert "\nOK: fine" not in inspect_file(tmp_path).summary()
 
 
 def test_a_folder_s_config_names_the_format(tmp_path):
