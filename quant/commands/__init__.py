@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 MODEL = (
     "a safetensors file, the index of a sharded one (.safetensors.index.json), or a model folder"
@@ -41,3 +42,10 @@ def command(
         "--json", action="store_true", help="print the result as one JSON document"
     )
     return subparser
+
+
+def place(text: str) -> Path:
+    """An argument's path. Empty, as of a variable that is not set, it would be the folder here."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)

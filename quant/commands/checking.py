@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from .. import format
 from ..container.header import plain
-from . import MODEL, Answer, command
+from . import MODEL, Answer, command, place
 from .outputs import check_outputs, read_calibration, target, write
 from .terminal import progress, show, show_table
 
@@ -17,22 +16,25 @@ def add(commands) -> None:
         commands, "inspect", _inspect, "show what a file is, who runs it and what is wrong with it"
     )
     inspect.add_argument(
-        "file", metavar="FILE", type=Path, help="model's file of any kind, index or folder"
+        "file",
+        metavar="FILE",
+        type=place,
+        help="model's file of any kind, index or folder",
     )
     inspect.add_argument(
         "--header", action="store_true", help="read only the header, not every byte"
     )
 
     verify = command(commands, "verify", _verify, "compare an MXFP8 file with its original")
-    verify.add_argument("file", metavar="FILE", type=Path, help="MXFP8 file")
+    verify.add_argument("file", metavar="FILE", type=place, help="MXFP8 file")
     verify.add_argument(
-        "--source", metavar="SRC", type=Path, required=True, help=f"its original: {MODEL}"
+        "--source", metavar="SRC", type=place, required=True, help=f"its original: {MODEL}"
     )
 
     repair = command(
         commands, "repair", _repair, "rebuild lost markers, and rewrite row-major or F8_E8M0 scales"
     )
-    repair.add_argument("source", metavar="SRC", type=Path, help="MXFP8 file to repair")
+    repair.add_argument("source", metavar="SRC", type=place, help="MXFP8 file to repair")
     repair.add_argument("target", metavar="DST", type=target, help="safetensors file to write")
     repair.add_argument(
         "--scales",
@@ -45,15 +47,15 @@ def add(commands) -> None:
     probe = command(
         commands, "probe", _probe, "compare quant_probe's sensitivity scores with MXFP8's error"
     )
-    probe.add_argument("source", metavar="SRC", type=Path, help=f"model to probe: {MODEL}")
+    probe.add_argument("source", metavar="SRC", type=place, help=f"model to probe: {MODEL}")
     probe.add_argument(
         "--calibration",
         metavar="FILE",
-        type=Path,
+        type=place,
         help="calibration (safetensors); measure the error of layer outputs on its data, too",
     )
-    probe.add_argument("--report", metavar="FILE.json", type=Path, help="write the result as JSON")
-    probe.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the result as a table")
+    probe.add_argument("--report", metavar="FILE.json", type=place, help="write the result as JSON")
+    probe.add_argument("--csv", metavar="FILE.csv", type=place, help="write the result as a table")
     probe.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 

@@ -12,7 +12,7 @@ from ..conversion import policy
 from ..progress import duration
 from ..reports import document
 from ..reports.conversion import KEPT, MXFP8, format_size, listed
-from . import MODEL, Answer, command
+from . import MODEL, Answer, command, place
 from .outputs import check_outputs, read_calibration, target, write
 from .terminal import progress, show, show_table
 
@@ -21,7 +21,7 @@ _PLAN = "mxfp8_plan"
 
 def add(commands) -> None:
     convert = command(commands, "convert", _convert, "convert a BF16, FP16 or FP32 model to MXFP8")
-    convert.add_argument("source", metavar="SRC", type=Path, help=f"model to convert: {MODEL}")
+    convert.add_argument("source", metavar="SRC", type=place, help=f"model to convert: {MODEL}")
     convert.add_argument(
         "target",
         metavar="DST",
@@ -35,18 +35,21 @@ def add(commands) -> None:
     convert.add_argument(
         "--calibration",
         metavar="FILE",
-        type=Path,
+        type=place,
         help="calibration (safetensors); choose the rounding with the least error of layer "
         "outputs on its data, which takes longer",
     )
     convert.add_argument(
         "--held-out",
         metavar="FILE",
-        type=Path,
+        type=place,
         help="second calibration, on other data; report the errors of layer outputs on that",
     )
     convert.add_argument(
-        "--report", metavar="FILE.json", type=Path, help="write the report of every layer as JSON"
+        "--report",
+        metavar="FILE.json",
+        type=place,
+        help="write the report of every layer as JSON",
     )
     convert.add_argument(
         "--dry-run",
@@ -66,12 +69,13 @@ def add(commands) -> None:
         "sources",
         metavar="SRC",
         nargs="+",
+        type=place,
         help=f"{MODEL}; a folder of models, subfolders included; or a pattern in quotes ('*.sft')",
     )
     batch.add_argument(
         "--to",
         metavar="FOLDER",
-        type=Path,
+        type=place,
         help="where to write NAME-mxfp8.safetensors; default: beside each model",
     )
     _add_selection(batch)

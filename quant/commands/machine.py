@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 from ..container.header import plain
 from ..reports import document
-from . import MODEL, Answer, command
+from . import MODEL, Answer, command, place
 from .terminal import show, show_table
 
 _BACKENDS = "mxfp8_backends"
@@ -24,7 +23,11 @@ def add(commands) -> None:
         "say which format suits this machine and a model, and what to install",
     )
     recommend.add_argument(
-        "file", metavar="FILE", nargs="?", type=Path, help=f"model, or MXFP8 file: {MODEL}"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        type=place,
+        help=f"model, or MXFP8 file: {MODEL}",
     )
     recommend.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: the GPU, if there is one"

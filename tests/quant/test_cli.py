@@ -355,6 +355,9 @@ BAD_USES = [
     ("repair", "a", "b"),
     ("batch",),
     ("batch", "a", "--calibration", "b"),
+    ("batch", ""),
+    ("batch", "a", "--to", ""),
+    ("inspect", ""),
     ("fly",),
 ]
 
