@@ -22,6 +22,7 @@ from ..sources.unsupported import Quantized
 
 NEWEST = "0.38.1"  # ComfyUI's version that the table of formats was held to
 _MARKER = 120  # bytes of a layer's marker, about
+_DEPTH = 4  # of a part's name below its layer; bitsandbytes' and Quanto's go down to three
 # Dtypes that ComfyUI's loader for dynamic VRAM does not know (comfy/utils.py: load_safetensors).
 _UNKNOWN_DTYPES = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 
@@ -231,13 +232,13 @@ def _size(tensors: Mapping[str, TensorInfo], codes: Mapping[str, int]) -> int:
 
 def _is_part(key: str, layers: Mapping[str, object]) -> bool:
     """Whether a tensor is a quantized layer's codes or scales; its bias stays."""
-    name, dot, leaf = key.rpartition(".")
-    if leaf == "bias":
+    if key.endswith(".bias"):
         return False
-    while dot:
-        if name in layers:
-            return True
+    name = key
+    for _ in range(_DEPTH):
         name, dot, _ = name.rpartition(".")
+        if dot and name in layers:
+            return True
     return False
 
 

@@ -376,3 +376,10 @@ def test_a_damaged_file_is_explained_or_refused(tmp_path, name):
             assert str(error).startswith("model: ")
         else:
             assert json.loads(found.to_json())["file"] == "model" and found.summary()
+
+
+def test_a_name_of_many_parts_takes_no_time(tmp_path):
+    """Cutting off one part after another took 28 s of a name a tenth as long."""
+    codes = torch.zeros(32, 32, dtype=torch.float8_e4m3fn)
+    save_file({"a.weight": codes, "a" + ".a" * 2_000_000: torch.zeros(1)}, tmp_path / "model")
+    assert inspect_file(tmp_path / "model", every_byte=False).as_mxfp8.bytes is not None
