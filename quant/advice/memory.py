@@ -48,7 +48,7 @@ class Activations:
             return self.factor
         name, axis = self.width
         shape = next((shapes[p + name] for p in PREFIXES if p + name in shapes), None)
-        return self.factor * shape[axis] if shape else None
+        return self.factor * shape[axis] if shape and axis < len(shape) else None
 
 
 # By the names of `conversion.architectures`, where one formula holds for all models of that name.

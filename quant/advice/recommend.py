@@ -22,7 +22,7 @@ from ...kernels.dispatch import ExecutionPath, execution_path
 from ...kernels.records import Problem
 from ..conversion import architectures
 from ..conversion.convert import find_device, plan_source
-from ..format import read_header
+from ..format import Header
 from ..reports import document
 from ..reports.conversion import format_size
 from ..sources import formats
@@ -137,7 +137,7 @@ class Recommendation:
         return lines
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The formats as a table under `COLUMNS`."""
+        """The formats as a table under `columns`."""
         rows = []
         for choice in self.choices:
             cells = [choice.name, f"{choice.bits:g}", f"{100 * choice.error:.2g}%"]
@@ -152,15 +152,8 @@ class Recommendation:
 
     def columns(self) -> tuple[str, ...]:
         size = ("size",) if self.model is not None else ()
-        return (
-            "format",
-            "bits",
-            "error",
-            *size,
-            *(("fits",) if self._fits else ()),
-            "needs",
-            "here",
-        )
+        fits = ("fits",) if self._fits else ()
+        return ("format", "bits", "error", *size, *fits, "needs", "here")
 
     @property
     def _fits(self) -> bool:
@@ -335,9 +328,8 @@ def _model(path: Path) -> _Model:
     place = find_model(path)
     if place.suffix.lower() != ".json":
         with FileSource(place) as source:
-            layers = source.header.layers
-            if layers:
-                return _quantized(place, layers)
+            if source.header.layers:
+                return _quantized(source.header)
     with open_source(path) as source:
         plan = plan_source(source)
         weights = sum(d.shape[0] * d.shape[1] for d in plan.quantized)
@@ -346,14 +338,14 @@ def _model(path: Path) -> _Model:
         return _Model(source.name, plan.architecture, weights, other, shapes)
 
 
-def _quantized(path: Path, layers) -> _Model:
-    header = read_header(path)
+def _quantized(header: Header) -> _Model:
     detected = architectures.detect(header.tensors)
-    stored = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers.values())
+    layers = header.layers.values()
+    stored = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
     total = sum(tensor.nbytes for tensor in header.tensors.values())
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    return _Model(path.name, detected and detected[0].name, weights, total - stored, shapes)
+    return _Model(header.path.name, detected and detected[0].name, weights, total - stored, shapes)
 
 
 def _choice(
@@ -422,10 +414,12 @@ def _advice(choices: tuple[Choice, ...], path: ExecutionPath) -> str:
         )
     if mxfp8 not in fitting:
         names = " and ".join(c.name for c in fitting)
-        return f"Only {names} fits as a whole, with more error; anything larger is copied in part."
+        fit = "fits" if len(fitting) == 1 else "fit"
+        return f"Only {names} {fit} as a whole; anything larger is copied in part on every step."
     start = ""
     if by_name[BF16].room is not None and by_name[BF16] in fitting:
-        start = "BF16 fits as a whole; quantize for speed or for larger pictures. "
+        speed = "speed or for " if mxfp8.native or by_name[INT8].native else ""
+        start = f"BF16 fits as a whole; quantize for {speed}larger pictures. "
     if path.backend == "torch_mx":
         return (
             f"{start}MXFP8 is what this card multiplies as it is stored. NVFP4 is smaller, with "

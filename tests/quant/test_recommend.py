@@ -193,8 +193,15 @@ def test_what_fits_and_which_picture_fits_beside_it(on, large):
         1 << 20
     ) > mxfp8.room + memory.LEAST
     assert "Only NVFP4 fits" in on((8, 6), large, memory=6 << 30).advice
+    assert (
+        "Only INT8 with ConvRot and NVFP4 fit as a whole;"
+        in on((8, 6), large, memory=7_663_000_000).advice
+    )
     assert "No format fits" in on((8, 6), large, memory=4 << 30).advice
-    assert on((8, 6), large, memory=24 << 30).advice.startswith("BF16 fits as a whole")
+    assert on((8, 6), large, memory=24 << 30).advice.startswith(
+        "BF16 fits as a whole; quantize for speed or for larger pictures. "
+    )
+    assert "quantize for larger pictures" in on("gfx90a", large, torch_for="7.0").advice
 
 
 def test_what_sampling_takes_is_what_comfyui_guesses():
@@ -220,6 +227,7 @@ def test_frames_of_a_video_are_counted():
     assert memory.largest(row, factor, int(21 * frame) + 1) == "81 frames of 832 x 480"
     assert memory.largest(row, factor, int(frame) - 1) is None
     assert row.factor_of({}) is None
+    assert row.factor_of({"head.modulation": (5120,)}) is None  # of a file with other shapes
 
 
 def test_the_command_prints_all_of_it(capsys):
