@@ -170,7 +170,7 @@ def presets() -> list[str]:
 def preset_titles() -> dict[str, str]:
     """What each preset is for and what it keeps, in a few words."""
     return {
-        AUTO: "chosen by the model's tensor names",
+        AUTO: "recognized by tensor names",
         NONE: "every linear layer is quantized",
         **{name: preset["about"] for name, preset in sorted(_table()["presets"].items())},
     }

@@ -440,7 +440,7 @@ def test_a_report_comes_back_after_a_reload_if_the_server_has_it(served, browser
     )
     shown.settle()
     assert shown.page.locator(".mxfp8-report .verdict").inner_text() == "The report appears here."
-    assert height < 250  # closed
+    assert height < 300  # closed: open, the view alone takes 522
     assert not shown.complaints
     shown.close()
 
