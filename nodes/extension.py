@@ -14,7 +14,12 @@ from .loading import (
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
-from .quantizing import MXFP8ConvertFile, MXFP8QuantizeModel, MXFP8QuantizeTextEncoder
+from .quantizing import (
+    MXFP8ConvertFile,
+    MXFP8ConvertFiles,
+    MXFP8QuantizeModel,
+    MXFP8QuantizeTextEncoder,
+)
 from .recommending import MXFP8Recommend
 from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveCheckpoint, MXFP8SaveModel, MXFP8SaveTextEncoder
@@ -35,6 +40,7 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8SaveTextEncoder,
     MXFP8SaveCheckpoint,
     MXFP8ConvertFile,
+    MXFP8ConvertFiles,
     MXFP8RepairFile,
     MXFP8Inspect,
     MXFP8BackendReport,

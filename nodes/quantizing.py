@@ -1,4 +1,4 @@
-"""Nodes that quantize to MXFP8: a model in the graph, and a file to a file."""
+"""Nodes that quantize to MXFP8: models in the graph, and files to files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..quant.conversion.batch import convert_all
 from ..quant.conversion.convert import convert_file
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
@@ -126,6 +127,9 @@ class MXFP8ConvertFile(io.ComfyNode):
                 io.String.Output(
                     display_name="report", tooltip="Every layer's decision, size and error: JSON."
                 ),
+                io.AnyType.Output(  # ComfyUI connects no narrower type to its own loaders' lists
+                    display_name="file", tooltip="Name of the new file, for a loader's input."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -151,16 +155,81 @@ class MXFP8ConvertFile(io.ComfyNode):
                 calibration=calibration,
                 held_out=held_out,
             )
-        return _report_output(cls, report)
+        text = _log(report.summary())
+        document = report.to_json()
+        return output(cls, text, document, paths.listed_name(source, new), document=document)
 
 
-def _report_output(node: type[io.ComfyNode], report: Report, *values, runs: str = ""):
-    """A node's output with the report on a conversion.
+class MXFP8ConvertFiles(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8ConvertFiles",
+            display_name="Convert Files (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Converts several model files to MXFP8, one after another. Each new file is "
+                "written beside its source. Files that were converted already are skipped, so an "
+                "interrupted run goes on where it stopped."
+            ),
+            search_aliases=["mxfp8", "batch", "convert folder", "quantize files"],
+            inputs=[
+                io.String.Input(
+                    "sources",
+                    multiline=True,
+                    placeholder="diffusion_models/flux*\ntext_encoders",
+                    tooltip=(
+                        "One per line: a file, a folder or a pattern in the model folders, as in "
+                        "Convert File: diffusion_models/flux1-dev.safetensors, "
+                        "text_encoders, checkpoints/*xl*."
+                    ),
+                ),
+                *selection_inputs(),
+                overwrite_input(),
+                io.Boolean.Input(
+                    "dry_run",
+                    default=False,
+                    optional=True,
+                    tooltip="Check, and list what would be done; write nothing.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="report", tooltip="The outcomes as JSON.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return float("nan")  # equal to none: what is in folders changes
+
+    @classmethod
+    @ending_shown
+    def execute(
+        cls, sources, preset, overwrite, include="", exclude="", dry_run=False
+    ) -> io.NodeOutput:
+        batch = convert_all(
+            paths.find_jobs(sources, "mxfp8"),
+            Selection(preset, include, exclude),
+            overwrite=overwrite,
+            progress=Progress(cls),
+            device=device(),
+            dry_run=dry_run,
+        )
+        return output(cls, _log(batch.summary()), batch.to_json())
+
+
+def _report_output(node: type[io.ComfyNode], report: Report, model, runs: str):
+    """The output of a node with a quantized model and the report on it.
 
     Args:
-        runs: how the result runs here, if it is a model.
+        runs: how the model runs here.
     """
-    summary = "\n".join(filter(None, (report.summary(), runs)))
-    logger.info("MXFP8: %s", summary)
-    text = report.to_json()
-    return output(node, summary, *values, text, document=text)
+    document = report.to_json()
+    text = _log(f"{report.summary()}\n{runs}")
+    return output(node, text, model, document, document=document)
+
+
+def _log(text: str) -> str:
+    logger.info("MXFP8: %s", text)
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import folder_paths
 
 from ...quant.container.writer import new_folders
+from ...quant.conversion.batch import Job
 from ...quant.sources import shards
 from .filenames import check_name, check_target, is_inside
 
@@ -133,6 +135,46 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
     if not is_inside(root, target):
         raise ValueError(f"{name!r} is outside the folder {folder!r}; give a name inside it")
     return target
+
+
+def listed_name(choice: str, target: Path) -> str:
+    """The name by which loaders list a file that was made from a choice, in the same folder."""
+    roots = folder_paths.get_folder_paths(choice.partition("/")[0])
+    return str(target.relative_to(next(root for root in roots if target.is_relative_to(root))))
+
+
+def find_jobs(lines: str, suffix: str) -> list[Job]:
+    """The conversions that lines stand for: of sources in `list_sources`, each to a file beside it.
+
+    Args:
+        lines: names as in the list, folders, and patterns, in which "*" stands for subfolders too.
+        suffix: as of `target_beside`.
+
+    Raises:
+        ValueError: there is no line, or nothing in the list fits one.
+    """
+    listed = {choice.replace("\\", "/"): choice for choice in list_sources()}
+    chosen: dict[str, None] = {}
+    wanted = [line.strip() for line in lines.splitlines() if line.strip()]
+    if not wanted:
+        raise ValueError("no source is given; write a file, a folder or a pattern in each line")
+    for line in wanted:
+        line = line.replace("\\", "/")
+        folder = line.rstrip("/") + "/"
+        found = [
+            choice
+            for name, choice in listed.items()
+            if name == line or name.startswith(folder) or fnmatch.fnmatchcase(name, line)
+        ]
+        if not found:
+            raise ValueError(
+                f"no model fits {line!r}; sources begin with one of {', '.join(MODEL_FOLDERS)}, "
+                "as in the list of Convert File (MXFP8)"
+            )
+        chosen |= dict.fromkeys(found)
+    jobs = [Job(path := source_path(c), target_beside(path, c, "", suffix)) for c in chosen]
+    targets = {job.target for job in jobs}
+    return [job for job in jobs if job.source not in targets]
 
 
 def folder_of(target: Path) -> AbstractContextManager[None]:

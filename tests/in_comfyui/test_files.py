@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy
 import pytest
@@ -32,6 +33,63 @@ def test_a_file_becomes_what_the_command_makes_of_it(comfy):
     assert in_blocks > 0.7 * report.bytes_before
     assert report.bytes_after < report.bytes_before - 0.45 * in_blocks  # a bit more than half
     assert report.summary() == outputs["text"][0]
+
+
+def test_the_new_file_goes_on_to_a_loader(comfy):
+    graph, node = convert(target="sub/goes-on")
+    model = graph.add("UNETLoader", unet_name=[node[0], 1], weight_dtype="default")
+    report = graph.add("MXFP8BackendReport", model=model, measure=False, rows=64)
+    layers = json.loads(comfy.run(graph)[report[0]]["mxfp8_report"][0])["layers"]
+    assert any(layer["decision"] == "mxfp8" for layer in layers)
+
+
+def batch(sources: str, **options) -> tuple[Graph, list]:
+    graph = Graph()
+    options = {"preset": "auto", "overwrite": False, **options}
+    return graph, graph.add("MXFP8ConvertFiles", sources=sources, **options)
+
+
+@pytest.fixture
+def several(comfy):
+    """A folder in the model folder: two models, and a file that is none."""
+    models = comfy.base / "models" / "diffusion_models"
+    folder = models / "several"
+    (folder / "inner").mkdir(parents=True)
+    for kind, name in (("flux", "one"), ("wan", "inner/two")):
+        (folder / f"{name}.safetensors").hardlink_to(models / f"{kind}.safetensors")
+    (folder / "lora.safetensors").hardlink_to(comfy.base / "models/loras/lora.safetensors")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("sources", ["diffusion_models/several", "diffusion_models/sev*\n\n"])
+def test_a_folder_or_a_pattern_is_converted_and_an_interrupted_batch_goes_on(
+    comfy, several, sources
+):
+    graph, node = batch(sources, dry_run=True)
+    lines = comfy.run(graph)[node[0]]["text"][0].splitlines()
+    assert lines[-1].startswith("2 planned, 1 skipped")
+    targets = [several / "one-mxfp8.safetensors", several / "inner" / "two-mxfp8.safetensors"]
+    assert not any(target.exists() for target in targets)
+
+    graph, node = batch(sources)
+    lines = comfy.run(graph)[node[0]]["text"][0].splitlines()
+    assert lines[-1].startswith("2 converted, 1 skipped")
+    models = comfy.base / "models" / "diffusion_models"
+    for target, kind in zip(targets, ("flux", "wan"), strict=True):
+        assert target.read_bytes() == (models / f"{kind}-mxfp8.safetensors").read_bytes()
+
+    targets[0].unlink()
+    graph, node = batch(sources)
+    lines = comfy.run(graph)[node[0]]["text"][0].splitlines()
+    assert lines[-1].startswith("1 converted, 2 skipped")
+
+
+@pytest.mark.parametrize("sources", ["", "loras", "../*", "/etc/*", "diffusion_models/no such*"])
+def test_a_batch_finds_only_what_the_list_has(comfy, sources):
+    graph, _ = batch(sources)
+    with pytest.raises(PromptError, match=r"no source is given|no model fits"):
+        comfy.run(graph)
 
 
 def test_progress_reaches_the_browser(comfy):

@@ -133,7 +133,7 @@ def test_the_archive_holds_what_comfyui_reads_and_no_more(archive, unpacked):
     with zipfile.ZipFile(archive) as opened:
         names = {info.filename for info in opened.infolist() if not info.is_dir()}
     assert {name.split("/")[0] for name in names if "/" in name} == {
-        *ROOMS, "web", "locales", "example_workflows",
+        *ROOMS, "web", "locales", "example_workflows", "subgraphs",
     }  # fmt: skip
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= names
     # Thus test_security.py has looked at all of it.

@@ -1,0 +1,30 @@
+/** "Convert this model to MXFP8" in the context menu of nodes that load a model's file. */
+
+import { app } from "../../scripts/app.js";
+import { filesOf } from "./loaders.mjs";
+
+/** Add a Convert File node for a file beside the node that loads it. */
+function addConversion(loader, file) {
+  const { graph } = loader;
+  graph.beforeChange();
+  const node = LiteGraph.createNode("MXFP8ConvertFile");
+  node.pos = [loader.pos[0] + loader.size[0] + 40, loader.pos[1]];
+  graph.add(node);
+  const source = node.widgets.find((widget) => widget.name === "source");
+  source.value = file;
+  source.callback?.(file);
+  graph.afterChange();
+  app.canvas.selectNode?.(node);
+  return node;
+}
+
+app.registerExtension({
+  name: "mxfp8.menu",
+  getNodeMenuItems(node) {
+    const files = filesOf(node);
+    return files.map((file) => ({
+      content: `Convert ${files.length > 1 ? file.split("/").pop() : "this model"} to MXFP8`,
+      callback: () => addConversion(node, file),
+    }));
+  },
+});
