@@ -14,6 +14,7 @@ from .loading import (
     MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
+from .planning import MXFP8Plan
 from .quantizing import (
     MXFP8ConvertFile,
     MXFP8ConvertFiles,
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8SaveCheckpoint,
     MXFP8ConvertFile,
     MXFP8ConvertFiles,
+    MXFP8Plan,
     MXFP8RepairFile,
     MXFP8Inspect,
     MXFP8BackendReport,

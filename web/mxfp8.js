@@ -12,6 +12,7 @@ import { app } from "../../scripts/app.js";
 import { excluding } from "./document.mjs";
 import "./files.mjs";
 import "./menu.mjs";
+import "./plan.mjs";
 import { ReportView } from "./report.mjs";
 
 const NAME = "mxfp8_report"; // the key of the document in a node's output, and the widget's name

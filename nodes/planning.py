@@ -1,0 +1,84 @@
+"""A node that says what converting a file would do.
+
+The browser has it executed for Convert File and the Quantize nodes when their inputs change
+(`web/plan.mjs`), so that no route is needed: ComfyUI's queue runs it like any node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..quant.conversion import architectures, preview, text_encoders
+from ..quant.conversion.convert import plan_source
+from ..quant.conversion.policy import Plan, Selection
+from ..quant.sources.file import StoredSource
+from ..quant.sources.open import open_source
+from .host import paths
+from .host.progress import output
+from .models.quantize import device
+from .widgets import CATEGORY, selection_inputs
+
+_WHOLE, _MODEL, _ENCODERS = "whole file", "diffusion model", "text encoders"
+
+
+class MXFP8Plan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MXFP8Plan",
+            display_name="Plan Conversion (MXFP8)",
+            category=CATEGORY,
+            description=(
+                "Says what converting a file would do, from its header alone: the size after, "
+                "which layers are kept and why, and the time and memory it takes. Nothing is "
+                "written."
+            ),
+            search_aliases=["mxfp8", "dry run", "preview", "estimate size", "plan"],
+            inputs=[
+                io.Combo.Input(
+                    "source",
+                    options=paths.list_sources(),
+                    tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
+                ),
+                *selection_inputs(),
+                io.Combo.Input(
+                    "part",
+                    options=[_WHOLE, _MODEL, _ENCODERS],
+                    default=_WHOLE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which part of a checkpoint to count.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="plan", tooltip="The plan as text.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return float("nan")  # equal to none: the file may be another one by now
+
+    @classmethod
+    def execute(cls, source, preset, include="", exclude="", part=_WHOLE) -> io.NodeOutput:
+        try:
+            with open_source(paths.source_path(source)) as opened:
+                plan = _part(plan_source(opened, Selection(preset, include, exclude)), opened, part)
+        except (ValueError, OSError) as error:
+            text = str(error)
+        else:
+            text = preview.summary(plan, preview.speed(device()))
+        return output(cls, text, text)
+
+
+def _part(plan: Plan, source: StoredSource, part: str) -> Plan:
+    """A plan's decisions on one part of a checkpoint."""
+    if part == _WHOLE:
+        return plan
+    _, prefix = architectures.detect(source.tensors) or (None, "")
+    prefixes = prefix if part == _MODEL else text_encoders.PREFIXES
+    decisions = tuple(d for d in plan.decisions if d.key.startswith(prefixes))
+    return replace(plan, decisions=decisions or plan.decisions)

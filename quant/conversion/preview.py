@@ -1,0 +1,77 @@
+"""What a conversion would do, from headers alone: sizes, what is kept and why, time and memory.
+
+The time is that of quantizing random values of the same number here. What reading and writing take
+depends on disks and on what is cached, and is not guessed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from ... import kernels
+from ..container.header import plain
+from ..format import WEIGHT
+from ..progress import duration
+from ..reports.conversion import format_size, listed
+from .convert import stored_bytes
+from .policy import Decision, Plan
+
+_SAMPLE = 1 << 21  # values that are quantized for the speed
+_MOST_REASONS = 6
+_NAMED = 2  # layers named for a reason
+MEMORY = "0.5 GB of memory"  # besides torch, as `convert` says where it runs out
+
+
+def summary(plan: Plan, speed: float | None = None) -> str:
+    """A plan in some lines.
+
+    Args:
+        speed: bytes of the source that are quantized in a second, as of `speed`.
+    """
+    before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
+    what = plan.architecture or "architecture not recognized"
+    count, *reasons = _layers(plan)
+    basis = []
+    if speed is not None and plan.quantized:
+        seconds = sum(d.nbytes for d in plan.quantized) / speed
+        count += f"; at least {duration(seconds)} and {MEMORY} here"
+        basis = [
+            f"(time: quantizing at {format_size(speed)}/s, as a sample did, without reading and "
+            "writing; memory: besides torch)"
+        ]
+    return "\n".join([
+        f"{format_size(before)} -> {format_size(after)} ({what}, preset {plan.preset})",
+        count, *reasons, *basis, *listed("WARNING", plan.warnings),
+    ])  # fmt: skip
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    """How many layers become MXFP8, and why the others do not, the most frequent reason first."""
+    kept: dict[str, list[Decision]] = {}
+    for decision in plan.decisions:
+        if not decision.quantize and decision.key.endswith(WEIGHT) and len(decision.shape) == 2:
+            kept.setdefault(decision.reason, []).append(decision)
+    yield f"{len(plan.quantized)} layers MXFP8, {sum(map(len, kept.values()))} kept"
+    reasons = sorted(kept.items(), key=lambda item: -len(item[1]))
+    for reason, decisions in reasons[:_MOST_REASONS]:
+        names = ", ".join(plain(decision.layer) for decision in decisions[:_NAMED])
+        more = ", ..." if len(decisions) > _NAMED else ""
+        yield f"  {len(decisions)}: {reason} ({names}{more})"
+    rest = sum(len(decisions) for _, decisions in reasons[_MOST_REASONS:])
+    if rest:
+        yield f"  {rest} for {len(reasons) - _MOST_REASONS} other reasons"
+
+
+@cache
+def speed(device: str) -> float:
+    """Bytes of BF16 weights that a device quantizes in a second, as a sample did once."""
+    values = torch.randn(_SAMPLE, device=device).bfloat16().reshape(-1, 1024)
+    kernels.quantize(values)  # the first call loads and compiles
+    start = time.perf_counter()
+    _, scale = kernels.quantize(values)
+    scale.cpu()  # waits for the device
+    return values.nbytes / (time.perf_counter() - start)

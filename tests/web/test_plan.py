@@ -1,0 +1,120 @@
+"""Plans that nodes show before they are run: both renderers, in Chromium."""
+
+from __future__ import annotations
+
+import pytest
+from browser import ComfyPage
+
+pytestmark = pytest.mark.comfy
+
+TEXT = """(id) => app.graph.getNodeById(id).widgets.find((w) => w.name === "mxfp8_report")
+    .view.part(".verdict").textContent"""
+
+
+@pytest.fixture(scope="module", params=["litegraph", "nodes2"])
+def shown(request, comfy, browser):
+    comfy.post("/history", {"clear": True})
+    page = ComfyPage(browser, comfy, nodes2=request.param == "nodes2")
+    yield page
+    assert not page.complaints
+    page.close()
+
+
+def choose(shown, node: int, name: str, value: str) -> None:
+    """Set a widget as the page does when the user chose a value."""
+    shown.page.evaluate(
+        """([id, name, value]) => {
+            const widget = app.graph.getNodeById(id).widgets.find((w) => w.name === name);
+            widget.value = value;
+            widget.callback(value, app.canvas, app.graph.getNodeById(id));
+        }""",
+        [node, name, value],
+    )
+
+
+def box(shown, node: int) -> list[float]:
+    return shown.page.evaluate("(id) => [...app.graph.getNodeById(id).size]", node)
+
+
+def plan(shown, node: int, has: str) -> str:
+    """A node's plan, once it has this in it."""
+    wanted = f"(id) => ({TEXT})(id).includes({has!r})"
+    shown.page.wait_for_function(wanted, arg=node)
+    return shown.page.evaluate(TEXT, node)
+
+
+def test_a_choice_shows_what_will_come_of_it_and_leaves_no_trace(shown, comfy):
+    shown.clear()
+    source = "diffusion_models/flux.safetensors"
+    node = shown.add("MXFP8ConvertFile", (100, 100), source=source)
+    before, size = comfy.get("/history"), box(shown, node)
+    choose(shown, node, "preset", "none")
+    assert "19 layers MXFP8, 0 kept" in plan(shown, node, "preset none")
+    choose(shown, node, "preset", "auto")
+    text = plan(shown, node, "preset default")
+    assert "13 layers MXFP8, 6 kept" in text
+    assert "embedders and final layers stay (final_layer" in text
+    assert comfy.get("/history") == before
+    assert box(shown, node) == size
+    assert comfy.get("/prompt")["exec_info"]["queue_remaining"] == 0
+
+
+def test_typing_makes_one_plan(shown):
+    shown.clear()
+    source = "diffusion_models/flux.safetensors"
+    node = shown.add("MXFP8ConvertFile", (100, 100), source=source)
+    asked = []
+    shown.page.on("request", lambda r: r.method == "POST" and r.url.endswith("/prompt")
+                  and asked.append(r))  # fmt: skip
+    for end in range(1, 7):
+        choose(shown, node, "exclude", "single"[:end])
+    assert "excluded by 'single'" in plan(shown, node, "excluded")
+    assert len(asked) == 1
+
+
+def test_a_quantize_node_plans_the_file_of_its_loader(shown):
+    shown.clear()
+    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
+    between = shown.add("ModelSamplingFlux", (400, 100))
+    node = shown.add("MXFP8QuantizeModel", (700, 100))
+    shown.link(loader, between, "model")
+    shown.link(between, node, "model")
+    assert "Flux.1" in plan(shown, node, "layers MXFP8")
+    choose(shown, loader, "unet_name", "flux2.safetensors")
+    plan(shown, node, "Flux.2")
+    end = shown.add("PreviewAny", (1100, 100))
+    shown.link(node, end, "source", slot=1)
+    choose(shown, loader, "unet_name", "flux.safetensors")
+    plan(shown, node, "Flux.1")
+    shown.page.evaluate(  # so that the result of an earlier test is not used again
+        """(id) => { app.graph.getNodeById(id).widgets.find((w) => w.name === "exclude").value =
+            `never-${Math.random()}`; }""",
+        node,
+    )
+    shown.queue()
+    shown.page.wait_for_function(f"(id) => !({TEXT})(id).startsWith('Plan')", arg=node)
+
+
+def test_a_model_from_no_file_has_no_plan(shown):
+    shown.clear()
+    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
+    merged = shown.add("ModelMergeSimple", (400, 100))
+    node = shown.add("MXFP8QuantizeModel", (700, 100))
+    shown.link(loader, merged, "model1")
+    shown.link(loader, merged, "model2")
+    shown.link(merged, node, "model")
+    plan(shown, node, "not from a loader")
+
+
+def test_plans_can_be_switched_off(shown):
+    shown.clear()
+    set_to = """(on) => app.extensionManager.setting.set("MXFP8.PlanBeforeRuns", on)"""
+    shown.page.evaluate(set_to, False)
+    source = "diffusion_models/flux.safetensors"
+    quiet = shown.add("MXFP8ConvertFile", (100, 100), source=source)
+    choose(shown, quiet, "preset", "none")
+    shown.page.evaluate(set_to, True)
+    other = shown.add("MXFP8ConvertFile", (100, 500), source=source)
+    choose(shown, other, "preset", "none")
+    plan(shown, other, "layers MXFP8")
+    assert shown.page.evaluate(TEXT, quiet) == "The report appears here."
