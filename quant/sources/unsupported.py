@@ -55,7 +55,7 @@ def kind_of(path: Path) -> FileKind | None:
 
 _LORA = re.compile(
     r"(^|[._])lora_(up|down|A|B)(\.(\w+\.)?weight)?$"
-    r"|[._](\w*_)?loras?\d*(_linear_layer)?\.(up|down)\.weight$"
+    r"|[._]loras?\d*(_linear_layer)?\.(up|down)\.weight$"
     r"|\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_(blocks|diag|R)|dora_scale|on_input"
     r"|diff(_b)?|set_weight|[wb]_norm|[ab][12]\.weight)$"
 )
