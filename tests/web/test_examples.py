@@ -89,7 +89,7 @@ def test_the_examples_are_found_among_the_templates(shown):
     shown.command("Comfy.BrowseTemplates")
     shown.page.get_by_placeholder("Search").first.fill("mxfp8")
     for name in NAMES:
-        shown.page.get_by_text(name, exact=True).wait_for()
+        shown.page.get_by_role("heading", name=name, exact=True).wait_for()
     square = """() => [...document.images].filter(
         ({ naturalWidth, naturalHeight }) => naturalWidth && naturalWidth === naturalHeight
     ).length"""
