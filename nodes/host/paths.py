@@ -73,11 +73,32 @@ def source_path(choice: str) -> Path:
 
 def _others(folder: str) -> list[str]:
     """Files of other kinds than safetensors; ComfyUI itself does not list GGUF files."""
-    names = folder_paths.get_filename_list(folder)
+    names = [*folder_paths.get_filename_list(folder)]
     for root in folder_paths.get_folder_paths(folder):
-        found, _ = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
-        names = [*names, *(name for name in found if name.lower().endswith(".gguf"))]
+        names += _gguf_files(root)
     return [name for name in names if not name.lower().endswith(SAFETENSORS)]
+
+
+# Folder -> its GGUF files, and when it and its subfolders last changed.
+_searched: dict[str, tuple[list[str], dict[str, float]]] = {}
+
+
+def _gguf_files(root: str) -> list[str]:
+    """The GGUF files in a folder, searched again when one of its folders changed, as ComfyUI does:
+    it asks for the lists on every load of the page and before every run."""
+    found, changed = _searched.get(root, ([], {}))
+    if not changed or any(_changed(place) != when for place, when in changed.items()):
+        names, changed = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+        found = [name for name in names if name.lower().endswith(".gguf")]
+        _searched[root] = found, changed
+    return found
+
+
+def _changed(folder: str) -> float | None:
+    try:
+        return os.path.getmtime(folder)
+    except OSError:
+        return None
 
 
 def _single_files(folder: str) -> list[str]:

@@ -541,6 +541,23 @@ def test_files_that_no_loader_here_takes_are_listed_and_explained(comfy, name):
     assert len(report["explained"]) == 1 and report["problems"] == []
 
 
+def test_the_list_of_files_knows_what_came_and_went_in_a_subfolder(comfy):
+    folder = comfy.base / "models" / "diffusion_models" / "listed"
+    folder.mkdir()
+
+    def listed() -> list[bool]:
+        """Whether each file is in the list."""
+        info = json.dumps(comfy.get("/object_info/MXFP8Inspect"))
+        return [f"listed/{name}.gguf" in info for name in ("first", "second")]
+
+    (folder / "first.gguf").touch()
+    assert listed() == [True, False]
+    (folder / "first.gguf").rename(folder / "second.gguf")
+    assert listed() == [False, True]
+    shutil.rmtree(folder)
+    assert listed() == [False, False]
+
+
 def test_a_missing_part_is_named_until_it_is_there(comfy):
     folder = comfy.base / "models" / "diffusion_models" / "parts"
     folder.mkdir()
