@@ -191,10 +191,16 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is one model, in parts or a pipeline, and not a folder of models."""
-    if (folder / "model_index.json").is_file():
+    """Whether a folder is one model, in parts or a pipeline, and not a folder of models.
+
+    One that may not be read counts as a model, so that it is told of and the others are converted.
+    """
+    try:
+        if (folder / "model_index.json").is_file():
+            return True
+        names = [path.name for path in folder.iterdir()]
+    except PermissionError:
         return True
-    names = [path.name for path in folder.iterdir()]
     whole = [name for name in names if _is_model_file(name)]
     return len(whole) == 1 and shards.INDEX.search(whole[0]) is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -207,6 +208,21 @@ def test_errors_are_outcomes_and_the_next_model_follows(models):
     assert len(batch.summary().splitlines()) == 8 + 3 + 1
     data = json.loads(batch.to_json())
     assert [row["state"] for row in data["models"]] == [o.state for o in batch.outcomes]
+
+
+def test_a_folder_that_may_not_be_read_stops_no_other(models, monkeypatch):
+    """Such as lost+found; whoever runs tests as root may read it."""
+    locked, iterdir = models / "more", Path.iterdir
+
+    def refuse(path):
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    batch = convert_all(find_jobs([models]))
+    assert states(batch) == {"more": FAILED, "one.safetensors": CONVERTED, "parts": CONVERTED}
+    assert batch.of(FAILED)[0].reason == f"{locked}: Permission denied"
 
 
 def test_a_model_whose_parts_are_not_those_of_its_index_failed(models):
