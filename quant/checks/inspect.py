@@ -19,7 +19,7 @@ from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_m
 from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
-from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, listed, verdict
+from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, last_line, listed
 from ..reports.verdict import BAD, GOOD, NOTICE, Verdict
 from ..sources import formats, gguf, unsupported
 from . import explain
@@ -141,7 +141,7 @@ class Inspection:
             *metadata.lines(self.report, self.comparison),
             *listed("WARNING", self.warnings),
             *listed("PROBLEM", self.problems),
-            verdict(
+            last_line(
                 "no problem found" + ("" if self.every_byte else f" in {self._read()}"),
                 self.problems,
                 self.warnings,

@@ -27,7 +27,7 @@ from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
 from ..progress import VERIFY, Meter, Progress
 from ..reports import document
-from ..reports.conversion import listed, verdict
+from ..reports.conversion import last_line, listed
 from ..sources import diffusers
 from ..sources.file import FileSource, as_bytes
 from . import scan
@@ -75,7 +75,7 @@ class Repair:
             *repairs,
             *listed("WARNING", warnings),
             *listed("PROBLEM", self.problems),
-            verdict(sound, self.problems, warnings),
+            last_line(sound, self.problems, warnings),
         ])  # fmt: skip
 
     def to_json(self, warnings: Sequence[str] = ()) -> str:

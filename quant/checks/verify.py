@@ -15,9 +15,9 @@ from ..reports.conversion import (
     MIN_SQNR,
     SqnrAccumulator,
     format_count,
+    last_line,
     listed,
     total_sqnr,
-    verdict,
 )
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source
@@ -52,7 +52,7 @@ class Verification:
         return min(lossy, key=lossy.get, default=None)
 
     def summary(self) -> str:
-        """The SQNR of all layers together, the problems, and a verdict, a line each."""
+        """The SQNR of all layers together, the problems, and whether all is well, a line each."""
         lines = []
         if self.worst is not None:
             lines.append(
@@ -61,7 +61,7 @@ class Verification:
             )
         sound = "the file is its source in MXFP8: layers within rounding, all else equal"
         return "\n".join([
-            *lines, *listed("PROBLEM", self.problems), verdict(sound, self.problems)
+            *lines, *listed("PROBLEM", self.problems), last_line(sound, self.problems)
         ])  # fmt: skip
 
     def to_json(self) -> str:

@@ -230,7 +230,7 @@ def listed(label: str, sentences: Sequence[str]) -> list[str]:
     return [*lines, f"{label}: {more} more like these"] if more else lines
 
 
-def verdict(sound: str, problems: Sequence[str] = (), warnings: Sequence[str] = ()) -> str:
+def last_line(sound: str, problems: Sequence[str] = (), warnings: Sequence[str] = ()) -> str:
     """The last line of a check: whether all is well, for those who read nothing else.
 
     Args:
