@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/quality.py --layer
+	$(BIN)/python bench/images.py
 	$(BIN)/python bench/lora.py
 
 gallery: setup
