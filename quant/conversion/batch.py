@@ -207,6 +207,8 @@ def _is_model(folder: Path) -> bool:
 
 def _is_model_file(name: str) -> bool:
     """Whether a file's name is that of a model or of an index, and not of one part of a model."""
+    if name.startswith("._"):  # what macOS keeps beside a file on foreign disks
+        return False
     whole = name.lower().endswith(SUFFIXES) and not shards.is_shard(name)
     return whole or shards.INDEX.search(name) is not None
 

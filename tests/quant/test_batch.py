@@ -45,6 +45,7 @@ def states(batch) -> dict[str, str]:
 
 def test_files_folders_and_patterns_lead_to_models(models, monkeypatch):
     monkeypatch.chdir(models.parent)
+    (models / "._one.safetensors").write_bytes(b"of macOS")
     everything = {
         "models/more/two.safetensors": "models/more/two-mxfp8.safetensors",
         "models/one.safetensors": "models/one-mxfp8.safetensors",
