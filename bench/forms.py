@@ -8,7 +8,7 @@
 
 The oracle (`kernels/backends/reference.py`) quantizes and multiplies, in float64, so a form's error
 is that of its numbers, not of one kernel. `fast_linear_in` is for models that run many steps: up to
-15 times as fast, with the same figures.
+15 times as fast.
 """
 
 from __future__ import annotations

@@ -17,6 +17,11 @@ of a format; the rest stays float32, so what differs is due to weights and input
     q8_0                             GGUF's, by the PyPI package gguf, if that is installed
     nvfp4                            E2M1 in blocks of 16
 
+Forms are computed by `fast_linear_in`. On four pictures of another training, SNR by the oracle
+itself was the same to 2e-5 dB in exact and to 0.006 in INT8; in MXFP8 and FP8 it was 0.03 to 0.3 dB
+off. There a sum's last bit decides how inputs round, and pictures follow: changes of inputs by 1e-6
+moved the mean of these four by 0.2 dB as well. Intervals over all pictures are wider than that.
+
 After the slash is what inputs become: `exact`, nothing, or what stock ComfyUI makes of them on
 cards that multiply the format: E4M3 with the scale 1 (`fp8`), INT8 rotated with a scale for each
 row (`int8`), NVFP4 with a scale for each picture (`nvfp4`); in modulations too, as in stock.
