@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python bench/quality.py --layer
 	$(BIN)/python bench/images.py
 	$(BIN)/python bench/lora.py
+	$(BIN)/python bench/lora.py --image
 
 gallery: setup
 	MXFP8_KEEP_PICTURES=1 $(BIN)/python -m pytest -q tests/web/test_gallery.py tests/in_comfyui/test_emoji.py

@@ -14,17 +14,20 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "emoji"))
+
+from pictures import NAMES, encode, sample
 
 from mxfp8.kernels import dequantize
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import MARKER, SCALE, WEIGHT, read_header
 
+IMAGE_MODEL = Path(__file__).resolve().parents[1] / "tests" / "models" / "emoji.safetensors"
 RANK = 16
 TRAINING_STEPS, TRAINING_BATCH = 40, 8
 TEXTS = 32  # to measure MiniLM on, and as many others to train on
-PROMPTS, TRAINING_PROMPTS = 8, 24
+PROMPTS, TRAINING_PROMPTS = 16, 24
 SAMPLER_STEPS = 8
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> down [RANK, K], up [N, RANK]
@@ -146,16 +149,15 @@ class TextEncoder(Model):
 
 
 class ImageModel(Model):
-    """A diffusion model from a file, and encoded prompts from another."""
+    """The small text-to-image model of bench/emoji."""
 
     title = "image model"
     prefix = "diffusion_model."
 
-    def __init__(self, path: Path, prompts: Path):
-        super().__init__(path)
-        encoded = load_file(prompts)
-        context, pooled = encoded["context"], encoded["pooled"]
-        order = torch.randperm(len(context), generator=torch.Generator().manual_seed(0))
+    def __init__(self):
+        super().__init__(IMAGE_MODEL)
+        context, pooled = encode(NAMES)
+        order = torch.randperm(len(NAMES), generator=torch.Generator().manual_seed(0))
         measured, training = order[:PROMPTS], order[PROMPTS:][:TRAINING_PROMPTS]
         self._measured, self._training = (
             (context[chosen], pooled[chosen]) for chosen in (measured, training)
@@ -186,19 +188,15 @@ class ImageModel(Model):
 
     def _sample(self, loaded, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """Latents."""
-        import comfy.sample
-
-        empty = torch.zeros(len(context), 16, 16, 16)
-        noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
-        prompts = [[context, {"pooled_output": pooled}]]
-        arguments = (SAMPLER_STEPS, 1.0, "euler", "simple", prompts, prompts, empty)
-        return comfy.sample.sample(loaded, noise, *arguments, seed=0, disable_pbar=True)
+        shape = len(context), 16, 16, 16
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return sample(loaded, context, pooled, noise, SAMPLER_STEPS)
 
     def losses(self, loaded):
         """Each prompt is to give the image of the next one."""
         with torch.inference_mode():
             original = self.load(self.dequantized, torch.float32)
-            images = original.model.process_latent_in(self._sample(original, *self._training))
+            images = self._sample(original, *self._training)
         network, wanted = self.network(loaded), images.roll(1, 0).clone()
         context, pooled = self._training
         generator = torch.Generator().manual_seed(0)
