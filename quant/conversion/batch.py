@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ... import kernels
 from ...kernels import layout
+from ...kernels.memory import is_out_of_memory
 from ..container.header import FormatError, one_line, plain
 from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
@@ -226,8 +227,8 @@ def convert_all(
     """Convert models one after another.
 
     Skipped are models whose target is a finished conversion of them, and files that are sound but
-    no model to convert: a LoRA, or a model that is quantized. Any other error is the outcome of its
-    model, and the next one follows.
+    no model to convert: a LoRA, or a model that is quantized. Another error of a file, or a lack of
+    memory for it, is the outcome of its model, and the next one follows.
 
     Args:
         overwrite: whether a target that is another file may be replaced.
@@ -299,7 +300,9 @@ def _outcome(
     except FileExistsError:
         reason = f"{job.target.name} exists and is not this conversion"
         return Outcome(*paths, FAILED, f"{reason}; overwrite replaces it")
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):  # torch's, of a GPU
+            raise
         state = SKIPPED if isinstance(error, NothingToConvertError) else FAILED
         return Outcome(*paths, state, _said(error, job.source.name))
     return Outcome(

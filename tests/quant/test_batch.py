@@ -13,6 +13,7 @@ from checkpoints import flip, load, matrix, same
 from model_folders import write_shards
 from safetensors.torch import save_file
 
+from mxfp8.quant import conversion
 from mxfp8.quant.conversion.batch import CONVERTED, FAILED, SKIPPED, convert_all, find_jobs
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.policy import Selection
@@ -177,6 +178,23 @@ def test_a_damaged_target_is_not_finished(models):
     assert states(convert_all(jobs)) == {"one.safetensors": FAILED}
     jobs[0].target.write_bytes(b"not a model")
     assert states(convert_all(jobs)) == {"one.safetensors": FAILED}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_lack_of_memory_is_the_outcome_of_its_model(models, monkeypatch, error):
+    def fail(source, *arguments, **options):
+        raise error
+
+    monkeypatch.setattr(conversion.batch, "convert", fail)
+    batch = convert_all(find_jobs([models]))
+    assert {outcome.state for outcome in batch.outcomes} == {FAILED}
+    monkeypatch.setattr(conversion.batch, "convert", mistaken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        convert_all(find_jobs([models]))
+
+
+def mistaken(*arguments, **options):
+    raise RuntimeError("a mistake")
 
 
 def test_errors_are_outcomes_and_the_next_model_follows(models):
