@@ -228,8 +228,11 @@ def test_layers_that_never_run_are_named_and_rounded_to_nearest(comfy):
     made = quantized(graph, original, calibration=node)
     graph.save_latent(graph.sample(made, "flux"))
     outputs = comfy.run(graph)
-    fault = outputs[node[0]]["text"][0].splitlines()[-1]
-    assert "layers got no input and will be rounded to nearest: 'single_blocks" in fault
+    (fault,) = (
+        line
+        for line in outputs[node[0]]["text"][0].splitlines()
+        if "layers got no input and will be rounded to nearest: 'single_blocks" in line
+    )
     report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
     silent = [layer.name for layer in report.quantized if layer.output_error is None]
     assert silent and all(name.startswith("single_blocks.") for name in silent)
@@ -250,9 +253,10 @@ def test_layers_whose_inputs_are_not_finite_are_named_with_how_many_do_not_count
         graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix=f"calibrations/{how}")
     outputs = comfy.run(graph)
     texts = {how: outputs[node[0]]["text"][0].splitlines() for how, node in nodes.items()}
-    assert re.fullmatch(
-        r"\d+ layers got rows with NaN or Inf, which were left out: ('[\w.]+' \(\d+\)(, )?)+"
-        r"( and \d+ more)?", texts["late"][-1]
+    assert any(
+        re.fullmatch(r"\d+ layers got rows with NaN or Inf, which were left out: "
+                     r"('[\w.]+' \(\d+\)(, )?)+( and \d+ more)?", line)
+        for line in texts["late"]
     ), texts  # fmt: skip
     assert any(
         re.match(r"\d+ layers? got values whose squares float32 cannot hold and will be rounded to "
