@@ -148,5 +148,5 @@ def test_a_quantized_model_with_diffusers_names_is_refused_as_quantized(tmp_path
     state = {k: v.to(torch.float8_e4m3fn) for k, v in rename("flux", flux_state()).items()}
     state["transformer_blocks.0.attn.to_q.weight_scale"] = torch.ones(())
     write_shards(tmp_path / "flux", state)
-    with pytest.raises(FormatError, match=r"^flux: already quantized as FP8 \(E4M3\)"):
+    with pytest.raises(FormatError, match=r"^flux: already quantized as scaled FP8 \(E4M3\)"):
         convert_file(tmp_path / "flux", tmp_path / "target")

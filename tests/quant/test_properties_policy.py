@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -183,14 +184,12 @@ def test_a_report_comes_back_from_its_json(report):
 @QUICK
 @given(reports, st.sampled_from(["source", "seconds", "layers", "sqnr_db"]), st.integers(2, 99))
 def test_a_report_with_a_field_less_or_of_another_version_is_refused(report, name, version):
-    text = report.to_json()
-    for broken in (
-        text.replace(f'"{name}":', f'"{name}_":', 1),
-        text.replace('"mxfp8_report": 1,', f'"mxfp8_report": {version},', 1),
-    ):
-        assert broken != text
+    data = json.loads(report.to_json())
+    less = {key: value for key, value in data.items() if key != name}
+    assert less != data
+    for broken in (less, data | {"mxfp8_report": version}):
         with pytest.raises(ValueError):
-            Report.from_json(broken)
+            Report.from_json(json.dumps(broken))
 
 
 @QUICK

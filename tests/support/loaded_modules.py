@@ -54,20 +54,30 @@ def save(name: str, linears: dict, others: dict) -> None:
     save_file(tensors, f"{name}-mxfp8.safetensors", metadata)
 
 
-def qwen(name: str, width: int, queries: int = 256, **more: torch.Tensor) -> None:
-    """A Qwen3 of one layer, which ComfyUI tells from others by its width."""
+def qwen(
+    name: str,
+    width: int,
+    queries: int = 256,
+    norms: torch.dtype = torch.bfloat16,
+    **more: torch.Tensor,
+) -> None:
+    """A Qwen3 of one layer, which ComfyUI tells from others by its width.
+
+    Args:
+        norms: their dtype: that of one decides what ComfyUI computes in.
+    """
     layer = "model.layers.0"
     linears = {
         "self_attn.q_proj": (queries, width), "self_attn.k_proj": (128, width),
         "self_attn.v_proj": (128, width), "self_attn.o_proj": (width, 256),
         "mlp.gate_proj": (64, width), "mlp.up_proj": (64, width), "mlp.down_proj": (width, 64),
     }  # fmt: skip
-    norms = {
+    sizes = {
         f"{layer}.self_attn.q_norm": 128, f"{layer}.self_attn.k_norm": 128,
         f"{layer}.input_layernorm": width, f"{layer}.post_attention_layernorm": width,
         "model.norm": width,
     }  # fmt: skip
-    others = {f"{key}.weight": torch.ones(size).bfloat16() for key, size in norms.items()}
+    others = {f"{key}.weight": torch.ones(size, dtype=norms) for key, size in sizes.items()}
     others["model.embed_tokens.weight"] = random(64, width)
     save(name, {f"{layer}.{key}": random(*shape) for key, shape in linears.items()} | more, others)
 

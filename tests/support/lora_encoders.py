@@ -67,7 +67,7 @@ def file(encoder, way: str, seed: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     logging.disable(logging.WARNING)
     os.chdir(FOLDER)
-    qwen("qwen", 1024)
+    qwen("qwen", 1024, norms=torch.float32)
     state = load_file("qwen-mxfp8.safetensors")
     for key in [key for key in state if f"{key}_scale" in state]:
         state[key] = kernels.dequantize(state[key], state.pop(f"{key}_scale"), torch.float32)
