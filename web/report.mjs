@@ -200,11 +200,13 @@ export class ReportView {
     return this.document.measures[Math.max(this.part("[name=measure]").selectedIndex, 0)];
   }
 
-  /** The rows, filtered and sorted. */
+  /** The rows, filtered and sorted; none before there is a document with measures. */
   get rows() {
+    const measure = this.measure;
+    if (!measure) return [];
     const order = this.part("[name=order]").value;
-    const all = this.document.rows[this.measure.rows];
-    return documents.arrange(all, this.measure, order, this.part("[name=filter]").value);
+    const all = this.document.rows[measure.rows];
+    return documents.arrange(all, measure, order, this.part("[name=filter]").value);
   }
 
   _listen() {
