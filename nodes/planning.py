@@ -18,7 +18,7 @@ from ..quant.sources.open import open_source
 from .host import paths
 from .host.progress import output
 from .models.quantize import device
-from .widgets import CATEGORY, selection_inputs
+from .widgets import CATEGORY, selection_inputs, source_input
 
 _WHOLE, _MODEL, _ENCODERS = "whole file", "diffusion model", "text encoders"
 
@@ -37,11 +37,7 @@ class MXFP8Plan(io.ComfyNode):
             ),
             search_aliases=["mxfp8", "dry run", "preview", "estimate size", "plan"],
             inputs=[
-                io.Combo.Input(
-                    "source",
-                    options=paths.list_sources(),
-                    tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
-                ),
+                source_input(),
                 *selection_inputs(),
                 io.Combo.Input(
                     "part",

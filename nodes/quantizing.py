@@ -22,6 +22,7 @@ from .widgets import (
     overwrite_input,
     precision_input,
     selection_inputs,
+    source_input,
     target_input,
 )
 
@@ -113,11 +114,7 @@ class MXFP8ConvertFile(io.ComfyNode):
             ),
             search_aliases=["mxfp8", "convert", "quantize file", "quantise"],
             inputs=[
-                io.Combo.Input(
-                    "source",
-                    options=paths.list_sources(),
-                    tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
-                ),
+                source_input(),
                 target_input("mxfp8"),
                 *selection_inputs(),
                 overwrite_input(),

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..kernels.dispatch import PRECISIONS
 from ..quant.conversion import policy
-from .host import settings
+from .host import paths, settings
 
 CATEGORY = "MXFP8"
 NO_FILE = "none"
@@ -93,6 +93,15 @@ def calibration_inputs() -> list[io.Input]:
             ),
         ),
     ]
+
+
+def source_input() -> io.Input:
+    """A model to convert, in the model folders."""
+    return io.Combo.Input(
+        "source",
+        options=paths.list_sources(),
+        tooltip="A BF16, FP16 or FP32 model in a model folder, in one file or several.",
+    )
 
 
 def target_input(suffix: str) -> io.Input:

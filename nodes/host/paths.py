@@ -16,12 +16,12 @@ from pathlib import Path
 
 import folder_paths
 
+from ...quant.container.header import SUFFIXES
 from ...quant.container.writer import new_folders
 from ...quant.conversion.batch import Job
 from ...quant.sources import shards
 from .filenames import check_name, check_target, is_inside
 
-SAFETENSORS = (".safetensors", ".sft")
 MODEL_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 
 
@@ -35,7 +35,7 @@ def model_path(folder: str, name: str) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    return path.suffix.lower() in SAFETENSORS
+    return path.suffix.lower() in SUFFIXES
 
 
 def list_sources() -> list[str]:
@@ -76,7 +76,7 @@ def _others(folder: str) -> list[str]:
     names = [*folder_paths.get_filename_list(folder)]
     for root in folder_paths.get_folder_paths(folder):
         names += _gguf_files(root)
-    return [name for name in names if not name.lower().endswith(SAFETENSORS)]
+    return [name for name in names if not name.lower().endswith(SUFFIXES)]
 
 
 # Folder -> its GGUF files, and when it and its subfolders last changed.
@@ -103,7 +103,7 @@ def _changed(folder: str) -> float | None:
 
 def _single_files(folder: str) -> list[str]:
     names = folder_paths.get_filename_list(folder)
-    return [n for n in names if n.lower().endswith(SAFETENSORS) and not shards.is_shard(n)]
+    return [n for n in names if n.lower().endswith(SUFFIXES) and not shards.is_shard(n)]
 
 
 def _sharded(folder: str) -> dict[str, str]:
@@ -150,7 +150,7 @@ def target_beside(source: Path, choice: str, name: str, suffix: str) -> Path:
         check_target(folder, target)
         return target
     name = check_name("target", name)
-    if not name.lower().endswith(SAFETENSORS):
+    if not name.lower().endswith(SUFFIXES):
         name += ".safetensors"
     target = root / name
     if not is_inside(root, target):

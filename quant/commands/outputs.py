@@ -6,9 +6,8 @@ import argparse
 import errno
 from pathlib import Path
 
+from ..container.header import SUFFIXES
 from .terminal import progress
-
-SUFFIXES = (".safetensors", ".sft")  # of models that are written; readers go by them
 
 
 def target(text: str) -> Path:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+SUFFIXES = (".safetensors", ".sft")  # of files, in lower case
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
 MAX_DIMENSIONS = 64  # torch's own limit
 MAX_DEPTH = 32  # of JSON; ComfyUI parses markers again, deep in a stack

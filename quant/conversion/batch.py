@@ -23,7 +23,7 @@ from pathlib import Path
 from ... import kernels
 from ...kernels import layout
 from ...kernels.memory import is_out_of_memory
-from ..container.header import FormatError, one_line, plain
+from ..container.header import SUFFIXES, FormatError, one_line, plain
 from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
 from ..progress import Meter, Progress
@@ -31,7 +31,7 @@ from ..reports import document
 from ..reports.conversion import format_size
 from ..sources import shards
 from ..sources.file import FileSource, StoredSource, as_bytes
-from ..sources.open import SUFFIXES, files_of, open_source
+from ..sources.open import files_of, open_source
 from ..sources.unsupported import NothingToConvertError
 from . import policy
 from .convert import check_conversion, convert, plan_source, stored_bytes, stored_tensors

@@ -10,13 +10,12 @@ import logging
 import re
 from pathlib import Path
 
-from ..container.header import FormatError, quoted
+from ..container.header import SUFFIXES, FormatError, quoted
 from . import diffusers, shards, unsupported
 from .file import FileSource, Part, PartSource, StoredSource
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".sft")
 # Folders of a diffusers pipeline that hold the model to convert; some have two of them.
 _MODELS = re.compile(r"^(transformer|unet)(_\d+)?$")
 _SHARED = 10_000  # further names of tensors in metadata; a header has room for millions

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..container.header import FormatError, parse_object, quoted
+from ..container.header import SUFFIXES, FormatError, parse_object, quoted
 from .file import FileSource, StoredSource
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _check_name(index: Path, file: str) -> None:
             f"{index.name}: it places tensors in {quoted(file)}; a part must be a file in the "
             "index's own folder"
         )
-    if not file.lower().endswith((".safetensors", ".sft")):
+    if not file.lower().endswith(SUFFIXES):
         raise FormatError(
             f"{index.name}: its part {quoted(file)} is not a .safetensors file; get the model's "
             "safetensors files"
