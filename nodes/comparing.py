@@ -19,11 +19,11 @@ from .widgets import CATEGORY, ComparisonType, sampler_inputs
 logger = logging.getLogger(__name__)
 
 
-class MXFP8Compare(io.ComfyNode):
+class MXFP8CompareModels(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8Compare",
+            node_id="MXFP8CompareModels",
             display_name="Compare Models (MXFP8)",
             category=CATEGORY,
             description=(

@@ -7,18 +7,18 @@ from comfy_api.latest import ComfyExtension, io
 from .accelerating import MXFP8Accelerate, MXFP8AccelerateTextEncoder
 from .backend_report import MXFP8BackendReport
 from .calibrating import MXFP8Calibrate, MXFP8LoadCalibration, MXFP8SaveCalibration
-from .comparing import MXFP8Compare
-from .inspecting import MXFP8Inspect
+from .comparing import MXFP8CompareModels
+from .inspecting import MXFP8InspectFile
 from .loading import (
+    MXFP8Load,
     MXFP8LoadCheckpoint,
-    MXFP8LoadDiffusionModel,
     MXFP8LoadTextEncoder,
 )
-from .planning import MXFP8Plan
+from .planning import MXFP8PlanConversion
 from .quantizing import (
     MXFP8ConvertFile,
     MXFP8ConvertFiles,
-    MXFP8QuantizeModel,
+    MXFP8Quantize,
     MXFP8QuantizeTextEncoder,
 )
 from .recommending import MXFP8Recommend
@@ -26,7 +26,7 @@ from .repairing import MXFP8RepairFile
 from .saving import MXFP8SaveCheckpoint, MXFP8SaveModel, MXFP8SaveTextEncoder
 
 NODES: list[type[io.ComfyNode]] = [
-    MXFP8LoadDiffusionModel,
+    MXFP8Load,
     MXFP8LoadCheckpoint,
     MXFP8LoadTextEncoder,
     MXFP8Accelerate,
@@ -34,17 +34,17 @@ NODES: list[type[io.ComfyNode]] = [
     MXFP8Calibrate,
     MXFP8SaveCalibration,
     MXFP8LoadCalibration,
-    MXFP8QuantizeModel,
+    MXFP8Quantize,
     MXFP8QuantizeTextEncoder,
-    MXFP8Compare,
+    MXFP8CompareModels,
     MXFP8SaveModel,
     MXFP8SaveTextEncoder,
     MXFP8SaveCheckpoint,
     MXFP8ConvertFile,
     MXFP8ConvertFiles,
-    MXFP8Plan,
+    MXFP8PlanConversion,
     MXFP8RepairFile,
-    MXFP8Inspect,
+    MXFP8InspectFile,
     MXFP8BackendReport,
     MXFP8Recommend,
 ]

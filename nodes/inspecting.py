@@ -16,11 +16,11 @@ from .runtime.describe import describe
 from .widgets import CATEGORY, NO_FILE
 
 
-class MXFP8Inspect(io.ComfyNode):
+class MXFP8InspectFile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8Inspect",
+            node_id="MXFP8InspectFile",
             display_name="Inspect (MXFP8)",
             category=CATEGORY,
             description=(

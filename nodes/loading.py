@@ -17,11 +17,11 @@ from .runtime.patch import accelerate, accelerate_clip
 from .widgets import CATEGORY, NO_FILE, ModelNode, precision_input
 
 
-class MXFP8LoadDiffusionModel(ModelNode):
+class MXFP8Load(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8LoadDiffusionModel",
+            node_id="MXFP8Load",
             display_name="Load Diffusion Model (MXFP8)",
             category=CATEGORY,
             description=(

@@ -23,11 +23,11 @@ from .widgets import CATEGORY, selection_inputs, source_input
 _WHOLE, _MODEL, _ENCODERS = "whole file", "diffusion model", "text encoders"
 
 
-class MXFP8Plan(io.ComfyNode):
+class MXFP8PlanConversion(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8Plan",
+            node_id="MXFP8PlanConversion",
             display_name="Plan Conversion (MXFP8)",
             category=CATEGORY,
             description=(

@@ -29,11 +29,11 @@ from .widgets import (
 logger = logging.getLogger(__name__)
 
 
-class MXFP8QuantizeModel(ModelNode):
+class MXFP8Quantize(ModelNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MXFP8QuantizeModel",
+            node_id="MXFP8Quantize",
             display_name="Quantize Model (MXFP8)",
             category=CATEGORY,
             description=(

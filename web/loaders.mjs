@@ -11,7 +11,7 @@ const LOADERS = {
   DualCLIPLoader: [TEXT_ENCODERS, numbered("clip_name", 2)],
   TripleCLIPLoader: [TEXT_ENCODERS, numbered("clip_name", 3)],
   QuadrupleCLIPLoader: [TEXT_ENCODERS, numbered("clip_name", 4)],
-  MXFP8LoadDiffusionModel: ["diffusion_models", ["model_name"]],
+  MXFP8Load: ["diffusion_models", ["model_name"]],
   MXFP8LoadCheckpoint: ["checkpoints", ["checkpoint_name"]],
   MXFP8LoadTextEncoder: [TEXT_ENCODERS, ["name", "name2", "name3", "name4"]],
 };

@@ -23,10 +23,10 @@ const WIDTH = 400; // px of a new node: shows the names of files
 // Nodes that send documents -> px that a new one has for images, beside the view's own height.
 const REPORTS = {
   MXFP8BackendReport: 0,
-  MXFP8Compare: 320,
+  MXFP8CompareModels: 320,
   MXFP8ConvertFile: 0,
-  MXFP8Inspect: 0,
-  MXFP8QuantizeModel: 0,
+  MXFP8InspectFile: 0,
+  MXFP8Quantize: 0,
   MXFP8QuantizeTextEncoder: 0,
 };
 const PRECISION = "MXFP8.DefaultPrecision";

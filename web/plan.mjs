@@ -1,7 +1,7 @@
 /**
  * What a node will do, on the node, before it is run: Convert File and the Quantize nodes.
  *
- * The server makes the plan in its queue, as the node MXFP8Plan, when the inputs of a node changed
+ * The server makes the plan in its queue, as the node MXFP8PlanConversion, when the inputs of a node changed
  * and nothing else is queued. It is sent beside the nodes of the last run, as the only one to be
  * executed: ComfyUI may forget the results of nodes that a prompt lacks. No client is named, so the
  * page's progress and outputs stay as they are, and afterwards the run is taken out of the history.
@@ -21,7 +21,7 @@ const LIMIT = 60_000; // ms to wait for a plan that is queued
 /** Class of a node -> its input that a loader feeds, and the part of a checkpoint that it is. */
 const PLANNED = {
   MXFP8ConvertFile: null,
-  MXFP8QuantizeModel: ["model", "diffusion model"],
+  MXFP8Quantize: ["model", "diffusion model"],
   MXFP8QuantizeTextEncoder: ["clip", "text encoders"],
 };
 
@@ -29,7 +29,7 @@ const waiting = new Map(); // node -> timer of its next or present plan
 const blocked = new Set(); // nodes whose plan waits until the queue is empty
 const shown = new WeakMap(); // node -> the inputs that its plan is of
 
-/** What to ask of the server for a node: inputs of MXFP8Plan, a sentence, or null. */
+/** What to ask of the server for a node: inputs of MXFP8PlanConversion, a sentence, or null. */
 function question(node) {
   const inputs = {};
   for (const widget of node.widgets ?? []) {
@@ -92,7 +92,7 @@ async function attempt(node) {
 async function ask(inputs, current) {
   const runs = Object.values(await get("/history?max_items=1"));
   const beside = runs.at(-1)?.prompt?.[2] ?? {};
-  const prompt = { ...beside, [KEY]: { class_type: "MXFP8Plan", inputs } };
+  const prompt = { ...beside, [KEY]: { class_type: "MXFP8PlanConversion", inputs } };
   const { prompt_id: id } = await post("/prompt", { prompt, partial_execution_targets: [KEY] });
   if (!id) return null;
   for (let waited = 0; waited < LIMIT; waited += POLL) {

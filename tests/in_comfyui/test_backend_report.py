@@ -24,9 +24,7 @@ MANY = 4096
 
 
 def ours(graph: Graph, name: str = "flux-mxfp8", precision: str = "auto") -> list:
-    return graph.add(
-        "MXFP8LoadDiffusionModel", model_name=f"{name}.safetensors", precision=precision
-    )
+    return graph.add("MXFP8Load", model_name=f"{name}.safetensors", precision=precision)
 
 
 def fast(graph: Graph, **options) -> list:
@@ -410,7 +408,7 @@ def test_what_is_said_is_asked_anew_in_every_run(comfy):
     model = merged_on_offloaded(graph)
     nodes = [
         backend_report(graph, model),
-        graph.add("MXFP8Inspect", file="none", every_byte=True, model=model),
+        graph.add("MXFP8InspectFile", file="none", every_byte=True, model=model),
     ]
     saved = graph.save_latent(graph.sample(model, "flux", steps=1))
     left = []
@@ -484,7 +482,7 @@ def test_a_backend_report_wants_one_model(comfy):
 def inspected(comfy, file: str, model=None, every_byte: bool = True) -> tuple[dict, str]:
     graph = Graph()
     options = {} if model is None else {"model": model(graph)}
-    node = graph.add("MXFP8Inspect", file=file, every_byte=every_byte, **options)
+    node = graph.add("MXFP8InspectFile", file=file, every_byte=every_byte, **options)
     outputs = comfy.run(graph)
     return document(outputs, node), outputs[node[0]]["text"][0]
 
@@ -547,7 +545,7 @@ def test_the_list_of_files_knows_what_came_and_went_in_a_subfolder(comfy):
 
     def listed() -> list[bool]:
         """Whether each file is in the list."""
-        info = json.dumps(comfy.get("/object_info/MXFP8Inspect"))
+        info = json.dumps(comfy.get("/object_info/MXFP8InspectFile"))
         return [f"listed/{name}.gguf" in info for name in ("first", "second")]
 
     (folder / "first.gguf").touch()
@@ -590,7 +588,7 @@ def test_a_model_is_inspected(comfy):
 
 def test_nothing_to_inspect(comfy):
     graph = Graph()
-    graph.add("MXFP8Inspect", file="none", every_byte=True)
+    graph.add("MXFP8InspectFile", file="none", every_byte=True)
     with pytest.raises(PromptError, match="choose a file, or connect a model"):
         comfy.run(graph)
 

@@ -51,7 +51,7 @@ def bad(comfy):
 def loaders(name: str) -> dict[str, Graph]:
     """Each of our loaders on a file."""
     graphs = {
-        "MXFP8LoadDiffusionModel": {"model_name": name, "precision": "auto"},
+        "MXFP8Load": {"model_name": name, "precision": "auto"},
         "MXFP8LoadCheckpoint": {"checkpoint_name": name, "precision": "auto"},
         "MXFP8LoadTextEncoder": {"name": name, "type": "flux"},
     }
@@ -119,11 +119,11 @@ def test_accelerating_what_stock_loaded_checks_its_file(comfy, bad, defect):
     assert ADVICE.search(message), message
 
 
-@pytest.mark.parametrize("node", ["MXFP8QuantizeModel", "MXFP8SaveModel"])
+@pytest.mark.parametrize("node", ["MXFP8Quantize", "MXFP8SaveModel"])
 def test_raw_codes_that_stock_loaded_are_not_taken_for_weights(comfy, bad, node):
     graph = Graph()
     model = graph.loader(bad("lost markers"))
-    if node == "MXFP8QuantizeModel":
+    if node == "MXFP8Quantize":
         model = graph.add(node, model=model, preset="auto", precision="exact")
     graph.add("MXFP8SaveModel", model=model, filename_prefix="diffusion_models/raw")
     error = dialog(comfy, graph)

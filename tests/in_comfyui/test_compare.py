@@ -49,7 +49,8 @@ def inputs(graph: Graph, kind: str) -> dict:
 
 def compare(graph: Graph, reference: list, model: list, kind: str = "flux", **options) -> list:
     return graph.add(
-        "MXFP8Compare", reference=reference, model=model, first_seed=SEEDS[0], seeds=len(SEEDS),
+        "MXFP8CompareModels", reference=reference, model=model,
+        first_seed=SEEDS[0], seeds=len(SEEDS),
         **{**inputs(graph, kind), **KSAMPLER, **options},
     )  # fmt: skip
 

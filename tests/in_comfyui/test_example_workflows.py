@@ -21,9 +21,9 @@ def test_an_example_runs(comfy, name):
     for key in saved:
         (image,) = output_files(outputs, [key], comfy.base, "images")
         assert image.stat().st_size > 0
-    for key in find(graph, "MXFP8Compare"):
+    for key in find(graph, "MXFP8CompareModels"):
         assert "latent SNR" in outputs[key]["text"][0]
     for key in find(graph, "MXFP8SaveModel"):
         named = outputs[key]["text"][0].partition(":")[0]
         metadata = read_header(comfy.base / "output" / "diffusion_models" / named).metadata
-        assert ("mxfp8_comparison" in metadata) == bool(find(graph, "MXFP8Compare"))
+        assert ("mxfp8_comparison" in metadata) == bool(find(graph, "MXFP8CompareModels"))

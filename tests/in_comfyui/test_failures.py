@@ -37,7 +37,7 @@ def models(graph: Graph) -> dict[str, list]:
         "bf16": bf16,
         "lora": with_lora(graph, ours),
         "quantized": graph.add(
-            "MXFP8QuantizeModel", model=bf16, preset="auto", precision="exact"
+            "MXFP8Quantize", model=bf16, preset="auto", precision="exact"
         ),
     }  # fmt: skip
 
@@ -115,9 +115,7 @@ def test_a_failure_in_the_middle_of_a_model(comfy, reference, how, message, wher
         elif where == "save":
             save(graph, model)
         else:
-            quantized = graph.add(
-                "MXFP8QuantizeModel", model=model, preset="auto", precision="exact"
-            )
+            quantized = graph.add("MXFP8Quantize", model=model, preset="auto", precision="exact")
             graph.save_latent(graph.sample(quantized, "flux", 1))
 
     check_failure(comfy, reference, fail, message)
@@ -128,7 +126,7 @@ def test_a_bad_file(comfy, reference):
     path.write_bytes(path.with_name("flux-mxfp8.safetensors").read_bytes()[:-1])
 
     def fail(graph, loaded):
-        model = graph.add("MXFP8LoadDiffusionModel", model_name=path.name, precision="auto")
+        model = graph.add("MXFP8Load", model_name=path.name, precision="auto")
         graph.save_latent(graph.sample(model, "flux", 1))
 
     check_failure(comfy, reference, fail, "bad.safetensors: truncated")
@@ -145,7 +143,7 @@ def test_a_weight_that_is_no_number(comfy, reference, value):
     def quantize(graph, loaded):
         model = graph.loader(path.name)
         save(graph, graph.add(
-            "MXFP8QuantizeModel", model=model, preset="auto", precision="exact"
+            "MXFP8Quantize", model=model, preset="auto", precision="exact"
         ))  # fmt: skip
 
     check_failure(
@@ -170,7 +168,7 @@ def write(node: str, name: str = "failing"):
     def add(graph, loaded):
         if node == "MXFP8SaveModel":
             save(graph, loaded["ours"], f"diffusion_models/{name}")
-        elif node == "MXFP8QuantizeModel":
+        elif node == "MXFP8Quantize":
             # A model of its own: the other one is quantized and kept.
             other = graph.add("ModelSamplingAuraFlow", model=loaded["bf16"], shift=5.0)
             quantized = graph.add(node, model=other, preset="auto", precision="exact")
@@ -184,7 +182,7 @@ def write(node: str, name: str = "failing"):
     return add
 
 
-WRITERS = ("MXFP8SaveModel", "MXFP8QuantizeModel", "MXFP8ConvertFile")
+WRITERS = ("MXFP8SaveModel", "MXFP8Quantize", "MXFP8ConvertFile")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +221,7 @@ def test_a_disk_that_takes_no_more(quiet, reference, node):
 def test_a_folder_that_may_not_be_written(comfy, reference, node):
     folder = {
         "MXFP8SaveModel": comfy.base / "output" / "diffusion_models",
-        "MXFP8QuantizeModel": comfy.base / "temp",
+        "MXFP8Quantize": comfy.base / "temp",
         "MXFP8ConvertFile": comfy.base / "models" / "diffusion_models",
     }[node]
     folder.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ def zimage(tmp_path_factory):
 def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
     graph = Graph()
     before = graph.add("TestMemory", model=graph.loader("zimage.safetensors"))
-    quantized = graph.add("MXFP8QuantizeModel", model=before, preset="auto", precision="exact")
+    quantized = graph.add("MXFP8Quantize", model=before, preset="auto", precision="exact")
     after = graph.add("TestMemory", model=quantized)
     saving = graph.add("MXFP8SaveModel", model=after, filename_prefix="diffusion_models/zimage")
     outputs = zimage.run(graph)
@@ -172,7 +172,7 @@ def test_a_model_of_908_million_parameters_in_bounded_memory(zimage):
 
     unload(zimage)
     graph = Graph()
-    ours = graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="auto")
+    ours = graph.add("MXFP8Load", model_name=name, precision="auto")
     models = {"bf16": graph.loader("zimage.safetensors"), "mxfp8": ours}
     samples = {name: graph.sample(model, "zimage") for name, model in models.items()}
     saved = {name: graph.save_latent(latent) for name, latent in samples.items()}

@@ -342,7 +342,7 @@ def test_what_is_saved_has_each_lora_once(comfy):
     for node in ("ModelSave", "MXFP8SaveModel"):
         graph.add(node, model=ready, filename_prefix=f"states/loaded-{node}")
     baked = graph.add(
-        "MXFP8QuantizeModel", model=lora(graph, graph.loader("flux-plain.safetensors"), "large"),
+        "MXFP8Quantize", model=lora(graph, graph.loader("flux-plain.safetensors"), "large"),
         preset="auto", precision="exact",
     )  # fmt: skip
     graph.add("ModelSave", model=baked, filename_prefix="states/quantized")

@@ -33,7 +33,7 @@ def other(comfy):
 
 
 def ours(graph: Graph, name: str) -> list:
-    return graph.add("MXFP8LoadDiffusionModel", model_name=f"{name}.safetensors", precision="exact")
+    return graph.add("MXFP8Load", model_name=f"{name}.safetensors", precision="exact")
 
 
 MERGES = {
@@ -214,7 +214,7 @@ def test_a_hook_lora_is_the_lora_that_stock_merges_into_dequantized_weights(comf
     stock, model = graph.loader("flux-mxfp8.safetensors"), load_ours(graph, "flux")
     if how == "quantized":  # the same bits
         model = graph.add(
-            "MXFP8QuantizeModel", model=graph.loader("flux.safetensors"),
+            "MXFP8Quantize", model=graph.loader("flux.safetensors"),
             preset="auto", precision="exact",
         )  # fmt: skip
     if how == "deep clone":

@@ -83,7 +83,7 @@ def test_a_checkpoint_gives_model_and_vae(comfy):
 
 def test_a_bf16_model_loads_as_stock_loads_it_with_a_notice(comfy):
     graph = Graph()
-    ours = graph.add("MXFP8LoadDiffusionModel", model_name="flux.safetensors", precision="auto")
+    ours = graph.add("MXFP8Load", model_name="flux.safetensors", precision="auto")
     stock = graph.loader("flux.safetensors")
     saved = {n: graph.save_latent(graph.sample(m, "flux")) for n, m in
              (("ours", ours), ("stock", stock))}  # fmt: skip

@@ -37,7 +37,7 @@ VALUES = [
 ]  # fmt: skip
 
 MODEL_INPUTS = {
-    "MXFP8LoadDiffusionModel": {"model_name": "flux-mxfp8.safetensors", "precision": "auto"},
+    "MXFP8Load": {"model_name": "flux-mxfp8.safetensors", "precision": "auto"},
     "MXFP8LoadCheckpoint": {"checkpoint_name": "checkpoint-mxfp8.safetensors", "precision": "auto"},
     "MXFP8LoadTextEncoder": {
         "name": "text.safetensors", "type": "flux", "name2": "none", "name3": "none",
@@ -55,7 +55,7 @@ MODEL_INPUTS = {
 # These take a model, from the first of the loaders.
 TAKES_MODEL = {
     "MXFP8Accelerate": {"precision": "auto"},
-    "MXFP8QuantizeModel": {"preset": "auto", "precision": "auto"},
+    "MXFP8Quantize": {"preset": "auto", "precision": "auto"},
 }
 CHOICES = [
     (node, widget)
@@ -124,7 +124,7 @@ def loading(node: str, widget: str, value) -> Graph:
     graph = Graph()
     inputs = {**(MODEL_INPUTS | TAKES_MODEL)[node], widget: value}
     if node in TAKES_MODEL:
-        loader = "MXFP8LoadDiffusionModel"
+        loader = "MXFP8Load"
         inputs["model"] = graph.add(loader, **MODEL_INPUTS[loader])
     graph.add("PreviewAny", source=graph.add(node, **inputs))
     return graph
@@ -148,7 +148,7 @@ def converting(node: str = "MXFP8ConvertFile", **inputs) -> Graph:
 
 def saving(comfy, prefix) -> Graph:
     graph = Graph()
-    model = graph.add("MXFP8LoadDiffusionModel", **MODEL_INPUTS["MXFP8LoadDiffusionModel"])
+    model = graph.add("MXFP8Load", **MODEL_INPUTS["MXFP8Load"])
     graph.add("MXFP8SaveModel", model=model, filename_prefix=prefix)
     return graph
 

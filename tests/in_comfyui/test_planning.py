@@ -14,7 +14,7 @@ pytestmark = pytest.mark.comfy
 
 def plan(comfy, source: str, **options) -> list[str]:
     graph = Graph()
-    node = graph.add("MXFP8Plan", source=source, **{"preset": "auto", **options})
+    node = graph.add("MXFP8PlanConversion", source=source, **{"preset": "auto", **options})
     return comfy.run(graph)[node[0]]["text"][0].splitlines()
 
 
@@ -47,7 +47,7 @@ def test_results_of_the_last_run_outlive_a_plan_beside_it(comfy, tmp_path):
     (tmp_path / "models").symlink_to(comfy.base / "models")
     graph = Graph()
     sampled = graph.save_latent(graph.sample(graph.loader("flux.safetensors"), "flux"))
-    asked = {"class_type": "MXFP8Plan", "inputs": {
+    asked = {"class_type": "MXFP8PlanConversion", "inputs": {
         "source": "diffusion_models/flux.safetensors", "preset": "auto"}}  # fmt: skip
     with Server(tmp_path, arguments=("--cache-classic",)) as server:
         first = latents(server.run(graph), sampled, tmp_path)

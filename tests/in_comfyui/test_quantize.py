@@ -21,7 +21,7 @@ pytestmark = pytest.mark.comfy
 
 def quantize(graph: Graph, model: list, **options) -> list:
     options = {"preset": "auto", "precision": "exact", **options}
-    return graph.add("MXFP8QuantizeModel", model=model, **options)
+    return graph.add("MXFP8Quantize", model=model, **options)
 
 
 def save(graph: Graph, model: list, name: str) -> list:
@@ -44,7 +44,7 @@ def test_quantized_saved_and_reloaded_models_sample_alike(comfy, kind):
     graph = Graph()
     models = {
         "stock": graph.loader(name),
-        "ours": graph.add("MXFP8LoadDiffusionModel", model_name=name, precision="exact"),
+        "ours": graph.add("MXFP8Load", model_name=name, precision="exact"),
     }
     saved = {n: graph.save_latent(graph.sample(m, kind)) for n, m in models.items()}
     latent = run(comfy, graph, saved)

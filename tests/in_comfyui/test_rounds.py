@@ -40,7 +40,7 @@ def test_fifty_rounds_of_load_quantize_sample_unload_leave_nothing(comfy, record
             "LoraLoaderModelOnly", model=graph.loader("flux.safetensors"),
             lora_name="lora.safetensors", strength_model=1.0,
         )  # fmt: skip
-        quantized = graph.add("MXFP8QuantizeModel", model=lora, preset="auto", precision="exact")
+        quantized = graph.add("MXFP8Quantize", model=lora, preset="auto", precision="exact")
         nodes = [graph.save_latent(graph.sample(m, "flux", 1)) for m in (loaded, quantized)]
         outputs = comfy.run(graph)
         sampled = [latents(outputs, node, comfy.base) for node in nodes]

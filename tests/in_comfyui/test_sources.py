@@ -113,7 +113,7 @@ def test_a_file_quantized_under_diffusers_names_is_refused(comfy):
     with FileSource(path) as source:
         convert_source(source, path.with_name("raw.safetensors"), plan_source(source))
     graph = Graph()
-    model = graph.add("MXFP8LoadDiffusionModel", model_name="raw.safetensors", precision="exact")
+    model = graph.add("MXFP8Load", model_name="raw.safetensors", precision="exact")
     graph.save_latent(graph.sample(model, "flux"))
     with pytest.raises(PromptError, match="MXFP8 layers of Flux with diffusers' tensor names"):
         comfy.run(graph)

@@ -66,7 +66,7 @@ def quantize_at_full_width(server: Server) -> None:
     graph = load_example("MXFP8 2 - Quantize and compare", server.get("/object_info"))
     fit_machine(graph)
     set_inputs(graph, "UNETLoader", unet_name=source.name)
-    saving, quantizing = find(graph, "MXFP8SaveModel"), find(graph, "MXFP8QuantizeModel")
+    saving, quantizing = find(graph, "MXFP8SaveModel"), find(graph, "MXFP8Quantize")
     images = {graph[key]["inputs"]["filename_prefix"]: key for key in find(graph, "SaveImage")}
 
     with step("load the BF16 model, sample and decode"):
@@ -81,7 +81,7 @@ def quantize_at_full_width(server: Server) -> None:
 
     graph = load_example("MXFP8 1 - Run a model", server.get("/object_info"))
     fit_machine(graph)
-    set_inputs(graph, "MXFP8LoadDiffusionModel", model_name=saved.name)
+    set_inputs(graph, "MXFP8Load", model_name=saved.name)
     with step("load the saved file, sample and decode"):
         reloaded = picture(server, graph, *find(graph, "SaveImage"))
 

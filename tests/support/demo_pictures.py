@@ -152,7 +152,7 @@ def _conditioning(graph: Graph, clip: list, prompts: Sequence[str]) -> dict[str,
 
 def _quantized(graph: Graph, model: list, **options) -> list:
     options = {"precision": "exact", **options}
-    return graph.add("MXFP8QuantizeModel", model=model, preset="auto", **options)
+    return graph.add("MXFP8Quantize", model=model, preset="auto", **options)
 
 
 def draw_sheet(variants: Sequence[Variant]) -> Image.Image:

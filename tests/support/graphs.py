@@ -161,9 +161,7 @@ def int8_cpu(graph: Graph, model: list, on: bool = True, **options) -> list:
 
 
 def load_ours(graph: Graph, kind: str, precision: str = "exact") -> list:
-    return graph.add(
-        "MXFP8LoadDiffusionModel", model_name=f"{kind}-mxfp8.safetensors", precision=precision
-    )
+    return graph.add("MXFP8Load", model_name=f"{kind}-mxfp8.safetensors", precision=precision)
 
 
 def calibrated(graph: Graph, model: list, kind: str, **options) -> list:
@@ -184,12 +182,12 @@ def calibrated(graph: Graph, model: list, kind: str, **options) -> list:
 
 def quantized(graph: Graph, model: list, **options) -> list:
     return graph.add(
-        "MXFP8QuantizeModel", model=model, preset="auto", precision="exact", **options
+        "MXFP8Quantize", model=model, preset="auto", precision="exact", **options
     )  # fmt: skip
 
 
 def ours(graph: Graph, file: str, **options) -> list:
-    return graph.add("MXFP8LoadDiffusionModel", model_name=file, precision="exact", **options)
+    return graph.add("MXFP8Load", model_name=file, precision="exact", **options)
 
 
 def convert(

@@ -1,7 +1,7 @@
 """The texts that users see, in English and in Chinese, and which translations are out of date.
 
     make locales                                   writes locales/en and lists what to translate
-    make locales UNCHANGED="web/docs/MXFP8Inspect.md ..."
+    make locales UNCHANGED="web/docs/MXFP8InspectFile.md ..."
                                                    the Chinese of these still fits their new English
 
 English texts stand in the nodes' schemas and in the settings of web/*.js; locales/en is made from
@@ -56,7 +56,7 @@ def page_texts(page) -> dict[str, str]:
     """The texts of this pack's settings and of its entries in a loader's menu."""
     extensions = page.evaluate(
         """() => {
-            const loader = LiteGraph.createNode("MXFP8LoadDiffusionModel");
+            const loader = LiteGraph.createNode("MXFP8Load");
             loader.widgets.find((w) => w.name === "model_name").value = "a.safetensors";
             return app.extensions.filter((e) => e.name.startsWith("mxfp8.")).map((e) => ({
                 settings: (e.settings ?? []).map(

@@ -59,10 +59,10 @@ def use_tiny_models(graph: dict[str, dict]) -> None:
     """Give an example the models that `conftest.comfy` has, and little to sample."""
     drop_text_encoder(graph)
     set_inputs(graph, "UNETLoader", unet_name="flux.safetensors")
-    set_inputs(graph, "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors")
+    set_inputs(graph, "MXFP8Load", model_name="flux-mxfp8.safetensors")
     set_inputs(graph, "VAELoader", vae_name="vae.safetensors")
     set_inputs(graph, "EmptySD3LatentImage", width=64, height=64)
-    set_inputs(graph, "MXFP8Compare", steps=1)  # it samples nine times
+    set_inputs(graph, "MXFP8CompareModels", steps=1)  # it samples nine times
 
 
 def set_inputs(graph: dict[str, dict], class_type: str, **inputs) -> None:

@@ -32,7 +32,7 @@ TEXTS = 32  # paragraphs to calibrate on, and as many others to measure on
 # The model folder of each loader.
 FOLDERS = {
     "UNETLoader": "diffusion_models",
-    "MXFP8LoadDiffusionModel": "diffusion_models",
+    "MXFP8Load": "diffusion_models",
     "CLIPLoader": "text_encoders",
     "MXFP8LoadTextEncoder": "text_encoders",
     "VAELoader": "vae",
@@ -138,7 +138,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
 
 def test_a_backend_report(shown, pictures):
     shown.clear()
-    load = shown.add("MXFP8LoadDiffusionModel", (60, 120), model_name="flux-mxfp8.safetensors")
+    load = shown.add("MXFP8Load", (60, 120), model_name="flux-mxfp8.safetensors")
     node = shown.add("MXFP8BackendReport", (420, 120), measure=True, rows=256)
     shown.link(load, node, "model")
     shown.queue()
@@ -154,12 +154,12 @@ def test_a_comparison(comfy, browser, pictures):
     shown.page.set_viewport_size(TALL)
     shown.clear()
     load = shown.add("UNETLoader", (60, 120), unet_name=demo_pictures.MODEL.name)
-    quantize = shown.add("MXFP8QuantizeModel", (60, 300))
+    quantize = shown.add("MXFP8Quantize", (60, 300))
     clip = shown.add("TestEmojiTextEncoder", (60, 500))
     prompt = shown.add("CLIPTextEncode", (60, 560), text="fox face")
     latent = shown.add("EmptySD3LatentImage", (60, 700), width=128, height=128)
     vae = shown.add("TestEmojiVAE", (60, 860))
-    node = shown.add("MXFP8Compare", (520, 120), steps=20)
+    node = shown.add("MXFP8CompareModels", (520, 120), steps=20)
     for source, to, name in (
         (load, quantize, "model"), (clip, prompt, "clip"), (load, node, "reference"),
         (quantize, node, "model"), (prompt, node, "positive"), (prompt, node, "negative"),

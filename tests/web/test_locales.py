@@ -62,9 +62,9 @@ def test_comfyui_serves_both(comfy, chinese):
             for key, text in stored.items()
             if key.startswith("nodeDefs.") and key.endswith(".display_name")
         }
-    url = f"{comfy.url}/extensions/ComfyUI-MXFP8/docs/MXFP8Inspect/zh.md"
+    url = f"{comfy.url}/extensions/ComfyUI-MXFP8/docs/MXFP8InspectFile/zh.md"
     with urllib.request.urlopen(url, timeout=60) as answer:
-        assert answer.read().decode() == chinese["web/docs/MXFP8Inspect.md"]
+        assert answer.read().decode() == chinese["web/docs/MXFP8InspectFile.md"]
 
 
 def test_texts_hold_nothing_that_the_page_takes_as_syntax():

@@ -41,7 +41,7 @@ def quantized(request, comfy, browser, tmp_path_factory):
     shown.clear()
     loader = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
     kept = f"txt_in|img_in|{request.param}"
-    node = shown.add("MXFP8QuantizeModel", (420, 160), preset="none", exclude=kept)
+    node = shown.add("MXFP8Quantize", (420, 160), preset="none", exclude=kept)
     end = shown.add("PreviewAny", (980, 160))
     shown.link(loader, node, "model")
     shown.link(node, end, "source", slot=1)
@@ -200,7 +200,7 @@ def test_the_view_is_not_saved_with_the_workflow(quantized):
     saved, prompt = quantized.page.evaluate(
         "async () => [app.graph.serialize(), (await app.graphToPrompt()).output]"
     )
-    (entry,) = (n for n in saved["nodes"] if n["type"] == "MXFP8QuantizeModel")
+    (entry,) = (n for n in saved["nodes"] if n["type"] == "MXFP8Quantize")
     assert len(entry["widgets_values"]) == 4
     assert "mxfp8_report" not in json.dumps(saved)
     assert set(prompt[str(quantized.node)]["inputs"]) == {
@@ -209,7 +209,7 @@ def test_the_view_is_not_saved_with_the_workflow(quantized):
     again = quantized.page.evaluate(
         """async (saved) => {
             await app.loadGraphData(saved);
-            const node = app.graph._nodes.find((n) => n.type === "MXFP8QuantizeModel");
+            const node = app.graph._nodes.find((n) => n.type === "MXFP8Quantize");
             return node.widgets.map((w) => w.value);
         }""",
         saved,
@@ -224,7 +224,7 @@ def test_layers_that_stand_out_are_excluded_on_a_click(comfy, browser, renderer)
     shown.clear()
     load = shown.add("UNETLoader", (60, 160), unet_name="flux.safetensors")
     seen = f"no_such_layer_{renderer}"  # or the server would not run it for both renderers
-    node = shown.add("MXFP8QuantizeModel", (420, 160), preset="none", exclude=seen)
+    node = shown.add("MXFP8Quantize", (420, 160), preset="none", exclude=seen)
     shown.link(load, node, "model")
     shown.link(node, shown.add("PreviewAny", (980, 160)), "source", slot=1)
     shown.queue()
@@ -335,12 +335,12 @@ def test_the_default_precision_is_for_new_nodes_only(comfy, browser):
 def test_every_kind_of_document_is_shown(comfy, browser, renderer):
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
     shown.clear()
-    load = shown.add("MXFP8LoadDiffusionModel", (60, 100), model_name="flux2-mxfp8.safetensors")
+    load = shown.add("MXFP8Load", (60, 100), model_name="flux2-mxfp8.safetensors")
     kinds = {
         "MXFP8ConvertFile": {
             "source": "diffusion_models/flux2.safetensors", "target": "seen", "overwrite": True,
         },
-        "MXFP8Inspect": {"file": "diffusion_models/flux2-mxfp8.safetensors"},
+        "MXFP8InspectFile": {"file": "diffusion_models/flux2-mxfp8.safetensors"},
         "MXFP8BackendReport": {"rows": 128 + len(renderer)},
     }  # fmt: skip
     nodes = {name: shown.add(name, (500, 100), **widgets) for name, widgets in kinds.items()}
@@ -365,7 +365,7 @@ def test_a_node_inside_a_subgraph_shows_its_report(served, browser):
     """Also when one of its widgets is on the subgraph's node, as the user promotes it."""
     shown = ComfyPage(browser, served, nodes2=False)
     shown.clear()
-    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    node = shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
     promoted = shown.page.evaluate(
         """(id) => {
             app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]));
@@ -408,7 +408,7 @@ def switch_tabs(shown) -> None:
 def test_a_report_comes_back_with_its_workflow_tab(served, browser):
     shown = ComfyPage(browser, served, nodes2=False)
     shown.clear()
-    shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
+    shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
     shown.queue()
     switch_tabs(shown)
     bars = """() => app.graph._nodes[0].widgets.find((w) => w.name === "mxfp8_report")
@@ -421,7 +421,7 @@ def test_a_report_comes_back_with_its_workflow_tab(served, browser):
 def test_a_report_comes_back_after_a_reload_if_the_server_has_it(served, browser):
     shown = ComfyPage(browser, served, nodes2=True)
     shown.clear()
-    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    node = shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
     shown.queue()
     document = shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]")
     shown.reload()
@@ -450,7 +450,7 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])
     shown.clear()
     load = shown.add("UNETLoader", (60, 100), unet_name="flux-mxfp8.safetensors")
-    node = shown.add("MXFP8QuantizeModel", (420, 100))
+    node = shown.add("MXFP8Quantize", (420, 100))
     shown.link(load, node, "model")
     shown.link(node, shown.add("PreviewAny", (900, 100)), "source", slot=1)
     shown.queue(ends="execution_error")
@@ -464,7 +464,7 @@ def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
 def test_every_page_shows_it(served, browser, renderer):
     shown = ComfyPage(browser, served, nodes2=RENDERERS[renderer])
     shown.clear()
-    node = shown.add("MXFP8Inspect", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
+    node = shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/flux-mxfp8.safetensors")
     shown.queue()
     shown.page.locator(".mxfp8-report .bar").first.wait_for(state="attached")
     layers = json.loads(shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_report[0]"))["layers"]
@@ -477,20 +477,33 @@ def test_nodes_and_help_are_in_the_language_of_the_page(served, browser):
     texts = translations.stored("zh")
     shown = ComfyPage(browser, served, nodes2=True, language="zh")
     shown.clear()
-    node = shown.add("MXFP8QuantizeModel", (420, 160))
+    node = shown.add("MXFP8Quantize", (420, 160))
     shown.settle()
     card = shown.page.locator(f"[data-node-id='{node}']")
-    title = texts["nodeDefs.MXFP8QuantizeModel.display_name"]
+    title = texts["nodeDefs.MXFP8Quantize.display_name"]
     assert title in card.inner_text()
-    precision = "nodeDefs.MXFP8QuantizeModel.inputs.precision"
+    precision = "nodeDefs.MXFP8Quantize.inputs.precision"
     card.get_by_text(texts[f"{precision}.name"], exact=True).hover()
     shown.page.get_by_text(texts[f"{precision}.tooltip"]).first.wait_for()
 
     shown.page.evaluate(f"app.canvas.selectNode(app.graph.getNodeById({node}))")
     shown.page.locator("[data-testid=info-button]").click()
     text = shown.page.locator(".node-help-content").inner_text()
-    page = translations.help_pages("zh")["web/docs/MXFP8QuantizeModel.md"]
+    page = translations.help_pages("zh")["web/docs/MXFP8Quantize.md"]
     assert re.findall(r"^## (.+)$", page, re.MULTILINE)[-1] in text.splitlines()
     assert "*" not in text and "`" not in text  # all of its Markdown is understood
     assert not shown.complaints
+    shown.close()
+
+
+def test_a_search_for_the_pack_lists_loading_and_quantizing_first(served, browser):
+    """The page ranks equal matches by the length of a node's id: no other is as short."""
+    shown = ComfyPage(browser, served, nodes2=False)
+    shown.clear()
+    shown.command("Workspace.SearchBox.Toggle")
+    shown.page.keyboard.type("mxfp8")
+    names = shown.page.get_by_text(re.compile(r"\(MXFP8\)$"))
+    names.first.wait_for()
+    shown.settle()
+    assert names.all_inner_texts()[:2] == ["Load Diffusion Model (MXFP8)", "Quantize Model (MXFP8)"]
     shown.close()

@@ -145,7 +145,7 @@ def test_names_in_a_file_reach_the_page_as_text(comfy):
     graph = Graph()
     nodes = [
         convert(graph, f"diffusion_models/{path.name}", made.stem),
-        graph.add("MXFP8Inspect", file=f"diffusion_models/{path.name}", every_byte=True),
+        graph.add("MXFP8InspectFile", file=f"diffusion_models/{path.name}", every_byte=True),
     ]
     seen = watch(comfy, graph)
     path.unlink()
@@ -184,9 +184,7 @@ def test_what_a_user_should_know_is_on_the_node(comfy):
     graph = Graph()
     model = graph.loader("flux.safetensors")
     given = {"include": "attn", "exclude": "nosuchlayer"}
-    quantized = graph.add(
-        "MXFP8QuantizeModel", model=model, preset="auto", precision="exact", **given
-    )
+    quantized = graph.add("MXFP8Quantize", model=model, preset="auto", precision="exact", **given)
     nodes = [quantized]
     nodes += [calibrated(graph, model, "flux", steps=1, seeds=1, **given)]
     nodes += [graph.add(
@@ -214,7 +212,7 @@ def test_every_long_node_shows_its_progress(comfy):
     path.write_bytes(lost.encode())
     graph = Graph()
     quantized = graph.add(
-        "MXFP8QuantizeModel", model=graph.loader("flux2.safetensors"), preset="auto",
+        "MXFP8Quantize", model=graph.loader("flux2.safetensors"), preset="auto",
         precision="exact",
     )  # fmt: skip
     nodes = [
@@ -222,7 +220,7 @@ def test_every_long_node_shows_its_progress(comfy):
         graph.add("MXFP8SaveModel", model=quantized, filename_prefix="progress/saved"),
         graph.add("MXFP8RepairFile", source=f"diffusion_models/{path.name}", target="",
                   scales="auto", overwrite=True),
-        graph.add("MXFP8Inspect", file="diffusion_models/flux-mxfp8.safetensors",
+        graph.add("MXFP8InspectFile", file="diffusion_models/flux-mxfp8.safetensors",
                   every_byte=True),
         graph.add("MXFP8BackendReport", model=quantized, measure=True, rows=2),
     ]  # fmt: skip
@@ -238,10 +236,8 @@ def test_every_long_node_shows_its_progress(comfy):
 
 def test_loaders_show_the_backend(comfy):
     graph = Graph()
-    ours = graph.add(
-        "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="fast"
-    )
-    other = graph.add("MXFP8LoadDiffusionModel", model_name="flux.safetensors", precision="exact")
+    ours = graph.add("MXFP8Load", model_name="flux-mxfp8.safetensors", precision="fast")
+    other = graph.add("MXFP8Load", model_name="flux.safetensors", precision="exact")
     checkpoint = graph.add(
         "MXFP8LoadCheckpoint", checkpoint_name="checkpoint-mxfp8.safetensors", precision="exact"
     )
@@ -262,9 +258,7 @@ def test_a_save_that_fails_leaves_no_new_folder(comfy):
     (output / "mine").mkdir(parents=True, exist_ok=True)
     before = set(output.rglob("*"))
     graph = Graph()
-    model = graph.add(
-        "MXFP8LoadDiffusionModel", model_name="flux-mxfp8.safetensors", precision="exact"
-    )
+    model = graph.add("MXFP8Load", model_name="flux-mxfp8.safetensors", precision="exact")
     model = graph.add("TestFail", model=model, how="nan")
     node = graph.add("MXFP8SaveModel", model=model, filename_prefix="mine/%year%/a/failing")
     seen = watch(comfy, graph)
