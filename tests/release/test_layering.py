@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("kernels", "quant", "nodes")
+ROOMS = ("kernels", "quant", "integrations", "nodes")
 # What a floor may import of this package beside itself.
 FLOORS = {
     "mxfp8.kernels": (),
     "mxfp8.kernels.layout": (),
     "mxfp8.quant": ("mxfp8.kernels",),
     "mxfp8.quant.container": (),
+    # The command is made of everything that is no part of ComfyUI.
+    "mxfp8.quant.commands": ("mxfp8.quant", "mxfp8.integrations", "mxfp8.kernels"),
+    "mxfp8.integrations": ("mxfp8.quant", "mxfp8.kernels"),
     "mxfp8.nodes": ("mxfp8.quant", "mxfp8.kernels"),
     "mxfp8.nodes.host": ("mxfp8.quant", "mxfp8.kernels"),
     "mxfp8.nodes.runtime": ("mxfp8.nodes.host", "mxfp8.quant", "mxfp8.kernels"),
@@ -32,6 +35,7 @@ FLOORS = {
 # What a room must not import although its floor may.
 WALLS = {
     "mxfp8.kernels.backends": ("mxfp8.kernels.dispatch", "mxfp8.kernels.ops"),
+    "mxfp8.integrations": ("mxfp8.quant.commands", "mxfp8.quant.cli"),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "comfy_kitchen", "cutlass", *sys.stdlib_module_names}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -70,9 +74,9 @@ def is_inside(name, *folders):
 def is_allowed(module, name):
     """Whether `module` may import `name`: both absolute."""
     ours = is_inside(name, "mxfp8")
-    for floor, below in FLOORS.items():
-        if is_inside(module, floor) and ours and not is_inside(name, floor, *below):
-            return False
+    floor = max((floor for floor in FLOORS if is_inside(module, floor)), key=len, default=None)
+    if ours and floor and not is_inside(name, floor, *FLOORS[floor]):
+        return False
     for room, walled in WALLS.items():
         if is_inside(module, room) and is_inside(name, *walled):
             return False
@@ -139,6 +143,13 @@ def test_rooms_and_floors_import_only_what_is_below_them():
         ("quant/checks/scan.py", "from ...nodes import loading", ["mxfp8.nodes.loading"]),
         ("quant/container/header.py", "from .. import format", ["mxfp8.quant.format"]),
         ("quant/container/writer.py", "from ...kernels import layout", ["mxfp8.kernels.layout"]),
+        ("quant/format.py", "from ..integrations import mlx", ["mxfp8.integrations.mlx"]),
+        ("integrations/mlx.py", "from ..quant import cli", ["mxfp8.quant.cli"]),
+        (
+            "integrations/mlx.py",
+            "from .. import nodes\nimport comfy.ops",
+            ["comfy.ops", "mxfp8.nodes"],
+        ),
         ("nodes/host/paths.py", "from ..runtime import patch", ["mxfp8.nodes.runtime.patch"]),
         ("nodes/host/paths.py", "from .. import widgets", ["mxfp8.nodes.widgets"]),
         ("nodes/runtime/patch.py", "from ..models import load", ["mxfp8.nodes.models.load"]),
@@ -157,6 +168,8 @@ def test_the_check_catches_an_import_upwards(path, source, names):
         ("kernels/backends/eager.py", "import comfy_kitchen\nfrom ..layout import BLOCK"),
         ("quant/format.py", "import torch\nfrom .. import kernels\nfrom ..kernels import layout"),
         ("quant/container/writer.py", "from . import header\nfrom .header import quoted"),
+        ("quant/commands/converting.py", "from ...integrations import mlx\nfrom .. import format"),
+        ("integrations/mlx.py", "import mlx.core\nfrom ..quant import format"),
         ("nodes/saving.py", "import comfy.ops, folder_paths\nfrom .. import kernels, quant"),
         ("nodes/host/progress.py", "import comfy.utils\nfrom ...quant.progress import Pace"),
         ("nodes/runtime/patch.py", "from ..host import settings\nfrom . import cache"),

@@ -33,7 +33,7 @@ from comfyui import REGISTRY_FOLDER, ROOT, TESTS, Server, cache, comfyui_path
 from pack import SOURCES
 
 WORKFLOWS = ROOT / ".github" / "workflows"
-ROOMS = ("kernels", "quant", "nodes")
+ROOMS = ("kernels", "quant", "integrations", "nodes")
 
 
 def node_ids() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("kernels", "quant", "nodes")
+ROOMS = ("kernels", "quant", "integrations", "nodes")
 # A developer's command, which compiles our own kernels and runs Triton's disassembler.
 COMMAND = ROOT / "kernels" / "aot.py"
 SOURCES = sorted(
