@@ -138,7 +138,7 @@ def check_source(
         for layer in header.layers.values():
             for first, scale in _scale_slabs(source, layer):
                 check_scales(source.name, layer, first, scale)
-    return _order_warnings(source) if order == format.AUTO else []
+    return order_warnings(source) if order == format.AUTO else []
 
 
 def check_embeddings(source: FileSource, layers: Iterable[Layer] | None = None) -> None:
@@ -353,7 +353,7 @@ def _sample_order(source: FileSource, layer: Layer) -> Iterator[tuple[torch.Tens
         yield squares, layout.untile(scale, *squares.shape), scale[: last - first, : cols // BLOCK]
 
 
-def _order_warnings(source: FileSource) -> list[str]:
+def order_warnings(source: FileSource) -> list[str]:
     """A warning if the scales of sampled layers look row-major."""
     layers = list(source.header.layers.values())
     step = max(1, len(layers) // _SAMPLED_LAYERS)

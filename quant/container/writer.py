@@ -227,7 +227,7 @@ class Writer:
                 str(self.target),
             ) from error
         self._file.close()
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
 
     def _check_space(self) -> None:
         """Raise OSError now for what would fill the disk after minutes of work."""
@@ -376,7 +376,7 @@ def _exists(target: Path) -> FileExistsError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the new name survive a power cut, where the system can; the file is synced already."""
     if os.name == "posix":
         with contextlib.suppress(OSError):  # one that may be written but not read, for one

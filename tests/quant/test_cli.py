@@ -273,6 +273,7 @@ JSON = {
     ("verify", "target.safetensors", "--source", "source"): "mxfp8_verification",
     ("repair", "lost", "new.sft"): "mxfp8_repair",
     ("probe", "blocks"): "mxfp8_probe",
+    ("export", "target.safetensors", "--mlx", "new"): "mxfp8_export",
     ("backends",): "mxfp8_backends",
     ("recommend", "source"): "mxfp8_recommendation",
     ("completion", "bash"): "mxfp8_completion",
@@ -357,6 +358,8 @@ BAD_USES = [
     ("batch", "a", "--calibration", "b"),
     ("batch", ""),
     ("batch", "a", "--to", ""),
+    ("export", "a"),
+    ("export", "a", "--mlx", ""),
     ("inspect", ""),
     ("fly",),
 ]

@@ -135,7 +135,7 @@ STEPS = [
     ("os.fsync", 1),
     ("mxfp8.quant.container.writer.Writer._compare", 3),
     ("os.link", 1),
-    ("mxfp8.quant.container.writer._sync_folder", 1),
+    ("mxfp8.quant.container.writer.sync_folder", 1),
 ]
 
 
@@ -640,7 +640,7 @@ def test_an_interrupt_after_the_file_has_its_name_is_an_interrupt(target, monkey
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mxfp8.quant.container.writer._sync_folder", interrupted)
+    monkeypatch.setattr("mxfp8.quant.container.writer.sync_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_one_byte(target)
     assert names(target.parent) == [target.name]
