@@ -228,37 +228,39 @@ def quantize_linears(
     Raises:
         ValueError: MXFP8 cannot store a weight; nothing was changed.
     """
-    tied = _tied(module)
+    tied = tied_weights(module)
     layers = {
         name: layer
         for name, layer in module.named_modules()
-        if _is_replaceable(layer, tied) and select(name, layer)
+        if is_replaceable(layer, tied) and select(name, layer)
     }
     for name, layer in layers.items():
         _check_weight(repr(name), layer.weight.detach())
     for layer in layers.values():  # one at a time: memory holds one layer twice
         weight = layer.weight.detach()
-        _replace(layer, precision, weight.device, weight.dtype)
+        replace(layer, precision, weight.device, weight.dtype)
         layer._quantize(weight)
     return list(layers)
 
 
-def _tied(module: nn.Module) -> set[int]:
+def tied_weights(module: nn.Module) -> set[int]:
     """The ids of the parameters that several modules hold."""
     holders = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
     return {key for key, count in holders.items() if count > 1}
 
 
-def _is_replaceable(layer: nn.Module, tied: set[int]) -> bool:
+def is_replaceable(layer: nn.Module, tied: set[int]) -> bool:
     """Whether an MXFP8Linear does all that this layer does."""
     plain = type(layer) is nn.Linear and layer._parameters.keys() == {"weight", "bias"}
     return plain and id(layer.weight) not in tied
 
 
-def _replace(linear: nn.Linear, precision: str, device, dtype: torch.dtype) -> None:
-    """Turn an nn.Linear into an MXFP8Linear of zeros, with the same bias."""
+def replace(
+    linear: nn.Linear, precision: str, device, dtype: torch.dtype, kind: type | None = None
+) -> None:
+    """Turn an nn.Linear into an MXFP8Linear, or a `kind` of it, of zeros with the same bias."""
     del linear.weight
-    linear.__class__ = MXFP8Linear
+    linear.__class__ = kind or MXFP8Linear
     linear._add_codes(precision, device, dtype)
 
 
@@ -325,9 +327,9 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
             f"{file}: none of its layers{under} is MXFP8; use load_state_dict, or convert it"
         )
     modules = dict(module.named_modules(remove_duplicate=False))
-    tied = _tied(module)
+    tied = tied_weights(module)
     linears = {name: _linear_for(file, layer, modules.get(name)) for name, layer in marked.items()}
-    replaced = {name for name, linear in linears.items() if _is_replaceable(linear, tied)}
+    replaced = {name for name, linear in linears.items() if is_replaceable(linear, tied)}
     for name in sorted(replaced):
         _check_dtype(f"{name!r} of the module", linears[name].weight.dtype)
     state = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
@@ -350,7 +352,7 @@ def load_quantized(module: nn.Module, path, *, prefix: str = "", precision: str 
             continue
         if type(linear) is nn.Linear:  # not under its second name
             like = torch.empty(0, dtype=dtype) if linear.weight.is_meta else linear.weight
-            _replace(linear, precision, like.device, like.dtype)
+            replace(linear, precision, like.device, like.dtype)
         linear.marker = dict(layer.conf)
     on_meta = any(tensor.is_meta for tensor in plain.values())
     return module.load_state_dict(state, strict=False, assign=on_meta)

@@ -1,0 +1,252 @@
+"""MXFP8 layers of a model that diffusers or transformers builds and fills.
+
+Both build a model without values, let a quantizer replace layers, and then set one tensor after the
+other by its name in the file. So a layer here takes the file's tensors by name and becomes usable
+when it has them all, in whatever order, from whatever file of several.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..kernels import layout
+from ..quant import format
+from ..quant.checks import scan
+from ..quant.container.header import FormatError, parse_object, quoted
+from ..quant.format import MARKER, SCALE, WEIGHT
+from ..quant.linear import MXFP8Linear, is_replaceable, replace, tied_weights
+from ..quant.sources.file import HEADER_DTYPES, TORCH_DTYPES, FileSource
+from .stacked_rows import MXFP8Rows
+
+logger = logging.getLogger(__name__)
+
+LEAVES = tuple(suffix.removeprefix(".") for suffix in (WEIGHT, SCALE, MARKER))
+_WEIGHT, _SCALE, _MARKER = LEAVES
+_DTYPES = {name: TORCH_DTYPES[dtype] for dtype, name in format.FLOATS.items()}
+_CONVERT = "convert the model's original with `mxfp8 convert`"
+
+
+class LoadedLinear(MXFP8Linear, nn.Linear):
+    """An MXFP8Linear that is filled by name. PEFT adapts it, because it is an nn.Linear."""
+
+    _is_hf_initialized = True  # for transformers: there is nothing to initialize
+
+    def _add_codes(self, precision: str, device, dtype: torch.dtype) -> None:
+        super()._add_codes(precision, device, dtype)
+        self.like = torch.empty(0, dtype=dtype)  # never without values: it has none
+        self.received: dict[str, torch.Tensor] = {}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = super().weight
+        if self.qdata.is_meta:  # diffusers counts the elements of what is a parameter
+            weight._is_param = True
+        return weight
+
+    @property
+    def comfy_quant(self) -> nn.Parameter:
+        """The marker as the file has it."""
+        encoded = bytearray(format.marker_bytes(self.marker))
+        return nn.Parameter(torch.frombuffer(encoded, dtype=torch.uint8), requires_grad=False)
+
+    def __setattr__(self, name, value):
+        if name in LEAVES and self.qdata.is_meta:
+            self.receive(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def receive(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor of the file: "weight", "weight_scale" or "comfy_quant"."""
+        self.received[name] = tensor.detach()
+        if self.received.keys() == set(LEAVES):
+            self.complete()
+
+    def complete(self) -> None:
+        """Use what was received.
+
+        Raises:
+            ValueError: it is no MXFP8 layer of this shape, or not all of one.
+        """
+        given, self.received = self.received, {}
+        marker = self._checked_marker(given)
+        if _WEIGHT not in given:
+            raise ValueError("the files have no weight for it")
+        codes, scales = (given[name].view(torch.uint8) for name in (_WEIGHT, _SCALE))
+        if (scales == layout.E8M0_NAN).any():
+            raise ValueError(f"a scale is byte 255 (NaN): it is damaged; {format.AGAIN}")
+        absent = len(self.qdata) - len(codes)  # rows of padding, which a file may leave out
+        self._fill(nn.functional.pad(codes, (0, 0, 0, absent)) if absent else codes, scales, marker)
+
+    def take(self, rows: MXFP8Rows, device) -> None:
+        """Use a matrix that a loader may have made of the file's."""
+        codes, scales = rows.stored()
+        name = HEADER_DTYPES[_DTYPES.get(rows.marker.get("orig_dtype"), torch.bfloat16)]
+        marker = {**rows.marker, **format.marker(self.shape, name)}
+        self.like = torch.empty(0, dtype=rows.dtype)
+        self._fill(codes.to(device), scales.to(device), marker)
+
+    def _fill(self, codes: torch.Tensor, scales: torch.Tensor, marker: Mapping) -> None:
+        self.qdata = codes
+        self.weight_scale = scales
+        self.marker = dict(marker)
+
+
+def swap(model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dtype) -> set[str]:
+    """Make linear layers of a model without values MXFP8; returns those that are.
+
+    The others do more than an nn.Linear, share their weight, or are none.
+    """
+    tied, done = tied_weights(model), set()
+    modules = dict(model.named_modules())
+    for name in names:
+        layer = modules.get(name)
+        if layer is not None and is_replaceable(layer, tied):
+            replace(layer, precision, torch.device("meta"), dtype, LoadedLinear)
+            done.add(name)
+    return done
+
+
+def gather(
+    where: str, state: Mapping[str, torch.Tensor], markers: Mapping[str, Mapping] | None = None
+) -> dict[str, torch.Tensor]:
+    """A file's tensors, each MXFP8 layer as one (`MXFP8Rows`).
+
+    Args:
+        where: what to call the file in errors.
+        markers: of its layers, from its header and its tensors; default: those in its tensors.
+
+    Raises:
+        FormatError: it has no MXFP8 layer, or one whose tensors do not fit together.
+    """
+    if any(isinstance(tensor, MXFP8Rows) for tensor in state.values()):
+        return dict(state)
+    if markers is None:
+        markers = {
+            key.removesuffix(MARKER): read_marker(f"{where}: {quoted(key)}", tensor)
+            for key, tensor in state.items()
+            if key.endswith(MARKER)
+        }
+    result = {key: tensor for key, tensor in state.items() if not key.endswith(MARKER)}
+    for name, marker in markers.items():
+        result[name + WEIGHT] = _rows(f"{where}: MXFP8 layer {quoted(name)}", name, result, marker)
+        del result[name + SCALE]
+    _check_unmarked(where, result)
+    if not markers:
+        raise FormatError(
+            f"{where}: none of its layers is MXFP8; load it without MXFP8Config, or {_CONVERT}"
+        )
+    return result
+
+
+def read(path) -> dict[str, torch.Tensor]:
+    """An MXFP8 file as a state dict, each of its MXFP8 layers checked and as one tensor.
+
+    Diffusers before 0.42 needs this: `from_single_file(read(path), ...)`. With any version it also
+    reads markers that only the file's header has.
+
+    Raises:
+        FormatError: the file is damaged, lost its markers, or has no MXFP8 layer.
+        OSError: it cannot be read.
+    """
+    with FileSource(path) as source:
+        source.header.check_layers((format.MXFP8,))
+        scan.check_unmarked(source)
+    if bank := next(iter(source.header.experts), None):
+        raise FormatError(
+            f"{source.name}: {quoted(bank)} is a bank of experts, which only ComfyUI runs"
+        )
+    return gather(source.name, load_file(path), source.header.markers)
+
+
+def read_marker(where: str, tensor: torch.Tensor) -> dict:
+    """The JSON in a marker's tensor.
+
+    Raises:
+        FormatError: it is none, or of another format.
+    """
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise FormatError(f"{where} is {tensor.dtype} {list(tensor.shape)}; a marker is 1-D uint8")
+    marker = parse_object(where, bytes(tensor.tolist()))
+    if marker.get("format") != format.MXFP8:
+        raise FormatError(
+            f"{where} names the format {quoted(marker.get('format'))}; MXFP8Config loads only "
+            f"{format.MXFP8!r}: {_CONVERT}"
+        )
+    return marker
+
+
+def _rows(where: str, name: str, state: Mapping[str, torch.Tensor], marker: Mapping) -> MXFP8Rows:
+    weight, scale = state.get(name + WEIGHT), state.get(name + SCALE)
+    for suffix, tensor, dtypes in (
+        (WEIGHT, weight, ("F8_E4M3",)),
+        (SCALE, scale, format.SCALES),
+    ):
+        if tensor is None:
+            raise FormatError(f"{where}: there is no tensor {quoted(name + suffix)}")
+        if tensor.dtype not in [TORCH_DTYPES[dtype] for dtype in dtypes] or tensor.ndim != 2:
+            raise FormatError(
+                f"{where}: {quoted(name + suffix)} is {tensor.dtype} {list(tensor.shape)}; it must "
+                f"be 2-D {' or '.join(dtypes)}; {format.AGAIN}"
+            )
+    shape = format.layer_shape(where, weight, marker)
+    try:
+        layout.check_scale(weight.shape, scale.shape)
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}; {format.AGAIN}") from error
+    dtype = _DTYPES.get(marker.get("orig_dtype"), torch.bfloat16)
+    rows = MXFP8Rows.from_stored(weight, scale, shape, dtype, marker)
+    if (rows.scales == layout.E8M0_NAN).any():
+        raise FormatError(f"{where}: a scale is byte 255 (NaN): it is damaged; {format.AGAIN}")
+    return rows
+
+
+def _check_unmarked(where: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise FormatError for codes with block scales but without a marker."""
+    for key, tensor in state.items():
+        scale = state.get(key.removesuffix(WEIGHT) + SCALE) if key.endswith(WEIGHT) else None
+        if tensor.dtype != torch.float8_e4m3fn or scale is None or scale.dtype != torch.uint8:
+            continue
+        raise FormatError(
+            f"{where}: {quoted(key)} {list(tensor.shape)} has MXFP8 scales, but no marker among "
+            "the tensors. If the file's header has the markers, give diffusers what `read(path)` "
+            f"returns instead of the path; if they are lost, {format.REPAIR} rebuilds them"
+        )
+
+
+def settle(model: nn.Module) -> list[str]:
+    """Check that every MXFP8 layer of a model got its values; returns their names.
+
+    Raises:
+        ValueError: one did not.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoadedLinear)}
+    for name, layer in layers.items():
+        if layer.qdata.is_meta:
+            complete(name, layer.complete)
+    return list(layers)
+
+
+def restore(layer: LoadedLinear) -> None:
+    """Make an MXFP8 layer an nn.Linear with the dequantized weight."""
+    weight = layer.dequantize(layer.like.dtype)
+    for name in list(layer._buffers):
+        delattr(layer, name)
+    del layer.received, layer.precision, layer.marker
+    layer.__class__ = nn.Linear
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def complete(name: str, step) -> None:
+    """Run a step of filling a layer; its ValueError names the layer."""
+    try:
+        step()
+    except ValueError as error:
+        raise ValueError(
+            f"MXFP8 layer {name!r}: {error}. Check that the model's files are complete and belong "
+            "to this class"
+        ) from error
