@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..container.header import parse_object, plain, quoted, read_container
-from ..conversion import architectures
+from ..conversion import architectures, text_encoders
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_markers
 from ..progress import Meter, Progress
 from ..reports import document, metadata
@@ -521,7 +521,8 @@ def _check_comparison(source, result: Inspection) -> None:
     """Warn if the comparison in the header was measured on other weights."""
     from ..sources.file import as_bytes
 
-    rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in result.mxfp8)
+    compared = [x for x in result.mxfp8 if not x.name.startswith(text_encoders.PREFIXES)]
+    rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in compared)
     actual = fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
     if result.comparison.model.fingerprint != actual:
         result.warnings.append(

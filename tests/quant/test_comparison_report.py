@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import load, matrix
 from PIL import Image
+from quantized_files import model, save
 from safetensors.torch import save_file
 from scipy import ndimage, stats
 
@@ -463,6 +464,20 @@ def test_inspect_prints_a_comparison_and_checks_its_fingerprint(tmp_path, capsys
     assert main(["inspect", "--json", str(path)]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["comparison"]["seeds"][3]["latent_snr_db"] == 30.5 and data["report"] is None
+
+
+def test_of_a_checkpoint_the_diffusion_model_was_compared(tmp_path):
+    weights = {
+        "model.diffusion_model.a": matrix(64, 64),
+        "text_encoders.qwen3_4b.transformer.model.layers.0.mlp.down_proj": matrix(32, 64),
+    }
+    tensors, about = model(weights)
+    codes = tensors["model.diffusion_model.a.weight"][0].view(torch.uint8).numpy().tobytes()
+    side = replace(COMPARISON.model, fingerprint=fingerprint([("a", codes)]))
+    text = replace(COMPARISON, model=side).to_json()
+    inspection = inspect_file(save(tmp_path, tensors, {**about, "mxfp8_comparison": text}))
+    assert len(inspection.mxfp8) == 2
+    assert inspection.warnings == inspection.problems == []
 
 
 def test_inspect_reads_a_comparison_under_its_former_name(capsys):
