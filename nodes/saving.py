@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Mapping
 
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..kernels import layout
 from ..quant import format
 from ..quant.container.header import quoted
+from ..quant.format import WEIGHT
 from ..quant.reports.comparison import Comparison
 from ..quant.reports.conversion import Report, format_size
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
 from .host import paths
 from .host.progress import Progress, ending_shown, output
 from .models import fingerprints
-from .models.save import save_checkpoint, save_model, save_text_encoder
-from .models.text_encoder import encoders
+from .models.save import save_checkpoint, save_model, save_text_encoders
+from .models.text_encoder import encoders, names_in_file
 from .runtime.forward import mxfp8_linears
 from .widgets import CATEGORY, ComparisonType
 
@@ -48,20 +52,8 @@ class MXFP8SaveModel(io.ComfyNode):
                         "output/diffusion_models."
                     ),
                 ),
-                ComparisonType.Input(
-                    "comparison",
-                    optional=True,
-                    tooltip=(
-                        "From Compare Models (MXFP8), for this model: stored in the file's header, "
-                        "where `mxfp8 inspect` shows it."
-                    ),
-                ),
-                io.String.Input(
-                    "report",
-                    optional=True,
-                    force_input=True,
-                    tooltip="From Quantize Model (MXFP8): stored there like the comparison.",
-                ),
+                _comparison_input(),
+                _report_input("Quantize Model"),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -78,12 +70,8 @@ class MXFP8SaveModel(io.ComfyNode):
         }
         with paths.saving(filename_prefix) as path:
             size = save_model(model, path, metadata, Progress(cls))
-        text = f"{path.name}: {format_size(size)}"
-        text += _warning_of_none("Quantize Model", model)
-        if note := note_on_seeds(report, comparison):
-            logger.warning("MXFP8: the comparison in %s was %s", path.name, note)
-            text += f"\nWARNING: the comparison was {note}"
-        return output(cls, text)
+        text = f"{path.name}: {format_size(size)}" + _warning_of_none("Quantize Model", model)
+        return output(cls, text + _warning_of_seeds(path.name, report, comparison))
 
 
 class MXFP8SaveTextEncoder(io.ComfyNode):
@@ -109,6 +97,7 @@ class MXFP8SaveTextEncoder(io.ComfyNode):
                         "output/clip. If there are several encoders, their names are added."
                     ),
                 ),
+                _report_input("Quantize Text Encoder"),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -117,17 +106,24 @@ class MXFP8SaveTextEncoder(io.ComfyNode):
 
     @classmethod
     @ending_shown
-    def execute(cls, clip, filename_prefix) -> io.NodeOutput:
-        metadata = prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+    def execute(cls, clip, filename_prefix, report=None) -> io.NodeOutput:
+        report = Report.from_json(report) if report else None
+        metadata = {
+            **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
+            **_clip_provenance(clip, report),
+        }
         names = encoders(clip)
-        lines = []
-        for name in names:
-            prefix = f"{filename_prefix}_{name}" if len(names) > 1 else filename_prefix
-            with paths.saving(prefix) as path:
-                size = save_text_encoder(clip, name, path, metadata, Progress(cls))
-            lines.append(f"{path.name}: {format_size(size)}")
-        text = "\n".join(lines) + _warning_of_none("Quantize Text Encoder", clip.patcher)
-        return output(cls, text)
+        with contextlib.ExitStack() as folders:
+            files = {}
+            for name in names:
+                prefix = f"{filename_prefix}_{name}" if len(names) > 1 else filename_prefix
+                files[name] = folders.enter_context(paths.saving(prefix))
+            sizes = save_text_encoders(clip, files, metadata, Progress(cls))
+        text = "\n".join(
+            f"{path.name}: {format_size(size)}"
+            for path, size in zip(files.values(), sizes, strict=True)
+        )
+        return output(cls, text + _warning_of_none("Quantize Text Encoder", clip.patcher))
 
 
 class MXFP8SaveCheckpoint(io.ComfyNode):
@@ -161,6 +157,8 @@ class MXFP8SaveCheckpoint(io.ComfyNode):
                         "output/checkpoints."
                     ),
                 ),
+                _comparison_input(),
+                _report_input("Quantize Model"),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -169,12 +167,41 @@ class MXFP8SaveCheckpoint(io.ComfyNode):
 
     @classmethod
     @ending_shown
-    def execute(cls, model, clip, vae, filename_prefix) -> io.NodeOutput:
-        metadata = prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+    def execute(
+        cls, model, clip, vae, filename_prefix, comparison=None, report=None
+    ) -> io.NodeOutput:
+        report = Report.from_json(report) if report else None
+        metadata = {
+            **prompt_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo),
+            **_provenance(model, comparison, report),
+        }
         with paths.saving(filename_prefix) as path:
             size = save_checkpoint(model, clip, vae, path, metadata, Progress(cls))
         text = f"{path.name}: {format_size(size)}"
-        return output(cls, text + _warning_of_none("Quantize Model", model, clip.patcher))
+        text += _warning_of_none("Quantize Model", model, clip.patcher)
+        return output(cls, text + _warning_of_seeds(path.name, report, comparison))
+
+
+def _comparison_input() -> io.Input:
+    return ComparisonType.Input(
+        "comparison",
+        optional=True,
+        tooltip=(
+            "From Compare Models (MXFP8), for this model: stored in the file's header, where "
+            "`mxfp8 inspect` shows it."
+        ),
+    )
+
+
+def _report_input(node: str) -> io.Input:
+    return io.String.Input(
+        "report",
+        optional=True,
+        force_input=True,
+        tooltip=(
+            f"From {node} (MXFP8): stored in the file's header, where `mxfp8 inspect` shows it."
+        ),
+    )
 
 
 def _warning_of_none(node: str, *patchers) -> str:
@@ -182,9 +209,18 @@ def _warning_of_none(node: str, *patchers) -> str:
     if any(next(iter(mxfp8_linears(patcher.model)), None) for patcher in patchers):
         return ""
     return (
-        "\nWARNING: there is no MXFP8 layer; everything was saved as it is. To quantize it, put "
+        "\nWARNING: there is no MXFP8 layer in what was saved; to quantize it, put "
         f"{node} (MXFP8) before this node"
     )
+
+
+def _warning_of_seeds(file: str, report: Report | None, comparison: Comparison | None) -> str:
+    """What to add to a text if the comparison sampled what the weights were rounded for."""
+    note = note_on_seeds(report, comparison)
+    if note is None:
+        return ""
+    logger.warning("MXFP8: the comparison in %s was %s", file, note)
+    return f"\nWARNING: the comparison was {note}"
 
 
 def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
@@ -196,20 +232,41 @@ def prompt_metadata(prompt, extra_pnginfo) -> dict[str, str]:
 
 
 def _provenance(patcher, comparison: Comparison | None, report: Report | None) -> dict[str, str]:
-    """The report on how the weights were made, and the comparison with the original, as metadata.
+    """The report on how a MODEL was made, and the comparison with the original, as metadata.
 
     Raises:
         ValueError: the comparison was measured on other weights, the report is another model's, or
             one of them is too long for a header.
     """
-    metadata = {}
+    documents = {}
     if comparison is not None:
         _check_comparison(patcher, comparison)
-        metadata[COMPARISON] = comparison.to_json()
+        documents[COMPARISON] = comparison.to_json()
     if report is not None:
-        _check_report(patcher, report)
-        metadata[REPORT] = report.to_json()
-    for key, text in metadata.items():
+        layers = {fingerprints.plain(name): module for name, module in mxfp8_linears(patcher.model)}
+        _check_report(layers, fingerprints.is_patched(patcher), report)
+        documents[REPORT] = report.to_json()
+    return _as_metadata(documents)
+
+
+def _clip_provenance(clip, report: Report | None) -> dict[str, str]:
+    """The report on how a CLIP was made; of several encoders each file has all of it."""
+    if report is None:
+        return {}
+    names = {}
+    for encoder in encoders(clip):
+        names |= names_in_file(clip, encoder)
+    layers = {
+        names[name + WEIGHT].removesuffix(WEIGHT): module
+        for name, module in mxfp8_linears(clip.patcher.model)
+    }
+    _check_report(layers, bool(clip.patcher.patches), report)
+    return _as_metadata({REPORT: report.to_json()})
+
+
+def _as_metadata(documents: Mapping[str, str]) -> dict[str, str]:
+    metadata = {}
+    for key, text in documents.items():
         metadata[key] = json.dumps(json.loads(text), separators=(",", ":"))
         check_size(key, metadata[key])
     return metadata
@@ -234,20 +291,20 @@ def _check_comparison(patcher, comparison: Comparison) -> None:
         )
 
 
-def _check_report(patcher, report: Report) -> None:
-    """Check that a report is on this model's MXFP8 layers, by their names and shapes.
+def _check_report(layers: Mapping[str, torch.nn.Module], patched: bool, report: Report) -> None:
+    """Check that a report is on these MXFP8 layers, by their names and shapes.
 
     Raises:
         ValueError: it is on other layers, or the weights were changed since.
     """
-    if fingerprints.is_patched(patcher):
+    if patched:
         raise ValueError(
             "LoRAs or patches were put on this model after the report was made; disconnect the "
             "report, or quantize the original again with the LoRAs on it"
         )
     actual = {
-        format.bare(fingerprints.plain(name)): layout.padded_shape(*module.weight.shape)
-        for name, module in mxfp8_linears(patcher.model)
+        format.bare(name): layout.padded_shape(*module.weight.shape)
+        for name, module in layers.items()
     }
     reported = {format.bare(x.name): layout.padded_shape(*x.shape) for x in report.quantized}
     if actual != reported:

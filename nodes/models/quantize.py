@@ -28,7 +28,7 @@ from ...quant.conversion.convert import convert, plan_source
 from ...quant.conversion.policy import Decision, Plan, Selection
 from ...quant.format import WEIGHT, read_header
 from ...quant.progress import Progress
-from ...quant.reports.conversion import Report
+from ...quant.reports.conversion import LayerReport, Report
 from ..host import paths
 from ..host.float8 import check_float8
 from .load import load_diffusion_model, read_state
@@ -162,6 +162,7 @@ def quantize_clip(clip, selection: Selection, progress: Progress | None = None):
     source, plan = plan_clip(clip, selection)
     file = paths.TemporaryFile()
     report = convert(source, file.path, plan, progress=progress, device=device())
+    report = replace(report, target="CLIP", layers=_as_in_files(clip, report))
     file.hold()
     del source
 
@@ -169,7 +170,16 @@ def quantize_clip(clip, selection: Selection, progress: Progress | None = None):
     quantized = clip.clone()
     quantized.patcher = give_model(clip.patcher, fresh.patcher)
     quantized.cond_stage_model = fresh.cond_stage_model
-    return quantized, replace(report, target="CLIP")
+    return quantized, report
+
+
+def _as_in_files(clip, report: Report) -> tuple[LayerReport, ...]:
+    """The layers of a report on a CLIP under the names that presets, include and exclude match."""
+    names = {}
+    for encoder in encoders(clip):
+        for key, name in names_in_file(clip, encoder).items():
+            names[key.removesuffix(WEIGHT)] = name.removesuffix(WEIGHT)
+    return tuple(replace(layer, name=names.get(layer.name, layer.name)) for layer in report.layers)
 
 
 @dataclass(frozen=True)

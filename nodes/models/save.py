@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ...quant import format
 from ...quant.container.header import nbytes
@@ -29,12 +31,23 @@ def save_model(patcher, path, metadata: Mapping[str, str], progress: Progress) -
     return _write([source], path, {**metadata, **source.detection_metadata({})}, progress)
 
 
-def save_text_encoder(
-    clip, encoder: str, path, metadata: Mapping[str, str], progress: Progress
-) -> int:
-    """Write one of a CLIP's `encoders` to `path`, as `save_model`."""
+def save_text_encoders(
+    clip, files: Mapping[str, Path], metadata: Mapping[str, str], progress: Progress
+) -> list[int]:
+    """Write some of a CLIP's `encoders`, each to its file, all or none; returns the files' sizes.
+
+    Raises:
+        as `save_model`; files that were written already are removed.
+    """
     check_movable(clip.patcher)
-    return _write([TextEncoderSource(clip, encoder)], path, metadata, progress)
+    sources = {encoder: TextEncoderSource(clip, encoder) for encoder in files}
+    sizes = []
+    with contextlib.ExitStack() as on_error:
+        for encoder, path in files.items():
+            sizes.append(_write([sources[encoder]], path, metadata, progress))
+            on_error.callback(path.unlink, missing_ok=True)
+        on_error.pop_all()
+    return sizes
 
 
 def save_checkpoint(model, clip, vae, path, metadata: Mapping[str, str], progress: Progress) -> int:

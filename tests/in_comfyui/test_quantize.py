@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 import torch
-from comfyui import PromptError
-from graphs import SAME, Graph, difference, latents, run, unload
+from checkpoints import same
+from comfyui import PromptError, make_models
+from graphs import SAME, Graph, difference, latents, run, saved_tensor, unload
 from safetensors.torch import load_file
 
 from mxfp8 import kernels
+from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.checks.verify import verify_file
+from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.format import read_header
 from mxfp8.quant.reports.conversion import Report
 
@@ -284,3 +287,91 @@ def test_saving_stays_inside_the_output_folder(comfy, prefix):
     )
     with pytest.raises(PromptError, match="outside the output folder"):
         comfy.run(graph)
+
+
+@pytest.fixture
+def whole(comfy):
+    """A checkpoint of Stable Diffusion 1 with its text encoder, which stays as it is, and a VAE."""
+    make_models(comfy.base, "sd15")
+    path = comfy.base / "models" / "checkpoints" / "sd15.safetensors"
+    yield path
+    path.unlink()
+
+
+def sampling(graph: Graph, clip: list, **options) -> dict:
+    positive, negative = (
+        graph.add("CLIPTextEncode", clip=clip, text=text) for text in ("a lighthouse in fog", "")
+    )
+    return {
+        "positive": positive, "negative": negative,
+        "latent_image": graph.add("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+        **options,
+    }  # fmt: skip
+
+
+def draw(graph: Graph, name: str, model: list, clip: list, vae: list) -> None:
+    samples = graph.add("KSampler", model=model, seed=1, **sampling(graph, clip))
+    image = graph.add("VAEDecode", samples=samples, vae=vae)
+    graph.add("TestSaveTensor", tensor=image, name=name)
+
+
+def test_a_saved_checkpoint_draws_the_same_in_stock(comfy, whole):
+    graph = Graph()
+    node, _ = graph.add("CheckpointLoaderSimple", ckpt_name=whole.name)
+    clip, vae = [node, 1], [node, 2]
+    made = quantize(graph, [node, 0])
+    draw(graph, "original", [node, 0], clip, vae)
+    draw(graph, "before", made, clip, vae)
+    compared = graph.add(
+        "MXFP8CompareModels", reference=[node, 0], model=made, first_seed=1, seeds=1,
+        **sampling(graph, clip, steps=1),
+    )  # fmt: skip
+    saving = graph.add(
+        "MXFP8SaveCheckpoint", model=made, clip=clip, vae=vae, report=[made[0], 1],
+        comparison=[compared[0], 3], filename_prefix="checkpoints/whole",
+    )  # fmt: skip
+    outputs = comfy.run(graph)
+    report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
+    path = comfy.base / "output" / "checkpoints" / outputs[saving[0]]["text"][0].split(":")[0]
+    loaders = {
+        "CheckpointLoaderSimple": {"ckpt_name": path.name},
+        "MXFP8LoadCheckpoint": {"checkpoint_name": path.name, "precision": "exact"},
+    }
+    try:
+        check_checkpoint(path, whole, report)
+        graph = Graph()
+        for loader, options in loaders.items():
+            node, _ = graph.add(loader, **options)
+            draw(graph, loader, [node, 0], [node, 1], [node, 2])
+        comfy.run(graph)
+    finally:
+        path.unlink()
+    before = saved_tensor(comfy.base, "before")
+    assert before.std() > 0.1
+    assert difference(saved_tensor(comfy.base, "original"), before) > 20 * SAME
+    for loader in loaders:
+        assert difference(saved_tensor(comfy.base, loader), before) < SAME, loader
+
+
+def check_checkpoint(path, original, report: Report) -> None:
+    """Both markers and U8 scales, the bytes of the converted file, the rest of the checkpoint as it
+    was, the report and the comparison."""
+    header = read_header(path)
+    assert len(header.layers) == len(report.quantized) > 10
+    markers = json.loads(header.metadata["_quantization_metadata"])["layers"]
+    assert markers.keys() == header.layers.keys()
+    assert all(f"{name}.comfy_quant" in header.tensors for name in markers)
+    assert {layer.scale.dtype for layer in header.layers.values()} == {"U8"}
+    seen = inspect_file(path)
+    assert seen.report == report and len(seen.comparison.seeds) == 1
+    assert seen.warnings == seen.problems == []
+    assert verify_file(path, original).problems == []
+    converted = original.with_name("converted.safetensors")
+    convert_file(original, converted)
+    try:
+        saved, expected = load_file(path), load_file(converted)
+    finally:
+        converted.unlink()
+    assert saved.keys() == expected.keys()
+    assert [key for key in expected if not same(saved[key], expected[key])] == []

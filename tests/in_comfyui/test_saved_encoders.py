@@ -20,7 +20,8 @@ def alone(found):
 
 
 def test_a_text_encoder_is_quantized_as_its_file_is(alone):
-    assert alone["layers"] == 7
+    assert len(alone["layers"]) == 7
+    assert alone["layers"] == alone["layers of the file"]  # by these names `exclude` finds them
     assert alone["bytes as converted"]
     assert 0.01 < alone["rounding"] < 0.2  # to E4M3, in random weights
     assert alone["input unchanged"] == 0
@@ -43,6 +44,14 @@ def test_a_lora_is_baked_in_before_rounding(alone):
 def test_a_text_encoder_is_not_quantized_twice_nor_without_a_layer(alone):
     assert "already quantized as MXFP8" in alone["again"]
     assert "no layer to quantize" in alone["nothing"]
+
+
+def test_of_several_text_encoders_all_are_saved_or_none(found):
+    several = found["several"]
+    assert several["tensors"].keys() == {"clip_l", "clip_g"}
+    assert min(several["tensors"].values()) > 20
+    assert several["failed"] == "in the second"
+    assert several["left"] == 0
 
 
 @pytest.mark.parametrize("name", ["quantized", "accelerated"])

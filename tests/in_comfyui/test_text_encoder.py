@@ -8,8 +8,8 @@ import pytest
 import torch
 from checkpoints import load as load_file
 from checkpoints import same
-from comfyui import make_models
-from graphs import SAME, Graph, difference, load_ours, run, saved_tensor
+from comfyui import PromptError, make_models
+from graphs import SAME, Graph, difference, load_ours, quantized, run, saved_tensor
 from safetensors.torch import save_file
 
 from mxfp8 import kernels
@@ -99,10 +99,12 @@ def test_nobody_chose_that_it_runs_exact(comfy, encoder):
 def test_a_text_encoder_quantized_and_saved_in_the_graph_is_the_converted_file(comfy, encoder):
     graph = Graph()
     clip = graph.add("CLIPLoader", clip_name=SOURCE, type="stable_diffusion")
-    quantized = graph.add("MXFP8QuantizeTextEncoder", clip=clip, preset="auto")
-    saving = graph.add("MXFP8SaveTextEncoder", clip=quantized, filename_prefix="clip/qwen3")
+    made = graph.add("MXFP8QuantizeTextEncoder", clip=clip, preset="auto")
+    saving = graph.add(
+        "MXFP8SaveTextEncoder", clip=made, filename_prefix="clip/qwen3", report=[made[0], 1]
+    )
     outputs = comfy.run(graph)
-    report = Report.from_json(outputs[quantized[0]]["mxfp8_report"][0])
+    report = Report.from_json(outputs[made[0]]["mxfp8_report"][0])
     assert len(report.quantized) == len(encoder.quantized)
     name = outputs[saving[0]]["text"][0].split(":")[0]
     path = comfy.base / "output" / "clip" / name
@@ -111,12 +113,25 @@ def test_a_text_encoder_quantized_and_saved_in_the_graph_is_the_converted_file(c
         in comfy.get("/object_info/CLIPLoader")["CLIPLoader"]["input"]["required"]["clip_name"][0]
     )
     try:
-        saved, _ = load_file(path)
+        saved, metadata = load_file(path)
+        assert Report.from_json(metadata["mxfp8_report"]) == report
+        assert inspect_file(path, every_byte=False).report == report
         converted, _ = load_file(comfy.base / "models" / "text_encoders" / NAME)
         assert saved.keys() == converted.keys()
         assert all(same(saved[key], converted[key]) for key in saved)
     finally:
         path.unlink()
+
+
+def test_a_report_of_another_text_encoder_is_refused_with_the_file(comfy, encoder):
+    graph = Graph()
+    model = quantized(graph, graph.loader("flux.safetensors"))
+    graph.add(
+        "MXFP8SaveTextEncoder", clip=load(graph), filename_prefix="clip/never", report=[model[0], 1]
+    )
+    with pytest.raises(PromptError, match="the report is another model's: MXFP8 layer"):
+        comfy.run(graph)
+    assert not list((comfy.base / "output").rglob("never*"))
 
 
 def test_text_encoders_merge(comfy, encoder):
@@ -213,8 +228,6 @@ def test_what_comfyui_saves_as_a_checkpoint_is_whole(comfy, encoder):
 
 @pytest.mark.parametrize("name", ["../diffusion_models/flux.safetensors", "/etc/passwd", "no.pt"])
 def test_a_loader_reaches_only_its_own_folder(comfy, name):
-    from comfyui import PromptError
-
     graph = Graph()
     clip = graph.add("MXFP8LoadTextEncoder", name=name, type="flux")
     graph.add("TestSaveTensor", tensor=clip, name="never")

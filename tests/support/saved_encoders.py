@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 from comfyui_modules import FOLDER
@@ -31,7 +32,8 @@ from mxfp8 import kernels
 from mxfp8.nodes.models.checkpoint import checkpoint_sources, text_encoder_source
 from mxfp8.nodes.models.load import load_checkpoint, load_text_encoder
 from mxfp8.nodes.models.quantize import quantize_clip, quantize_model
-from mxfp8.nodes.models.save import save_checkpoint, save_text_encoder
+from mxfp8.nodes.models.save import save_checkpoint, save_text_encoders
+from mxfp8.nodes.models.text_encoder import encoders
 from mxfp8.nodes.runtime.patch import accelerate, accelerate_clip
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.policy import DEFAULT, Selection
@@ -51,6 +53,10 @@ def sizes() -> dict:
 
 def load(name: str, kind: CLIPType = CLIPType.FLUX2):
     return load_text_encoder(paths([name]), [], kind, sizes())
+
+
+def save(clip, name: str) -> None:
+    save_text_encoders(clip, {PART: Path(name)}, {}, quiet)
 
 
 def states(clip, part: str = PART) -> torch.Tensor:
@@ -86,19 +92,20 @@ def alone() -> dict:
     before = states(plain)
     quantized, report = quantize_clip(plain, DEFAULT, quiet)
     convert_file("qwen.safetensors", "converted.safetensors")
-    save_text_encoder(quantized, PART, "saved.safetensors", {}, quiet)
-    save_text_encoder(plain, PART, "unchanged.safetensors", {}, quiet)
+    save(quantized, "saved.safetensors")
+    save(plain, "unchanged.safetensors")
     clone = quantized.clone()
     factory, arguments, *_ = quantized.patcher.cached_patcher_init
     fresh = factory(*arguments, disable_dynamic=True)
     clone.patcher, clone.cond_stage_model = fresh, fresh.model
     loras, wanted = with_lora(plain, 0.8)
     baked, _ = quantize_clip(loras, DEFAULT, quiet)
-    save_text_encoder(baked, PART, "baked.safetensors", {}, quiet)
+    save(baked, "baked.safetensors")
     state, (qdata, scale) = load_file("baked.safetensors"), kernels.quantize(wanted)
     expected = states(quantized)
     return {
-        "layers": len(report.quantized),
+        "layers": sorted(layer.name for layer in report.quantized),
+        "layers of the file": sorted(read_header("saved.safetensors").layers),
         "bytes as converted": same_files("saved.safetensors", "converted.safetensors"),
         "bytes unchanged": same_files("unchanged.safetensors", "qwen.safetensors"),
         "input unchanged": difference(states(plain), before),
@@ -177,19 +184,41 @@ def checkpoint() -> dict:
     return result
 
 
+def small_clip(build, tokenizer) -> comfy.sd.CLIP:
+    sizes = {f"clip_{which}_model_config": {**CLIP, "num_hidden_layers": 3} for which in "lgh"}
+    target = SimpleNamespace(params={}, clip=build, tokenizer=tokenizer)
+    clip = comfy.sd.CLIP(target, model_options={**sizes, "dtype": torch.float32})
+    for parameter in clip.cond_stage_model.parameters():
+        torch.nn.init.normal_(parameter)
+    return clip
+
+
+def several() -> dict:
+    """The files of a CLIP with two encoders, written, and left when the second one fails."""
+    clip = small_clip(sdxl_clip.SDXLClipModel, sdxl_clip.SDXLTokenizer)
+    first, second = files = {name: Path(f"several-{name}.safetensors") for name in encoders(clip)}
+    save_text_encoders(clip, files, {}, quiet)
+    sizes = {name: len(load_file(path)) for name, path in files.items()}
+    for path in files.values():
+        path.unlink()
+
+    def fail(*_) -> None:
+        if files[first].exists():
+            assert not files[second].exists()
+            raise ValueError("in the second")
+
+    failed = refusal(lambda: save_text_encoders(clip, files, {}, fail))
+    return {"tensors": sizes, "failed": failed, "left": len([*Path().glob("several*")])}
+
+
 def joined() -> dict[str, bool]:
     """Whether a CLIP whose tensors checkpoints join gets into one as stock's own node puts it, by
     the class of models."""
-    small = {f"clip_{which}_model_config": {**CLIP, "num_hidden_layers": 3} for which in "lgh"}
     found = {}
-    for name, build, tokenizer in (
-        ("SDXL", sdxl_clip.SDXLClipModel, sdxl_clip.SDXLTokenizer),
-        ("SD20", sd2_clip.SD2ClipModel, sd2_clip.SD2Tokenizer),
+    for name, clip in (
+        ("SDXL", small_clip(sdxl_clip.SDXLClipModel, sdxl_clip.SDXLTokenizer)),
+        ("SD20", small_clip(sd2_clip.SD2ClipModel, sd2_clip.SD2Tokenizer)),
     ):
-        target = SimpleNamespace(params={}, clip=build, tokenizer=tokenizer)
-        clip = comfy.sd.CLIP(target, model_options={**small, "dtype": torch.float32})
-        for parameter in clip.cond_stage_model.parameters():
-            torch.nn.init.normal_(parameter)
         config = object.__new__(getattr(comfy.supported_models, name))
         wanted = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
         source = text_encoder_source(clip, config)
@@ -205,7 +234,8 @@ def main() -> None:
     os.chdir(FOLDER)
     qwen("qwen", 2560)
     qwen("other", 1024)
-    print(json.dumps({"alone": alone(), "checkpoint": checkpoint(), "joined": joined()}))
+    found = {part.__name__: part() for part in (alone, several, checkpoint, joined)}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Run with ComfyUI on the path, as a process of its own (ComfyUI parses the comman
     python tests/support/tiny_models.py COMFYUI FOLDER NAME [NAME ...]
 
 NAME: flux, flux2, wan, wan260 (its feed-forward is no multiple of 32), ltxv, zimage, qwen3,
-checkpoint, vae, lora. Files go into the model folders of a ComfyUI base folder. zimage and qwen3
-have their real widths: ComfyUI recognizes no others.
+checkpoint, sd15, vae, lora. Files go into the model folders of a ComfyUI base folder. zimage, qwen3
+and the text encoder of sd15 have their real widths: ComfyUI recognizes no others.
 """
 
 from __future__ import annotations
@@ -119,6 +119,26 @@ def qwen3() -> dict[str, torch.Tensor]:
     return state
 
 
+def sd15() -> dict[str, torch.Tensor]:
+    """A checkpoint of Stable Diffusion 1 with one block, a whole text encoder, in FP16 as ComfyUI
+    holds it, and a tiny VAE."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.sd1_clip import SDClipModel
+
+    unet = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1],
+        channel_mult=[1], transformer_depth=[1], transformer_depth_middle=0,
+        transformer_depth_output=[1, 1], use_spatial_transformer=True, context_dim=768, num_heads=8,
+        legacy=False, operations=OPERATIONS, device="meta",
+    )  # fmt: skip
+    parts = {"model.diffusion_model.": unet, "cond_stage_model.": SDClipModel(device="meta")}
+    shapes = {p + k: v.shape for p, part in parts.items() for k, v in part.state_dict().items()}
+    state = {k: v.half() if k.startswith("cond") else v for k, v in randomize(shapes).items()}
+    for key in ("logit_scale", "transformer.text_projection.weight"):  # no file has them
+        del state[f"cond_stage_model.{key}"]
+    return state | {f"first_stage_model.{k}": v.bfloat16() for k, v in vae(4).items()}
+
+
 def randomize(shapes: dict) -> dict[str, torch.Tensor]:
     """Random BF16 weights, each layer's output about as large as its input; norms are 1.
 
@@ -154,15 +174,15 @@ def lora(state: dict[str, torch.Tensor], rank: int = 4) -> dict[str, torch.Tenso
     return result
 
 
-def vae() -> dict[str, torch.Tensor]:
+def vae(channels: int = 16) -> dict[str, torch.Tensor]:
     """A tiny autoencoder; its last layer is set so that images fill their range."""
     from comfy.taesd.taesd import TAESD
 
-    model = TAESD(latent_channels=16)
+    model = TAESD(latent_channels=channels)
     state = randomize({k: v.shape for k, v in model.state_dict().items()})
     state = {k: v.float() for k, v in state.items()}
     model.load_state_dict(state)
-    latent = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(3))
+    latent = torch.randn(1, channels, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         pixels = model.decode(latent)  # 2 * (last layer - 0.5), one channel each for R, G, B
     gain, mean = 0.5 / pixels.std((0, 2, 3)), pixels.mean((0, 2, 3))
@@ -174,7 +194,8 @@ def vae() -> dict[str, torch.Tensor]:
 
 
 FOLDERS = {
-    "vae": "vae", "lora": "loras", "checkpoint": "checkpoints", "qwen3": "text_encoders",
+    "vae": "vae", "lora": "loras", "checkpoint": "checkpoints", "sd15": "checkpoints",
+    "qwen3": "text_encoders",
 }  # fmt: skip
 
 
@@ -188,8 +209,8 @@ def main() -> None:
             state = vae()
         elif name == "zimage":
             state = randomize(zimage_shapes())
-        elif name == "qwen3":
-            state = qwen3()
+        elif name in ("qwen3", "sd15"):
+            state = {"qwen3": qwen3, "sd15": sd15}[name]()
         elif name == "checkpoint":
             model = randomize({k: v.shape for k, v in flux().state_dict().items()})
             state = {f"model.diffusion_model.{k}": v for k, v in model.items()}
