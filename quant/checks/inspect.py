@@ -26,6 +26,7 @@ from . import explain
 from .explain import AsMXFP8, FormatFacts
 
 KEY = "mxfp8_inspection"
+OTHER_WEIGHTS = "the comparison in the header was measured on weights other than this file's"
 _FIRST = 1 << 20  # bytes of a torch file that are searched for names of libraries
 _MOST_CONFIG = 1 << 20  # bytes of a config.json
 _NAMED = 5  # parts in a sentence
@@ -525,6 +526,4 @@ def _check_comparison(source, result: Inspection) -> None:
     rows = ((layer.name, source.rows(layer.name + WEIGHT, 0, 1)) for layer in compared)
     actual = fingerprint((name, bytes(as_bytes(row))) for name, row in rows)
     if result.comparison.model.fingerprint != actual:
-        result.warnings.append(
-            "the comparison in the header was measured on weights other than this file's"
-        )
+        result.warnings.append(OTHER_WEIGHTS)

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
+OUTSIDE = "outside of the blocks of"  # how the reasons begin that only "auto" gives
 
 _TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
 _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
@@ -260,7 +261,7 @@ def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
         return None
     if architecture.in_blocks(key.removeprefix(prefix)):
         return None
-    return f"outside of the blocks of {architecture.name}: embedders and final layers stay"
+    return f"{OUTSIDE} {architecture.name}: embedders and final layers stay"
 
 
 def _impossible(key, dtype, shape, is_linear) -> str | None:

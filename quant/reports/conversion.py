@@ -144,7 +144,7 @@ class Report:
         return document.write(KEY, asdict(self), self.verdict)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
+    def from_json(cls, text: str | bytes) -> Report:
         """Read a report back.
 
         Raises:
@@ -169,12 +169,12 @@ class Report:
                 f"SQNR {self.sqnr_db:.2f} dB; worst layer {plain(self.worst.name)}: "
                 f"{self.worst.sqnr_db:.2f} dB"
             )
-        lines += self._output_errors()
+        lines += self.output_errors()
         if self.calibration is not None:
-            lines.append(_calibrated_on(self.calibration))
+            lines.append(self.calibrated_on)
         return "\n".join(lines)
 
-    def _output_errors(self) -> list[str]:
+    def output_errors(self) -> list[str]:
         """A line on the output errors of calibrated layers, if there are any."""
         about = self.calibration or {}
         measured = [x for x in self.layers if x.output_error is not None]
@@ -189,6 +189,11 @@ class Report:
             f"{start}: layer output error {self._output_ratio:.2f}x of nearest rounding on average,"
             f" {self._measured_on} (weight SQNR is lower in exchange)"
         ]
+
+    @property
+    def calibrated_on(self) -> str | None:
+        """The runs that the calibration saw, in words; None without one."""
+        return None if self.calibration is None else _calibrated_on(self.calibration)
 
     @property
     def _output_ratio(self) -> float | None:

@@ -24,7 +24,7 @@ def write(key: str, values: dict, verdict: Verdict | None = None) -> str:
     return json.dumps({key: VERSION, **derived, **values}, indent=1, allow_nan=False)
 
 
-def read(kind: type, key: str, text: str, old_key: str | None = None):
+def read(kind: type, key: str, text: str | bytes, old_key: str | None = None):
     """A dataclass from what `write` made of it. Fields with a default may be missing.
 
     The verdict in it is dropped: it follows from the rest, by the thresholds of this version.

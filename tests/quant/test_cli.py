@@ -274,6 +274,7 @@ JSON = {
     ("repair", "lost", "new.sft"): "mxfp8_repair",
     ("probe", "blocks"): "mxfp8_probe",
     ("export", "target.safetensors", "--mlx", "new"): "mxfp8_export",
+    ("card", "target.safetensors"): "mxfp8_card",
     ("backends",): "mxfp8_backends",
     ("recommend", "source"): "mxfp8_recommendation",
     ("completion", "bash"): "mxfp8_completion",

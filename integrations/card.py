@@ -1,0 +1,496 @@
+"""The page of a model hub about an MXFP8 file: a README.md with metadata that the hub reads.
+
+Every figure in it comes from the file: its header and its bytes, and the reports that it carries or
+that are given with it. What nobody measured is not in it, and what only the author knows (the
+license, the original) stays a marked place to fill in. Its front matter follows
+https://huggingface.co/docs/hub/model-cards#model-card-metadata, with the library that the hub gives
+to ComfyUI's files.
+
+Names and sentences from a file are a stranger's text, and are escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..kernels import layout
+from ..quant.checks.inspect import OTHER_WEIGHTS, Inspection, inspect_file
+from ..quant.container.header import FormatError, one_line, quoted
+from ..quant.conversion import architectures, policy, text_encoders
+from ..quant.format import Header, bare, read_header
+from ..quant.progress import Progress
+from ..quant.reports import document
+from ..quant.reports.comparison import Comparison, interval
+from ..quant.reports.conversion import KEPT, MXFP8, LayerReport, Report, format_count, format_size
+from ..quant.reports.metadata import note_on_seeds
+
+KEY = "mxfp8_card"
+PACK = "https://github.com/mxfp8/ComfyUI-MXFP8"
+_HUB = "https://huggingface.co/"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # a model's name on the hub
+_LICENSES = ("modelspec.license", "license")  # entries of a file's metadata that may name it
+_MOST_ROWS = 40  # of a table; a preset keeps about ten kinds of layers
+_LONGEST = 1000  # letters of a name or sentence; expressions of presets have some hundred
+_VAES = ("first_stage_model.", "vae.", "audio_vae.")
+
+_INSTALL = (
+    'pip install "diffusers>=0.42" transformers accelerate',
+    f'pip install "mxfp8[standalone] @ git+{PACK}"',
+)
+# Architecture -> diffusers' class, for those that `integrations.diffusers` loads from one file.
+_DIFFUSERS = {
+    "Z-Image": "ZImageTransformer2DModel",
+    "Flux.1": "FluxTransformer2DModel",
+    "Flux.2": "Flux2Transformer2DModel",
+    "Qwen-Image": "QwenImageTransformer2DModel",
+    "Wan": "WanTransformer3DModel",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A page.
+
+    Attributes:
+        text: Markdown with YAML front matter.
+        missing: what its author has to fill in, in words.
+        warnings: what its author should look at; they stand at its end, in a comment.
+    """
+
+    file: str
+    text: str
+    missing: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """Versioned JSON."""
+        return document.write(KEY, asdict(self))
+
+
+def make_card(
+    path,
+    *,
+    report: Report | None = None,
+    base: str | None = None,
+    license: str | None = None,
+    progress: Progress | None = None,
+) -> Card:
+    """Write the page about an MXFP8 file, which is read to its last byte.
+
+    Args:
+        path: of a safetensors file with MXFP8 layers.
+        report: of its conversion; default: the one in the file, if any.
+        base: the original, as "owner/name" on the hub or as a URL.
+        license: the hub's name of the license, such as "apache-2.0".
+        progress: called after every slab.
+
+    Raises:
+        FormatError: it is no MXFP8 file, or one with problems.
+        ValueError: the report is another file's.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    inspection = inspect_file(path, progress=progress)
+    if inspection.problems:
+        raise FormatError(
+            f"{inspection.problems[0]}; a file with problems is not to be published "
+            "(`mxfp8 inspect` lists them)"
+        )
+    if not inspection.mxfp8:
+        raise FormatError(
+            f"{path.name}: no layer is MXFP8; a card is for MXFP8 files, which `mxfp8 convert` "
+            "makes of originals"
+        )
+    problem = _other_layers(inspection, report or inspection.report)
+    if problem is not None and report is not None:
+        raise ValueError(f"{problem}; give the report of the conversion that wrote this file")
+    if problem is not None:
+        inspection.warnings.append(problem)
+        inspection.report = None
+    if OTHER_WEIGHTS in inspection.warnings:
+        inspection.comparison = None
+    return _Page(read_header(path), inspection, report, base, license).card()
+
+
+def hub_name(base: str) -> str | None:
+    """ "owner/name" of a model on the hub, given as that or as its URL; None for other URLs.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name = base.removeprefix(_HUB).rstrip("/")
+    if _REPOSITORY.fullmatch(name):
+        return name
+    if re.fullmatch(r"https?://[^\s<>()\"']+", base):
+        return None
+    raise ValueError(f"{base!r} is neither owner/name nor a URL")
+
+
+def _other_layers(inspection: Inspection, report: Report | None) -> str | None:
+    """That a report is not on this file's layers, in words; else None.
+
+    A checkpoint may have the report of its diffusion model alone, and one of several text encoders
+    that of all of them.
+    """
+    if report is None:
+        return None
+    reported = {bare(x.name): layout.padded_shape(*x.shape) for x in report.quantized}
+    for layer in inspection.mxfp8:
+        shape, said = layout.padded_shape(*layer.shape), reported.get(bare(layer.name))
+        beside = said is None and layer.name.startswith(text_encoders.PREFIXES)
+        if said != shape and not beside:
+            return (
+                f"the report is another file's: MXFP8 layer {quoted(layer.name)} is {list(shape)} "
+                f"in {inspection.file} and {'none' if said is None else list(said)} in the "
+                "report, padded to whole blocks"
+            )
+    return None
+
+
+class _Page:
+    """The sections of a page, each as lines of Markdown."""
+
+    def __init__(
+        self,
+        header: Header,
+        inspection: Inspection,
+        report: Report | None,
+        base: str | None,
+        license: str | None,
+    ):
+        self.header = header
+        self.inspection = inspection
+        self.report = report or inspection.report
+        self.comparison: Comparison | None = inspection.comparison
+        self.base = base
+        self.repository = None if base is None else hub_name(base)
+        self.license = license or next(
+            (header.metadata[key] for key in _LICENSES if header.metadata.get(key)), None
+        )
+        self.detected = architectures.detect(header.tensors)
+        self.model = inspection.architecture
+
+    def card(self) -> Card:
+        sections = (
+            self._front_matter(), self._about(), self._layers(), self._error(),
+            self._requirements(), self._comfyui(), self._diffusers(), self._mlx(), self._made(),
+            self._warnings(),
+        )  # fmt: skip
+        lines = [section for section in map(list, sections) if section]
+        text = "\n\n".join(map("\n".join, lines)) + "\n"
+        known = {"the license": self.license, "the original (base_model)": self.base}
+        missing = tuple(name for name, value in known.items() if value is None)
+        return Card(self.inspection.file, text, missing, tuple(self.inspection.warnings))
+
+    def _front_matter(self) -> Iterator[str]:
+        yield "---"
+        if self.license is None:
+            yield "license:  # TO FILL IN: the original's, such as apache-2.0"
+        else:
+            yield f"license: {_yaml(self.license)}"
+        if self.base is None:
+            yield "base_model:  # TO FILL IN: the original, as owner/name"
+        elif self.repository is not None:
+            yield f"base_model: {_yaml(self.repository)}"
+        if self.base is None or self.repository is not None:
+            yield "base_model_relation: quantized"
+        yield "library_name: diffusion-single-file"
+        yield from ("tags:", "- mxfp8", "- comfyui", "- diffusion-single-file", "---")
+
+    def _about(self) -> Iterator[str]:
+        inspection, report = self.inspection, self.report
+        name = self.header.path.stem
+        yield from (f"# {_text(name)}", "")
+        of = f"{_text(self.model)}" if self.model else "A model"
+        if self.base is not None:
+            link = self.base if self.repository is None else _HUB + self.repository
+            of = f"[{_text(self.repository or self.base)}]({link})"
+        yield (
+            f"{of} in MXFP8: weights as 8-bit E4M3 codes, with a power of two (E8M0) as the scale "
+            "of each block of 32, in the file format of ComfyUI."
+        )
+        yield from ("", "| | |", "|---|---|")
+        yield f"| file | {_code(inspection.file)} |"
+        size = format_size(inspection.bytes)
+        stored = sum(tensor.nbytes for tensor in self.header.tensors.values())
+        if report is not None and report.bytes_after == stored:  # else it is on a part, or on more
+            share = 100 * report.bytes_after / report.bytes_before
+            size += f", {share:.1f}% of the original's {format_size(report.bytes_before)}"
+        yield f"| size | {size} |"
+        kept = sum(layer.decision == KEPT for layer in inspection.layers)
+        others = len(inspection.layers) - kept - len(inspection.mxfp8)
+        counts = [format_count(len(inspection.mxfp8), "MXFP8 layer")]
+        counts += [format_count(kept, "matrix", "matrices") + " kept"] if kept else []
+        counts += [f"{others} in other formats"] if others else []
+        yield f"| weights | {', '.join(counts)} |"
+        if self.model:
+            yield f"| architecture | {_text(self.model)} |"
+        if report is not None:
+            how = "rounded to nearest" if report.calibration is None else "calibrated rounding"
+            yield f"| rounding | {how}, preset {_code(report.preset)} |"
+
+    def _layers(self) -> Iterator[str]:
+        yield from ("## What is not MXFP8", "")
+        report = self.report
+        kept = [layer for layer in self.inspection.layers if layer.decision != MXFP8]
+        if not kept:
+            yield "Every matrix of the model is MXFP8; the rest is as in the original."
+            return
+        reasons = {bare(x.name): x.reason.replace(repr(x.name), "it") for x in _layers(report)}
+        rows = _grouped(
+            (
+                x.name,
+                x.dtype if x.decision == KEPT else x.decision,
+                reasons.get(bare(x.name), "not in the report" if report else ""),
+            )
+            for x in kept
+        )
+        columns = ("layers", "stored as", "why") if report else ("layers", "stored as")
+        yield f"| {' | '.join(columns)} |"
+        yield f"|{'---|' * len(columns)}"
+        for name, dtype, reason in rows[:_MOST_ROWS]:
+            cells = (_code(name), _text(dtype), *([_text(reason)] if report else []))
+            yield f"| {' | '.join(cells)} |"
+        if len(rows) > _MOST_ROWS:
+            yield from ("", f"... and {len(rows) - _MOST_ROWS} kinds of layers more.")
+        yield ""
+        if report is None:
+            yield from ("The file does not say why these were kept.", "")
+        yield "Biases, norms and whatever else is no matrix are as in the original."
+
+    def _error(self) -> Iterator[str]:
+        report, comparison = self.report, self.comparison
+        yield from ("## Measured error", "")
+        if report is None and comparison is None:
+            yield from ("None is stored in the file.", "")
+            yield (
+                "<!-- Give --report with the conversion's report, or save the model with its "
+                "comparison, and write this page again. -->"
+            )
+            return
+        if report is not None:
+            yield from _weight_error(report)
+        if comparison is not None:
+            yield from _output_error(comparison)
+        if note := note_on_seeds(report, comparison):
+            yield f"- Note: {_text(note)}"
+
+    def _requirements(self) -> Iterator[str]:
+        yield from ("## Requirements", "")
+        fact = next(fact for fact in self.inspection.explained if fact.name == "MXFP8")
+        yield (
+            f"ComfyUI {fact.comfyui} or later reads the file as it is. It multiplies MXFP8 on "
+            "NVIDIA RTX 50, B200 and B300, and unpacks the weights on every step elsewhere; "
+            f"[ComfyUI-MXFP8]({PACK}) has [kernels for other cards]"
+            f"({PACK}/blob/main/docs/hardware.md). The weights take "
+            f"{format_size(self.inspection.bytes)}."
+        )
+
+    def _comfyui(self) -> Iterator[str]:
+        folder, node, ours = self._place()
+        yield from ("## ComfyUI", "")
+        yield (
+            f"Put {_code(self.inspection.file)} into {_code(f'ComfyUI/models/{folder}')} and load "
+            f"it with **{node}**, or, with ComfyUI-MXFP8 installed, with **{ours}**, which also "
+            "checks it."
+        )
+
+    def _place(self) -> tuple[str, str, str]:
+        """(folder of ComfyUI, its loader, ours) for this file."""
+        whole = (*_VAES, *text_encoders.PREFIXES)
+        if any(key.startswith(whole) for key in self.header.tensors):
+            return "checkpoints", "Load Checkpoint", "Load Checkpoint (MXFP8)"
+        if self.detected is not None and not self.detected[0].classes:
+            return "text_encoders", "Load CLIP", "Load Text Encoder (MXFP8)"
+        return "diffusion_models", "Load Diffusion Model", "Load Diffusion Model (MXFP8)"
+
+    def _diffusers(self) -> Iterator[str]:
+        kind = _DIFFUSERS.get(self.model)
+        if kind is None or self._place()[0] != "diffusion_models":
+            return
+        yield from ("## Diffusers", "")
+        yield "Diffusers alone would take the codes for weights; these lines load the file right:"
+        yield from ("", *_fenced("console", _INSTALL), "")
+        pipeline = self.repository is not None
+        lines = [
+            "import torch",
+            f"from diffusers import {'DiffusionPipeline, ' * pipeline}{kind}",
+            "",
+            "from mxfp8.integrations.diffusers import MXFP8Config",
+            "",
+            f"transformer = {kind}.from_single_file(",
+            f"    {json.dumps(self.inspection.file)},",
+            "    quantization_config=MXFP8Config(),",
+            "    torch_dtype=torch.bfloat16,",
+            ")",
+        ]
+        if pipeline:
+            lines += [
+                "pipeline = DiffusionPipeline.from_pretrained(",
+                f"    {json.dumps(self.repository)},",
+                "    transformer=transformer,",
+                "    torch_dtype=torch.bfloat16,",
+                ")",
+            ]
+        yield from _fenced("python", lines)
+
+    def _mlx(self) -> Iterator[str]:
+        yield from ("## MLX", "")
+        folder = f"{self.header.path.stem}-mlx"
+        command = ["mxfp8", "export", self.inspection.file, "--mlx", folder]
+        yield from _fenced("console", [_line(command)])
+        yield ""
+        loader = ", which mlx-vlm loads as its transformer" if self.model == "Z-Image" else ""
+        yield (
+            f"writes the same codes and scales as a folder for MLX{loader}. It was checked on "
+            "MLX's CPU build; no Mac has run it so far."
+        )
+
+    def _made(self) -> Iterator[str]:
+        yield from ("## How it was made", "")
+        report = self.report
+        if report is None:
+            yield f"With a tool that writes ComfyUI's MXFP8 format, such as [mxfp8]({PACK})."
+            return
+        in_workflow = report.target in ("MODEL", "CLIP")
+        source = "ORIGINAL.safetensors" if in_workflow else report.source
+        target = self.inspection.file
+        if in_workflow:
+            yield (
+                f"By a Quantize node of [ComfyUI-MXFP8]({PACK}). On the command line, this makes "
+                "the same decisions from the original's file:"
+            )
+        else:
+            yield f"With [mxfp8]({PACK}):"
+        verification = ["mxfp8", "verify", target, "--source", source]
+        commands = [_conversion(report, source, target), _line(verification)]
+        yield from ("", *_fenced("console", commands))
+        if report.calibration is not None:
+            about = report.calibrated_on
+            yield from ("", f"The rounding was {_text(about)}; the report does not name the files.")
+
+    def _warnings(self) -> Iterator[str]:
+        for warning in self.inspection.warnings:
+            yield f"<!-- TO CHECK: {_short(warning).replace('--', '- -')} -->"
+
+
+def _layers(report: Report | None) -> tuple[LayerReport, ...]:
+    return report.layers if report else ()
+
+
+def _weight_error(report: Report) -> Iterator[str]:
+    if report.sqnr_db is None:
+        yield "- Weights: MXFP8 holds them exactly."
+    else:
+        layers = format_count(len(report.quantized), "MXFP8 layer")
+        yield (
+            f"- Weights: SQNR {report.sqnr_db:.2f} dB over {layers}, "
+            "10 log10(sum x² / sum (x' - x)²)."
+        )
+    worst = report.worst
+    if worst is not None:
+        yield f"- Worst layer: {_code(worst.name)}, {worst.sqnr_db:.2f} dB."
+    for line in report.output_errors():
+        yield f"- {_text(line[0].upper() + line[1:])}."
+
+
+def _output_error(comparison: Comparison) -> Iterator[str]:
+    """What was measured on the same seeds, and how."""
+    yield f"- Samples of the same seeds: {_text(comparison.verdict.text)}."
+    means = (
+        ("Latent SNR", "dB", comparison.latent_snr_db),
+        ("Image PSNR", "dB", comparison.psnr_db),
+        ("Image SSIM", "", comparison.ssim),
+    )
+    yield from (f"- {name}: {interval(mean, unit)}." for name, unit, mean in means if mean)
+    setting = comparison.setting
+    versions = ", ".join(f"{name} {v}" for name, v in setting.versions.items())
+    yield (
+        f"- Setting: {format_count(len(comparison.seeds), 'seed')}, {_text(str(setting))}; "
+        f"{_text(comparison.title())}; on {_text(setting.device)} with {_text(versions)}."
+    )
+    if comparison.floor is not None:
+        yield from (f"- {_text(x[0].upper() + x[1:])}." for x in comparison.floor.lines())
+
+
+def _conversion(report: Report, source: str, target: str) -> str:
+    """The command that makes the same decisions as a report's conversion."""
+    words = ["mxfp8", "convert", source, target]
+    outside = any(layer.reason.startswith(policy.OUTSIDE) for layer in report.layers)
+    if report.preset in policy.presets() and not outside:  # else "auto" chose it
+        words += ["--preset", report.preset]
+    for option, expressions in (("--include", report.include), ("--exclude", report.exclude)):
+        for expression in (expressions or "").splitlines():
+            words += [option, expression]
+    if report.calibration is not None:
+        words += ["--calibration", "CALIBRATION.safetensors"]
+        if "held_out" in report.calibration:
+            words += ["--held-out", "HELD_OUT.safetensors"]
+    return _line(words)
+
+
+def _line(words: Iterable[str]) -> str:
+    """A command for a POSIX shell, on one line."""
+    return shlex.join(word if word.isprintable() else quoted(word) for word in words)
+
+
+# ---- Markdown --------------------------------------------------------------------------------
+
+
+def _grouped(layers: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """(names, dtype, reason) of layers that differ in the number of their block alone.
+
+    Their name is given as "layers.(22-29).adaLN_modulation.0".
+    """
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for name, dtype, reason in layers:
+        match = re.match(r"(.*?\.|)(\d{1,6})(\..*|)$", name)
+        start, number, end = match.groups() if match else (name, "", "")
+        key = (start, end, dtype, reason) if match else (name, "", dtype, reason)
+        groups.setdefault(key, []).extend([int(number)] if match else [])
+    rows = []
+    for (start, end, dtype, reason), numbers in groups.items():
+        ranges = _ranges(sorted(numbers))
+        middle = f"({ranges})" if len(numbers) > 1 else ranges
+        rows.append((f"{start}{middle}{end}", dtype, reason))
+    return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers in words: "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _fenced(language: str, lines: Iterable[str]) -> list[str]:
+    return [f"```{language}", *(one_line(line).replace("```", "'''") for line in lines), "```"]
+
+
+def _code(text: str) -> str:
+    """A text as code, also in a table."""
+    return f"`{_short(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _text(text: str) -> str:
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", _short(text))
+
+
+def _short(text: str) -> str:
+    """A text on one line, without its end if that is far."""
+    return one_line(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
+
+
+def _yaml(text: str) -> str:
+    """A text as a YAML string: as it is where that is safe, else as JSON, which YAML includes."""
+    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) else json.dumps(text)
