@@ -10,7 +10,7 @@ from ..quant.conversion.batch import convert_all
 from ..quant.conversion.convert import convert_file
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
-from .host import paths
+from .host import paths, written
 from .host.progress import Progress, ending_shown, output
 from .models.quantize import device, quantize_clip, quantize_model
 from .runtime.describe import describe
@@ -134,6 +134,10 @@ class MXFP8ConvertFile(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source=None, target="", **_):
+        return written.fingerprint(source, target, "mxfp8")
+
+    @classmethod
     @ending_shown
     def execute(
         cls, source, target, preset, overwrite, include="", exclude="", calibration=None,
@@ -141,7 +145,7 @@ class MXFP8ConvertFile(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         path = paths.source_path(source)
         new = paths.target_beside(path, source, target, "mxfp8")
-        with paths.folder_of(new):
+        with paths.folder_of(new), written.counted(new):
             report = convert_file(
                 path,
                 new,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..quant import format
 from ..quant.checks.repair import repair_file
-from .host import paths
+from .host import paths, written
 from .host.progress import Progress, ending_shown, output
 from .models import load
 from .widgets import CATEGORY, overwrite_input, target_input
@@ -52,11 +52,15 @@ class MXFP8RepairFile(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source=None, target="", **_):
+        return written.fingerprint(source, target, "repaired")
+
+    @classmethod
     @ending_shown
     def execute(cls, source, target, scales, overwrite) -> io.NodeOutput:
         path = paths.source_path(source)
         new = paths.target_beside(path, source, target, "repaired")
-        with paths.folder_of(new):
+        with paths.folder_of(new), written.counted(new):
             result = repair_file(
                 path,
                 new,

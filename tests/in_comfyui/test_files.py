@@ -112,6 +112,34 @@ def test_an_existing_file_is_replaced_only_when_asked(comfy):
     assert read_header(target).layers
 
 
+def ran(comfy, graph: Graph, node: list) -> bool:
+    """Run a workflow; whether the node ran, or ComfyUI handed out its last result."""
+    messages = comfy.wait(comfy.submit(graph))["status"]["messages"]
+    (cached,) = [data["nodes"] for kind, data in messages if kind == "execution_cached"]
+    return node[0] not in cached
+
+
+def test_a_deleted_file_is_written_again_and_a_changed_source_is_seen(comfy):
+    folder = comfy.base / "models" / "diffusion_models"
+    source, target = folder / "again.safetensors", folder / "again-mxfp8.safetensors"
+    shutil.copyfile(folder / "flux.safetensors", source)
+    graph, node = convert("diffusion_models/again.safetensors")
+    for _ in range(2):
+        assert ran(comfy, graph, node)
+        assert not ran(comfy, graph, node)
+        target.unlink()
+    assert ran(comfy, graph, node)
+    shutil.copyfile(folder / "wan.safetensors", source)
+    with pytest.raises(PromptError, match="exists"):
+        comfy.run(graph)
+    graph, node = convert("diffusion_models/again.safetensors", overwrite=True)
+    assert ran(comfy, graph, node)
+    assert target.read_bytes() == (folder / "wan-mxfp8.safetensors").read_bytes()
+    assert not ran(comfy, graph, node)
+    source.unlink()
+    target.unlink()
+
+
 def test_a_linked_model_is_converted_beside_its_link(comfy, tmp_path):
     folder = comfy.base / "models" / "diffusion_models"
     elsewhere = tmp_path / "elsewhere.safetensors"
