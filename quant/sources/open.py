@@ -63,9 +63,12 @@ def find_model(path: Path) -> Path:
     if not path.is_dir():
         return path
     models = shards.indexes(path)
-    models += sorted(
+    files = {
         p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not shards.is_shard(p.name)
-    )
+    }
+    if files:  # MLX gives an index to a single file, too
+        files -= {path / name for index in models for name in shards.read_index(index)[0].values()}
+    models += sorted(files)
     inner = sorted(p for p in path.iterdir() if _MODELS.match(p.name) and p.is_dir())
     if inner and ((path / "model_index.json").is_file() or not models):
         models = inner

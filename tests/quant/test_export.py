@@ -237,3 +237,12 @@ def test_a_layer_that_is_no_whole_number_of_blocks_becomes_bf16(tmp_path):
     assert same(found["a.weight"].double(), values[:300, :33].contiguous())
     assert found["a.weight"].dtype == torch.bfloat16
     assert "a.scales" not in found
+
+
+def test_an_exported_folder_is_known_for_what_it_is(file, export, capsys):
+    assert export()[0] == 0
+    folder = file.with_name("mlx")
+    assert main(["inspect", str(folder)]) == 0
+    assert "MXFP8 in MLX's form: 1 layer, 8.25 bits per weight" in capsys.readouterr().out
+    assert main(["convert", str(folder), str(file.with_name("b.safetensors"))]) == 1
+    assert "MXFP8 in MLX's form" in capsys.readouterr().err
