@@ -19,9 +19,7 @@ import statistics
 import struct
 import subprocess
 import sys
-import sysconfig
 import urllib.request
-import venv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 from comfyui import REGISTRY_FOLDER, ROOT, TESTS, Server, cache, comfyui_path
-from pack import SOURCES
+from pack import SOURCES, environment
 
 WORKFLOWS = ROOT / ".github" / "workflows"
 ROOMS = ("kernels", "quant", "integrations", "nodes")
@@ -243,21 +241,6 @@ class Installed:
     base: Path
     python: Path
     packages: list[dict[str, str]]  # before, after the pack, after one with a requirement
-
-
-def environment(folder: Path) -> tuple[Path, Path]:
-    """A virtual environment that sees the tests' packages; pip can change none of them.
-
-    Returns:
-        Its Python and its folder of packages.
-    """
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = Path(
-        sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    )
-    # A path in a .pth file is no site folder: this pack's own editable install is not seen.
-    (packages / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin" / "python", packages
 
 
 def greedy_pack(folder: Path) -> Path:

@@ -191,7 +191,7 @@ def import_modules() -> None:
     comfy.options.enable_args_parsing()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that systems give to clients: none takes it before the server does."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
@@ -226,7 +226,7 @@ class Server:
             link = nodes / name
             if not link.exists():
                 link.symlink_to(folder, target_is_directory=True)
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = uuid.uuid4().hex
         self._arguments = [
