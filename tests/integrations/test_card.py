@@ -46,7 +46,8 @@ def run(capsys):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A working folder with a small Z-Image model and an unknown one."""
-    (tmp_path / "zimage.safetensors").write_bytes(ZIMAGE.read_bytes())
+    outside = {"siglip_embedder.1.weight": matrix(64, 64)}  # which "auto" keeps and no preset
+    save_file(load(ZIMAGE)[0] | outside, tmp_path / "zimage.safetensors")
     state = {
         f"{name}.weight": matrix(64, 64, seed=i) for i, name in enumerate(["a|b", "c'd", "e.3.f"])
     }
@@ -72,6 +73,7 @@ def fenced(text: str, language: str) -> list[str]:
 SELECTIONS = {
     "auto": ("zimage", ()),
     "a preset": ("zimage", ("--preset", "zimage-turbo")),
+    "the preset of auto": ("zimage", ("--preset", "zimage")),
     "all": ("zimage", ("--preset", "none")),
     "expressions": (
         "zimage",

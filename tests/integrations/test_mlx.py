@@ -280,3 +280,38 @@ def test_mlx_vlm_loads_z_image_and_computes_with_it(exported, monkeypatch):
     expected, found = numpy(plain(*inputs)), numpy(model(*inputs))
     # Both compute in float32 from the same weights; sums run in another order.
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.long
+def test_mlx_vlm_loads_the_text_encoder_of_z_image(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(fetch_package("mlx-vlm", MLX_VLM)))
+    weights = importlib.import_module("mlx_vlm.models.z_image.weights")
+    configs = importlib.import_module("mlx_vlm.models.z_image.config")
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128, head_dim=16, rope_theta=1e6,
+    )  # fmt: skip
+    ours = transformers.Qwen3Model(config).eval()
+    state = {f"model.{key}": tensor for key, tensor in ours.state_dict().items()}
+    save_file(state, tmp_path / "source.safetensors")
+    convert_file(tmp_path / "source.safetensors", tmp_path / "a.safetensors", Selection("none"))
+    config.save_pretrained(tmp_path)
+    (tmp_path / "Z").mkdir()
+    folder, saved = tmp_path / "Z" / "text_encoder", tmp_path / "config.json"
+    assert export_mlx(tmp_path / "a.safetensors", folder, config=saved).layers == 21
+
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    text_encoder = configs.ZImageTextEncoderConfig.from_dict(fields)
+    theirs = weights.load_text_encoder(
+        folder.parent, configs.ZImageConfig(text_encoder=text_encoder)
+    )
+    load_quantized(nn.ModuleDict({"model": ours}), tmp_path / "a.safetensors")
+    tokens = torch.randint(0, 512, (1, 12))
+    with torch.no_grad(), kernels.use_backend("eager"):
+        expected = ours(input_ids=tokens, output_hidden_states=True).hidden_states[-2].numpy()
+    mask = mx.ones((1, 12), dtype=mx.int32)
+    found = numpy(theirs(mx.array(tokens.numpy()), mask, output_penultimate=True))
+    # Both compute in float32 from the same weights; sums run in another order.
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)

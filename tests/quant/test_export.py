@@ -11,6 +11,7 @@ import pytest
 import torch
 from bad_files import draft
 from checkpoints import load, matrix, same
+from diffusers_names import rename, zimage_state
 from safetensors.torch import save_file
 
 from mxfp8.integrations import mlx
@@ -110,6 +111,32 @@ def test_export_keeps_the_fields_of_a_config(tmp_path, file, export):
     assert (result["layers"], result["files"], result["renamed"]) == (1, 1, None)
     written = json.loads((file.with_name("mlx") / "config.json").read_text("utf-8"))
     assert written == config | {"quantization": {"group_size": 32, "bits": 8, "mode": "mxfp8"}}
+
+
+def test_z_image_rows_are_split_wherever_they_lie_in_a_tile(tmp_path):
+    """q, k and v of 32 rows each, in a tile of 128; names as mlx-vlm's sanitizer leaves them."""
+    state = zimage_state()
+    save_file(state, tmp_path / "source.safetensors")
+    convert_file(tmp_path / "source.safetensors", tmp_path / "a.safetensors")
+    mlx.export_mlx(tmp_path / "a.safetensors", tmp_path / "mlx")
+    found, _ = load(tmp_path / "mlx" / "model.safetensors")
+    stored, _ = load(tmp_path / "a.safetensors")
+    qkv = "layers.0.attention.qkv"
+    codes = stored[f"{qkv}.weight"].view(torch.uint8).view(torch.uint32)
+    scales = layout.untile(stored[f"{qkv}.weight_scale"], 96, 1)
+    for i, part in enumerate("qkv"):
+        rows, name = slice(32 * i, 32 * i + 32), f"layers.0.attention.to_{part}"
+        assert same(found[f"{name}.weight"], codes[rows].contiguous())
+        assert same(found[f"{name}.scales"], scales[rows].contiguous())
+    names = {
+        name.replace("all_x_embedder.2-1.", "x_embedder.")
+        .replace("all_final_layer.2-1.adaLN_modulation.1.", "final_layer.adaLN_modulation.0.")
+        .replace("all_final_layer.2-1.", "final_layer.")
+        .replace("t_embedder.mlp.0.", "t_embedder.linear1.")
+        .replace("t_embedder.mlp.2.", "t_embedder.linear2.")
+        for name in rename("zimage", state)
+    }
+    assert {name for name in found if not name.endswith(".scales")} == names
 
 
 # What is done to the file's draft -> what the error says.
