@@ -30,8 +30,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from types import FrameType
 
 from ..kernels.memory import is_out_of_memory
 from .commands import checking, completion, converting, machine, publishing
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     policy.logger.addHandler(logging.NullHandler())  # results have its warnings
     arguments = parser().parse_args(argv)
     try:
-        with _termination_as_interrupt():
+        with _signals_as_interrupts(lambda error: _fail(arguments, error, _message(error))):
             answer = arguments.run(arguments)
             if arguments.json:
                 print(answer.document())
@@ -138,19 +139,34 @@ def _message(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def _signals_as_interrupts(fail: Callable[[KeyboardInterrupt], int]) -> Iterator[None]:
     """Let SIGTERM and a closed terminal end the work as cleanly as Ctrl-C.
 
-    Signals that are ignored stay so: under nohup a closed terminal ends nothing.
+    Signals that are ignored stay so: under nohup a closed terminal ends nothing. While torch is
+    imported, all three end the process at once: where its C++ imports Python modules, it drops an
+    exception, or aborts.
+
+    Args:
+        fail: says that the work was interrupted; returns the exit status.
     """
 
     def interrupt(number, frame):
-        signal.signal(number, signal.SIG_IGN)  # cleaning up takes a moment
-        raise KeyboardInterrupt(number)
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)  # cleaning up takes a moment
+        error = KeyboardInterrupt(number)
+        if not _is_importing_torch(frame):
+            raise error
+        # Nothing is to be cleaned up: no file is begun before torch is there.
+        status = _status(error)
+        try:
+            fail(error)
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # signals work only there
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has only the first
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
@@ -159,6 +175,15 @@ def _termination_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing_torch(frame: FrameType | None) -> bool:
+    """Whether the body of torch's package is running."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def parser() -> argparse.ArgumentParser:

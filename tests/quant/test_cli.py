@@ -824,12 +824,36 @@ def test_a_signal_that_is_ignored_stays_so():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._termination_as_interrupt():
+        with cli._signals_as_interrupts(pytest.fail):
             signal.raise_signal(signal.SIGHUP)
     except KeyboardInterrupt:
         pytest.fail("it was taken for an interrupt")
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_torch_is_imported_ends_the_command(name):
+    """When torch's C++ imports numpy: it would go on without, and the signal be lost."""
+    number = getattr(signal, name)
+    program = f"""
+import os, sys
+class Finder:
+    def find_spec(self, module, path=None, target=None):
+        if module == "numpy":
+            assert "torch" in sys.modules
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder())
+from mxfp8.quant.cli import main
+sys.exit(main(["backends", "--json"]))
+"""
+    done = spawn(program=(sys.executable, "-c", program), stdout=subprocess.PIPE)
+    assert done.returncode == 128 + number
+    message = "interrupted; nothing unfinished was left behind"
+    assert done.stderr == f"mxfp8 backends: {message}\n"
+    error = json.loads(done.stdout)
+    assert (error["message"], error["status"]) == (message, 128 + number)
 
 
 @pytest.mark.slow
