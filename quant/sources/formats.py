@@ -210,8 +210,8 @@ FORMATS = (
         tensors=({"weight": "F8_E4M3", "weight_scale_inv": ""},), method="fp8",
     ),
     Format(
-        "MXFP8 in MLX's form", 8.25, "MLX", _APPLE, _MLX, code_bits=8, words=8,
-        tensors=({"weight": "U32", "scales": "U8"},),
+        "MXFP8 in MLX's form", 8.25, "MLX, this pack (mxfp8 export)", _APPLE, _MLX, code_bits=8,
+        words=8, tensors=({"weight": "U32", "scales": "U8"},),
     ),
     Format(
         "MXFP4 in MLX's form", 4.25, "MLX", _APPLE, _MLX, code_bits=4, words=4,
