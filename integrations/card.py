@@ -34,6 +34,7 @@ PACK = "https://github.com/mxfp8/ComfyUI-MXFP8"
 _HUB = "https://huggingface.co/"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # a model's name on the hub
 _LICENSES = ("modelspec.license", "license")  # entries of a file's metadata that may name it
+_YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")  # no strings there
 _MOST_ROWS = 40  # of a table; a preset keeps about ten kinds of layers
 _LONGEST = 1000  # letters of a name or sentence; expressions of presets have some hundred
 _VAES = ("first_stage_model.", "vae.", "audio_vae.")
@@ -206,7 +207,7 @@ class _Page:
         inspection, report = self.inspection, self.report
         name = self.header.path.stem
         yield from (f"# {_text(name)}", "")
-        of = f"{_text(self.model)}" if self.model else "A model"
+        of = _text(self.model) if self.model else "A model"
         if self.base is not None:
             link = self.base if self.repository is None else _HUB + self.repository
             of = f"[{_text(self.repository or self.base)}]({link})"
@@ -493,4 +494,5 @@ def _short(text: str) -> str:
 
 def _yaml(text: str) -> str:
     """A text as a YAML string: as it is where that is safe, else as JSON, which YAML includes."""
-    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) else json.dumps(text)
+    safe = re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) and text.lower() not in _YAML_WORDS
+    return text if safe else json.dumps(_short(text), ensure_ascii=False)

@@ -38,7 +38,8 @@ def check_outputs(arguments, *options: str) -> None:
     """
     from ..sources.open import files_of
 
-    inputs = (getattr(arguments, name, None) for name in ("calibration", "held_out"))
+    names = {"calibration", "held_out", "report"} - {*options}
+    inputs = (getattr(arguments, name, None) for name in sorted(names))
     taken = [*files_of(arguments.source), *filter(None, inputs)]
     for option in ("target", *options):
         path = getattr(arguments, option, None)

@@ -14,6 +14,8 @@ import torch
 import yaml
 from bad_files import draft
 from checkpoints import GOLDEN, load, matrix
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mxfp8.integrations.card import _DIFFUSERS, PACK, hub_name, make_card
@@ -242,11 +244,22 @@ def test_texts_of_a_file_stay_texts(folder):
     save_file(state, "model.safetensors", {"license": 'a: "b"\nbase_model: c/d'})
     report = convert_file("model.safetensors", "a.safetensors", Selection(exclude="1[.]weight|<i>"))
     card = make_card("a.safetensors", report=report)
-    assert front_matter(card.text)["license"] == 'a: "b"\nbase_model: c/d'
+    assert front_matter(card.text)["license"] == 'a: "b"\\nbase_model: c/d'
     (row,) = re.findall(r"(?m)^\| `.*$", section(card.text, "What is not MXFP8"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 4  # of three cells
     assert not re.search(r"(?<!\\)<[bi]>", re.sub(r"`[^`]*`|(?s:```.*?```)", "", card.text))
     assert not re.search(r"(?m)^# \*", card.text)
+
+
+@given(license=st.text(min_size=1))
+@example(license="no")
+@example(license="\x7f\N{GRINNING FACE}: #'")
+def test_any_license_is_a_string_for_the_hub(license):
+    matter = front_matter(make_card(CERTIFIED, license=license).text)
+    assert isinstance(matter["license"], str)
+    assert (matter["library_name"], len(matter)) == ("diffusion-single-file", 5)
+    if license.isprintable():
+        assert matter["license"] == license
 
 
 def test_python_in_a_card_is_python_and_knows_the_model(folder):
@@ -299,6 +312,10 @@ ERRORS = {
     "another kind": (("a.gguf",), "no layer is MXFP8"),
     "missing": (("nowhere",), "nowhere: No such file"),
     "a model's name": (("a.safetensors", "-o", "b.safetensors"), "has a model's name"),
+    "its report": (
+        ("a.safetensors", "--report", "report.json", "-o", "report.json", "--overwrite"),
+        "--output report.json would replace report.json",
+    ),
     "a folder": (("a.safetensors", "-o", "."), "is a folder; give a file name"),
     "no folder": (("a.safetensors", "-o", "no/README.md"), "there is no folder 'no'"),
     "no report": (
@@ -312,6 +329,7 @@ ERRORS = {
 @pytest.mark.parametrize(("words", "error"), ERRORS.values(), ids=ERRORS)
 def test_bad_input_is_one_line_and_writes_nothing(folder, run, words, error):
     assert run("convert", "zimage.safetensors", "a.safetensors")[0] == 0
+    Path("report.json").write_text("{}")
     Path("a.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
     bad = draft("a.safetensors")
     key = next(key for key, (dtype, *_) in bad.tensors.items() if dtype == "F8_E4M3")
