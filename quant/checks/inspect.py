@@ -194,7 +194,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
     Args:
         path: of a file, the index of several, or a folder with one of these.
         every_byte: whether to read the MXFP8 layers of a single file, for which torch is needed.
-        progress: called after every slab.
+        progress: called after every slab, and every megabyte of a GGUF file's header.
 
     Raises:
         FormatError: the header is damaged, so that nothing in the file is reliable; or a folder has
@@ -213,7 +213,7 @@ def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = N
         return result
     kind = unsupported.kind_of(path)
     if kind is not None:
-        return _inspect_gguf(path) if kind.name == "GGUF" else _inspect_other(path, kind)
+        return _inspect_gguf(path, progress) if kind.name == "GGUF" else _inspect_other(path, kind)
     header, markers, problems = _read_file(path)
     result = _from_header(header, markers, problems)
     if "-of-" in path.name:
@@ -359,8 +359,8 @@ def _configured(folder: Path, known: Iterable[FormatFacts]) -> list[FormatFacts]
     return [explain.facts(row, 0) for row in rows if not any(known)][:1]
 
 
-def _inspect_gguf(path: Path) -> Inspection:
-    header = gguf.read_header(path)
+def _inspect_gguf(path: Path, progress: Progress | None) -> Inspection:
+    header = gguf.read_header(path, progress)
     detected = architectures.detect(tensor.name for tensor in header.tensors)
     name = header.about.get("architecture")
     problems = []

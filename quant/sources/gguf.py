@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..container.header import FormatError, quoted
+from ..progress import Meter, Progress
 
 # Number of a tensor's kind -> name, weights per block, bytes per block. From ggml.h.
 KINDS = {
@@ -37,6 +39,12 @@ _VALUES = {
     12: "<d",
 }  # fmt: skip
 MAX_HEADER = 50_000_000  # bytes; vocabularies take some 20 million
+# Tensors, or entries of metadata: models have some thousands, and some dozens.
+_MOST = 100_000
+# In arrays: vocabularies have a quarter of a million words and twice as many merges.
+_MOST_TEXTS = 4_000_000
+_PIECE = 1 << 20  # bytes read at a time
+_LENGTH = struct.Struct("<Q")  # of a text
 _MAX_DIMENSIONS = 4
 _LONGEST = 1_000  # characters of a text that is kept
 
@@ -67,24 +75,31 @@ class GgufHeader:
     file_size: int
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, progress: Progress | None = None) -> GgufHeader:
     """Read a GGUF file's header.
 
+    Args:
+        progress: called after every megabyte.
+
     Raises:
-        FormatError: it is damaged, or of a version that is not known.
+        FormatError: it is damaged, of a version that is not known, or too large.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        return _Reader(path.name, file).header()
+    with path.open("rb", buffering=0) as file:
+        return _Reader(path.name, file, progress).header()
 
 
 class _Reader:
     """Reads values one after another, never past the end of the file or of what a header may be."""
 
-    def __init__(self, name: str, file):
+    def __init__(self, name: str, file, progress: Progress | None):
         self.name, self.file = name, file
         self.size = os.fstat(file.fileno()).st_size
+        self.end = min(self.size, MAX_HEADER)
         self.position = 0
+        self.data = bytearray()  # of the file, from its start
+        self.inside = Counter()  # texts and arrays in arrays
+        self.advance = Meter(self.end, progress)
 
     def header(self) -> GgufHeader:
         self.take(4)  # "GGUF"
@@ -94,15 +109,19 @@ class _Reader:
                 f"{self.name}: GGUF of version {version}; 2 and 3 can be read, little-endian"
             )
         count, pairs = self.value("<Q"), self.value("<Q")
+        self.possible(pairs, 13)
+        self.possible(count, 24)
+        for number, what in ((count, "tensors"), (pairs, "entries of metadata")):
+            self.check_most(number, _MOST, what)
         about, alignment = {}, 32
-        for _ in range(self.possible(pairs, 13)):
+        for _ in range(pairs):
             key, value = self.text(), self.any(self.value("<I"))
             if key == "general.alignment" and isinstance(value, int) and value:
                 alignment = value
             elif key.startswith("general.") and value is not None:
                 about[key.removeprefix("general.")] = value
         tensors, end = [], 0
-        for _ in range(self.possible(count, 24)):
+        for _ in range(count):
             tensor, offset = self.tensor()
             tensors.append(tensor)
             end = max(end, offset + tensor.nbytes)
@@ -137,14 +156,31 @@ class _Reader:
         inner, count = self.value("<I"), self.value("<Q")
         if inner in _VALUES:
             self.skip(self.possible(count, struct.calcsize(_VALUES[inner])), _VALUES[inner])
+            return None
+        self.inside[inner] += self.possible(count, 8)
+        if inner == _STRING:
+            self.check_most(self.inside[inner], _MOST_TEXTS, "texts in its metadata")
+            self.skip_texts(count)
         else:
-            for _ in range(self.possible(count, 8)):
+            self.check_most(self.inside[inner], _MOST, "arrays in its metadata")
+            for _ in range(count):
                 self.any(inner, depth + 1)
         return None
 
     def skip(self, count: int, value: str) -> None:
         self.position += count * struct.calcsize(value)
-        self.file.seek(self.position)
+
+    def skip_texts(self, count: int) -> None:
+        """As `text` does, for hundreds of thousands of them."""
+        read, size = _LENGTH.unpack_from, _LENGTH.size
+        for _ in range(count):
+            if self.position + size > len(self.data):
+                self.fill(size)
+            (length,) = read(self.data, self.position)
+            self.position += size + length
+            if self.position > self.end:
+                self.position -= length
+                self.possible(length, 1)
 
     def text(self) -> str:
         length = self.possible(self.value("<Q"), 1)
@@ -156,16 +192,32 @@ class _Reader:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def take(self, count: int) -> bytes:
-        self.possible(count, 1)
+        if self.position + count > len(self.data):
+            self.fill(count)
         self.position += count
-        return self.file.read(count)
+        return bytes(self.data[self.position - count : self.position])
+
+    def fill(self, count: int) -> None:
+        """Read on, until there are so many bytes from the position."""
+        self.possible(count, 1)
+        while len(self.data) < self.position + count:
+            piece = self.file.read(min(_PIECE, self.end - len(self.data)))
+            if not piece:
+                raise FormatError(f"{self.name}: truncated while it was read; get it again")
+            self.data += piece
+            self.advance(len(piece), self.name)
 
     def possible(self, count: int, least: int) -> int:
         """`count` of at least `least` bytes each, if the header can still hold them."""
-        end = min(self.size, MAX_HEADER)
-        if count * least > end - self.position:
+        if count * least > self.end - self.position:
             raise FormatError(
                 f"{self.name}: truncated or damaged: at byte {self.position} its header needs at "
                 f"least {count * least} bytes more; the file has {self.size}"
             )
         return count
+
+    def check_most(self, count: int, most: int, what: str) -> None:
+        if count > most:
+            raise FormatError(
+                f"{self.name}: a header with {count} {what} is not read; the limit is {most}"
+            )

@@ -322,6 +322,17 @@ HOSTILE = {
     "nested arrays": gguf_header(
         pairs=1, rest=struct.pack("<QcI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 9
     ),
+    "as many tensors as there is room for": gguf_header(tensors=200_000, rest=bytes(24 * 200_000)),
+    "as many entries": gguf_header(
+        pairs=200_000,
+        rest=b"".join(struct.pack("<QIIB", 4, i, 0, 1) for i in range(200_000)),
+    ),
+    "as many texts": gguf_header(
+        pairs=1, rest=struct.pack("<QcIIQ", 1, b"a", 9, 8, 5_000_000) + bytes(8 * 5_000_000)
+    ),
+    "as many arrays": gguf_header(
+        pairs=1, rest=struct.pack("<QcIIQ", 1, b"a", 9, 9, 200_000) + bytes(12 * 200_000)
+    ),
     "an unknown value": gguf_header(pairs=1, rest=struct.pack("<QcI", 1, b"a", 99)),
     "an unknown kind": gguf_header(tensors=1, rest=struct.pack("<QcIQIQ", 1, b"a", 1, 32, 99, 0)),
     "dimensions": gguf_header(tensors=1, rest=struct.pack("<QcI", 1, b"a", 1000)),
@@ -333,6 +344,24 @@ def test_a_damaged_gguf_header_is_an_error(tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content + bytes(16))
     with pytest.raises(FormatError, match=r"model\.gguf: "):
         inspect_file(tmp_path / "model.gguf")
+
+
+def test_reading_a_gguf_header_can_be_interrupted(tmp_path):
+    path = tmp_path / "model.gguf"
+    rest = struct.pack("<QcIIQ", 1, b"a", 9, 8, 500_000) + bytes(8 * 500_000)
+    path.write_bytes(gguf_header(pairs=1, rest=rest))
+    calls = []
+
+    def interrupt(done, total, key):
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inspect_file(path, progress=interrupt)
+    assert calls == [1 << 20, 2 << 20, 3 << 20]
+    path.write_bytes(path.read_bytes() + bytes(32))
+    assert inspect_file(path).problems == []
 
 
 def test_a_gguf_header_cut_anywhere_is_an_error_or_a_problem(tmp_path):
