@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..quant import format
-from .host.progress import ending_shown, show
+from .host.progress import ending_shown, output
 from .models.load import check_file, load_diffusion_model
 from .models.raw_codes import check_layers, check_weights
 from .runtime.describe import describe
@@ -54,11 +54,12 @@ def check_loaded(patcher) -> list[str]:
     return warnings
 
 
-def show_loaded(node: type[io.ComfyNode], warnings: list[str], *patchers) -> None:
-    """Show on the node what runs the MXFP8 layers of these models, and the warnings."""
+def loaded(node: type[io.ComfyNode], warnings: list[str], patchers: list, *values):
+    """The output of a node that loaded these models: what runs their MXFP8 layers, and warnings."""
     reports = [describe(patcher) for patcher in patchers]
     lines = [r.line() if len(reports) == 1 else f"{r.model}: {r.line()}" for r in reports]
-    show(node, "\n".join([*lines, *warnings]))
+    text = "\n".join([*lines, *(f"WARNING: {warning}" for warning in warnings)])
+    return output(node, text, *values)
 
 
 class MXFP8Accelerate(ModelNode):
@@ -90,8 +91,7 @@ class MXFP8Accelerate(ModelNode):
     def execute(cls, model, precision) -> io.NodeOutput:
         warnings = check_loaded(model)
         model = accelerate(model, precision)
-        show_loaded(cls, warnings, model)
-        return io.NodeOutput(model)
+        return loaded(cls, warnings, [model], model)
 
 
 class MXFP8AccelerateTextEncoder(ModelNode):
@@ -116,5 +116,4 @@ class MXFP8AccelerateTextEncoder(ModelNode):
     def execute(cls, clip) -> io.NodeOutput:
         warnings = check_loaded(clip.patcher)
         clip = accelerate_clip(clip)
-        show_loaded(cls, warnings, clip.patcher)
-        return io.NodeOutput(clip)
+        return loaded(cls, warnings, [clip.patcher], clip)

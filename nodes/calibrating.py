@@ -12,7 +12,8 @@ from ..quant.conversion.calibration import Calibration, HessianAccumulator
 from ..quant.conversion.policy import Selection
 from ..quant.format import WEIGHT
 from ..quant.progress import duration
-from ..quant.reports.conversion import format_size
+from ..quant.reports.conversion import format_count, format_size
+from ..quant.reports.verdict import GOOD, NOTICE, Verdict
 from .host import paths
 from .host.progress import Progress, RunProgress, ending_shown, output, show
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
@@ -114,52 +115,57 @@ class MXFP8Calibrate(io.ComfyNode):
             "preset": preset, "include": include, "exclude": exclude,
         }  # fmt: skip
         warnings = [f"WARNING: {warning}" for warning in plan.warnings]
-        text = "\n".join([work, *_result(layers, accumulators, progress.seconds), *warnings])
-        return output(cls, text, Calibration(layers, mark, about))
+        rows = min(moments.rows for moments in layers.values())
+        done = (
+            f"{format_count(len(layers), 'layer')}, at least {format_count(rows, 'row')} each, in "
+            f"{duration(progress.seconds)}"
+        )
+        faults = _faults(layers, accumulators)
+        for fault, names in faults:
+            logger.warning("MXFP8: %s: %s", fault, names)
+        text = "\n".join([work, done, *map(": ".join, faults), *warnings, _IN_SAMPLE])
+        first = [done, *(fault for fault, _ in faults), *warnings]
+        verdict = Verdict(NOTICE if first[1:] else GOOD, "\n".join(first))
+        return output(cls, text, Calibration(layers, mark, about), verdict=verdict)
 
 
 def _announce(groups: list[Group], settings: SamplerSettings) -> str:
-    layers = _counted(sum(map(len, groups)), "layer")
-    runs = _counted(len(groups) * settings.seeds, "run")
+    layers = format_count(sum(map(len, groups)), "layer")
+    runs = format_count(len(groups) * settings.seeds, "run")
     return (
-        f"{layers}, {format_size(nbytes(*groups))} in {_counted(len(groups), 'group')}: "
-        f"{runs} of {_counted(settings.steps, 'step')}"
+        f"{layers}, {format_size(nbytes(*groups))} in {format_count(len(groups), 'group')}: "
+        f"{runs} of {format_count(settings.steps, 'step')}"
     )
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _result(layers: dict, accumulators: dict[str, HessianAccumulator], seconds: float) -> list[str]:
-    """What was gathered, and layers whose inputs were unusable, which are logged too."""
-    rows = min(moments.rows for moments in layers.values())
+def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[tuple[str, str]]:
+    """What is wrong with layers' inputs, each with the names of these layers."""
     lost: dict[str, list[str]] = {}  # by what they got
     for name, accumulator in accumulators.items():
         if name not in layers:
             lost.setdefault(accumulator.received, []).append(quoted(name))
     faults = [
-        f"{_counted(len(names), 'layer')} got {received} and will be rounded to nearest: "
-        f"{_some(names)}"
+        (
+            f"{format_count(len(names), 'layer')} got {received} and will be rounded to nearest",
+            _some(names),
+        )
         for received, names in lost.items()
     ]
     partly = [f"{quoted(n)} ({accumulators[n].dropped})" for n in layers if accumulators[n].dropped]
     if partly:
-        faults.append(
-            f"{_counted(len(partly), 'layer')} got rows with NaN or Inf, which were left out: "
-            f"{_some(partly)}"
-        )
+        faults.append((
+            f"{format_count(len(partly), 'layer')} got rows with NaN or Inf, which were left out",
+            _some(partly),
+        ))  # fmt: skip
     few = [f"{quoted(name)} ({moments.rows} of {moments.width})"
            for name, moments in layers.items() if moments.rows < moments.width]  # fmt: skip
     if few:
-        faults.append(
-            f"{_counted(len(few), 'layer')} saw fewer rows than the layer's width, and may gain "
-            f"less on other data; use more seeds or a larger latent: {_some(few)}"
-        )
-    for fault in faults:
-        logger.warning("MXFP8: %s", fault)
-    done = f"{_counted(len(layers), 'layer')}, at least {rows} rows each, in {duration(seconds)}"
-    return [done, *faults, _IN_SAMPLE]
+        faults.append((
+            f"{format_count(len(few), 'layer')} saw fewer rows than the layer's width, and may "
+            "gain less on other data; use more seeds or a larger latent",
+            _some(few),
+        ))  # fmt: skip
+    return faults
 
 
 def _some(names: list[str]) -> str:
@@ -226,4 +232,5 @@ class MXFP8LoadCalibration(io.ComfyNode):
     @ending_shown
     def execute(cls, calibration_name) -> io.NodeOutput:
         path = paths.calibration_path(calibration_name)
-        return io.NodeOutput(calibration.load(path, Progress(cls)))
+        loaded = calibration.load(path, Progress(cls))
+        return output(cls, format_count(len(loaded.layers), "layer"), loaded)

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..quant import format
-from .accelerating import show_loaded
+from .accelerating import loaded
 from .host.paths import model_path
 from .host.progress import ending_shown
 from .models.load import check_file, load_checkpoint, load_diffusion_model, load_text_encoder
@@ -59,8 +59,7 @@ class MXFP8Load(ModelNode):
         path = model_path("diffusion_models", model_name)
         header, warnings = check_file(path, scales)
         model = accelerate(load_diffusion_model(str(path), scales, header=header), precision)
-        show_loaded(cls, warnings, model)
-        return io.NodeOutput(model)
+        return loaded(cls, warnings, [model], model)
 
 
 class MXFP8LoadCheckpoint(ModelNode):
@@ -102,9 +101,8 @@ class MXFP8LoadCheckpoint(ModelNode):
             model = accelerate(model, precision)
         if clip is not None:
             clip = accelerate_clip(clip)
-        patchers = [model, clip and clip.patcher]
-        show_loaded(cls, warnings, *(patcher for patcher in patchers if patcher is not None))
-        return io.NodeOutput(model, clip, vae)
+        patchers = [patcher for patcher in (model, clip and clip.patcher) if patcher is not None]
+        return loaded(cls, warnings, patchers, model, clip, vae)
 
 
 class MXFP8LoadTextEncoder(ModelNode):
@@ -173,8 +171,7 @@ class MXFP8LoadTextEncoder(ModelNode):
             headers=headers,
         )
         clip = accelerate_clip(clip)
-        show_loaded(cls, [w for of_file in warnings for w in of_file], clip.patcher)
-        return io.NodeOutput(clip)
+        return loaded(cls, [w for of_file in warnings for w in of_file], [clip.patcher], clip)
 
 
 def _recipes(loader) -> str:

@@ -7,6 +7,7 @@ The browser has it executed for Convert File and the Quantize nodes when their i
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from comfy_api.latest import io
 
@@ -47,6 +48,13 @@ class MXFP8PlanConversion(io.ComfyNode):
                     advanced=True,
                     tooltip="Which part of a checkpoint to count.",
                 ),
+                io.String.Input(
+                    "target",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="As in Convert File, whose new file the plan then names.",
+                ),
             ],
             outputs=[io.String.Output(display_name="plan", tooltip="The plan as text.")],
             hidden=[io.Hidden.unique_id],
@@ -59,15 +67,24 @@ class MXFP8PlanConversion(io.ComfyNode):
         return float("nan")  # equal to none: the file may be another one by now
 
     @classmethod
-    def execute(cls, source, preset, include="", exclude="", part=_WHOLE) -> io.NodeOutput:
+    def execute(cls, source, preset, include="", exclude="", part=_WHOLE, target=None):
         try:
-            with open_source(paths.source_path(source)) as opened:
+            path = paths.source_path(source)
+            with open_source(path) as opened:
                 plan = _part(plan_source(opened, Selection(preset, include, exclude)), opened, part)
+            new = "" if target is None else _target(path, source, target)
         except (ValueError, OSError) as error:
             text = str(error)
         else:
-            text = preview.summary(plan, preview.speed(device()))
+            text = preview.summary(plan, preview.speed(device()), new)
         return output(cls, text, text)
+
+
+def _target(path: Path, source: str, target: str) -> str:
+    """What Convert File will write, and whether something has that name."""
+    new = paths.target_beside(path, source, target, "mxfp8")
+    there = " (exists)" if new.exists() else ""
+    return f"{paths.listed_name(source, new)}{there}"
 
 
 def _part(plan: Plan, source: StoredSource, part: str) -> Plan:

@@ -6,10 +6,11 @@ import logging
 
 from comfy_api.latest import io
 
-from ..quant.conversion.batch import convert_all
+from ..quant.conversion.batch import FAILED, convert_all
 from ..quant.conversion.convert import convert_file
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
+from ..quant.reports.verdict import GOOD, NOTICE, Verdict
 from .host import paths, written
 from .host.progress import Progress, ending_shown, output
 from .models.quantize import device, quantize_clip, quantize_model
@@ -217,7 +218,9 @@ class MXFP8ConvertFiles(io.ComfyNode):
             device=device(),
             dry_run=dry_run,
         )
-        return output(cls, _log(batch.summary()), batch.to_json())
+        level = NOTICE if batch.of(FAILED) else GOOD
+        verdict = Verdict(level, batch.total())
+        return output(cls, _log(batch.summary()), batch.to_json(), verdict=verdict)
 
 
 def _report_output(node: type[io.ComfyNode], report: Report, model, runs: str):

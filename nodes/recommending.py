@@ -6,6 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..quant.advice.recommend import recommend
+from ..quant.reports.verdict import Verdict
 from .host import paths
 from .host.progress import ending_shown, output
 from .widgets import CATEGORY, NO_FILE
@@ -55,4 +56,5 @@ class MXFP8Recommend(io.ComfyNode):
         path = None if model == NO_FILE else paths.source_path(model)
         found = recommend(path, comfy.model_management.get_torch_device())
         summary = found.summary()
-        return output(cls, summary, summary, found.to_json())
+        verdict = Verdict("", found.advice)
+        return output(cls, summary, summary, found.to_json(), verdict=verdict)

@@ -6,7 +6,8 @@
  * picture has no page around it. The palette has at least 3:1 contrast on #f5f5f5 and on #222.
  */
 
-import { KEPT, group, groups, sentence, value } from "./document.mjs";
+import { group, groups, isKept, sentence, title as titleOf, value } from "./document.mjs";
+import { t } from "./language.mjs";
 
 const SVG = "http://www.w3.org/2000/svg";
 export const AXIS = 64; // px
@@ -38,7 +39,7 @@ function element(name, attributes = {}, ...children) {
 export function colors(rows) {
   let next = 0;
   return new Map(
-    groups(rows).map(([name]) => [name, name === KEPT ? GRAY : PALETTE[next++ % PALETTE.length]]),
+    groups(rows).map(([name]) => [name, isKept(name) ? GRAY : PALETTE[next++ % PALETTE.length]]),
   );
 }
 
@@ -90,7 +91,7 @@ export function bars(rows, measure, at, palette, width) {
   const full = Math.max(width, Math.ceil(step * rows.length));
   const svg = element("svg", {
     width: full, height: at.height, role: "listbox", tabindex: 0,
-    "aria-label": `${measure.label}, ${rows.length} bars`,
+    "aria-label": t("[measure], [count] bars", { measure: measure.label, count: rows.length }),
   });
   svg.dataset.step = step;
   for (const v of [at.low, (at.low + at.high) / 2, at.high]) {
@@ -158,8 +159,8 @@ export function picture(title, { axis, bars, palette }, theme) {
   for (const [name, color] of palette) {
     const y = 18 * (lines.length + 1);
     svg.append(element("rect", { x, y: y - 9, width: 9, height: 9, fill: color }));
-    svg.append(text(name, x + 13, y));
-    x += 28 + 6.5 * name.length;
+    svg.append(text(titleOf(name), x + 13, y));
+    x += 28 + 6.5 * titleOf(name).length;
   }
   for (const [part, left] of [[axis, 0], [bars, AXIS]]) {
     const copy = part.cloneNode(true);

@@ -6,6 +6,8 @@
  * and no kind needs code of its own. Nothing here touches the page.
  */
 
+import { t } from "./language.mjs";
+
 // The key that holds a document's version -> what a saved picture of it is called.
 const KINDS = {
   mxfp8_report: "conversion",
@@ -15,14 +17,14 @@ const KINDS = {
   mxfp8_certificate: "comparison", // as earlier versions wrote it
 };
 const VERSION = 1;
-export const KEPT = "not quantized"; // what a reader sees of the decision "kept"
+const KEPT = "kept"; // the decision on a layer that is not quantized
 
 /**
  * Measures in order of preference.
  *
  * @typedef {object} Measure
  * @property {string} key the field of a row
- * @property {string} label
+ * @property {string} label in the page's language
  * @property {string} rows the list of the document that has it
  * @property {(value: number) => string} format
  * @property {boolean} [higher] whether higher is better
@@ -33,22 +35,43 @@ export const KEPT = "not quantized"; // what a reader sees of the decision "kept
  * @type {Measure[]}
  */
 const MEASURES = [
-  { key: "output_error", label: "Output error", rows: "layers", format: relative,
-    outline: "nearest_error", outlineLabel: "rounding to nearest" },
-  { key: "sqnr_db", label: "SQNR", rows: "layers", format: decibels, higher: true, floating: true,
+  { key: "output_error", get label() { return t("Output error"); }, rows: "layers", format: relative,
+    outline: "nearest_error", get outlineLabel() { return t("rounding to nearest"); } },
+  { key: "sqnr_db", get label() { return t("SQNR"); }, rows: "layers", format: decibels, higher: true, floating: true,
     threshold: "min_sqnr_db" },
-  { key: "microseconds", label: "Time", rows: "layers", format: microseconds },
-  { key: "bytes_after", label: "Size", rows: "layers", format: bytes, outline: "bytes_before",
-    outlineLabel: "before" },
-  { key: "bytes", label: "Size", rows: "layers", format: bytes },
-  { key: "divergence", label: "Divergence", rows: "steps", format: relative },
-  { key: "latent_snr_db", label: "Latent SNR", rows: "seeds", format: decibels,
+  { key: "microseconds", get label() { return t("Time"); }, rows: "layers", format: microseconds },
+  { key: "bytes_after", get label() { return t("Size"); }, rows: "layers", format: bytes,
+    outline: "bytes_before", get outlineLabel() { return t("before"); } },
+  { key: "bytes", get label() { return t("Size"); }, rows: "layers", format: bytes },
+  { key: "divergence", get label() { return t("Divergence"); }, rows: "steps", format: relative },
+  { key: "latent_snr_db", get label() { return t("Latent SNR"); }, rows: "seeds", format: decibels,
     higher: true, floating: true },
-  { key: "psnr_db", label: "PSNR", rows: "seeds", format: decibels, higher: true,
+  { key: "psnr_db", get label() { return t("PSNR"); }, rows: "seeds", format: decibels, higher: true,
     floating: true },
-  { key: "ssim", label: "SSIM", rows: "seeds", format: ratio, higher: true },
-  { key: "hit", label: "LoRAs: linear layers changed", rows: "adapters", format: String, higher: true },
+  { key: "ssim", get label() { return t("SSIM"); }, rows: "seeds", format: ratio, higher: true },
+  { key: "hit", get label() { return t("LoRAs: linear layers changed"); }, rows: "adapters",
+    format: String, higher: true },
 ];
+
+/** The sort orders: how they compare rows, and a measure that they are not for. */
+const ORDERS = {
+  "in order": { get label() { return t("in order"); } },
+  "worst first": {
+    get label() { return t("worst first"); },
+    compare: (a, b, measure) => badness(a, measure) - badness(b, measure) || 0,
+  },
+  "largest first": {
+    get label() { return t("largest first"); }, layersOnly: true,
+    compare: (a, b) => size(b) - size(a),
+  },
+  "by name": {
+    get label() { return t("by name"); }, layersOnly: true,
+    compare: (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }),
+  },
+};
+
+/** What `read` returns where there is no document. */
+export const NONE = { kind: "", measures: [], rows: {}, data: {} };
 
 /**
  * Read a document.
@@ -61,16 +84,18 @@ export function read(text) {
   const data = JSON.parse(text, exact);
   const key = Object.keys(KINDS).find((kind) => kind in data);
   if (key === undefined || data[key] !== VERSION) {
-    throw new Error(`this page cannot show a document of kind ${key}, version ${data[key]}`);
+    throw new Error(t("this page cannot show a document of kind [kind], version [version]", {
+      kind: String(key), version: String(data[key]),
+    }));
   }
   const rows = {
     layers: data.layers ?? [],
-    steps: (data.steps ?? []).map((step) => ({ ...step, name: `step ${step.step}` })),
-    seeds: (data.seeds ?? []).map((seed) => ({ ...seed, name: `seed ${seed.seed}` })),
+    steps: (data.steps ?? []).map((step) => ({ ...step, name: t("step [number]", { number: step.step }) })),
+    seeds: (data.seeds ?? []).map((seed) => ({ ...seed, name: t("seed [number]", { number: seed.seed }) })),
     adapters: [
       ...adapters(data),
-      ...adapters(data.reference, "reference: "),
-      ...adapters(data.model, "model: "),
+      ...adapters(data.reference, t("reference: ")),
+      ...adapters(data.model, t("model: ")),
     ],
   };
   const measures = MEASURES.filter((m) => rows[m.rows].some((row) => isFinite(value(row, m))));
@@ -78,16 +103,24 @@ export function read(text) {
 }
 
 /**
- * What a document comes down to: its verdict, or what the summary says first.
+ * What a document comes down to: its verdict, or what the summary says first, and its warnings.
  *
- * @returns {{level: string, text: string, layers: string[]}} level: "good", "notice", "bad" or ""
+ * @returns {{level: string, text: string, said?: string, layers: string[]}} level: "good", "notice",
+ *     "bad" or ""; said: the text in English, with which the summary begins
  */
 export function verdict(data, summary) {
-  if (data.verdict) return data.verdict;
+  const given = data.verdict;
+  if (given) {
+    const parts = given.parts?.map(({ text, values }) => t(text, values));
+    return { ...given, said: given.text, text: parts?.length ? parts.join(t("; ")) : given.text };
+  }
   const lines = summary.split("\n");
   const end = lines.find((line) => /^(NOT )?OK:/.test(line)); // of a check
-  const level = end && (end.startsWith("OK") ? "good" : "bad");
-  return { level: level ?? "", text: end ?? lines[0], layers: [] };
+  if (end) return { level: end.startsWith("OK") ? "good" : "bad", text: end, layers: [] };
+  const warnings = lines.slice(1).filter((line) => line.startsWith("WARNING"));
+  return {
+    level: warnings.length ? "notice" : "", text: [lines[0], ...warnings].join("\n"), layers: [],
+  };
 }
 
 /** The name of a saved picture: what it is of, and when it was made. */
@@ -113,9 +146,9 @@ export function excluding(layers, present = "") {
 
 /** The LoRAs of a model as rows. */
 function adapters(model, side = "") {
-  return (model?.adapters ?? []).map((adapter) => {
-    const strength = adapter.strength === null ? "" : `, strength ${+adapter.strength.toPrecision(6)}`;
-    return { ...adapter, name: `${side}${adapter.kinds.join(", ")}${strength}` };
+  return (model?.adapters ?? []).map(({ kinds, strength, ...adapter }) => {
+    const at = strength === null ? "" : t(", strength [strength]", { strength: +strength.toPrecision(6) });
+    return { ...adapter, name: `${side}${kinds.join(", ")}${at}` };
   });
 }
 
@@ -130,10 +163,16 @@ export function value(row, measure) {
   return typeof v === "number" ? v : NaN;
 }
 
-/** The sort orders for a measure: steps and seeds have no size, and their names are numbers. */
+/**
+ * The sort orders for a measure: steps and seeds have no size, and their names are numbers.
+ *
+ * @returns {[string, string][]} key and label
+ */
 export function orders(measure) {
-  const all = ["in order", "worst first", "largest first", "by name"];
-  return measure?.rows === "layers" ? all : all.slice(0, 2);
+  const layers = measure?.rows === "layers";
+  return Object.entries(ORDERS)
+    .filter(([, order]) => layers || !order.layersOnly)
+    .map(([key, { label }]) => [key, label]);
 }
 
 /**
@@ -141,40 +180,51 @@ export function orders(measure) {
  *
  * @param {object[]} rows
  * @param {Measure} measure
- * @param {string} order one of `orders`
+ * @param {string} order a key of `orders`
  * @param {string} filter words that must all occur in a row's name, decision, backend or reason
  */
 export function arrange(rows, measure, order, filter = "") {
   const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
   const matching = rows.filter((row) => {
-    const text = [row.name, row.decision, group(row), row.backend, row.precision, row.reason, row.dtype]
-      .join(" ").toLowerCase();
+    const known = [row.name, row.decision, title(group(row)), row.backend, row.precision, row.reason];
+    const text = [...known, row.dtype].join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   });
-  const size = (row) => row.bytes_after ?? row.bytes ?? 0;
-  const badness = (row) => {
-    const v = value(row, measure);
-    return isNaN(v) ? Infinity : measure.higher ? v : -v; // rows without a value come last
-  };
-  const compare = {
-    "worst first": (a, b) => badness(a) - badness(b) || 0,
-    "largest first": (a, b) => size(b) - size(a),
-    "by name": (a, b) => a.name.localeCompare(b.name, "en", { numeric: true }),
-  }[order];
-  return compare ? matching.sort(compare) : matching;
+  const { compare } = ORDERS[order];
+  return compare ? matching.sort((a, b) => compare(a, b, measure)) : matching;
+}
+
+function size(row) {
+  return row.bytes_after ?? row.bytes ?? 0;
+}
+
+/** Rows without a value come last. */
+function badness(row, measure) {
+  const v = value(row, measure);
+  return isNaN(v) ? Infinity : measure.higher ? v : -v;
 }
 
 /** The group that gives a row its color: the backend that runs it, else its format. */
 export function group(row) {
-  if (row.decision === "kept") return KEPT;
+  if (row.decision === KEPT) return KEPT;
   return row.backend ?? row.decision ?? "";
+}
+
+/** What a reader sees of a group. */
+export function title(name) {
+  return { [KEPT]: t("not quantized"), mxfp8: "MXFP8" }[name] ?? name;
 }
 
 /** [group, number of rows] in order of appearance, what is not quantized last. */
 export function groups(rows) {
   const counts = new Map();
   for (const row of rows) counts.set(group(row), (counts.get(group(row)) ?? 0) + 1);
-  return [...counts].filter(([name]) => name).sort((a, b) => (a[0] === KEPT) - (b[0] === KEPT));
+  return [...counts].filter(([name]) => name).sort((a, b) => isKept(a[0]) - isKept(b[0]));
+}
+
+/** Whether a group is that of what is not quantized. */
+export function isKept(name) {
+  return name === KEPT;
 }
 
 /**
@@ -185,16 +235,16 @@ export function groups(rows) {
 export function describe(row) {
   const lines = [];
   const add = (label, text) => text && lines.push([label, text]);
-  add("Shape", row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
-  const decision = row.decision === "kept" ? KEPT : row.decision;
-  add("Format", [decision, row.backend, row.precision].filter(Boolean).join(", "));
-  if (row.weight_form && row.weight_form !== "stored") add("Weight prepared as", row.weight_form);
-  add("Expected output error", row.expected_error && relative(row.expected_error));
-  add("Reason", row.reason);
-  add("Rank", row.ranks && [...new Set(row.ranks)].join(" to "));
-  for (const [how, count] of Object.entries(row.applied ?? {})) add("Layers", `${count} ${how}`);
-  add("Linear layers without it", row.missed?.toString());
-  if (row.decision === "mxfp8" && row.sqnr_db === null) add("SQNR", "lossless");
+  add(t("Shape"), row.shape && `${row.shape.join(" x ")} ${row.dtype ?? ""}`.trim());
+  const format = [row.decision && title(row.decision), row.backend, row.precision];
+  add(t("Format"), format.filter(Boolean).join(", "));
+  if (row.weight_form && row.weight_form !== "stored") add(t("Weight prepared as"), row.weight_form);
+  add(t("Expected output error"), row.expected_error && relative(row.expected_error));
+  add(t("Reason"), row.reason);
+  add(t("Rank"), row.ranks && [...new Set(row.ranks)].join(t(" to ")));
+  for (const [how, count] of Object.entries(row.applied ?? {})) add(t("Layers"), `${count} ${how}`);
+  add(t("Linear layers without it"), row.missed?.toString());
+  if (row.decision === "mxfp8" && row.sqnr_db === null) add(t("SQNR"), t("lossless"));
   for (const measure of MEASURES) {
     if (!isFinite(value(row, measure))) continue;
     const outline = row[measure.outline];
@@ -204,7 +254,10 @@ export function describe(row) {
   }
   const worst = row.worst_block;
   if (worst) {
-    add("Worst block", `row ${worst.row}, block ${worst.block}: ${decibels(worst.sqnr_db)}`);
+    const { row: at, block } = worst;
+    add(t("Worst block"), t("row [row], block [block]: [sqnr]", {
+      row: at, block, sqnr: decibels(worst.sqnr_db),
+    }));
   }
   return lines;
 }
@@ -215,12 +268,12 @@ export function sentence(row, measure, threshold) {
   const outline = row[measure.outline];
   return [
     row.name,
-    group(row),
+    title(group(row)),
     isNaN(v) ? "" : `${measure.label} ${measure.format(v)}`,
-    v < threshold ? `below the threshold of ${measure.format(threshold)}` : "",
+    v < threshold ? t("below the threshold of [value]", { value: measure.format(threshold) }) : "",
     typeof outline === "number" ? `${measure.outlineLabel} ${measure.format(outline)}` : "",
-    row.shape ? row.shape.join(" by ") : "",
-    isNaN(v) || row.decision === "kept" ? row.reason : "",
+    row.shape ? row.shape.join(t(" by ")) : "",
+    isNaN(v) || row.decision === KEPT ? row.reason : "",
   ].filter(Boolean).join(", ");
 }
 

@@ -1,6 +1,7 @@
 /** "Convert this model to MXFP8" in the context menu of nodes that load a model's file. */
 
 import { app } from "../../scripts/app.js";
+import { t } from "./language.mjs";
 import { filesOf } from "./loaders.mjs";
 
 /** Add a Convert File node for a file beside the node that loads it. */
@@ -23,7 +24,9 @@ app.registerExtension({
   getNodeMenuItems(node) {
     const files = filesOf(node);
     return files.map((file) => ({
-      content: `Convert ${files.length > 1 ? file.split("/").pop() : "this model"} to MXFP8`,
+      content: files.length > 1
+        ? t("Convert [file] to MXFP8", { file: file.split("/").pop() })
+        : t("Convert this model to MXFP8"),
       callback: () => addConversion(node, file),
     }));
   },

@@ -11,6 +11,7 @@
 import { app } from "../../scripts/app.js";
 import { excluding } from "./document.mjs";
 import "./files.mjs";
+import { translateWith } from "./language.mjs";
 import "./menu.mjs";
 import "./plan.mjs";
 import { ReportView } from "./report.mjs";
@@ -20,28 +21,40 @@ const TYPE = "MXFP8_REPORT_VIEW";
 const PREFIX = "MXFP8";
 const PROGRESS = "$$node-text-preview"; // ComfyUI's widget for progress texts
 const WIDTH = 400; // px of a new node: shows the names of files
-// Nodes that send documents -> px that a new one has for images, beside the view's own height.
-const REPORTS = {
-  MXFP8BackendReport: 0,
-  MXFP8CompareModels: 320,
-  MXFP8ConvertFile: 0,
-  MXFP8InspectFile: 0,
-  MXFP8Quantize: 0,
-  MXFP8QuantizeTextEncoder: 0,
+const IMAGES = { MXFP8CompareModels: 320 }; // px that a new node has for images
+// The shapes of the views: "report" of nodes that send documents, "line" of those that say little.
+const SHAPES = {
+  MXFP8BackendReport: "report",
+  MXFP8CompareModels: "report",
+  MXFP8ConvertFile: "report",
+  MXFP8InspectFile: "report",
+  MXFP8Quantize: "report",
+  MXFP8QuantizeTextEncoder: "report",
+  MXFP8Calibrate: "text",
+  MXFP8ConvertFiles: "text",
+  MXFP8PlanConversion: "text",
+  MXFP8Recommend: "text",
+  MXFP8RepairFile: "text",
 };
 const PRECISION = "MXFP8.DefaultPrecision";
 const RUNS = 20; // of the history that are looked through
 
-/** Show the document in a node's output, if there is one. */
+/** Show a node's output: its document, or its text alone. */
 function show(node, output) {
-  const [text] = output?.[NAME] ?? [];
-  if (typeof text !== "string") return;
+  const [document] = output?.[NAME] ?? [];
+  const [summary] = output?.text ?? [];
+  if (typeof (document ?? summary) !== "string") return;
   dropProgress(node); // the view shows its last text, the summary
+  const view = viewOf(node) ?? addView(node);
+  if (typeof document !== "string") {
+    view.tell(summary, output.mxfp8_verdict?.[0]);
+    return;
+  }
   const [images] = output.mxfp8_images ?? [];
   const pairs = (images?.pairs ?? []).map(({ name, first, second }) => ({
     name, first: address(first), second: address(second),
   }));
-  (viewOf(node) ?? addView(node)).show(text, output.text?.[0] ?? "", pairs, images?.labels);
+  view.show(document, summary ?? "", pairs, images?.labels);
 }
 
 /** Have the list of presets say what each is for. The values stay as they are. */
@@ -77,7 +90,7 @@ function viewOf(node) {
 }
 
 function addView(node) {
-  const view = new ReportView();
+  const view = new ReportView(SHAPES[node.comfyClass] ?? "line");
   const widget = node.addDOMWidget(NAME, TYPE, view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -90,7 +103,7 @@ function addView(node) {
     if (!LiteGraph.vueNodesMode && !view.scrolls()) app.canvas.processMouseWheel(event);
   });
   view.onOpen = (open) => {
-    node.setSize([node.size[0], node.size[1] + (open ? ReportView.rest : -ReportView.rest)]);
+    node.setSize([node.size[0], node.size[1] + (open ? view.rest : -view.rest)]);
     if (open) app.canvas.bringToFront(node);
   };
   const exclude = node.widgets.find((w) => w.name === "exclude");
@@ -105,7 +118,7 @@ function addView(node) {
   const serialized = node.onSerialize;
   node.onSerialize = function (data) {
     serialized?.call(this, data);
-    if (view.open) data.size = [data.size[0], data.size[1] - ReportView.rest]; // it opens closed
+    if (view.open) data.size = [data.size[0], data.size[1] - view.rest]; // it opens closed
   };
   return view;
 }
@@ -136,7 +149,9 @@ async function restore() {
     if (root() !== graph || about?.extra_pnginfo?.workflow?.id !== graph.id) continue;
     for (const [key, output] of Object.entries(outputs)) {
       const node = nodeAt(key);
-      if (node && nodes[key]?.class_type === node.comfyClass && !viewOf(node)?.json) show(node, output);
+      if (node && nodes[key]?.class_type === node.comfyClass && viewOf(node)?.summary === undefined) {
+        show(node, output);
+      }
     }
   }
 }
@@ -175,6 +190,11 @@ app.registerExtension({
       defaultValue: true,
     },
   ],
+  async init() {
+    const languages = await app.api.getCustomNodesI18n().catch(() => ({})); // an older server's
+    const chosen = () => app.extensionManager.setting.get("Comfy.Locale");
+    translateWith((english) => languages[chosen()]?.mxfp8?.[english]);
+  },
   setup() {
     app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));
   },
@@ -185,10 +205,10 @@ app.registerExtension({
     const chosen = app.extensionManager.setting.get(PRECISION);
     if (precision && chosen) precision.value = chosen;
     titlePresets(node);
-    const room = REPORTS[node.comfyClass];
-    if (room !== undefined) addView(node);
+    addView(node);
     const [width, height] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height) + (room ?? 0)]);
+    const room = IMAGES[node.comfyClass] ?? 0;
+    node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height) + room]);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);

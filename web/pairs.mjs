@@ -4,6 +4,8 @@
  * models differ in on every seed. A click enlarges a pair.
  */
 
+import { t } from "./language.mjs";
+
 const SMALL = 128; // px
 const STEP = 5; // percent that an arrow key moves the slider
 
@@ -50,7 +52,9 @@ export class Pairs {
     const figure = document.createElement("figure");
     figure.tabIndex = 0;
     figure.role = "slider";
-    figure.ariaLabel = `${name}: ${labels[0]} at the left, ${labels[1]} at the right`;
+    figure.ariaLabel = t("[name]: [first] at the left, [second] at the right", {
+      name, first: labels[0], second: labels[1],
+    });
     figure.append(
       ...[first, second].map(picture),
       document.createElement("i"),

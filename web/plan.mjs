@@ -1,19 +1,20 @@
 /**
  * What a node will do, on the node, before it is run: Convert File and the Quantize nodes.
  *
- * The server makes the plan in its queue, as the node MXFP8PlanConversion, when the inputs of a node changed
- * and nothing else is queued. It is sent beside the nodes of the last run, as the only one to be
+ * The server makes the plan in its queue, as the node MXFP8PlanConversion, when the inputs of a node
+ * changed and nothing else is queued. It is sent beside the nodes of the last run, as the only one to be
  * executed: ComfyUI may forget the results of nodes that a prompt lacks. No client is named, so the
  * page's progress and outputs stay as they are, and afterwards the run is taken out of the history.
  */
 
 import { app } from "../../scripts/app.js";
+import { t } from "./language.mjs";
 import { filesOf, loaderOf } from "./loaders.mjs";
 
 const VIEW = "mxfp8_report"; // the widget with the report view
 const KEY = "mxfp8_plan"; // of the node in the prompt
 const SETTING = "MXFP8.PlanBeforeRuns";
-const CHOICES = ["source", "preset", "include", "exclude"];
+const CHOICES = ["source", "target", "preset", "include", "exclude"];
 const DELAY = 700; // ms without a change
 const POLL = 200; // ms
 const LIMIT = 60_000; // ms to wait for a plan that is queued
@@ -46,7 +47,7 @@ function question(node) {
   const loader = loaderOf(node, input);
   const files = filesOf(loader);
   if (!files.length) {
-    return "it is made from a file, and what comes in here is not from a loader of one.";
+    return t("it is made from a file, and what comes in here is not from a loader of one.");
   }
   const checkpoint = files[0].startsWith("checkpoints/");
   return files.map((source) => ({ ...inputs, source, ...(checkpoint && { part }) }));
@@ -122,10 +123,19 @@ async function post(route, body) {
   return answer.ok && answer.headers.get("Content-Type")?.includes("json") ? answer.json() : {};
 }
 
-/** Show a plan in the node's view, until the node is run. */
+/**
+ * Show a plan in the node's view, until the node is run: sizes, number of layers and what it takes,
+ * then the warnings; the rest on a click.
+ */
 function show(node, text, key) {
   shown.set(node, key);
-  node.widgets?.find((widget) => widget.name === VIEW)?.view.progress(`Plan: ${text}`);
+  const plan = t("Plan: [plan]", { plan: text });
+  const lines = plan.split("\n");
+  const warnings = lines.filter((line) => line.startsWith("WARNING"));
+  const more = lines.findIndex((line) => /^[ (]|^WARNING/.test(line));
+  const first = [...lines.slice(0, more < 0 ? lines.length : more), ...warnings].join("\n");
+  const view = node.widgets?.find((widget) => widget.name === VIEW)?.view;
+  view?.tell(plan, { level: warnings.length ? "notice" : "", text: first });
 }
 
 /** Plan the Quantize nodes behind a loader whose file changed. */

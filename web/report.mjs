@@ -1,6 +1,7 @@
 /**
  * The report view: a verdict in one line, below images if there are any. A button opens the rest: a
- * bar chart, the details of the bar under the pointer, and the whole summary.
+ * bar chart, the details of the bar under the pointer, and the whole summary. A text without a
+ * document has the first and the last of these.
  *
  * Its height depends on nothing but whether it is open, so that no result and no pointer moves what
  * is around it. It is one element with a shadow root, which isolates its styles from the page's. It knows documents
@@ -11,11 +12,16 @@
 
 import * as documents from "./document.mjs";
 import * as charts from "./chart.mjs";
+import { t } from "./language.mjs";
 import * as pairs from "./pairs.mjs";
 
 const HEIGHT = 150; // px, of the bars
-const CLOSED = 92; // px: a verdict of three lines and the buttons
-const REST = 430; // px, what a click opens
+/** How high a view is in px, and how much higher when it is open. */
+const SHAPES = {
+  report: { closed: 92, rest: 430 }, // a verdict of three lines and the buttons
+  text: { closed: 92, rest: 320 }, // for nodes without a document
+  line: { closed: 48, rest: 200 }, // two lines, and a button beside them
+};
 const STYLE = `
   :host {
     --mx-text: var(--input-text, #ddd);
@@ -24,27 +30,32 @@ const STYLE = `
     --mx-line: var(--border-color, #4e4e4e);
     --mx-bad: #e5484d; --mx-notice: #d98a1f; --mx-good: #2f9e6e;
     display: block; width: 100%; height: 100%; overflow: hidden; box-sizing: border-box;
-    contain: size; min-height: ${CLOSED}px;
+    contain: size; min-height: var(--mx-closed);
     font: 12px system-ui, sans-serif; color: var(--mx-text); background: var(--mx-back);
     border-radius: 8px; user-select: text;
   }
   [hidden] { display: none !important; }
-  :host(.open) { min-height: ${CLOSED + REST}px; }
+  :host(.open) { min-height: calc(var(--mx-closed) + var(--mx-rest)); }
   .all { display: flex; flex-direction: column; gap: 6px; padding: 8px; height: 100%;
     box-sizing: border-box; overflow: hidden; }
-  .verdict { line-height: 17px; max-height: 51px; overflow: hidden auto; overflow-wrap: anywhere;
-    white-space: pre-line; flex: none; }
-  .verdict::before { content: ""; display: inline-block; width: 9px; height: 9px; flex: none;
-    margin-right: 6px; border-radius: 50%; background: var(--mx-soft); }
+  .all.line { flex-flow: row wrap; align-content: flex-start; padding: 7px 8px; }
+  .all.line .verdict { flex: 1; max-height: 34px; -webkit-line-clamp: 2; }
+  .all.line .rest { flex-basis: 100%; }
+  .all.text .rest { flex-grow: 1; }
+  .verdict { line-height: 17px; max-height: 51px; overflow: hidden; overflow-wrap: anywhere;
+    white-space: pre-line; flex: none; padding-left: 15px; display: -webkit-box;
+    -webkit-box-orient: vertical; -webkit-line-clamp: 3; }
+  .verdict::before { content: ""; display: inline-block; width: 9px; height: 9px;
+    margin: 0 6px 0 -15px; border-radius: 50%; background: var(--mx-soft); }
   .verdict[data-level=good]::before { background: var(--mx-good); }
   .verdict[data-level=notice]::before { background: var(--mx-notice); }
   .verdict[data-level=bad]::before { background: var(--mx-bad); }
-  .verdict[data-level=none] { color: var(--mx-soft); }
+  .verdict[data-level=none] { color: var(--mx-soft); padding-left: 0; }
   .verdict[data-level=none]::before { display: none; }
   .actions { display: flex; flex-wrap: wrap; gap: 6px; flex: none; }
   .rest { display: flex; flex-direction: column; gap: 6px; flex: none; min-height: 0;
-    height: ${REST - 6}px; flex-shrink: 1; }
-  .summary { white-space: pre-line; line-height: 1.45; overflow: auto; overflow-wrap: anywhere;
+    height: calc(var(--mx-rest) - 6px); flex-shrink: 1; }
+  .summary { white-space: pre-wrap; line-height: 1.45; overflow: auto; overflow-wrap: anywhere;
     flex: 1 1 0; border-top: 1px solid var(--mx-line); padding-top: 6px; }
   .tools { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
   select, input, button { font: inherit; color: inherit; background: transparent;
@@ -68,33 +79,35 @@ const STYLE = `
   ${charts.STYLE}
   ${pairs.STYLE}
 `;
-const TOOLS = `
-  <select name="measure" aria-label="Measure"></select>
-  <select name="order" aria-label="Sort order"></select>
-  <input name="filter" type="search" placeholder="filter" aria-label="Filter by name or reason">`;
 
 /** A plain div with a shadow root, since a custom element would be registered globally. */
 export class ReportView {
-  /** How much higher it is when it is open, in px. */
-  static rest = REST;
-
-  constructor() {
+  /** @param {string} shape one of `SHAPES` */
+  constructor(shape = "report") {
+    this._shape = SHAPES[shape];
     this.element = document.createElement("div");
     this.element.className = "mxfp8-report";
+    for (const [name, px] of Object.entries(this._shape)) {
+      this.element.style.setProperty(`--mx-${name}`, `${px}px`);
+    }
     this.element.dataset.captureWheel = "true"; // Nodes 2.0: scrolls while it has the focus
     this.root = this.element.attachShadow({ mode: "open" });
     this.root.innerHTML = `
       <style>${STYLE}</style>
-      <section class="all" aria-label="MXFP8 report">
-        <div class="verdict" data-level="none">The report appears here.</div>
+      <section class="all ${shape}">
+        <div class="verdict" data-level="none"></div>
         <div class="actions" hidden>
           <button name="open" aria-expanded="false"></button>
           <button name="exclude" hidden></button>
-          <button name="copy" title="Copy the report as JSON" hidden>copy JSON</button>
-          <button name="save" title="Save the chart as a PNG image" hidden>save PNG</button>
+          <button name="copy" hidden></button>
+          <button name="save" hidden></button>
         </div>
         <div class="rest" hidden>
-          <div class="tools">${TOOLS}</div>
+          <div class="tools">
+            <select name="measure"></select>
+            <select name="order"></select>
+            <input name="filter" type="search">
+          </div>
           <div class="legend"></div>
           <div class="chart"><div class="axis"></div><div class="scroll"></div></div>
           <div class="details"></div>
@@ -103,6 +116,7 @@ export class ReportView {
         <div class="status" role="status"></div>
       </section>`;
     this.part = (selector) => this.root.querySelector(selector);
+    this._label();
     this._pairs = new pairs.Pairs();
     this.part(".verdict").before(this._pairs.element);
     this.open = false;
@@ -114,10 +128,26 @@ export class ReportView {
     this._observer.observe(this.element);
   }
 
+  /** Put the texts that stay into their places. */
+  _label() {
+    this.part(".all").ariaLabel = t("MXFP8 report");
+    this.part(".verdict").textContent = t("The result appears here.");
+    const [measure, order, filter, copy, save] = ["measure", "order", "filter", "copy", "save"]
+      .map((name) => this.part(`[name=${name}]`));
+    measure.ariaLabel = t("Measure");
+    order.ariaLabel = t("Sort order");
+    filter.placeholder = t("filter");
+    filter.ariaLabel = t("Filter by name or reason");
+    copy.textContent = t("copy JSON");
+    copy.title = t("Copy the report as JSON");
+    save.textContent = t("save PNG");
+    save.title = t("Save the chart as a PNG image");
+  }
+
   /**
    * Show a document. The measure and order selected for an earlier one are kept if it has them too.
    *
-   * @param {string} text JSON from a node
+   * @param {string | null} text JSON from a node, null if it sent only a summary
    * @param {string} summary a few lines of text
    * @param {object[]} images as `Pairs.show` takes them
    * @param {[string, string]} labels of these
@@ -128,20 +158,48 @@ export class ReportView {
     try {
       this.document = documents.read(text);
     } catch (error) { // the page is older than the pack
-      this.document = { measures: [], rows: {}, data: {} };
-      this.summary = `${error.message}; reload the page\n${summary}`.trim();
+      this.document = documents.NONE;
+      this.summary = `${error.message}; ${t("reload the page")}\n${summary}`.trim();
     }
-    const { level, text: verdict, layers } = documents.verdict(this.document.data, this.summary);
-    this._headline(level, verdict);
-    this._layers = layers;
+    this._show(documents.verdict(this.document.data, this.summary));
     this._pairs.show(images, labels);
-    this.part(".actions").hidden = false;
-    this._offerExclude();
+  }
+
+  /**
+   * Show a text without a document.
+   *
+   * @param {string} text lines
+   * @param {object} verdict as `documents.verdict` returns it: what is seen of it while it is closed
+   */
+  tell(text, verdict = documents.verdict({}, text)) {
+    this.json = null;
+    this.summary = text;
+    this.document = documents.NONE;
+    this._show(verdict);
+    this._pairs.show([], ["", ""]);
+  }
+
+  _show({ level, text, said = text, layers }) {
+    this._headline(level, text);
+    this._layers = layers ?? [];
     const [first, ...others] = this.summary.split("\n");
-    this.part(".summary").textContent = first.startsWith(verdict) ? others.join("\n") : this.summary;
-    setOptions(this.part("[name=measure]"), this.document.measures.map((m) => m.label));
+    const rest = first.startsWith(said) ? others.join("\n") : this.summary;
+    this.part(".summary").textContent = arrows(rest);
+    const { measures } = this.document;
+    setOptions(this.part("[name=measure]"), measures.map(({ label }, index) => [index, label]));
+    this._offerExclude();
     this._setOpen(this.open);
     this._draw();
+    this._offerRest();
+  }
+
+  /** Offer to open the view if there is more than what is seen of it. */
+  _offerRest() {
+    const line = this.part(".verdict");
+    const seen = line.textContent.split("\n");
+    const more = arrows(this.summary).split("\n").some((part) => part && !seen.includes(part));
+    const cut = line.scrollHeight > line.clientHeight;
+    this.part(".actions").hidden = !(this.json || more || cut || this.open);
   }
 
   /** Show how far the work is, or how it ended, in place of the verdict. */
@@ -152,8 +210,8 @@ export class ReportView {
 
   _headline(level, text) {
     const line = this.part(".verdict");
-    line.textContent = text;
-    line.title = text;
+    line.textContent = arrows(text);
+    line.title = line.textContent;
     line.dataset.level = level;
   }
 
@@ -168,17 +226,20 @@ export class ReportView {
     const button = this.part("[name=exclude]");
     button.hidden = !count || !this._exclude;
     button.disabled = false;
-    button.textContent = count === 1 ? "exclude this layer" : `exclude these ${count} layers`;
-    button.title = `Keep unquantized:\n${this._layers?.join("\n")}`;
+    button.textContent = count === 1
+      ? t("exclude this layer") : t("exclude these [count] layers", { count });
+    button.title = `${t("Leave unquantized:")}\n${this._layers?.join("\n")}`;
   }
 
   _setOpen(open) {
     const button = this.part("[name=open]");
-    const what = this.document?.data.layers ? "layers" : "details";
-    button.textContent = `${open ? "hide" : "show"} ${what}`;
+    const [show, hide] = this.document?.data.layers
+      ? [t("show layers"), t("hide layers")]
+      : this.json ? [t("show details"), t("hide details")] : [t("show all"), t("show less")];
+    button.textContent = open ? hide : show;
     button.setAttribute("aria-expanded", open);
     this.part(".rest").hidden = !open;
-    this.part("[name=copy]").hidden = !open;
+    this.part("[name=copy]").hidden = !open || !this.json;
     this.part("[name=save]").hidden = !open || !this.document?.measures.length;
     this.element.classList.toggle("open", open);
     if (open === this.open) return;
@@ -189,7 +250,12 @@ export class ReportView {
 
   /** Height in px that the view needs. */
   get height() {
-    return CLOSED + (this.open ? REST : 0);
+    return this._shape.closed + (this.open ? this.rest : 0);
+  }
+
+  /** How much higher it is when it is open, in px. */
+  get rest() {
+    return this._shape.rest;
   }
 
   dispose() {
@@ -215,7 +281,7 @@ export class ReportView {
     }
     this.part("[name=filter]").addEventListener("input", () => {
       this._draw();
-      this._say(`${this._drawn.length} bars`);
+      this._say(t("[count] bars", { count: this._drawn.length }));
     });
     this.part("[name=copy]").addEventListener("click", () => this._copy());
     this.part("[name=save]").addEventListener("click", () => this._save());
@@ -224,7 +290,7 @@ export class ReportView {
       this._exclude(this._layers);
       const button = this.part("[name=exclude]");
       button.disabled = true;
-      button.textContent = "excluded in the next run";
+      button.textContent = t("excluded in the next run");
     });
     const scroll = this.part(".scroll");
     for (const kind of ["pointermove", "click"]) {
@@ -244,12 +310,13 @@ export class ReportView {
 
   /** Whether the wheel would scroll something in this view. */
   scrolls() {
-    return [".summary", ".details", ".verdict", ".scroll"].map(this.part).some(
+    return [".summary", ".details", ".scroll"].map(this.part).some(
       (part) => part.scrollHeight > part.clientHeight || part.scrollWidth > part.clientWidth,
     );
   }
 
   _resized() {
+    if (this.summary !== undefined) this._offerRest();
     const width = this.part(".scroll").clientWidth;
     if (!this.document || !width || width === this._width) return;
     const chosen = this._chosen;
@@ -279,8 +346,8 @@ export class ReportView {
     scroll.replaceChildren(this._bars);
     this._legend(all[measure.rows]);
     this.part(".details").textContent = this._drawn.length
-      ? "Point at a bar, or use the arrow keys, for details."
-      : "No layer matches the filter.";
+      ? t("Point at a bar, or use the arrow keys, for details.")
+      : t("No layer matches the filter.");
   }
 
   _legend(rows) {
@@ -289,7 +356,7 @@ export class ReportView {
         const entry = document.createElement("div");
         const color = document.createElement("i");
         color.style.background = this._palette.get(name);
-        entry.append(color, `${name} ${count}`);
+        entry.append(color, `${documents.title(name)} ${count}`);
         return entry;
       }),
     );
@@ -351,9 +418,9 @@ export class ReportView {
     const copied = navigator.clipboard
       ? await navigator.clipboard.writeText(this.json).then(() => true, () => false)
       : copySelected(this.json, this.root);
-    button.textContent = copied ? "copied" : "blocked by the browser";
+    button.textContent = copied ? t("copied") : t("blocked by the browser");
     this._say(button.textContent);
-    setTimeout(() => { button.textContent = "copy JSON"; }, 2000);
+    setTimeout(() => { button.textContent = t("copy JSON"); }, 2000);
   }
 
   async _save() {
@@ -389,11 +456,17 @@ export class ReportView {
   }
 }
 
-/** Replace the options of a select; its value stays if it is among them. */
-function setOptions(select, labels) {
-  const chosen = select.value;
-  select.replaceChildren(...labels.map((label) => new Option(label)));
-  if (labels.includes(chosen)) select.value = chosen;
+/** Replace the options of a select, [value, label]; a label that was chosen stays so. */
+function setOptions(select, entries) {
+  const chosen = select.selectedOptions[0]?.text;
+  select.replaceChildren(...entries.map(([value, label]) => new Option(label, value)));
+  const again = entries.find(([, label]) => label === chosen);
+  if (again) select.value = again[0];
+}
+
+/** A text with arrows, for which the server's texts have "->". */
+function arrows(text) {
+  return text.replaceAll(" -> ", " \u2192 ");
 }
 
 /** Copy through a selection, which works without the clipboard API. */

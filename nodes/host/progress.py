@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import html
 import re
+from dataclasses import asdict
 
 import comfy.model_management
 import comfy.utils
@@ -21,6 +22,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...quant.progress import Pace
+from ...quant.reports.verdict import Verdict
 
 _PACK = __package__.removesuffix("nodes.host")
 # One character of everything that the page makes links of, its own placeholder __LNK0__ included.
@@ -34,12 +36,25 @@ def show(node: type[io.ComfyNode], text: str) -> None:
 
 
 def output(
-    node: type[io.ComfyNode], text: str, *values, document: str | None = None, **shown
+    node: type[io.ComfyNode],
+    text: str,
+    *values,
+    document: str | None = None,
+    verdict: Verdict | None = None,
+    **shown,
 ) -> io.NodeOutput:
-    """A node's output, with its text on the node and a JSON document in the report view."""
+    """A node's output, with its text on the node and a JSON document in the report view.
+
+    Args:
+        verdict: what the view shows while it is closed, if there is no document to say it; else
+            that is the text's first line, and its warnings.
+    """
     show(node, text)
-    documents = {} if document is None else {"mxfp8_report": [document]}
-    return io.NodeOutput(*values, ui={**shown, "text": [text], **documents})
+    if document is not None:
+        shown["mxfp8_report"] = [document]
+    if verdict is not None:
+        shown["mxfp8_verdict"] = [asdict(verdict)]
+    return io.NodeOutput(*values, ui={**shown, "text": [text]})
 
 
 def as_html(text: str) -> str:

@@ -176,7 +176,7 @@ class Inspection:
         mxfp8, other = format_size(self.mxfp8_bytes), format_size(self.other_bytes)
         reasons = Counter(layer.reason for layer in self.layers if layer.decision == KEPT)
         kept = [
-            f"kept: {format_count(count, 'matrix', 'matrices')}, {reason}"
+            f"not quantized: {format_count(count, 'matrix', 'matrices')}, {reason}"
             for reason, count in reasons.most_common()
         ]
         return [

@@ -1,4 +1,4 @@
-"""What a conversion would do, from headers alone: sizes, what is kept and why, time and memory.
+"""What a conversion would do, from headers alone: sizes, layers that stay and why, time, memory.
 
 The time is that of quantizing random values of the same number here. What reading and writing take
 depends on disks and on what is cached, and is not guessed.
@@ -16,7 +16,7 @@ from ... import kernels
 from ..container.header import plain
 from ..format import WEIGHT
 from ..progress import duration
-from ..reports.conversion import format_size, listed
+from ..reports.conversion import format_count, format_size, listed
 from .convert import stored_bytes
 from .policy import Decision, Plan
 
@@ -27,27 +27,28 @@ _NAMED = 2  # layers named for a reason
 MEMORY = "0.5 GB of memory"  # besides torch, as `convert` says where it runs out
 
 
-def summary(plan: Plan, speed: float | None = None) -> str:
+def summary(plan: Plan, speed: float | None = None, target: str = "") -> str:
     """A plan in some lines.
 
     Args:
+        target: the name of the file that will be written, if there will be one.
         speed: bytes of the source that are quantized in a second, as of `speed`.
     """
     before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
-    what = plan.architecture or "architecture not recognized"
+    sizes = f"{format_size(before)} -> {format_size(after)}{f', {target}' if target else ''}"
+    what = f"{plan.architecture or 'architecture not recognized'}, preset {plan.preset}"
     count, *reasons = _layers(plan)
     basis = []
     if speed is not None and plan.quantized:
         seconds = sum(d.nbytes for d in plan.quantized) / speed
-        count += f"; at least {duration(seconds)} and {MEMORY} here"
+        count += f"; at least {duration(seconds)} here"
+        what += f"; {MEMORY}"
         basis = [
             f"(time: quantizing at {format_size(speed)}/s, as a sample did, without reading and "
             "writing; memory: besides torch)"
         ]
-    return "\n".join([
-        f"{format_size(before)} -> {format_size(after)} ({what}, preset {plan.preset})",
-        count, *reasons, *basis, *listed("WARNING", plan.warnings),
-    ])  # fmt: skip
+    warnings = listed("WARNING", plan.warnings)
+    return "\n".join([sizes, count, what, *reasons, *basis, *warnings])
 
 
 def _layers(plan: Plan) -> Iterator[str]:
@@ -56,7 +57,8 @@ def _layers(plan: Plan) -> Iterator[str]:
     for decision in plan.decisions:
         if not decision.quantize and decision.key.endswith(WEIGHT) and len(decision.shape) == 2:
             kept.setdefault(decision.reason, []).append(decision)
-    yield f"{len(plan.quantized)} layers MXFP8, {sum(map(len, kept.values()))} kept"
+    others = sum(map(len, kept.values()))
+    yield f"{format_count(len(plan.quantized), 'layer')} MXFP8, {others} not quantized"
     reasons = sorted(kept.items(), key=lambda item: -len(item[1]))
     for reason, decisions in reasons[:_MOST_REASONS]:
         names = ", ".join(plain(decision.layer) for decision in decisions[:_NAMED])

@@ -274,7 +274,7 @@ class Comparison:
         elif same:
             lines.append(f"latents: identical on {same} of {len(self.seeds)} seeds")
         low = self.lowest
-        if self.latent_snr_db is not None and low is not None:
+        if self.latent_snr_db is not None and low is not None and len(self.seeds) > 1:
             lines.append(
                 f"latent SNR {interval(self.latent_snr_db, 'dB')}; lowest {low.latent_snr_db:.2f} "
                 f"dB at seed {low.seed}"

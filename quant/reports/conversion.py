@@ -160,7 +160,7 @@ class Report:
             f"{self.source} -> {self.target}, "
             f"{100 * self.bytes_after / max(self.bytes_before, 1):.1f}% of the size, in "
             f"{format_seconds(self.seconds)}",
-            f"{format_count(len(self.quantized), 'layer')} MXFP8, {kept} kept "
+            f"{format_count(len(self.quantized), 'layer')} MXFP8, {kept} not quantized "
             f"(preset {self.preset}, {self.architecture or 'architecture not recognized'})",
             *(f"WARNING: {warning}" for warning in self.warnings),
         ]

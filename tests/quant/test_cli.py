@@ -71,7 +71,7 @@ def test_convert_prints_a_summary_and_writes_the_file(source, run):
     verdict, files, *_ = out.splitlines()
     assert " kB, saves " in verdict
     assert files.startswith("source -> target.safetensors, ")
-    assert "3 layers MXFP8, 0 kept (preset default, architecture not recognized)" in out
+    assert "3 layers MXFP8, 0 not quantized (preset default, architecture not recognized)" in out
     assert read_header(source.with_name("target.safetensors")).layers.keys() == {"a", "b", "zero"}
 
 
@@ -163,14 +163,14 @@ def test_inspect_says_what_a_file_holds(target, run):
     assert "MXFP8: 3 layers, 8.25 bits per weight\n  written by: " in out
     assert "  runs in: ComfyUI 0.20.1 or later\n  GPUs: " in out
     assert "metadata: _quantization_metadata, format" in out
-    assert "kept: " not in out
+    assert "not quantized: " not in out
     assert "read: the header, every byte of 3 MXFP8 layers" in out
 
 
 def test_inspect_says_what_it_read_where_no_layer_is_mxfp8(source, run):
     status, out, _ = run("inspect", source)
     assert status == 0
-    assert "kept: 1 matrix, BF16 in the file" in out
+    assert "not quantized: 1 matrix, BF16 in the file" in out
     assert out.splitlines()[-2:] == ["read: the header; no layer is MXFP8", "OK: no problem found"]
     assert run("inspect", source, "--header")[1].splitlines()[-2] == "read: the header"
 

@@ -175,7 +175,7 @@ def test_the_summary_says_what_matters():
     assert REPORT.summary().splitlines() == [
         "12.3 GB -> 6.36 GB, saves 5.95 GB; typical",
         "model.safetensors -> model-mxfp8.safetensors, 51.7% of the size, in 12.3 s",
-        "3 layers MXFP8, 1 kept (preset zimage, Z-Image)",
+        "3 layers MXFP8, 1 not quantized (preset zimage, Z-Image)",
         "SQNR 31.25 dB; worst layer b: 29.75 dB",
     ]
 
@@ -183,7 +183,7 @@ def test_the_summary_says_what_matters():
 def test_the_summary_of_a_lossless_unrecognized_model():
     report = replace(REPORT, architecture=None, sqnr_db=None, layers=(LOSSLESS,))
     assert report.summary().splitlines()[2:] == [
-        "1 layer MXFP8, 0 kept (preset zimage, architecture not recognized)"
+        "1 layer MXFP8, 0 not quantized (preset zimage, architecture not recognized)"
     ]
 
 

@@ -20,9 +20,10 @@ def test_sizes_and_layers_are_those_of_the_conversion(tmp_path):
         lines = preview.summary(plan_source(source)).splitlines()
     report = convert_file(SOURCE, tmp_path / "converted.safetensors")
     before, after = format_size(report.bytes_before), format_size(report.bytes_after)
-    assert lines[0] == f"{before} -> {after} ({report.architecture}, preset {report.preset})"
+    assert lines[0] == f"{before} -> {after}"
     kept = len(report.layers) - len(report.quantized)
-    assert lines[1] == f"{len(report.quantized)} layers MXFP8, {kept} kept"
+    assert lines[1] == f"{len(report.quantized)} layers MXFP8, {kept} not quantized"
+    assert lines[2] == f"{report.architecture}, preset {report.preset}"
     counts = [int(line.split(":")[0]) for line in lines[2:] if line.startswith("  ")]
     assert sum(counts) == kept
     assert counts == sorted(counts, reverse=True)
@@ -38,7 +39,7 @@ def test_many_reasons_are_counted(tmp_path):
     selection = Selection(exclude=tuple(f"layer{index}" for index in range(1, 9)))
     with open_source(path) as source:
         text = preview.summary(plan_source(source, selection))
-    assert "1 layers MXFP8, 8 kept" in text
+    assert "1 layer MXFP8, 8 not quantized" in text
     assert "  2 for 2 other reasons" in text
 
 

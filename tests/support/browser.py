@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 
 from comfyui import Server
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -22,6 +23,30 @@ _ARGUMENTS = [
 NEWEST_PAGE = "1.58.1"
 RENDERERS = {"litegraph": False, "nodes2": True}  # -> the setting Comfy.VueNodes.Enabled
 SIZE = {"width": 1400, "height": 900}
+_BOXES = """() => {
+    const { scale, offset } = app.canvas.ds;
+    return app.graph._nodes.map((node) => {
+        const shown = document.querySelector(`[data-node-id="${node.id}"]`);
+        if (!shown) {
+            const [x, y, width, height] = node.boundingRect ?? node.getBounding();
+            return [node.title, x, y, x + width, y + height];
+        }
+        const box = shown.getBoundingClientRect();
+        const at = app.canvas.canvas.getBoundingClientRect();
+        const x = (box.left - at.left) / scale - offset[0];
+        const y = (box.top - at.top) / scale - offset[1];
+        return [node.title, x, y, x + box.width / scale, y + box.height / scale];
+    });
+}"""
+
+
+def overlaps(boxes: list[tuple]) -> list[tuple[str, str]]:
+    """The titles of each two that lie over each other."""
+    return [
+        (a[0], b[0])
+        for a, b in combinations(boxes, 2)
+        if a[1] < b[3] and b[1] < a[3] and a[2] < b[4] and b[2] < a[4]
+    ]
 
 
 def executable() -> str:
@@ -53,6 +78,7 @@ class ComfyPage:
 
     Attributes:
         page: Playwright's page.
+        nodes2: whether it draws nodes as HTML, not on the canvas.
         complaints: console errors and warnings from this pack's files, and uncaught errors.
     """
 
@@ -75,6 +101,7 @@ class ComfyPage:
                 "Comfy.Workflow.ShowMissingModelsWarning": False,
             },
         )
+        self.nodes2 = nodes2
         self.complaints: list[str] = []
         self.page: Page = browser.new_page(viewport=SIZE)
         self.page.set_default_timeout(120_000)  # a busy machine takes its time
@@ -139,6 +166,30 @@ class ComfyPage:
             }""",
             [source, slot, target, name],
         )
+
+    def boxes(self) -> list[tuple]:
+        """(title, left, top, right, bottom) of each node with its title, in px of the canvas."""
+        return [tuple(box) for box in self.page.evaluate(_BOXES)]
+
+    def open_menu(self, node: int) -> None:
+        """Click a node's title with the right button."""
+        self.settle()
+        if self.nodes2:
+            title = self.page.locator(f"[data-node-id='{node}']")
+            title.click(button="right", position={"x": 60, "y": 12})
+        else:
+            x, y = self.page.evaluate(
+                """(id) => {
+                    const { pos } = app.graph.getNodeById(id);
+                    const { scale, offset } = app.canvas.ds;
+                    const box = app.canvas.canvas.getBoundingClientRect();
+                    return [box.x + (pos[0] + offset[0] + 60) * scale,
+                        box.y + (pos[1] + offset[1] - 12) * scale];
+                }""",
+                node,
+            )
+            self.page.mouse.click(x, y, button="right")
+        self.settle()
 
     def command(self, name: str) -> None:
         """Run one of the page's commands, as a menu or a shortcut does."""

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
 
 import pytest
-from browser import RENDERERS, ComfyPage
+from browser import RENDERERS, ComfyPage, overlaps
 from workflows import EXAMPLES, load_example, use_tiny_models
 
 pytestmark = pytest.mark.comfy
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
-# Of each node, with its title: [name, left, top, right, bottom] in px of the canvas.
-BOXES = """() => {
-    const { scale, offset } = app.canvas.ds;
-    return app.graph._nodes.map((node) => {
-        const shown = document.querySelector(`[data-node-id="${node.id}"]`);
-        if (!shown) {
-            const [x, y, width, height] = node.boundingRect ?? node.getBounding();
-            return [node.title, x, y, x + width, y + height];
-        }
-        const box = shown.getBoundingClientRect();
-        const at = app.canvas.canvas.getBoundingClientRect();
-        const x = (box.left - at.left) / scale - offset[0];
-        const y = (box.top - at.top) / scale - offset[1];
-        return [node.title, x, y, x + box.width / scale, y + box.height / scale];
-    });
-}"""
-
 GROUPS = """() => app.graph._groups.map(
     ({ title, _bounding: [x, y, width, height] }) => [title, x, y, x + width, y + height])"""
 
 
-def overlaps(boxes: list[list]) -> list[tuple[str, str]]:
-    return [
-        (a[0], b[0])
-        for a, b in combinations(boxes, 2)
-        if a[1] < b[3] and b[1] < a[3] and a[2] < b[4] and b[2] < a[4]
-    ]
-
-
-def inside(pair: tuple[str, str], groups: list[list], nodes: list[list]) -> bool:
+def inside(pair: tuple[str, str], groups: list[tuple], nodes: list[tuple]) -> bool:
     """Whether the node of a pair lies in its group, frame and all."""
     group, node = (next(box for box in boxes if box[0] == name)
                    for name, boxes in zip(pair, (groups, nodes), strict=True))  # fmt: skip
@@ -64,7 +38,7 @@ def shown(request, comfy, browser):
 def test_an_example_stays_readable_after_a_run(comfy, shown, name, tmp_path):
     workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
     shown.open(workflow)
-    before = shown.page.evaluate(BOXES)
+    before = shown.boxes()
     assert overlaps(before) == []
     groups = shown.page.evaluate(GROUPS)
     assert [title.partition(".")[0] for title, *_ in groups] == list("12345"[: len(groups)])
@@ -76,12 +50,12 @@ def test_an_example_stays_readable_after_a_run(comfy, shown, name, tmp_path):
     shown.run({"output": graph, "workflow": workflow})
     shown.settle(60)
     shown.page.screenshot(path=tmp_path / "after.png")
-    after = shown.page.evaluate(BOXES)
+    after = shown.boxes()
     assert overlaps(after) == []
     for view in shown.page.locator(".mxfp8-report").all():
         view.hover(force=True)
     shown.settle()
-    assert shown.page.evaluate(BOXES) == after
+    assert shown.boxes() == after
 
 
 def test_the_examples_are_found_among_the_templates(shown):

@@ -31,31 +31,10 @@ def values(shown, node: int) -> dict:
     )
 
 
-def open_menu(shown, node: int) -> None:
-    """Click a node's title with the right button."""
-    shown.settle()
-    if shown.renderer == "nodes2":
-        title = shown.page.locator(f"[data-node-id='{node}']")
-        title.click(button="right", position={"x": 60, "y": 12})
-    else:
-        x, y = shown.page.evaluate(
-            """(id) => {
-                const { pos } = app.graph.getNodeById(id);
-                const { scale, offset } = app.canvas.ds;
-                const box = app.canvas.canvas.getBoundingClientRect();
-                return [box.x + (pos[0] + offset[0] + 60) * scale,
-                    box.y + (pos[1] + offset[1] - 12) * scale];
-            }""",
-            node,
-        )
-        shown.page.mouse.click(x, y, button="right")
-    shown.settle()
-
-
 def test_a_loader_s_menu_adds_a_conversion_of_its_file(shown):
     shown.clear()
     loader = shown.add("UNETLoader", (200, 200), unet_name="flux.safetensors")
-    open_menu(shown, loader)
+    shown.open_menu(loader)
     shown.page.get_by_text("Convert this model to MXFP8").first.click()
     shown.settle()
     added = shown.page.evaluate(

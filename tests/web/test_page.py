@@ -94,9 +94,9 @@ def test_every_layer_has_a_bar_of_its_size(quantized):
 
 def test_the_summary_is_the_report_s(quantized):
     text = quantized.view.locator(".summary").inner_text()
-    assert "17 layers MXFP8, 2 kept" in text and "worst layer" in text
+    assert "17 layers MXFP8, 2 not quantized" in text and "worst layer" in text
     legend = quantized.view.locator(".legend").inner_text()
-    assert "mxfp8 17" in legend and "not quantized 2" in legend
+    assert "MXFP8 17" in legend and "not quantized 2" in legend
     widgets = quantized.page.evaluate(
         f"app.graph.getNodeById({quantized.node}).widgets.map((w) => w.name)"
     )
@@ -439,7 +439,7 @@ def test_a_report_comes_back_after_a_reload_if_the_server_has_it(served, browser
         }"""
     )
     shown.settle()
-    assert shown.page.locator(".mxfp8-report .verdict").inner_text() == "The report appears here."
+    assert shown.page.locator(".mxfp8-report .verdict").inner_text() == "The result appears here."
     assert height < 300  # closed: open, the view alone takes 522
     assert not shown.complaints
     shown.close()

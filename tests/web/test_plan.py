@@ -7,8 +7,8 @@ from browser import ComfyPage
 
 pytestmark = pytest.mark.comfy
 
-TEXT = """(id) => app.graph.getNodeById(id).widgets.find((w) => w.name === "mxfp8_report")
-    .view.part(".verdict").textContent"""
+VIEW = """app.graph.getNodeById(id).widgets.find((w) => w.name === "mxfp8_report").view"""
+TEXT = f"(id) => {VIEW}.summary ?? ''"
 
 
 @pytest.fixture(scope="module", params=["litegraph", "nodes2"])
@@ -49,11 +49,17 @@ def test_a_choice_shows_what_will_come_of_it_and_leaves_no_trace(shown, comfy):
     node = shown.add("MXFP8ConvertFile", (100, 100), source=source)
     before, size = comfy.get("/history"), box(shown, node)
     choose(shown, node, "preset", "none")
-    assert "19 layers MXFP8, 0 kept" in plan(shown, node, "preset none")
+    text = plan(shown, node, "preset none")
+    assert "19 layers MXFP8, 0 not quantized" in text
+    assert "flux-mxfp8.safetensors (exists)" in text
     choose(shown, node, "preset", "auto")
     text = plan(shown, node, "preset default")
-    assert "13 layers MXFP8, 6 kept" in text
+    assert "13 layers MXFP8, 6 not quantized" in text
     assert "embedders and final layers stay (final_layer" in text
+    seen = shown.page.evaluate(f"(id) => {VIEW}.part('.verdict').textContent", node)
+    assert seen.splitlines() == text.replace("->", "\u2192").splitlines()[:3]
+    choose(shown, node, "target", "other")
+    plan(shown, node, "other.safetensors\n")
     assert comfy.get("/history") == before
     assert box(shown, node) == size
     assert comfy.get("/prompt")["exec_info"]["queue_remaining"] == 0
@@ -117,4 +123,4 @@ def test_plans_can_be_switched_off(shown):
     other = shown.add("MXFP8ConvertFile", (100, 500), source=source)
     choose(shown, other, "preset", "none")
     plan(shown, other, "layers MXFP8")
-    assert shown.page.evaluate(TEXT, quiet) == "The report appears here."
+    assert shown.page.evaluate(TEXT, quiet) == ""

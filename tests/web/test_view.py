@@ -122,7 +122,7 @@ def test_decibels_have_a_threshold_and_no_zero(view):
     assert "below" in bad["kind"] and "below" not in good["kind"]
     assert kept["height"] == lossless["height"] == 5
     assert kept["fill"] != good["fill"] == bad["fill"]
-    assert good["label"] == "a.1, mxfp8, SQNR 31.00 dB, 64 by 32"
+    assert good["label"] == "a.1, MXFP8, SQNR 31.00 dB, 64 by 32"
     assert "SQNR 22.50 dB, below the threshold of 24.60 dB" in bad["label"]
     assert kept["label"] == "a.2, not quantized, 64 by 32, excluded by preset"
 
@@ -139,7 +139,7 @@ def test_bars_stay_wide_enough_to_point_at(view):
 def test_a_row_is_described_in_full(view):
     details = dict(view("(t) => documents.describe(read(t).rows.layers[0])", REPORT.to_json()))
     assert details == {
-        "Shape": "64 x 32 BF16", "Format": "mxfp8", "Reason": "quantized",
+        "Shape": "64 x 32 BF16", "Format": "MXFP8", "Reason": "quantized",
         "Output error": "1.20e-2 (rounding to nearest 2.10e-2)", "SQNR": "31.00 dB",
         "Size": "2.20 kB (before 4.10 kB)", "Worst block": "row 3, block 0: 26.50 dB",
     }  # fmt: skip
@@ -258,7 +258,7 @@ def test_a_saved_picture_has_the_whole_title_and_a_legend(view):
         REPORT.to_json(),
     )
     assert parsed
-    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "mxfp8", "not", "quantized"]
+    assert " ".join(texts).split() == ["word"] * 60 + ["last", "line", "MXFP8", "not", "quantized"]
     assert right <= width
 
 
