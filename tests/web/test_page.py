@@ -488,9 +488,10 @@ def test_nodes_and_help_are_in_the_language_of_the_page(served, browser):
 
     shown.page.evaluate(f"app.canvas.selectNode(app.graph.getNodeById({node}))")
     shown.page.locator("[data-testid=info-button]").click()
-    text = shown.page.locator(".node-help-content").inner_text()
     page = translations.help_pages("zh")["web/docs/MXFP8Quantize.md"]
-    assert re.findall(r"^## (.+)$", page, re.MULTILINE)[-1] in text.splitlines()
+    last = re.findall(r"^## (.+)$", page, re.MULTILINE)[-1]
+    shown.page.locator(".node-help-content").get_by_text(last, exact=True).wait_for()
+    text = shown.page.locator(".node-help-content").inner_text()
     assert "*" not in text and "`" not in text  # all of its Markdown is understood
     assert not shown.complaints
     shown.close()
