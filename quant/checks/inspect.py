@@ -20,7 +20,7 @@ from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
 from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, last_line, listed
-from ..reports.verdict import BAD, GOOD, NOTICE, Verdict
+from ..reports.verdict import BAD, GOOD, NOTICE, Part, Verdict, say
 from ..sources import formats, gguf, unsupported
 from . import explain
 from .explain import AsMXFP8, FormatFacts
@@ -107,25 +107,34 @@ class Inspection:
     def verdict(self) -> Verdict:
         """What the file is and who runs it, or what is wrong with it."""
         if self.problems:
-            more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
-            return Verdict(BAD, f"NOT OK: {self.problems[0]}{more}")
+            first, more = self.problems[0], len(self.problems) - 1
+            if more:
+                part = say("NOT OK: [problem], and [count] more", problem=first, count=more)
+            else:
+                part = say("NOT OK: [problem]", problem=first)
+            return Verdict.of(BAD, part)
         most = max(self.explained, key=lambda fact: fact.layers, default=None)
         if most is not None:
-            layers = f", {format_count(most.layers, 'layer')}" if most.layers else ""
-            what = f"{most.name}{layers}: runs in {most.runs}"
+            what = most.name
+            if most.layers:
+                what = say("[name], [layers]", name=most.name, layers=_count(most.layers))
+            what = say("[format]: runs in [programs]", format=what, programs=most.runs)
         elif self.formats:  # none of them known
             name = max(self.formats, key=self.formats.get)
-            what = f"{plain(name)}, {format_count(self.formats[name], 'layer')}"
+            what = say("[name], [layers]", name=plain(name), layers=_count(self.formats[name]))
         elif self.kind or self.container != "safetensors":
             what = self.kind or self.container
         else:
-            what = "not quantized"
-        size = self.as_mxfp8 and self.as_mxfp8.bytes
-        as_mxfp8 = f"; {format_size(size)} as MXFP8" if size else ""
+            what = say("not quantized")
+        parts = [say("[size], [what]", size=format_size(self.bytes), what=what)]
+        if self.as_mxfp8 and self.as_mxfp8.bytes:
+            parts.append(say("[size] as MXFP8", size=format_size(self.as_mxfp8.bytes)))
+        if len(self.warnings) == 1:
+            parts.append(say("1 warning"))
+        elif self.warnings:
+            parts.append(say("[count] warnings", count=len(self.warnings)))
         known = most is None or most.comfyui is not None
-        warned = f"; {format_count(len(self.warnings), 'warning')}" if self.warnings else ""
-        level = GOOD if known and not self.warnings else NOTICE
-        return Verdict(level, f"{format_size(self.bytes)}, {what}{as_mxfp8}{warned}")
+        return Verdict.of(GOOD if known and not self.warnings else NOTICE, *parts)
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
@@ -186,6 +195,10 @@ class Inspection:
             *([f"MXFP8 {mxfp8}, everything else {other}"] if self.mxfp8_bytes else []),
             *kept,
         ]
+
+
+def _count(layers: int) -> Part:
+    return say("1 layer") if layers == 1 else say("[count] layers", count=layers)
 
 
 def inspect_file(path, *, every_byte: bool = True, progress: Progress | None = None) -> Inspection:

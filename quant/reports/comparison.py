@@ -23,7 +23,7 @@ from ..format import bare
 from . import document
 from .adapters import AdapterUse
 from .conversion import format_count, format_seconds, format_size
-from .verdict import BAD, GOOD, LATENTS, NOTICE, Verdict, word_for
+from .verdict import BAD, GOOD, LATENTS, NOTICE, Part, Verdict, say, word_for
 
 KEY = "mxfp8_comparison"
 OLD_KEY = "mxfp8_certificate"  # its name in older files
@@ -214,26 +214,36 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         """How close the two are."""
-        seeds = format_count(len(self.seeds), "seed")
+        count = len(self.seeds)
+        seeds = say("1 seed") if count == 1 else say("[count] seeds", count=count)
         if self.problems:
-            more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
-            return Verdict(BAD, f"not usable: {self.problems[0]}{more}")
+            first, more = self.problems[0], len(self.problems) - 1
+            if more:
+                part = say("not usable: [problem] and [count] more", problem=first, count=more)
+            else:
+                part = say("not usable: [problem]", problem=first)
+            return Verdict.of(BAD, part)
         if self.identical:
-            return Verdict(GOOD, f"identical: the same latents, bit for bit, {seeds}")
+            part = say("identical: the same latents, bit for bit, [seeds]", seeds=seeds)
+            return Verdict.of(GOOD, part)
         snr = self.latent_snr_db
         if snr is None:
-            return Verdict(NOTICE, f"not measured, {seeds}")
+            return Verdict.of(NOTICE, say("not measured, [seeds]", seeds=seeds))
         word = word_for(snr.mean, LATENTS)
-        level, name = word.level, word.word
+        level, name = word.level, Part(word.word)
         repeat = self.floor.repeat_snr_db if self.floor else None
         if repeat is not None and snr.mean >= repeat.mean - 10 * math.log10(2):
             # What the model adds is no more than what the reference does by itself.
-            level, name = GOOD, f"as close as {self.labels[0]} is to itself"
+            level, name = GOOD, say("as close as [label] is to itself", label=self.labels[0])
+        values = {"word": name, "snr": f"{snr.mean:.1f}", "seeds": seeds}
         if snr.low is not None and snr.high is not None:
-            return Verdict(level, f"{name}: latent SNR {snr.mean:.1f} dB "
-                           f"({snr.low:.1f} to {snr.high:.1f}), {seeds}")  # fmt: skip
-        return Verdict(
-            level, f"{name}: latent SNR {snr.mean:.1f} dB, {seeds}; use {FEWEST} for an interval"
+            values |= {"low": f"{snr.low:.1f}", "high": f"{snr.high:.1f}"}
+            part = say("[word]: latent SNR [snr] dB ([low] to [high]), [seeds]", **values)
+            return Verdict.of(level, part)
+        return Verdict.of(
+            level,
+            say("[word]: latent SNR [snr] dB, [seeds]", **values),
+            say("use [count] for an interval", count=FEWEST),
         )
 
     def to_json(self) -> str:

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from ..container.header import plain
 from ..progress import duration
 from . import document
-from .verdict import BAD, GOOD, MIN_SQNR, NOTICE, STANDS_OUT, WEIGHTS, Verdict, word_for
+from .verdict import BAD, GOOD, MIN_SQNR, NOTICE, STANDS_OUT, WEIGHTS, Part, Verdict, say, word_for
 
 KEY = "mxfp8_report"
 MXFP8 = "mxfp8"
@@ -121,23 +121,30 @@ class Report:
     def verdict(self) -> Verdict:
         """Sizes, and whether the result is as it should be."""
         before, after = self.bytes_before, self.bytes_after
-        saved = f", saves {format_size(before - after)}" if after < before else ""
-        sizes = f"{format_size(before)} -> {format_size(after)}{saved}"
+        sizes = {"before": format_size(before), "after": format_size(after)}
+        if after < before:
+            size = say(
+                "[before] -> [after], saves [saved]", saved=format_size(before - after), **sizes
+            )
+        else:
+            size = say("[before] -> [after]", **sizes)
         if not self.quantized:
-            return Verdict(NOTICE, f"{sizes}; no layer was quantized")
+            return Verdict.of(NOTICE, size, say("no layer was quantized"))
         ratio = self._output_ratio
         if ratio is not None:
-            level, how = (GOOD if ratio < 1 else NOTICE), self._calibrated(ratio)
+            level, how = (GOOD if ratio < 1 else NOTICE), self._calibrated(f"{ratio:.2f}")
         elif self.sqnr_db is None:
-            level, how = GOOD, "lossless"
+            level, how = GOOD, say("lossless")
         else:
             word = word_for(self.sqnr_db, WEIGHTS)
-            level, how = word.level, word.word
+            level, how = word.level, Part(word.word)
         names = tuple(plain(layer.name) for layer in self.stand_out)
-        if names:
-            these = "this layer" if len(names) == 1 else f"these {len(names)} layers"
-            how, level = f"{how}; look at {these}", BAD if level == BAD else NOTICE
-        return Verdict(level, f"{sizes}; {how}", names)
+        if not names:
+            return Verdict.of(level, size, how)
+        look = say("look at these [count] layers", count=len(names))
+        if len(names) == 1:
+            look = say("look at this layer")
+        return Verdict.of(BAD if level == BAD else NOTICE, size, how, look, layers=names)
 
     def to_json(self) -> str:
         """Versioned JSON; `from_json` is its inverse."""
@@ -210,11 +217,11 @@ class Report:
         held_out = "held_out" in (self.calibration or {})
         return "on held-out data" if held_out else "in-sample (on the calibration data)"
 
-    def _calibrated(self, ratio: float) -> str:
-        held_out = "held_out" in (self.calibration or {})
-        return (
-            f"calibrated, {ratio:.2f}x the output error of nearest rounding"
-            f"{'' if held_out else ' (in-sample)'}"
+    def _calibrated(self, ratio: str) -> Part:
+        if "held_out" in (self.calibration or {}):
+            return say("calibrated, [ratio]x the output error of nearest rounding", ratio=ratio)
+        return say(
+            "calibrated, [ratio]x the output error of nearest rounding (in-sample)", ratio=ratio
         )
 
 

@@ -3,6 +3,9 @@
 The words and the thresholds behind them stand here and nowhere else. A report's JSON carries its
 verdict, so that no reader of it has thresholds of its own; docs/how-it-works.md explains them.
 
+A text is made of `Part`s, which the browser has in its own languages: it finds a translation by the
+text with its names in brackets, and fills these in. Command, log and older pages show the English.
+
 A word stands for how much of the energy differs, in steps of ten. What can be seen of that depends
 on the picture, and one number for "visible" would be made up.
 """
@@ -10,25 +13,54 @@ on the picture, and one number for "visible" would be made up.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GOOD, NOTICE, BAD = "good", "notice", "bad"
 _MOST_NAMED = 3  # layers in a line; JSON has all
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a verdict's text.
+
+    Attributes:
+        text: with names in brackets: "[count] seeds".
+        values: of these names; a part of its own where a value has words.
+    """
+
+    text: str
+    values: dict[str, str | int | Part] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return re.sub(r"\[(\w+)\]", lambda name: str(self.values[name[1]]), self.text)
+
+
+def say(text: str, **values: str | int | Part) -> Part:
+    """A part of a verdict's text. `make locales` finds the texts by these calls."""
+    return Part(text, values)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """
     Attributes:
-        level: GOOD, NOTICE or BAD, which a page shows as a color.
+        level: GOOD, NOTICE or BAD, which a page shows as a color; "" for none of them.
         text: one line.
         layers: names of layers to look at, worst first.
+        parts: those of the text, if it can be said in other languages.
     """
 
     level: str
     text: str
     layers: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, level: str, *parts: Part, layers: tuple[str, ...] = ()) -> Verdict:
+        """A verdict from the parts of its text."""
+        return cls(level, "; ".join(map(str, parts)), layers, parts)
 
     def line(self) -> str:
         """The text with the names of the first layers."""
