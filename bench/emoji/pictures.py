@@ -1,5 +1,7 @@
 """Emoji as latents, and their names as what a text encoder makes of them.
 
+    python bench/emoji/pictures.py FILE    write eight of the names, encoded: for bench/in_comfyui
+
 A latent is a picture's RGBA values, -1 to 1, with the four pixels of each 2 x 2 square as channels:
 16 channels, as Flux's VAE has, so ComfyUI takes the model for Flux. No autoencoder is needed, and
 none blurs what is compared. Where a picture is transparent it is white.
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
@@ -90,3 +93,12 @@ def sample(
     arguments = (steps, 1.0, "euler", "simple", prompts, prompts, torch.zeros_like(noise))
     out = comfy.sample.sample(model, noise, *arguments, seed=0, disable_pbar=True)
     return model.model.process_latent_in(out)
+
+
+def main() -> None:
+    context, pooled = encode(NAMES[:: len(NAMES) // 8])
+    save_file({"context": context, "pooled": pooled}, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -5,13 +5,13 @@
 
 ComfyUI is the one at COMFYUI_PATH, or that of the tests; this Python must have what it needs.
 
-A Z-Image with few layers of full width, and a trained image model if one is given, are sampled in
-BF16, in MXFP8 by stock, and in MXFP8 by ours, exact and fast. Each mode has its own process, so
-that a crash does not affect the others; dynamic VRAM is on, as it is by default, except where a
-mode turns it off. `difference` is the relative difference of the latents from those in BF16, and
-`quantized_by` stock's, of which `bound` is 1.25 (exact) or 2 (fast) times. Results go to
-bench/results/<gpu>-comfy-<date>.json and a table beside it, as rows come. The exit status is 1 if
-something is wrong, 3 if there is no ComfyUI that starts.
+A Z-Image with few layers of full width and a trained image model, that of bench/emoji unless told
+otherwise, are sampled in BF16, in MXFP8 by stock, and in MXFP8 by ours, exact and fast. Each mode
+has its own process, so that a crash does not affect the others; dynamic VRAM is on, as it is by
+default, except where a mode turns it off. `difference` is the relative difference of the latents
+from those in BF16, and `quantized_by` stock's, of which `bound` is 1.25 (exact) or 2 (fast) times.
+Results go to bench/results/<gpu>-comfy-<date>.json and a table beside it, as rows come. The exit
+status is 1 if something is wrong, 3 if there is no ComfyUI that starts.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ _LEAST = 15  # seconds in which a mode may have a row
 _SHARE = 0.5  # of the time that is left, which one mode may take
 
 
+# A Flux of 5.9 million parameters (bench/emoji), and eight of its prompts.
+_TRAINED = working_copy.ROOT / "tests" / "models"
+_IMAGE_MODEL, _PROMPTS = _TRAINED / "emoji.safetensors", _TRAINED / "emoji-prompts.safetensors"
+
+
 class Run:
     def __init__(self, arguments, work: Path):
         self.arguments, self.work = arguments, work
@@ -93,8 +98,7 @@ class Run:
         quick, given = self.arguments.quick, self.arguments
         layers = str(0 if quick else given.layers)
         command = ["models.py", self.comfyui, str(self.models), given.device, layers]
-        if given.image_model:
-            command += [str(given.image_model), str(given.prompts)]
+        command += [str(given.image_model or _IMAGE_MODEL), str(given.prompts or _PROMPTS)]
         process = self._child(command, "models")
         try:
             process.wait(max(1, self.end - time.monotonic()))
@@ -243,7 +247,7 @@ def parse() -> argparse.Namespace:
     names = [mode.name for mode in MODES]
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="a tiny Flux for the Z-Image")
-    parser.add_argument("--image-model", type=Path, help="a trained diffusion model to measure too")
+    parser.add_argument("--image-model", type=Path, help="instead of tests/models/emoji")
     parser.add_argument("--prompts", type=Path, help="its prompts, encoded")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the models here")
     parser.add_argument("--layers", type=int, default=2, help="layers of the Z-Image")

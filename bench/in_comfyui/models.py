@@ -1,6 +1,6 @@
 """The models of the benchmark, in a process of its own: ComfyUI reads the command line.
 
-    python bench/in_comfyui/models.py COMFYUI FOLDER DEVICE LAYERS [IMAGE_MODEL PROMPTS]
+    python bench/in_comfyui/models.py COMFYUI FOLDER DEVICE LAYERS IMAGE_MODEL PROMPTS
 
 With LAYERS above 0 a Z-Image of as many layers and four refiner blocks at full width, with random
 weights; else a tiny Flux. IMAGE_MODEL is a trained diffusion model, whose encoded PROMPTS are
@@ -22,7 +22,7 @@ import working_copy
 working_copy.load()
 sys.path.insert(0, str(working_copy.ROOT / "tests" / "support"))
 
-COMFYUI, FOLDER, DEVICE, LAYERS, *IMAGE = sys.argv[1:]
+COMFYUI, FOLDER, DEVICE, LAYERS, IMAGE_MODEL, ENCODED = sys.argv[1:]
 FOLDER, LAYERS = Path(FOLDER), int(LAYERS)
 sys.argv = ["tiny_models.py", COMFYUI, str(FOLDER)]
 
@@ -81,10 +81,9 @@ def main() -> None:
         else:
             flux = tiny_models.flux().state_dict()
             random_model("flux", {key: value.shape for key, value in flux.items()}, 16)
-        if IMAGE:
-            encoded = load_file(IMAGE[1])
-            prompts = {name: encoded[name][:PROMPTS] for name in ("context", "pooled")}
-            add("image", load_file(IMAGE[0]), prompts, 16)
+        encoded = load_file(ENCODED)
+        prompts = {name: encoded[name][:PROMPTS] for name in ("context", "pooled")}
+        add("image", load_file(IMAGE_MODEL), prompts, 16)
     device = torch.device(DEVICE)
     machine = working_copy.machine(device) | {"slug": working_copy.slug(device)}
     print(json.dumps(machine))

@@ -95,6 +95,13 @@ def test_the_trained_model_draws_what_the_prompts_name(variants):
         assert distances.min() < 0.01  # 20 dB
 
 
+def test_the_prompts_that_the_benchmark_samples_are_encoded_as_trained():
+    found, _ = load(demo_pictures.MODEL.with_name("emoji-prompts.safetensors"))
+    wanted = dict(zip(("context", "pooled"), pictures.encode(pictures.NAMES[::16]), strict=True))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)  # sums in another order
+
+
 def test_prompts_that_calibrate_are_not_drawn():
     assert not set(demo_pictures.PROMPTS) & set(demo_pictures.CALIBRATION)
     assert set(demo_pictures.PROMPTS) | set(demo_pictures.CALIBRATION) <= set(pictures.NAMES)

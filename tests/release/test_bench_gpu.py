@@ -286,19 +286,24 @@ def test_a_section_alone_does_not_replace_the_whole(tmp_path):
 
 def test_the_models_sample_in_the_real_comfyui(packed):
     found = result_in(packed / "models")
-    rows = {(row["mode"], row["variant"]): row for row in found["rows"]}
-    variants = "bf16", "stock", "fast", "exact"
-    assert list(rows) == [(mode, name) for mode in ("default", "LoRA") for name in variants]
+    rows = {(row["mode"], row["model"], row["variant"]): row for row in found["rows"]}
+    assert list(rows) == [
+        (mode, model, variant)
+        for mode in ("default", "LoRA")
+        for model in ("image", "flux")  # one that is trained, one with random weights
+        for variant in ("bf16", "stock", "fast", "exact")
+    ]
     for row in rows.values():
         assert row["wrong"] is None
         assert row["seconds_per_step"] > 0
         assert row["difference"] <= (row["bound"] or 1)
     # ComfyUI computes in float32 on a CPU: roundings are far below what quantizing changes.
-    exact = rows["default", "exact"]
-    assert 1e-3 < exact["quantized_by"] == pytest.approx(exact["difference"], rel=1e-3)
-    # Stock rounds a LoRA away that runs beside our weights.
-    exact = rows["LoRA", "exact"]
-    assert exact["difference"] < 0.8 * exact["quantized_by"]
+    for model in ("image", "flux"):
+        exact = rows["default", model, "exact"]
+        assert 1e-3 < exact["quantized_by"] == pytest.approx(exact["difference"], rel=1e-3)
+        # Stock rounds a LoRA away that runs beside our weights.
+        exact = rows["LoRA", model, "exact"]
+        assert exact["difference"] < 0.8 * exact["quantized_by"]
     names = ("TorchCompile", "static VRAM", "offload all")
     assert found["not_run"] == [{"mode": name, "reason": "needs a GPU"} for name in names]
 
