@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..budget.sensitivity import KEY as _SENSITIVITY
+from ..budget.sensitivity import Sensitivity, check_layers
 from ..container.header import quoted
 from ..container.writer import Writer
 from ..format import WEIGHT, FormatError, TensorInfo, bare
@@ -98,11 +100,13 @@ class Calibration:
         layers: by name, without the prefix of a diffusion model.
         model: fingerprint of the model that was run.
         about: how it was run, as JSON types; empty if unknown, as in older files.
+        sensitivity: what rounding each layer does to the model's output; None if not measured.
     """
 
     layers: Mapping[str, Moments | StoredMoments]
     model: str
     about: Mapping[str, object] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
 
     def of(self, layer: str) -> Moments | StoredMoments | None:
         """The statistics of a layer, whose name may have a prefix."""
@@ -137,9 +141,10 @@ class Calibration:
             "rows": {name: moments.rows for name, moments in self.layers.items()},
             "about": dict(self.about),
         }
-        with Writer(
-            path, tensors, {_METADATA: json.dumps(metadata)}, overwrite, lambda: advance(0, VERIFY)
-        ) as writer:
+        texts = {_METADATA: json.dumps(metadata)}
+        if self.sensitivity is not None:  # beside it: earlier versions of the pack read the rest
+            texts[_SENSITIVITY] = self.sensitivity.to_json()
+        with Writer(path, tensors, texts, overwrite, lambda: advance(0, VERIFY)) as writer:
             advance = Meter(_size(writer.tensors.values()), progress)
             for name, moments in self.layers.items():
                 for part, kind in parts.items():
@@ -180,7 +185,11 @@ def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibrati
         for name, count in rows.items():
             advance(_check_layer(source, name, count, channels), name)
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
-    return Calibration(layers, model, about)
+    sensitivity = None
+    if _SENSITIVITY in source.metadata:
+        sensitivity = Sensitivity.from_json(source.metadata[_SENSITIVITY])
+        check_layers(sensitivity, layers, source.name)
+    return Calibration(layers, model, about, sensitivity)
 
 
 def _check_layer(source: FileSource, name: str, count, channels: Iterable[str]) -> int:

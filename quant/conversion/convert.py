@@ -108,6 +108,7 @@ def plan_source(
     source: Source,
     selection: Selection = policy.DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
+    log: bool = True,
 ) -> Plan:
     """`policy.plan` for a source: what it says of weights, and no weight that is quantized.
 
@@ -126,7 +127,7 @@ def plan_source(
     assumed = {f"{layer}{WEIGHT}": _ASSUMED for layer in found}  # to ask what would become of it
     for key in assumed.keys() & source.tensors.keys():
         assumed[key] = _ASSUMED[0], source.tensors[key][1]
-    plan = policy.plan({**source.tensors, **assumed}, selection, is_linear)
+    plan = policy.plan({**source.tensors, **assumed}, selection, is_linear, log)
     wanted = {d.layer for d in plan.quantized}
     others = wanted - found.keys()
     for layer in evidence:

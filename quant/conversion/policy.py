@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 NONE = "none"
 OUTSIDE = "outside of the blocks of"  # how the reasons begin that only "auto" gives
+INCLUDED = "included by"  # begins the reason of a layer that `include` quantizes
 
 _TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
 _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
@@ -190,6 +191,7 @@ def plan(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     selection: Selection = DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
+    log: bool = True,
 ) -> Plan:
     """Decide for every tensor whether it becomes MXFP8.
 
@@ -197,6 +199,7 @@ def plan(
         tensors: key -> (header dtype such as "BF16", shape).
         is_linear: whether the layer of a name is linear, where the modules are at hand; without
             it, every 2-D float "*.weight" that is not a known embedding counts as linear.
+        log: whether to log the plan's warnings.
 
     Raises:
         TypeError: the selection is no Selection.
@@ -229,7 +232,7 @@ def plan(
         if reason is None and key in excluded:
             reason = f"excluded by {excluded[key]!r}"
         if reason is None and key in included:
-            return True, f"included by {included[key]!r}"
+            return True, f"{INCLUDED} {included[key]!r}"
         reason = reason or kept(key)
         if reason is None and selection.preset == AUTO and architecture is not None:
             reason = _outside(architecture, prefix, key)
@@ -239,7 +242,7 @@ def plan(
         Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
         for key, (dtype, shape) in tensors.items()
     )
-    for warning in warnings:
+    for warning in warnings if log else ():
         logger.warning("MXFP8: %s.", warning)
     name = architecture and architecture.name
     return Plan(decisions, preset, name, selection, tuple(warnings))

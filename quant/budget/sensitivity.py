@@ -1,0 +1,259 @@
+"""How much each layer's rounding changes a model's output, from few runs that perturb all layers.
+
+Rounding a layer to MXFP8 changes its weight by dW and, to first order, the model's output by some
+y_l. The layer's damage D_l is the energy of y_l over that of the output. Damages of layers add up,
+because changes of so many values are nearly orthogonal. So a set of layers costs the sum of its
+damages, and `budget.choice` can compare sets that were never run.
+
+Measuring one layer at a time takes a run of the model per layer. Here every probe run r perturbs
+all layers at once, layer l by s_rl dW_l, where the signs s_rl are rows of a Hadamard matrix. The
+outputs' changes y_r of the runs of one sample (a prompt and a seed, or a batch) have the inner
+products G = S diag(D) S.T on average, and D is what makes G most likely: the covariance problem
+that is known from sparse Bayesian learning (https://jmlr.org/papers/v1/tipping01a.html) and from
+activity detection (https://arxiv.org/abs/1803.00754). R runs tell R (R + 1) / 2 numbers apart, so
+about 2 sqrt(2 L) runs do for L layers. A weak prior says that damage goes with a layer's size.
+Noise of the runs themselves, as of BF16, is estimated beside the layers: of 5% and 25% of
+all damage, 2 to 7% and 9 to 26% ended up in it.
+
+Each sample has a scale of its own, and D is that of their geometric mean: what is predicted is the
+mean SNR in dB over prompts, as a comparison reports it.
+
+Rejected, after trials against one layer at a time (bench/budget.py measures what was kept):
+nonnegative least squares on the off-diagonals of G, and splitting groups of layers in two where
+the damage is; a prior that follows the layers' output errors, which do not rank damage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..container.header import FormatError, quoted
+from ..reports import document
+
+KEY = "mxfp8_sensitivity"
+_PRIOR = 0.05  # its weight, in runs: 0.01 to 0.1 were alike on three models, 0 and 0.3 worse
+_ITERATIONS = 100  # 30 were as good as 300
+_CONVERGED = 1e-3  # relative change of a damage in one iteration
+_PARTS = 8  # that the runs are left out in, for the standard error
+_LEAST_NOISE = 1e-9  # of the runs' mean energy; keeps the covariance regular
+_MOST = 1 << 12  # runs, layers: what a file may claim
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The probe runs of one prompt and seed, or of one batch.
+
+    Attributes:
+        signs: of each run, a string of "+" and "-", one for every layer in order.
+        gram: inner products of the changes of the output, over the output's energy; [R][R].
+    """
+
+    signs: tuple[str, ...]
+    gram: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Damages:
+    """Noise energy in the model's output over its own, by layer, when rounded to nearest.
+
+    Attributes:
+        values: by layer.
+        replicates: the same from all but a part of the runs, for every part.
+    """
+
+    values: Mapping[str, float]
+    replicates: tuple[Mapping[str, float], ...] = field(repr=False)
+
+    def total(self, layers: Iterable[str]) -> float:
+        """Of several layers together."""
+        return math.fsum(self.values[layer] for layer in layers)
+
+    def deviation(self, layers: Iterable[str]) -> float:
+        """Standard error of `total`, by the jackknife: over samples, or the runs of one."""
+        layers = list(layers)
+        totals = [math.fsum(one[layer] for layer in layers) for one in self.replicates]
+        if len(totals) < 2:
+            return math.inf
+        mean = math.fsum(totals) / len(totals)
+        spread = math.fsum((total - mean) ** 2 for total in totals)
+        return math.sqrt(spread * (len(totals) - 1) / len(totals))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Probe runs of a model, and what they say of its layers.
+
+    Attributes:
+        layers: names without the prefix of a diffusion model, in the order of the signs.
+        sizes: weights in each layer.
+        samples: one for every prompt and seed.
+        rounding: energy of a layer's output error with calibrated rounding over that with rounding
+            to nearest, by layer, where it was measured.
+        about: how the model was run, as JSON types.
+    """
+
+    layers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    rounding: dict[str, float] = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        L = len(self.layers)
+        fits = 0 < L <= _MOST and len(self.sizes) == L and len(set(self.layers)) == L
+        fits = fits and all(size > 0 for size in self.sizes) and bool(self.samples)
+        for sample in self.samples:
+            R = len(sample.signs)
+            fits = fits and 0 < R <= _MOST and len(sample.gram) == R
+            fits = fits and all(len(s) == L and set(s) <= {"+", "-"} for s in sample.signs)
+            fits = fits and all(len(row) == R for row in sample.gram)
+            fits = fits and all(sample.gram[i][i] >= 0 for i in range(R))
+        if not fits or not all(value >= 0 for value in self.rounding.values()):
+            raise FormatError("the sensitivities do not fit their layers; calibrate again")
+
+    @property
+    def runs(self) -> int:
+        """Probe runs of all samples; each sample took one more, without any change."""
+        return sum(len(sample.signs) for sample in self.samples)
+
+    def to_json(self) -> str:
+        return document.write(KEY, asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """Raises FormatError for anything else."""
+        return document.read(cls, KEY, text)
+
+    @cached_property
+    def nearest(self) -> Damages:
+        """Damages of rounding to nearest."""
+        return self._damages([1.0] * len(self.layers))
+
+    @cached_property
+    def calibrated(self) -> Damages:
+        """Damages of calibrated rounding; those of rounding to nearest where it is unknown."""
+        return self._damages([self.rounding.get(name, 1.0) for name in self.layers])
+
+    @cached_property
+    def together(self) -> float | None:
+        """Measured damage of all layers at once over the sum of theirs; 1 if they add up.
+
+        None where no run rounded all of them: where none has plus signs alone.
+        """
+        energies = [
+            sample.gram[i][i]
+            for sample in self.samples
+            for i, signs in enumerate(sample.signs)
+            if "-" not in signs
+        ]
+        if not energies or min(energies) <= 0:
+            return None
+        mean = math.exp(math.fsum(map(math.log, energies)) / len(energies))
+        total = self.nearest.total(self.layers)
+        return mean / total if total else None
+
+    def _damages(self, factors: list[float]) -> Damages:
+        every, *others = self._fits
+        return Damages(
+            dict(zip(self.layers, _times(every, factors), strict=True)),
+            tuple(dict(zip(self.layers, _times(o, factors), strict=True)) for o in others),
+        )
+
+    @cached_property
+    def _fits(self) -> list[list[float]]:
+        """Damages from all runs, then from all but a part of them, for every part."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        every = [list(range(len(sample.signs))) for sample in self.samples]
+        first = fit(self._matrices(every), sizes)
+        others = []
+        for part in self._parts():
+            rest = [[r for r in runs if (i, r) not in part] for i, runs in enumerate(every)]
+            if any(rest):
+                others.append(fit(self._matrices(rest), sizes))
+        return [one.tolist() for one in (first, *others)]
+
+    def _parts(self) -> list[set[tuple[int, int]]]:
+        """Parts of all (sample, run): samples, since these differ more than their runs do."""
+        runs = [(i, r) for i, sample in enumerate(self.samples) for r in range(len(sample.signs))]
+        if len(self.samples) > 1:
+            return [
+                {run for run in runs if run[0] % _PARTS == part}
+                for part in range(min(_PARTS, len(self.samples)))
+            ]
+        return [set(runs[part::_PARTS]) for part in range(min(_PARTS, len(runs)))]
+
+    def _matrices(self, chosen: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(signs, inner products) of some runs of each sample."""
+        result = []
+        for sample, runs in zip(self.samples, chosen, strict=True):
+            if runs:
+                signs = [[1.0 if c == "+" else -1.0 for c in sample.signs[r]] for r in runs]
+                gram = torch.tensor(sample.gram, dtype=torch.float64)[runs][:, runs]
+                result.append((torch.tensor(signs, dtype=torch.float64), gram))
+        return result
+
+
+def _times(values: list[float], factors: list[float]) -> list[float]:
+    return [value * factor for value, factor in zip(values, factors, strict=True)]
+
+
+def fit(samples: list[tuple[torch.Tensor, torch.Tensor]], sizes: torch.Tensor) -> torch.Tensor:
+    """The damages D that are most likely for these runs.
+
+    Args:
+        samples: (signs [R, L], inner products [R, R]) of each, float64.
+        sizes: of the layers, [L]; the prior says that damage goes with them.
+
+    Returns:
+        float64 [L], of the samples' geometric mean.
+    """
+    energies = [gram.diagonal().mean() for _, gram in samples]
+    samples = [
+        (signs, gram / energy)
+        for (signs, gram), energy in zip(samples, energies, strict=True)
+        if energy > 0
+    ]
+    if not samples:  # no change at all
+        return torch.zeros_like(sizes)
+    common = torch.stack([energy for energy in energies if energy > 0]).log().mean().exp()
+    prior = sizes / sizes.sum()
+    D = prior
+    noise = torch.tensor(0.01, dtype=torch.float64)
+    scales = torch.ones(len(samples), dtype=torch.float64)
+    for _ in range(_ITERATIONS):
+        # The gradient of the log-likelihood is (up - down) / 2 for each layer, and for the noise.
+        up, down = _PRIOR * prior / D.square(), _PRIOR / D
+        noise_up = noise_down = 0.0
+        fits = []
+        for (signs, gram), scale in zip(samples, scales, strict=True):
+            covariance = signs * D @ signs.t()
+            covariance.diagonal().add_(noise)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+            outer = inverse @ (gram / scale) @ inverse
+            up += (signs.t() @ outer * signs.t()).sum(-1).clamp_min(0)  # below by rounding
+            down += (signs.t() @ inverse * signs.t()).sum(-1)
+            noise_up = noise_up + outer.trace().clamp_min(0)
+            noise_down = noise_down + inverse.trace()
+            fits.append((inverse * gram).sum().clamp_min(1e-9) / len(signs))
+        scales = torch.stack(fits)
+        scales /= scales.log().mean().exp()  # D has what they have in common
+        ratio = (up / down).sqrt()  # a step that never lowers the likelihood
+        D = D * ratio
+        noise = (noise * (noise_up / noise_down).sqrt()).clamp_min(_LEAST_NOISE)
+        if (ratio - 1).abs().max() < _CONVERGED:
+            break
+    return D * common
+
+
+def check_layers(sensitivity: Sensitivity, known: Iterable[str], name: str) -> None:
+    """Raise FormatError for layers that a calibration does not have."""
+    unknown = sorted(set(sensitivity.layers) - set(known))
+    if unknown:
+        raise FormatError(
+            f"{name} has a sensitivity for {quoted(unknown[0])} and no Hessian; calibrate again"
+        )

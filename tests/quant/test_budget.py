@@ -1,0 +1,274 @@
+"""A size or a quality beside a preset: what is understood, what is chosen, what is impossible."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from mxfp8.quant.budget.choice import Problem, choose
+from mxfp8.quant.budget.patterns import patterns
+from mxfp8.quant.budget.sensitivity import Damages, Sample, Sensitivity
+from mxfp8.quant.budget.target import SHARE, SIZE, SNR, parse
+from mxfp8.quant.conversion import policy
+from mxfp8.quant.conversion.convert import stored_bytes
+from mxfp8.quant.conversion.policy import Selection
+from mxfp8.quant.reports.budget import Budget
+
+# ---- targets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("6.5 GB", SIZE, 6.5e9),
+        ("6500 mb", SIZE, 6.5e9),
+        (" 6.5GB ", SIZE, 6.5e9),
+        ("1 GiB", SIZE, 2**30),
+        ("1e6 B", SIZE, 1e6),
+        (".5 TB", SIZE, 5e11),
+        ("55%", SHARE, 0.55),
+        ("99.9 %", SHARE, 0.999),
+        ("50 dB", SNR, 50),
+        ("50DB", SNR, 50),
+        ("0.001 error", SNR, 60),
+        ("1e-3 Error", SNR, 60),
+        ("0.1% error", SNR, 60),
+        ("0.1 % error", SNR, 60),
+    ],
+)
+def test_targets(text, kind, value):
+    target = parse(text)
+    assert (target.text, target.kind) == (text, kind)
+    assert target.value == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "6.5", "GB", "-1 GB", "0 GB", "0 dB", "1 2 GB", "6,5 GB", "6.5 GBit", "100%", "250 %",
+     "1 error", "100% error", "nan dB", "inf GB", "1e999 GB", "50 d B", "50 dB!", "x" * 10_000,
+     "9" * 5000, None, 50],
+)  # fmt: skip
+def test_what_is_no_target(text):
+    with pytest.raises(ValueError, match=r"6\.5 GB|100%|error"):
+        parse(text)
+
+
+# ---- choices ---------------------------------------------------------------------------------
+
+
+def model(layers: int, seed: int = 0) -> dict[str, tuple[str, tuple[int, int]]]:
+    draw = random.Random(seed)
+    tensors = {"norm.weight": ("BF16", (64,))}
+    for i in range(layers):
+        shape = draw.choice([128, 256, 384]), draw.choice([64, 128, 320])
+        tensors[f"layers.{i}.linear.weight"] = "BF16", shape
+    return tensors
+
+
+def problem(layers: int, seed: int = 0, include=None, measured=lambda name: True) -> Problem:
+    plan = policy.plan(model(layers, seed), Selection("none", include=include), log=False)
+    draw = random.Random(seed)
+    values = {f"layers.{i}.linear": 10 ** draw.uniform(-8, -5) for i in range(layers)}
+    return Problem(plan, Damages({n: v for n, v in values.items() if measured(n)}, ()))
+
+
+def all_sets(one: Problem):
+    """(bytes, noise) of every set of layers that may be kept."""
+    for count in range(len(one.layers) + 1):
+        for kept in itertools.combinations(one.layers, count):
+            point = one.point("", kept)
+            names = {layer.name for layer in kept}
+            yield point.bytes, one.damages.total(n for n in one.measured if n not in names)
+
+
+def reached(one: Problem, kept) -> tuple[int, float]:
+    names = {layer.name for layer in kept}
+    noise = one.damages.total(name for name in one.measured if name not in names)
+    return one.point("", kept).bytes, noise
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_choice_is_the_best_of_all_sets(seed):
+    one = problem(10, seed)
+    sets = list(all_sets(one))
+    for share in (0.1, 0.3, 0.6):
+        budget = one.smallest + int(share * (one.bytes_before - one.smallest))
+        size, noise = reached(one, one.choose(parse(f"{budget} B")))
+        least = min(noise for size, noise in sets if size <= budget)
+        assert size <= budget
+        assert noise == pytest.approx(least)
+        quality = -10 * math.log10(least) - 1e-9
+        size, noise = reached(one, one.choose(parse(f"{quality:.12f} dB")))
+        assert noise <= least * (1 + 1e-6)
+        assert size == min(size for size, noise in sets if noise <= least * (1 + 1e-9))
+
+
+def test_many_layers():
+    """More sets than are kept: nearly as good, and in no time."""
+    one = problem(200)
+    for target in ("70%", "75 dB"):
+        kept = one.choose(parse(target))
+        size, noise = reached(one, kept)
+        # The curve, whose points next to it bound what any set can do.
+        reference = next(p for p in one.curve() if p.bytes > size)
+        assert 10 ** (-reference.snr_db / 10) <= noise * 1.001
+    assert reached(one, one.choose(parse("75 dB")))[1] <= parse("75 dB").noise
+
+
+def test_nothing_superfluous_is_kept():
+    one = problem(30)
+    kept = one.choose(parse("75 dB"))
+    for layer in kept:
+        fewer = [other for other in kept if other is not layer]
+        assert reached(one, fewer)[1] > parse("75 dB").noise
+
+
+def test_the_order_of_tensors_does_not_matter():
+    tensors = list(model(20).items())
+    plan = policy.plan(dict(tensors), Selection("none"), log=False)
+    found = sensitivity(plan)
+    first = choose(plan, found, parse("60%"))[1]
+    random.Random(0).shuffle(tensors)
+    shuffled = policy.plan(dict(tensors), Selection("none"), log=False)
+    second = choose(shuffled, found, parse("60%"))[1]
+    assert first.layers == second.layers and first.point == second.point
+
+
+def sensitivity(plan, leave_out=()) -> Sensitivity:
+    layers = [d.layer for d in plan.quantized if d.layer not in leave_out]
+    draw = random.Random(1)
+    signs = tuple("".join(draw.choice("+-") for _ in layers) for _ in range(8))
+    change = [[draw.gauss(0, 1e-3) for _ in range(500)] for _ in layers]
+    runs = [
+        [sum((1 if s == "+" else -1) * c[i] for s, c in zip(row, change, strict=True))
+         for i in range(500)]
+        for row in signs
+    ]  # fmt: skip
+    gram = tuple(tuple(sum(map(float.__mul__, a, b)) for b in runs) for a in runs)
+    return Sensitivity(tuple(layers), (1,) * len(layers), (Sample(signs, gram),))
+
+
+def test_a_plan_with_its_choice():
+    plan = policy.plan(model(20), Selection("none"), log=False)
+    made, chosen = choose(plan, sensitivity(plan), parse("70%"))
+    before = sum(d.nbytes for d in plan.decisions)
+    assert stored_bytes(made) == chosen.point.bytes <= 0.7 * before
+    kept = {d.layer: d.reason for d in made.decisions if not d.quantize and "linear" in d.key}
+    assert set(kept) == set(chosen.layers)
+    assert all("70%" in reason and "of the damage" in reason for reason in kept.values())
+    # To copy: the same selection by --exclude.
+    same = policy.plan(model(20), Selection("none", exclude=chosen.exclude), log=False)
+    assert [d.quantize for d in same.decisions] == [d.quantize for d in made.decisions]
+    lower, higher = (choose(plan, sensitivity(plan), parse(t))[1] for t in ("65%", "80%"))
+    assert lower.point.snr_db < chosen.point.snr_db < higher.point.snr_db
+
+
+def test_include_and_exclude_bind():
+    selection = Selection("none", include=r"layers\.[0-4]\.", exclude=r"layers\.5\.")
+    plan = policy.plan(model(20), selection, log=False)
+    found = sensitivity(policy.plan(model(20), Selection("none"), log=False))
+    made, chosen = choose(plan, found, parse("95%"))
+    decided = {d.layer: d.quantize for d in made.decisions}
+    assert all(decided[f"layers.{i}.linear"] for i in range(5))
+    assert not decided["layers.5.linear"] and "layers.5.linear" not in chosen.layers
+
+
+def test_layers_that_never_ran():
+    plan = policy.plan(model(20), Selection("none"), log=False)
+    made, _ = choose(plan, sensitivity(plan, leave_out={"layers.3.linear"}), parse("70%"))
+    assert {d.layer: d.quantize for d in made.decisions}["layers.3.linear"]
+    assert any("never ran" in text and "layers.3.linear" in text for text in made.warnings)
+    with pytest.raises(ValueError, match="none of the layers"):
+        Problem(plan, Damages({"other": 1.0}, ()))
+
+
+@pytest.mark.parametrize(
+    ("target", "include", "why"),
+    [
+        ("10%", None, "larger"),
+        ("1 TB", None, "not larger"),
+        ("200 dB", None, "only the original"),
+        ("200 dB", r"layers\.0\.", "include"),
+    ],
+)
+def test_what_cannot_be_reached(target, include, why):
+    """Says what can."""
+    one = problem(10, include=include)
+    with pytest.raises(ValueError, match=why) as error:
+        one.choose(parse(target))
+    assert re.search(r"All MXFP8 is [\d.]+ kB with [\d.]+ dB.*the original is", str(error.value))
+
+
+def test_a_quality_below_all_mxfp8_keeps_nothing():
+    assert problem(10).choose(parse("1 dB")) == []
+
+
+def test_curve():
+    one = problem(20)
+    curve = one.curve()
+    assert len(curve) == 21 and curve[0].bytes == one.smallest and curve[0].kept == 0
+    assert all(a.bytes < b.bytes and (b.snr_db is None or a.snr_db < b.snr_db)
+               for a, b in itertools.pairwise(curve))  # fmt: skip
+    assert curve[-1].snr_db is None  # nothing is rounded
+    gains = [
+        (10 ** (-a.snr_db / 10) - (10 ** (-b.snr_db / 10) if b.snr_db else 0)) / (b.bytes - a.bytes)
+        for a, b in itertools.pairwise(curve)
+    ]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(gains))
+
+
+# ---- patterns --------------------------------------------------------------------------------
+
+KEYS = [
+    *(f"layers.{i}.{part}.weight" for i in range(30)
+      for part in ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2")),
+    *(f"refiner.layers.{i}.{part}.weight" for i in range(2)
+      for part in ("attention.qkv", "feed_forward.w1")),
+    *(f"layers.{i}.attention.qkv.bias" for i in range(30)),
+    "x_embedder.weight", "x_embedder.weight_extra", "cap.0.weight", "cap.1.weight",
+    "blocks.1.parts.2.a.weight", "blocks.1.parts.3.a.weight", "blocks.11.parts.2.a.weight",
+    "odd(name).weight", "odd+.3.weight",
+]  # fmt: skip
+
+
+def matched(expressions) -> set[str]:
+    return {key for key in KEYS if any(re.search(e, key) for e in expressions)}
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_patterns_match_exactly(seed):
+    draw = random.Random(seed)
+    weights = [key for key in KEYS if not key.endswith("bias")]
+    chosen = draw.sample(weights, draw.choice([1, 2, 5, 20, 60, len(weights)]))
+    found = patterns(chosen, KEYS)
+    assert matched(found) == set(chosen)
+    assert len(found) <= len(chosen)
+
+
+def test_patterns_are_short():
+    late = [f"layers.{i}.attention.{part}.weight" for i in (27, 28, 29) for part in ("qkv", "out")]
+    whole = [f"layers.{i}.feed_forward.w2.weight" for i in range(30)]
+    assert set(patterns([*late, *whole], KEYS)) == {
+        r"layers\.(27|28|29)\.attention\.(qkv|out)\.weight",
+        r"layers\.\d+\.feed_forward\.w2\.weight",
+    }
+    assert patterns([], KEYS) == ()
+
+
+# ---- the document ----------------------------------------------------------------------------
+
+
+def test_document():
+    one = problem(4)
+    plan = policy.plan(model(4), Selection("none"), log=False)
+    chosen = choose(plan, sensitivity(plan), parse("75%"))[1]
+    budget = Budget("m.safetensors", None, "none", 1000, (), tuple(one.curve()), chosen=chosen,
+                    together=1.5)  # fmt: skip
+    assert Budget.from_json(budget.to_json()) == budget
+    assert "1.50 times" in budget.interaction
+    assert replace(budget, together=1.1).interaction is None
