@@ -44,14 +44,16 @@ def package_unsupported_reason(
         first, *_ = [import_module(name) for name in modules]
         version = _version(first)
     except ModuleNotFoundError:
-        return f"needs {label}: pip install {package}"
+        return InstallReason(f"needs {label}: pip install {package}", label, label, package)
     except Exception as error:  # a broken installation may raise anything
         if memory.is_out_of_memory(error):  # which says nothing about it
             raise
-        return f"{label} does not import here ({type(error).__name__}: {error})"
+        reason = f"{label} does not import here ({type(error).__name__}: {error})"
+        return InstallReason(reason, label, label)
     if version < oldest:
         needed = ".".join(map(str, oldest))
-        return f"{label} {first.__version__} is too old; {needed} or later works"
+        reason = f"{label} {first.__version__} is too old; {needed} or later works"
+        return InstallReason(reason, label, f"{label} {needed} or later")
     return None
 
 
@@ -90,8 +92,8 @@ def _older_triton_reason(needed: tuple[int, int], what_for: str) -> str | None:
     import triton
 
     if _version(triton) < needed:
-        version = ".".join(map(str, needed))
-        return f"needs Triton {version} {what_for}; this is {triton.__version__}"
+        wanted = f"Triton {'.'.join(map(str, needed))} {what_for}"
+        return InstallReason(f"needs {wanted}; this is {triton.__version__}", "Triton", wanted)
     return None
 
 
@@ -151,6 +153,32 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 class DeviceReason(str):
     """Why a backend does not run here that only another device would change."""
+
+
+class InstallReason(str):
+    """Why a backend does not run here that installing something would change.
+
+    Attributes:
+        package: whose package: "Triton", "torch", "comfy-kitchen", "CuTe DSL".
+        install: what to install, in words.
+        pip: what pip calls it, if nothing of it is there; else None.
+    """
+
+    package: str
+    install: str
+    pip: str | None
+
+    def __new__(cls, reason: str, package: str, install: str, pip: str | None = None):
+        self = super().__new__(cls, reason)
+        self.package, self.install, self.pip = package, install, pip
+        return self
+
+    def __getnewargs__(self):  # for copies
+        return str(self), self.package, self.install, self.pip
+
+
+class NamedReason(str):
+    """Why a backend that runs here is not chosen unless it is named."""
 
 
 def needs(what: str, device: torch.device) -> DeviceReason:

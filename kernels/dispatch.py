@@ -302,7 +302,9 @@ def _named_only(backend: Backend, problem: Problem) -> str | None:
         if problem.device.type == "cpu" and problem.precision == "auto":
             return "on a CPU, auto stays exact"
         if (device_facts.capability(problem.device) or (0, 0)) >= (10, 0):
-            return "runs on this card when it is named; MXFP8 inputs are its native path"
+            return device_facts.NamedReason(
+                "runs on this card when it is named; MXFP8 inputs are its native path"
+            )
     return None
 
 

@@ -36,6 +36,7 @@ import torch
 from .. import device_facts, layout, memory
 from . import eager
 
+_PACKAGE = "comfy-kitchen"
 GROUP = 256  # values along K that the fused kernel rotates together
 _WIDEST = 16384  # K that it takes, whatever the memory
 _SLAB = 1 << 24  # weights at a time: 64 MB of float32
@@ -157,12 +158,15 @@ def _compiled_unsupported_reason(
     known = backends.get(platform, {})
     for function in functions:
         if not any(function in backend["capabilities"] for backend in backends.values()):
-            return f"needs comfy-kitchen {oldest} or later; this is {_version()}"
+            needed = f"comfy-kitchen {oldest} or later"
+            reason = f"needs {needed}; this is {_version()}"
+            return device_facts.InstallReason(reason, _PACKAGE, needed)
         if known.get("disabled"):
-            return f"{kernels} are disabled{_by_comfyui()}"
+            return _disabled_reason(f"{kernels} are disabled")
         if not known.get("available"):
             found = known.get("unavailable_reason") or f"version {_version()} has none"
-            return f"{kernels} are not available ({found})"
+            reason = f"{kernels} are not available ({found})"
+            return device_facts.InstallReason(reason, _PACKAGE, kernels)
         if function not in known["capabilities"]:
             return device_facts.lacks(f"{kernels} have no {function}", device)
         oldest_card = registry.get_constraints(platform, function).min_compute_capability
@@ -181,12 +185,14 @@ def _compiled_unsupported_reason(
     return None
 
 
-def _by_comfyui() -> str:
-    """What ComfyUI disables them for, where that is so."""
+def _disabled_reason(disabled: str) -> str:
+    """That they are, and what ComfyUI does it for, where that is so."""
     cuda = torch.version.cuda
-    if cuda is not None and int(cuda.partition(".")[0]) < 13:
-        return f": they need a torch for CUDA 13 (cu130); this one is for CUDA {cuda}"
-    return ""
+    if cuda is None or int(cuda.partition(".")[0]) >= 13:
+        return disabled
+    needed = "a torch for CUDA 13 (cu130)"
+    reason = f"{disabled}: they need {needed}; this one is for CUDA {cuda}"
+    return device_facts.InstallReason(reason, "torch", needed)
 
 
 def _version() -> str:
@@ -209,6 +215,8 @@ def _import_error() -> str | None:
         if memory.is_out_of_memory(error):  # which says nothing about it
             raise
         if isinstance(error, ModuleNotFoundError) and error.name == "comfy_kitchen":
-            return "needs comfy-kitchen: pip install comfy-kitchen"
-        return f"comfy-kitchen does not import here ({type(error).__name__}: {error})"
+            reason = f"needs {_PACKAGE}: pip install {_PACKAGE}"
+            return device_facts.InstallReason(reason, _PACKAGE, _PACKAGE, _PACKAGE)
+        reason = f"{_PACKAGE} does not import here ({type(error).__name__}: {error})"
+        return device_facts.InstallReason(reason, _PACKAGE, _PACKAGE)
     return None

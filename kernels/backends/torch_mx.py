@@ -36,10 +36,14 @@ def unsupported_reason(problem) -> str | None:
     if problem.dtype == torch.float32:
         return "returns 16-bit results; this linear is in float32"
     if not (_public() or _private()):
-        return f"needs torch 2.10 or later, or the private form of 2.7; this is {torch.__version__}"
+        needed = "torch 2.10 or later, or the private form of 2.7"
+        reason = f"needs {needed}; this is {torch.__version__}"
+        return device_facts.InstallReason(reason, "torch", "torch 2.10 or later")
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     if cuda < (12, 8):
-        return f"needs a torch for CUDA 12.8 or later; this one is for {torch.version.cuda}"
+        needed = "a torch for CUDA 12.8 or later"
+        reason = f"needs {needed}; this one is for {torch.version.cuda}"
+        return device_facts.InstallReason(reason, "torch", needed)
     return None
 
 

@@ -8,7 +8,6 @@ no speed in it, because none was measured on a GPU.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,6 +17,7 @@ import torch
 
 from ...kernels import device_facts
 from ...kernels.backends import kitchen
+from ...kernels.device_facts import DeviceReason, InstallReason, NamedReason
 from ...kernels.dispatch import ExecutionPath, execution_path
 from ...kernels.records import Problem
 from ..conversion import architectures
@@ -269,7 +269,7 @@ def _missing(path: ExecutionPath) -> dict[str, str]:
     return {
         name: reason
         for name, reason in path.unsupported
-        if not isinstance(reason, device_facts.DeviceReason) and "named" not in reason
+        if not isinstance(reason, (DeviceReason, NamedReason))
     }
 
 
@@ -278,27 +278,25 @@ def _install(device: torch.device, path: ExecutionPath) -> str | None:
     if device.type != "cuda":
         return None
     gain = "for an 8-bit matmul" if path.precision == "exact" else "for fewer passes over weights"
-    missing, nvidia = _missing(path), torch.version.hip is None
-    torch_mx = missing.get("torch_mx", "")
-    if torch_mx.startswith("needs"):  # then nothing else brings Blackwell's own matmul
-        return f"{torch_mx.removeprefix('needs ')}, {gain}"
+    missing = {k: v for k, v in _missing(path).items() if isinstance(v, InstallReason)}
+    if "torch_mx" in missing:  # then nothing else brings Blackwell's own matmul
+        return f"{missing['torch_mx'].install}, {gain}"
     reason = device_facts.triton_on_unsupported_reason(device)
     if reason is not None:
         return f"{_triton(reason)}, {gain}"
-    older = next((r for r in missing.values() if re.match(r"needs Triton \d", r)), None)
+    older = next((reason for reason in missing.values() if reason.package == "Triton"), None)
     if older is not None:
-        return f"{older.removeprefix('needs ')}, {gain}"
-    if nvidia and "kitchen_int8" in missing:
-        return f"comfy-kitchen's compiled kernels ({missing['kitchen_int8']}), {gain}"
+        return f"{older.install}, {gain}"
+    if torch.version.hip is None and "kitchen_int8" in missing:
+        return f"{missing['kitchen_int8'].install}, {gain}"
     return None
 
 
-def _triton(reason: str) -> str:
+def _triton(reason: InstallReason) -> str:
     """What to install for Triton, from why it does not run."""
-    command = re.search(r"pip install (\S+)", reason)
-    if command is None:
-        return f"Triton ({reason})"
-    package = command[1]
+    package = reason.pip
+    if package is None:
+        return f"{reason.install} ({reason})"
     if package == "triton-windows":
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         package = f'"{package}{TRITON_ON_WINDOWS.get(version, "")}"'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from checkpoints import GOLDEN
 from comfyui import comfyui_path
 
 from mxfp8.kernels import dispatch
+from mxfp8.kernels.device_facts import InstallReason
 from mxfp8.quant.advice import memory
 from mxfp8.quant.advice.recommend import (
     BF16,
@@ -35,17 +38,19 @@ from mxfp8.quant.format import read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
-NO_TRITON = "needs Triton: pip install triton"
+# Worded as nothing is: what is to be installed is not read out of a sentence.
+NO_TRITON = InstallReason("nothing there", "Triton", "Triton", "triton")
+BROKEN_TRITON = InstallReason("it is broken", "Triton", "Triton")
 
 
 @pytest.fixture
 def on(monkeypatch):
     """Recommends for a card that is not there."""
 
-    def on(version, path=None, triton=None, kitchen=True, **card):
+    def on(version, path=None, triton=None, kitchen=True, fails=(), **card):
         card = mocked_card.Card("a card", version, **card)
         mocked_card.install(card, monkeypatch, kitchen)
-        mocked_card.describe(version, monkeypatch, triton, name=card.name)
+        mocked_card.describe(version, monkeypatch, triton, fails, name=card.name)
         return recommend(path, CUDA)
 
     yield on
@@ -63,10 +68,12 @@ def backends(found) -> tuple[str, str]:
     [
         ((8, 6), {}, ("triton", "kitchen_int8"), None),
         ((8, 6), {"triton": NO_TRITON}, ("eager", "kitchen_int8"), "Triton: pip install triton"),
+        ((8, 6), {"triton": BROKEN_TRITON}, ("eager", "kitchen_int8"), "Triton (it is broken)"),
         ((8, 6), {"kitchen": False}, ("triton", "triton_int8"), "comfy-kitchen's"),
         ((8, 6), {"torch_for": "12.8"}, ("triton", "triton_int8"), "torch for CUDA 13"),
         ((9, 0), {}, ("triton", "torch_fp8"), None),
         ((9, 0), {"kitchen": False}, ("triton", "torch_fp8"), None),
+        ((9, 0), {"fails": ("torch_fp8",)}, ("triton", "kitchen_int8"), "Triton 3.4 on Hopper"),
         ((12, 0), {}, ("triton", "torch_mx"), None),
         ((12, 0), {"torch_for": "12.6"}, ("triton", "triton_fp8"), "a torch for CUDA 12.8"),
         ((12, 0), {"triton": NO_TRITON, "kitchen": False}, ("eager", "eager"), "Triton: pip"),
@@ -75,7 +82,8 @@ def backends(found) -> tuple[str, str]:
         ("gfx90a", {"torch_for": "7.0"}, ("triton", "triton"), None),
     ],
 )
-def test_what_runs_and_the_one_thing_to_install(on, version, options, runs, install):
+def test_what_runs_and_the_one_thing_to_install(on, monkeypatch, version, options, runs, install):
+    monkeypatch.setattr("triton.__version__", "3.3.1" if "fails" in options else "3.6.0")
     found = on(version, **options)
     assert backends(found) == runs
     assert (found.install is None) == (install is None)
@@ -91,9 +99,28 @@ def test_what_keeps_a_faster_backend_away_is_what_can_be_changed(on):
     assert exact.faster == {"triton": NO_TRITON}  # and not what runs on CPUs only
 
 
+def test_a_disabled_backend_that_no_package_brings_is_nothing_to_install(on, monkeypatch):
+    registry = importlib.import_module("comfy_kitchen.registry").registry
+    look = registry.list_backends
+
+    def disabled() -> dict:
+        return {name: {**about, "disabled": name == "cuda"} for name, about in look().items()}
+
+    monkeypatch.setattr(registry, "list_backends", disabled)
+    found = on((8, 6))
+    assert found.runs[1].faster == {"kitchen_int8": "comfy-kitchen's CUDA kernels are disabled"}
+    assert found.install is None
+
+
+def test_a_reason_survives_a_copy():
+    """Reports copy theirs."""
+    copied = copy.deepcopy(NO_TRITON)
+    assert (type(copied), copied, vars(copied)) == (InstallReason, NO_TRITON, vars(NO_TRITON))
+
+
 def test_triton_for_windows_is_that_of_the_torch_here(on, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
-    found = on((8, 6), triton="needs Triton: pip install triton-windows")
+    found = on((8, 6), triton=InstallReason("", "Triton", "Triton", "triton-windows"))
     assert 'pip install "triton-windows<3.6"' in found.install
     page = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
     rows = re.findall(r'(?m)^\| ([\d., ]+) \| .*"triton-windows(<[\d.]+)"', page)
