@@ -17,12 +17,13 @@ export function translateWith(lookup) {
 
 /**
  * @param {string} english
- * @param {Record<string, string | number>} values of the names in brackets, as in "[count] bars"; those
- *     that are texts are translated too if they can be
+ * @param {object} values of the names in brackets, as in "[count] bars": numbers, texts, which are
+ *     translated too if they can be, and {text, values} of such a text
  */
 export function t(english, values = {}) {
   return (find(english) ?? english).replace(/\[(\w+)\]/g, (whole, name) => {
     const value = values[name] ?? whole;
+    if (typeof value === "object") return t(value.text, value.values);
     return typeof value === "string" ? find(value) ?? value : value;
   });
 }

@@ -11,7 +11,7 @@
 import { app } from "../../scripts/app.js";
 import { excluding } from "./document.mjs";
 import "./files.mjs";
-import { translateWith } from "./language.mjs";
+import { t, translateWith } from "./language.mjs";
 import "./menu.mjs";
 import "./plan.mjs";
 import { ReportView } from "./report.mjs";
@@ -52,7 +52,9 @@ function show(node, output) {
   }
   const [images] = output.mxfp8_images ?? [];
   const pairs = (images?.pairs ?? []).map(({ name, first, second }) => ({
-    name, first: address(first), second: address(second),
+    name: name.replace(/^seed (\d+)$/, (_, number) => t("seed [number]", { number })),
+    first: address(first),
+    second: address(second),
   }));
   view.show(document, summary ?? "", pairs, images?.labels);
 }

@@ -66,7 +66,8 @@ const STYLE = `
   button { cursor: pointer; }
   button:disabled { cursor: default; color: var(--mx-soft); }
   :focus-visible { outline: 2px solid #3b8eea; outline-offset: 1px; }
-  .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; color: var(--mx-soft); flex: none; }
+  .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; color: var(--mx-soft); flex: none;
+    line-height: 16px; }
   .legend i { display: inline-block; width: 9px; height: 9px; margin-right: 4px; }
   .chart { display: flex; flex: none; }
   .scroll { flex: 1; overflow-x: auto; overflow-y: hidden; }
@@ -402,7 +403,7 @@ export class ReportView {
       const line = document.createElement("div");
       const content = document.createElement("em");
       content.textContent = text;
-      line.append(`${label}: `, content);
+      line.append(t("[label]: ", { label }), content);
       return line;
     }));
   }

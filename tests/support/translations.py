@@ -4,18 +4,21 @@
     make locales UNCHANGED="web/docs/MXFP8InspectFile.md ..."
                                                    the Chinese of these still fits their new English
 
-English texts stand in the nodes' schemas and in the settings of web/*.js; locales/en is made from
-what a real ComfyUI and its page say of them. Chinese ones stand in locales/zh, and the help page
-web/docs/NODE.md in web/docs/NODE/zh.md. tests/web/translated.json keeps a hash of both texts per
-translation: if only the English one is another now, the Chinese one is out of date.
+English texts stand in the nodes' schemas, in the settings of web/*.js, in calls of `t` in web/*.mjs
+and in verdicts; locales/en is made from what a real ComfyUI and its page say of the first two, and
+from these calls. Chinese ones stand in locales/zh, and the help page web/docs/NODE.md in
+web/docs/NODE/zh.md. tests/web/translated.json keeps a hash of both texts per translation: if only
+the English one is another now, the Chinese one is out of date.
 
 Keys are those of ComfyUI's page (`nodeDefs.NODE.inputs.NAME.tooltip`), or the path of a help page.
-The first part of a key is its file in locales/, or one of `MAIN`, which are in main.json.
+The first part of a key is its file in locales/, or one of `MAIN`, which are in main.json. After
+`VIEW` comes the English text itself.
 https://docs.comfy.org/custom-nodes/i18n
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -23,13 +26,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mxfp8.quant.reports import verdict
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCALES = ROOT / "locales"
 PAGES = ROOT / "web" / "docs"
 RECORD = ROOT / "tests" / "web" / "translated.json"
-MAIN = ("settingsCategories", "contextMenu")
+VIEW = "mxfp8"  # the texts of web/language.mjs
+MAIN = ("settingsCategories", VIEW)
 # Quotes the lists of text encoders of the ComfyUI that runs: in English, the node's own text stays.
 QUOTING = ("nodeDefs.MXFP8LoadTextEncoder.description",)
+# A call of `t` with a text, in JavaScript; one with anything else cannot be translated.
+_TRANSLATED = re.compile(r"""\bt\(\s*("(?:[^"\\]|\\.)*")""")
 # What the page's message compiler (vue-i18n) takes as syntax.
 SYNTAX = re.compile(r"[{}@|]")
 
@@ -53,27 +61,53 @@ def node_texts(nodes: dict[str, dict]) -> dict[str, str]:
 
 
 def page_texts(page) -> dict[str, str]:
-    """The texts of this pack's settings and of its entries in a loader's menu."""
-    extensions = page.evaluate(
-        """() => {
-            const loader = LiteGraph.createNode("MXFP8Load");
-            loader.widgets.find((w) => w.name === "model_name").value = "a.safetensors";
-            return app.extensions.filter((e) => e.name.startsWith("mxfp8.")).map((e) => ({
-                settings: (e.settings ?? []).map(
-                    ({ id, name, tooltip, category }) => ({ id, name, tooltip, category })),
-                menu: (e.getNodeMenuItems?.(loader) ?? []).map(({ content }) => content),
-            }));
-        }"""
+    """The texts of this pack's settings."""
+    settings = page.evaluate(
+        """() => app.extensions.filter((e) => e.name.startsWith("mxfp8."))
+            .flatMap((e) => e.settings ?? [])
+            .map(({ id, name, tooltip, category }) => ({ id, name, tooltip, category }))"""
     )
     found = {}
-    for extension in extensions:
-        for setting in extension["settings"]:
-            key = "settings." + setting["id"].replace(".", "_")
-            found[f"{key}.name"] = setting["name"]
-            found[f"{key}.tooltip"] = setting["tooltip"]
-            found |= {f"settingsCategories.{name}": name for name in setting["category"][:2]}
-        found |= {f"contextMenu.{entry}": entry for entry in extension["menu"]}
+    for setting in settings:
+        key = "settings." + setting["id"].replace(".", "_")
+        found[f"{key}.name"] = setting["name"]
+        found[f"{key}.tooltip"] = setting["tooltip"]
+        found |= {f"settingsCategories.{name}": name for name in setting["category"][:2]}
     return found
+
+
+def view_texts() -> dict[str, str]:
+    """The texts of calls of `t` in web/ and of `say` in Python, and the words of verdicts."""
+    said = [word.word for word in (*verdict.LATENTS, *verdict.WEIGHTS)]
+    for path in sorted(ROOT.joinpath("web").glob("*.*js")):
+        if path.name != "language.mjs":
+            said += map(json.loads, _TRANSLATED.findall(path.read_text(encoding="utf-8")))
+    for folder in ("quant", "nodes"):
+        for path in sorted(ROOT.joinpath(folder).rglob("*.py")):
+            said += _said(path)
+    return {f"{VIEW}.{text}": text for text in sorted(set(said), key=str.lower)}
+
+
+def _said(path: Path) -> list[str]:
+    """The first arguments of calls of `say`."""
+    source = path.read_text(encoding="utf-8")
+    if "say(" not in source:
+        return []
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.literal_eval(call.args[0])
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "say"
+    ]
+
+
+def texts_of(info: dict[str, dict], page) -> dict[str, str]:
+    """All English texts but the help pages.
+
+    Args:
+        info: what /object_info says of this pack's nodes.
+    """
+    return node_texts(info) | page_texts(page) | view_texts()
 
 
 def help_pages(language: str) -> dict[str, str]:
@@ -108,7 +142,8 @@ def store(language: str, texts: dict[str, str]) -> None:
     for key, text in texts.items():
         file = file_of(key)
         at = files.setdefault(file, {})
-        *outer, last = key.removeprefix(f"{file}.").split(".")
+        first, _, rest = key.partition(".")
+        *outer, last = [first, rest] if first == VIEW else key.removeprefix(f"{file}.").split(".")
         for part in outer:
             at = at.setdefault(part, {})
         at[last] = text
@@ -188,7 +223,7 @@ def main(unchanged: list[str]) -> int:
         nodes = {n: i for n, i in info.items() if i["python_module"].endswith(".ComfyUI-MXFP8")}
         with chromium() as browser:
             shown = ComfyPage(browser, server, nodes2=False)
-            texts = node_texts(nodes) | page_texts(shown.page)
+            texts = texts_of(nodes, shown.page)
     store("en", {key: text for key, text in texts.items() if key not in QUOTING})
     english = texts | help_pages("en")
     if unknown := sorted(set(unchanged) - english.keys()):

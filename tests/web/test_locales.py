@@ -25,7 +25,7 @@ def english(comfy, browser) -> dict[str, str]:
     info = comfy.get("/object_info")
     nodes = {n: i for n, i in info.items() if i["python_module"] == "custom_nodes.ComfyUI-MXFP8"}
     shown = ComfyPage(browser, comfy, nodes2=False)
-    texts = translations.node_texts(nodes) | translations.page_texts(shown.page)
+    texts = translations.texts_of(nodes, shown.page)
     shown.close()
     assert len(nodes) > 10
     return texts | translations.help_pages("en")
@@ -71,6 +71,22 @@ def test_texts_hold_nothing_that_the_page_takes_as_syntax():
     for language in ("en", "zh"):
         for key, text in translations.stored(language).items():
             assert text and not translations.SYNTAX.search(text), key
+
+
+def test_values_in_texts_are_the_same_in_both(english, chinese):
+    for key, text in english.items():
+        if key.startswith(f"{translations.VIEW}."):
+            names = [sorted(re.findall(r"\[\w+\]", x)) for x in (text, chinese[key])]
+            assert names[0] == names[1], key
+
+
+def test_every_text_of_the_view_can_be_found():
+    """`t` and `say` are called with the text itself; only `t` of a verdict's part is not."""
+    for path in (translations.ROOT / "web").glob("*.*js"):
+        if path.name == "language.mjs":
+            continue
+        calls = re.findall(r"\bt\((?!\s*\")[^)]*\)", path.read_text(encoding="utf-8"))
+        assert calls == (["t(text, values)"] if path.name == "document.mjs" else []), path.name
 
 
 def test_a_node_is_found_by_mxfp8_in_chinese_too(chinese):

@@ -482,6 +482,24 @@ def test_nodes_and_help_are_in_the_language_of_the_page(served, browser):
     card = shown.page.locator(f"[data-node-id='{node}']")
     title = texts["nodeDefs.MXFP8Quantize.display_name"]
     assert title in card.inner_text()
+    card.get_by_text(texts["mxfp8.The result appears here."]).wait_for()
+    inspected = shown.add(
+        "MXFP8InspectFile", (900, 160), file="diffusion_models/flux-mxfp8.safetensors"
+    )
+    loader = shown.add("UNETLoader", (900, 600), unet_name="flux.safetensors")
+    shown.queue()
+    verdict, entry = shown.page.evaluate(
+        """([inspected, loader]) => {
+            const { view } = app.graph.getNodeById(inspected).widgets.find(
+                (w) => w.name === "mxfp8_report");
+            const { getNodeMenuItems } = app.extensions.find((e) => e.name === "mxfp8.menu");
+            return [view.part(".verdict").textContent,
+                getNodeMenuItems(app.graph.getNodeById(loader))[0].content];
+        }""",
+        [inspected, loader],
+    )
+    assert "\u5c42" in verdict and " layers" not in verdict  # "N layers"
+    assert entry == texts["mxfp8.Convert this model to MXFP8"]
     precision = "nodeDefs.MXFP8Quantize.inputs.precision"
     card.get_by_text(texts[f"{precision}.name"], exact=True).hover()
     shown.page.get_by_text(texts[f"{precision}.tooltip"]).first.wait_for()
