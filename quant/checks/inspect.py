@@ -316,6 +316,20 @@ def _from_header(
     )
 
 
+@dataclass(frozen=True)
+class _Merged(Header):
+    """The headers of several files as one; `read` are the markers, of which some are in the data.
+
+    Offsets are those in a tensor's own file.
+    """
+
+    read: Mapping[str, dict]
+
+    @property
+    def markers(self) -> Mapping[str, dict]:
+        return self.read
+
+
 def _inspect_parts(index: Path) -> Inspection:
     """A model in several files: their headers as one."""
     from ..sources.shards import read_index
@@ -350,9 +364,7 @@ def _inspect_parts(index: Path) -> Inspection:
             f"{'is' if len(gone) == 1 else 'are'} not in its parts: {quoted(gone[0])}"
             f"{', ...' if len(gone) > 1 else ''}; download it and all its parts again"
         )
-    merged = Header(index, tensors, about, size)
-    merged.__dict__["markers"] = markers  # which each part's file was asked for
-    result = _from_header(merged, markers, problems)
+    result = _from_header(_Merged(index, tensors, about, size, markers), markers, problems)
     result.container = f"safetensors in {format_count(len(parts), 'part')}"
     result.explained += _configured(index.parent, result.explained)
     return result
