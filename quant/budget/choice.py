@@ -21,8 +21,9 @@ import torch
 from ..container.header import FormatError, quoted
 from ..conversion import policy
 from ..conversion.calibration import Calibration, check_model
-from ..conversion.convert import plan_source, stored_bytes
+from ..conversion.convert import plan_source
 from ..conversion.policy import Decision, Plan, Selection
+from ..conversion.stored import stored_bytes
 from ..format import bare
 from ..reports.budget import Budget, Chosen, LayerDamage, Point, make_point, snr
 from ..reports.conversion import format_size

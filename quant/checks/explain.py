@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...kernels import layout
-from ..container.header import TensorInfo, nbytes, quoted
+from ..container.header import TensorInfo, quoted
 from ..conversion import policy
+from ..conversion.stored import stored_bytes
 from ..format import MARKER, MXFP8, WEIGHT
 from ..reports.conversion import format_count, format_size
 from ..sources import formats, gguf
@@ -207,7 +208,8 @@ def as_mxfp8(
     if codes:
         if named == {MXFP8}:
             return None
-        return _from_original(None if None in codes.values() else _size(tensors, codes))
+        known = all(formats.marked(conf) for conf in markers.values())
+        return _from_original(None if None in codes.values() else _size(tensors, codes), known)
     return _converted(tensors) if recognized else None
 
 
@@ -250,13 +252,7 @@ def _converted(tensors: Mapping[str, TensorInfo]) -> AsMXFP8 | None:
     plan = policy.plan({key: (info.dtype, info.shape) for key, info in tensors.items()})
     if not plan.quantized:
         return AsMXFP8(None, "no conversion: no layer would be MXFP8")
-    size = 0
-    for decision in plan.decisions:
-        if decision.quantize:
-            size += nbytes("F8_E4M3", layout.padded_shape(*decision.shape)) + _MARKER
-            size += nbytes("U8", layout.scale_shape(*decision.shape))
-        else:
-            size += decision.nbytes
+    size = stored_bytes(plan)
     layers = format_count(len(plan.quantized), "layer")
     return AsMXFP8(
         size,
@@ -274,9 +270,8 @@ def of_gguf_as_mxfp8(header: gguf.GgufHeader) -> AsMXFP8:
     return _from_original(size)
 
 
-def _from_original(size: int | None) -> AsMXFP8:
+def _from_original(size: int | None, known: bool = True) -> AsMXFP8:
+    """Of a file whose formats are all known to round weights, or not."""
     would = f"about {format_size(size)}, " if size else ""
-    return AsMXFP8(
-        size,
-        f"{would}from its BF16, FP16 or FP32 original; this file has lost what MXFP8 would keep",
-    )
+    rounds = "; this file's weights are rounded already, and would be a second time"
+    return AsMXFP8(size, f"{would}from its BF16, FP16 or FP32 original{rounds if known else ''}")

@@ -187,7 +187,7 @@ def _show_plan(plan: policy.Plan) -> None:
 
 def _sizes(plan: policy.Plan) -> tuple[int, int]:
     """Bytes of all tensors before and after."""
-    from ..conversion.convert import stored_bytes
+    from ..conversion.stored import stored_bytes
 
     return sum(decision.nbytes for decision in plan.decisions), stored_bytes(plan)
 

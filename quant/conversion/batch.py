@@ -34,8 +34,9 @@ from ..sources.file import FileSource, StoredSource, as_bytes
 from ..sources.open import files_of, open_source
 from ..sources.unsupported import NothingToConvertError
 from . import policy
-from .convert import check_conversion, convert, plan_source, stored_bytes, stored_tensors
+from .convert import check_conversion, convert, plan_source
 from .policy import Plan, Selection
+from .stored import stored_bytes, stored_tensors
 
 KEY = "mxfp8_batch"
 CONVERTED, SKIPPED, FAILED, PLANNED = "converted", "skipped", "failed", "planned"

@@ -29,7 +29,7 @@ from ... import kernels
 from ...kernels import layout
 from ...kernels.memory import is_out_of_memory
 from .. import format
-from ..container.header import FormatError, nbytes, quoted
+from ..container.header import FormatError, quoted
 from ..container.part_file import would_replace
 from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
@@ -50,6 +50,7 @@ from ..sources.unsupported import SCALED_FP8, Quantized, check_kind, quantized
 from . import architectures, gptq, policy, text_encoders
 from .calibration import Calibration, Moments, StoredMoments, check_model, has_float64
 from .policy import Decision, Plan, Selection
+from .stored import layer_markers, stored_tensors
 
 _SLAB = 1 << 21  # values quantized at a time
 _BUDGET = 1 << 27  # bytes of the source in memory, except that one slab always may be
@@ -193,7 +194,7 @@ def convert(
         conversion = _Conversion(source, writer, quantizing_on, advance, calibration, held_out)
         results = conversion.run(plan)
         _check_sqnr(source, results)
-        for layer, marker in _markers(plan).items():
+        for layer, marker in layer_markers(plan).items():
             writer.write(layer + MARKER, format.marker_bytes(marker))
 
     return Report(
@@ -250,14 +251,10 @@ def _lines(expressions: str | tuple[str, ...] | None) -> str | None:
     return "\n".join(expressions) if isinstance(expressions, tuple) else expressions
 
 
-def _markers(plan: Plan) -> dict[str, dict]:
-    return {d.layer: format.marker(d.shape, d.dtype) for d in plan.quantized}
-
-
 def _writer(source: Source, target, plan: Plan, overwrite: bool, tick=lambda: None) -> Writer:
     """The writer of a plan's file."""
     copied = format.header_markers(source.name, source.metadata)
-    metadata = format.with_markers(source.metadata, {**copied, **_markers(plan)})
+    metadata = format.with_markers(source.metadata, {**copied, **layer_markers(plan)})
     return Writer(target, stored_tensors(plan), metadata, overwrite, tick)
 
 
@@ -306,29 +303,6 @@ def _calibrated(
         return None
     count = sum(calibration.of(decision.layer) is not None for decision in plan.quantized)
     return {**_about(calibration, held_out), "rounded_layers": count}
-
-
-def stored_tensors(plan: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(key, dtype, shape) of every tensor in the file that a plan makes."""
-    markers = _markers(plan)
-    return [tensor for decision in plan.decisions for tensor in _stored(decision, markers)]
-
-
-def stored_bytes(plan: Plan) -> int:
-    """The bytes of these tensors."""
-    return sum(nbytes(dtype, shape) for _, dtype, shape in stored_tensors(plan))
-
-
-def _stored(decision: Decision, markers) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(key, dtype, shape) of what one source tensor becomes in the file."""
-    if not decision.quantize:
-        return [(decision.key, decision.dtype, decision.shape)]
-    marker = format.marker_bytes(markers[decision.layer])
-    return [
-        (decision.layer + WEIGHT, "F8_E4M3", layout.padded_shape(*decision.shape)),
-        (decision.layer + SCALE, "U8", layout.scale_shape(*decision.shape)),
-        (decision.layer + MARKER, "U8", (len(marker),)),
-    ]
 
 
 def _check_sqnr(source: Source, results: dict[str, _Result]) -> None:

@@ -17,8 +17,8 @@ from ..container.header import plain
 from ..format import WEIGHT
 from ..progress import duration
 from ..reports.conversion import format_count, format_size, listed
-from .convert import stored_bytes
 from .policy import Decision, Plan
+from .stored import stored_bytes
 
 _SAMPLE = 1 << 21  # values that are quantized for the speed
 _RUNS = 4

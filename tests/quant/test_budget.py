@@ -15,8 +15,8 @@ from mxfp8.quant.budget.patterns import patterns
 from mxfp8.quant.budget.sensitivity import Damages, Sample, Sensitivity
 from mxfp8.quant.budget.target import SHARE, SIZE, SNR, parse
 from mxfp8.quant.conversion import policy
-from mxfp8.quant.conversion.convert import stored_bytes
 from mxfp8.quant.conversion.policy import Selection
+from mxfp8.quant.conversion.stored import stored_bytes
 from mxfp8.quant.reports.budget import Budget
 
 # ---- targets ---------------------------------------------------------------------------------

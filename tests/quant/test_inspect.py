@@ -71,8 +71,17 @@ def test_the_size_as_mxfp8_is_that_of_the_converted_file(tmp_path):
     header = read_header(tmp_path / "target")
     size = sum(tensor.nbytes for tensor in header.tensors.values())
     assert report.quantized
-    assert found.as_mxfp8.bytes == pytest.approx(size, abs=40 * len(report.quantized))
+    assert found.as_mxfp8.bytes == size
     assert f"with {len(report.quantized)} layer" in found.as_mxfp8.text
+
+
+def test_only_of_known_formats_is_it_said_that_they_round(tmp_path):
+    tensors, metadata = model({"a": matrix(64, 64)})
+    for format, rounds in (("nvfp4", True), ("a_new_one", False)):
+        changed = {key: text.replace("mxfp8", format) for key, text in metadata.items()}
+        text = inspect_file(save(tmp_path, tensors, changed), every_byte=False).as_mxfp8.text
+        assert "from its BF16, FP16 or FP32 original" in text
+        assert ("rounded already" in text) == rounds
 
 
 def test_a_text_encoder_s_size_is_told_too(tmp_path):
