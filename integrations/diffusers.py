@@ -27,7 +27,16 @@ from torch import nn
 from ..quant.container.header import quoted
 from ..quant.format import SCALE
 from .config import Method, MXFP8Config
-from .layers import LEAVES, LoadedLinear, complete, gather, read, restore, settle, swap
+from .layers import (
+    LEAVES,
+    LoadedLinear,
+    check_offload,
+    gather,
+    read,
+    restore,
+    settle,
+    swap,
+)
 from .stacked_rows import MXFP8Rows
 
 __all__ = ["MXFP8Config", "read"]
@@ -56,13 +65,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
     # ---- what can be loaded ------------------------------------------------------------------
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
-        if places & {"cpu", "disk"} and len(places) > 1:
-            raise ValueError(
-                f"device_map places layers on {', '.join(sorted(places))}; accelerate cannot "
-                "offload MXFP8 layers one by one. Give a device_map without 'cpu' and 'disk', and "
-                "use enable_model_cpu_offload() or group offloading to save GPU memory"
-            )
+        check_offload(device_map)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         if torch_dtype is None:
@@ -131,17 +134,20 @@ class MXFP8Quantizer(DiffusersQuantizer):
                 )
         names = [key.removesuffix(".weight") for key in whole if key.endswith(".weight")]
         done = swap(model, names, self.quantization_config.precision, self._dtype)
-        plain = [
-            key for key in whole if key in expected and key.removesuffix(".weight") not in done
-        ]
+        filled = {f"{name}.weight" for name in done}
+        plain = [key for key in whole if key in expected and key not in filled]
+        if not filled and not plain:
+            raise ValueError(
+                f"{type(model).__name__} has no place for {quoted(min(whole))}, nor for any other "
+                "MXFP8 layer of the file. If diffusers does not know the prefix of its names, give "
+                "from_single_file(read(path, prefix), ...); else the file is another model's"
+            )
         for key in plain:
             state[key] = whole[key].values()
         if plain:
             logger.warning("MXFP8: dequantized, since they are no plain linear layers: %s", plain)
 
-    def check_if_quantized_param(
-        self, model, param_value, param_name, state_dict, **kwargs
-    ) -> bool:
+    def check_if_quantized_param(self, model, param_value, param_name, *args, **kwargs) -> bool:
         name, _, leaf = param_name.rpartition(".")
         return leaf in LEAVES and isinstance(model.get_submodule(name), LoadedLinear)
 
@@ -155,7 +161,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
             return
         if leaf == "weight":
             param_value = param_value.to(torch.float8_e4m3fn)  # exact if it was made float32
-        complete(name, lambda: layer.receive(leaf, param_value.to(target_device)))
+        layer.receive(leaf, param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         names = set(settle(model))

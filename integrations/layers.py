@@ -18,7 +18,8 @@ from ..kernels import layout
 from ..quant import format
 from ..quant.checks import scan
 from ..quant.container.header import FormatError, parse_object, quoted
-from ..quant.format import MARKER, SCALE, WEIGHT
+from ..quant.format import MARKER, SCALE, WEIGHT, Header
+from ..quant.lazy_weight import LazyWeight
 from ..quant.linear import MXFP8Linear, is_replaceable, replace, tied_weights
 from ..quant.sources.file import HEADER_DTYPES, TORCH_DTYPES, FileSource
 from .stacked_rows import MXFP8Rows
@@ -28,24 +29,31 @@ logger = logging.getLogger(__name__)
 LEAVES = tuple(suffix.removeprefix(".") for suffix in (WEIGHT, SCALE, MARKER))
 _WEIGHT, _SCALE, _MARKER = LEAVES
 _DTYPES = {name: TORCH_DTYPES[dtype] for dtype, name in format.FLOATS.items()}
+_NONE = "none of its layers is MXFP8; load it without MXFP8Config, or convert its original"
+_NO_OFFLOAD = (
+    "cannot offload MXFP8 layers one by one (sequential offload, or a device_map with 'cpu' or "
+    "'disk'); to save GPU memory, use enable_model_cpu_offload() or enable_group_offload()"
+)
 _CONVERT = "convert the model's original with `mxfp8 convert`"
 
 
 class LoadedLinear(MXFP8Linear, nn.Linear):
     """An MXFP8Linear that is filled by name. PEFT adapts it, because it is an nn.Linear."""
 
-    _is_hf_initialized = True  # for transformers: there is nothing to initialize
+    _is_hf_initialized = True  # for transformers, as below
 
     def _add_codes(self, precision: str, device, dtype: torch.dtype) -> None:
         super()._add_codes(precision, device, dtype)
         self.like = torch.empty(0, dtype=dtype)  # never without values: it has none
+        self.name = ""
         self.received: dict[str, torch.Tensor] = {}
 
     @property
     def weight(self) -> torch.Tensor:
         weight = super().weight
-        if self.qdata.is_meta:  # diffusers counts the elements of what is a parameter
-            weight._is_param = True
+        if isinstance(weight, LazyWeight):
+            weight._is_param = self.qdata.is_meta  # diffusers counts the elements of parameters
+            weight._is_hf_initialized = True  # transformers writes random values to others
         return weight
 
     @property
@@ -57,8 +65,10 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
     def __setattr__(self, name, value):
         if name in LEAVES and self.qdata.is_meta:
             self.receive(name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name == "_hf_hook" and getattr(value, "offload", False) and value.offload_buffers:
+            raise ValueError(f"accelerate {_NO_OFFLOAD}")
+        super().__setattr__(name, value)
 
     def receive(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor of the file: "weight", "weight_scale" or "comfy_quant"."""
@@ -73,12 +83,18 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
             ValueError: it is no MXFP8 layer of this shape, or not all of one.
         """
         given, self.received = self.received, {}
-        marker = self._checked_marker(given)
-        if _WEIGHT not in given:
-            raise ValueError("the files have no weight for it")
-        codes, scales = (given[name].view(torch.uint8) for name in (_WEIGHT, _SCALE))
-        if (scales == layout.E8M0_NAN).any():
-            raise ValueError(f"a scale is byte 255 (NaN): it is damaged; {format.AGAIN}")
+        try:
+            marker = self._checked_marker(given)
+            if _WEIGHT not in given:
+                raise ValueError("the files have no weight for it")
+            codes, scales = (given[name].view(torch.uint8) for name in (_WEIGHT, _SCALE))
+            if (scales == layout.E8M0_NAN).any():
+                raise ValueError("a scale is byte 255 (NaN), so it is damaged")
+        except ValueError as error:
+            raise ValueError(
+                f"MXFP8 layer {self.name!r}: {error}. Check that the model's files are complete "
+                "and belong to this class and config"
+            ) from error
         absent = len(self.qdata) - len(codes)  # rows of padding, which a file may leave out
         self._fill(nn.functional.pad(codes, (0, 0, 0, absent)) if absent else codes, scales, marker)
 
@@ -107,6 +123,7 @@ def swap(model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dt
         layer = modules.get(name)
         if layer is not None and is_replaceable(layer, tied):
             replace(layer, precision, torch.device("meta"), dtype, LoadedLinear)
+            layer.name = name
             done.add(name)
     return done
 
@@ -137,30 +154,41 @@ def gather(
         del result[name + SCALE]
     _check_unmarked(where, result)
     if not markers:
-        raise FormatError(
-            f"{where}: none of its layers is MXFP8; load it without MXFP8Config, or {_CONVERT}"
-        )
+        raise FormatError(f"{where}: {_NONE}")
     return result
 
 
-def read(path) -> dict[str, torch.Tensor]:
+def read(path, prefix: str = "") -> dict[str, torch.Tensor]:
     """An MXFP8 file as a state dict, each of its MXFP8 layers checked and as one tensor.
 
     Diffusers before 0.42 needs this: `from_single_file(read(path), ...)`. With any version it also
     reads markers that only the file's header has.
 
+    Args:
+        prefix: of the tensors to take, which they lose ("model.diffusion_model.", say).
+
     Raises:
         FormatError: the file is damaged, lost its markers, or has no MXFP8 layer.
         OSError: it cannot be read.
     """
+    header = checked_header(path)
+    state = gather(header.path.name, load_file(path), header.markers)
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def checked_header(path) -> Header:
+    """The header of an MXFP8 file that can run outside of ComfyUI; errors as for `read`."""
     with FileSource(path) as source:
-        source.header.check_layers((format.MXFP8,))
+        header = source.header
+        header.check_layers((format.MXFP8,))
         scan.check_unmarked(source)
-    if bank := next(iter(source.header.experts), None):
+    if bank := next(iter(header.experts), None):
         raise FormatError(
             f"{source.name}: {quoted(bank)} is a bank of experts, which only ComfyUI runs"
         )
-    return gather(source.name, load_file(path), source.header.markers)
+    if not header.layers:
+        raise FormatError(f"{source.name}: {_NONE}")
+    return header
 
 
 def read_marker(where: str, tensor: torch.Tensor) -> dict:
@@ -225,10 +253,19 @@ def settle(model: nn.Module) -> list[str]:
         ValueError: one did not.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoadedLinear)}
-    for name, layer in layers.items():
+    for layer in layers.values():
         if layer.qdata.is_meta:
-            complete(name, layer.complete)
+            layer.complete()
     return list(layers)
+
+
+def check_offload(device_map) -> None:
+    """Raise ValueError for a map that has accelerate load layers one by one for each call."""
+    places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+    if places & {"cpu", "disk"} and len(places) > 1:
+        raise ValueError(
+            f"device_map places layers on {', '.join(sorted(places))}, and accelerate {_NO_OFFLOAD}"
+        )
 
 
 def restore(layer: LoadedLinear) -> None:
@@ -236,17 +273,6 @@ def restore(layer: LoadedLinear) -> None:
     weight = layer.dequantize(layer.like.dtype)
     for name in list(layer._buffers):
         delattr(layer, name)
-    del layer.received, layer.precision, layer.marker
+    del layer.received, layer.precision, layer.marker, layer.name
     layer.__class__ = nn.Linear
     layer.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def complete(name: str, step) -> None:
-    """Run a step of filling a layer; its ValueError names the layer."""
-    try:
-        step()
-    except ValueError as error:
-        raise ValueError(
-            f"MXFP8 layer {name!r}: {error}. Check that the model's files are complete and belong "
-            "to this class"
-        ) from error

@@ -17,6 +17,7 @@ from .outputs import check_outputs, read_calibration, target, write
 from .terminal import progress, show, show_table
 
 _PLAN = "mxfp8_plan"
+COMFYUI, DIFFUSERS = "comfyui", "diffusers"  # what --format takes
 
 
 def add(commands) -> None:
@@ -25,9 +26,17 @@ def add(commands) -> None:
     convert.add_argument(
         "target",
         metavar="DST",
-        type=target,
-        help="safetensors file to write; it appears whole or not at all",
+        type=place,
+        help="safetensors file to write, or the folder; it appears whole or not at all",
     )
+    convert.add_argument(
+        "--format",
+        choices=(COMFYUI, DIFFUSERS),
+        default=COMFYUI,
+        help=f"{COMFYUI} (default): a file. {DIFFUSERS}: a folder of diffusers or transformers "
+        "becomes such a folder; of a pipeline, the transformer is converted, the rest copied",
+    )
+    convert.set_defaults(usage_error=convert.error)
     _add_selection(convert)
     convert.add_argument(
         "--overwrite", action="store_true", help="replace an existing DST or report"
@@ -140,6 +149,12 @@ def _convert(arguments) -> Answer:
     from ..conversion.convert import check_calibrations, check_conversion, convert, plan_source
     from ..sources.open import open_source
 
+    if arguments.format == DIFFUSERS:
+        return _convert_folder(arguments)
+    try:
+        target(str(arguments.target))
+    except argparse.ArgumentTypeError as error:
+        arguments.usage_error(f"argument DST: {error}")
     check_outputs(arguments, "report")
     with open_source(arguments.source) as source:
         plan = plan_source(source, _selection(arguments))
@@ -157,6 +172,38 @@ def _convert(arguments) -> Answer:
                 source, arguments.target, plan, overwrite=arguments.overwrite, progress=bar,
                 device=arguments.device, calibration=calibration, held_out=held_out,
             )  # fmt: skip
+    return _converted(arguments, report)
+
+
+def _convert_folder(arguments) -> Answer:
+    from ...integrations.model_folder import check_folder, convert_folder, open_folder, plan_folder
+    from ..container.pipeline import keep_freed_memory
+    from ..sources.open import open_stored
+
+    for option in ("calibration", "held_out", "overwrite"):
+        if getattr(arguments, option):
+            name = option.replace("_", "-")
+            arguments.usage_error(f"--{name} does not go with --format {DIFFUSERS}")
+    folder = open_folder(arguments.source)
+    check_outputs(arguments, "report", source=folder.model)
+    selection = _selection(arguments)
+    if arguments.dry_run:
+        with open_stored(folder.model) as source:
+            plan = plan_folder(source, selection)
+            if not arguments.json:
+                _show_plan(plan)
+            check_folder(folder, source, arguments.target, plan, arguments.device)
+        return Answer(lambda: None, lambda: _document(plan))
+    keep_freed_memory()
+    with progress("convert") as bar:
+        report = convert_folder(
+            arguments.source, arguments.target, selection, progress=bar, device=arguments.device
+        )
+    return _converted(arguments, report)
+
+
+def _converted(arguments, report) -> Answer:
+    """A conversion's report, shown and written where the user asked for it."""
     written = []
     if arguments.report:
         written.append(write("report", arguments.report, report.to_json()))

@@ -30,17 +30,18 @@ def read_calibration(path: Path | None):
         return load(path, bar)
 
 
-def check_outputs(arguments, *options: str) -> None:
+def check_outputs(arguments, *options: str, source: Path | None = None) -> None:
     """Raise, before any work, for an output that would replace another file or cannot be written.
 
     Args:
         options: those that name outputs beside DST.
+        source: the model; default: the one that the arguments name.
     """
     from ..sources.open import files_of
 
     names = {"calibration", "held_out", "report"} - {*options}
     inputs = (getattr(arguments, name, None) for name in sorted(names))
-    taken = [*files_of(arguments.source), *filter(None, inputs)]
+    taken = [*files_of(source or arguments.source), *filter(None, inputs)]
     for option in ("target", *options):
         path = getattr(arguments, option, None)
         if path is None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from .part_file import create_part_file, delete_if_open
-from .writer import sync_folder
+from .part_file import create_part_file, discard
+from .writer import Writer, sync_folder
 
 SUFFIX = ".mxfp8.parts"
+_PIECE = 1 << 22  # bytes copied at a time
 
 
 @contextlib.contextmanager
@@ -50,10 +53,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
             _remove(folder)
             raise
     finally:
-        delete_if_open(lock, file)
-        file.close()
-        if os.name == "nt":  # where an open file cannot be deleted
-            lock.unlink(missing_ok=True)
+        discard(lock, file)
     sync_folder(target.parent)
 
 
@@ -79,8 +79,99 @@ def _check_target(target: Path, size: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of files, if it is there."""
+    """Remove a folder, if it is there."""
     if folder.is_dir() and not folder.is_symlink():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One safetensors file of a folder.
+
+    Attributes:
+        name: may have a folder before it.
+        tensors: (name, dtype, shape) of each; metadata: of its header.
+    """
+
+    name: str
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    metadata: Mapping[str, str]
+
+
+class FolderWriter:
+    """Writes tensors to several files of a new folder, as `Writer` does to one, and other files.
+
+    A context manager; the folder appears when it is left without an error. Arguments and errors as
+    of `new_folder` and `Writer`.
+
+    Args:
+        models: the safetensors files; each tensor is in one of them.
+        texts: name -> content of small files.
+        copies: name -> file that is copied under it.
+        tick: called every few megabytes while files are synced, read back and copied.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike,
+        models: Iterable[ModelFile],
+        texts: Mapping[str, str],
+        copies: Mapping[str, Path],
+        tick: Callable[[], None] = lambda: None,
+    ):
+        self.target = Path(os.path.abspath(target))
+        folder = self.target.with_name(self.target.name + SUFFIX)
+        self._writers = [Writer(folder / m.name, m.tensors, m.metadata, tick=tick) for m in models]
+        self._texts, self._copies, self._tick = texts, copies, tick
+        self._home = {name: writer for writer in self._writers for name in writer.tensors}
+        self.tensors = {name: writer.tensors[name] for name, writer in self._home.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files but the texts."""
+        copied = sum(path.stat().st_size for path in self._copies.values())
+        return copied + sum(writer.nbytes for writer in self._writers)
+
+    def check(self) -> None:
+        """Raise what entering would, and leave nothing."""
+        lock, file = create_part_file(self.target)
+        try:
+            _check_target(self.target, self.nbytes)
+        finally:
+            discard(lock, file)
+
+    def __enter__(self) -> FolderWriter:
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(new_folder(self.target, self.nbytes))
+            stack.push(self._write_others)  # once the models are there
+            for writer in self._writers:
+                writer.target.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(writer)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, name: str, data, offset: int | None = None) -> None:
+        """Write a piece of a tensor's bytes, as `Writer.write`."""
+        self._home[name].write(name, data, offset)
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _write_others(self, kind, error, trace) -> None:
+        if error is not None:
+            return
+        for name, text in self._texts.items():
+            self._write_other(name, [text.encode()])
+        for name, source in self._copies.items():
+            with source.open("rb") as file:
+                self._write_other(name, iter(functools.partial(file.read, _PIECE), b""))
+
+    def _write_other(self, name: str, pieces: Iterable[bytes]) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+                self._tick()
+            file.flush()
+            os.fsync(file.fileno())

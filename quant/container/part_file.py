@@ -113,6 +113,17 @@ def delete_if_open(path: Path, file: BinaryIO) -> None:
             path.unlink()
 
 
+def discard(path: Path, file: BinaryIO) -> None:
+    """Delete a part file, which ends its lock. What cannot be deleted, the next writer deletes."""
+    if os.name == "nt":  # an open file cannot be deleted there
+        file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        delete_if_open(path, file)
+        file.close()
+
+
 def is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file still has this path; another may have been made in its place."""
     try:

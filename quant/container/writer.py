@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .header import DTYPES, FormatError, TensorInfo, nbytes, quoted, read_container
-from .part_file import create_part_file, delete_if_open, is_at
+from .part_file import create_part_file, discard, is_at
 from .pipeline import Pipeline, cores
 
 ALIGNMENT = 64
@@ -241,15 +241,8 @@ class Writer:
             )
 
     def _discard(self) -> None:
-        # What cannot be deleted, on a disk that failed, the next writer deletes; the error that led
-        # here matters more.
-        if os.name == "nt":  # an open file cannot be deleted there
-            self._file.close()
-            with contextlib.suppress(OSError):
-                self.part_file.unlink()
-        else:
-            delete_if_open(self.part_file, self._file)
-            self._file.close()
+        # The error that led here matters more than one of deleting.
+        discard(self.part_file, self._file)
 
     @contextlib.contextmanager
     def _explained(self):

@@ -29,6 +29,7 @@ from ... import kernels
 from ...kernels import layout
 from ...kernels.memory import is_out_of_memory
 from .. import format
+from ..container.folder import FolderWriter
 from ..container.header import FormatError, quoted
 from ..container.part_file import would_replace
 from ..container.pipeline import Pipeline, cores
@@ -110,6 +111,7 @@ def plan_source(
     selection: Selection = policy.DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
     log: bool = True,
+    for_comfyui: bool = True,
 ) -> Plan:
     """`policy.plan` for a source: what it says of weights, and no weight that is quantized.
 
@@ -128,7 +130,7 @@ def plan_source(
     assumed = {f"{layer}{WEIGHT}": _ASSUMED for layer in found}  # to ask what would become of it
     for key in assumed.keys() & source.tensors.keys():
         assumed[key] = _ASSUMED[0], source.tensors[key][1]
-    plan = policy.plan({**source.tensors, **assumed}, selection, is_linear, log)
+    plan = policy.plan({**source.tensors, **assumed}, selection, is_linear, log, for_comfyui)
     wanted = {d.layer for d in plan.quantized}
     others = wanted - found.keys()
     for layer in evidence:
@@ -176,8 +178,14 @@ def convert(
     device: str | None = None,
     calibration: Calibration | None = None,
     held_out: Calibration | None = None,
+    writer: Callable[[Callable[[], None]], Writer | FolderWriter] | None = None,
 ) -> Report:
-    """Carry out a plan. Arguments and errors as for `convert_file`."""
+    """Carry out a plan. Arguments and errors as for `convert_file`.
+
+    Args:
+        writer: makes what writes the target, given a function to be called now and then while it
+            reads back; default: a `Writer` of one file.
+    """
     _check_plan(source, target, plan)
     check_calibrations(source, calibration, held_out)
     quantizing_on = find_device(device)
@@ -185,11 +193,10 @@ def convert(
     total = sum(d.nbytes for d in plan.decisions)
     advance = Meter(total, progress)
 
+    if writer is None:
+        writer = functools.partial(_writer, source, target, plan, overwrite)
     verifying = functools.partial(advance, 0, VERIFY)
-    with (
-        _memory_explained(source.name),
-        _writer(source, target, plan, overwrite, verifying) as writer,
-    ):
+    with _memory_explained(source.name), writer(verifying) as writer:
         mmap.mmap(-1, _NEEDED).close()  # or an error now: threads without memory never start
         conversion = _Conversion(source, writer, quantizing_on, advance, calibration, held_out)
         results = conversion.run(plan)
@@ -214,11 +221,14 @@ def convert(
     )
 
 
-def check_conversion(source: Source, target, plan: Plan, overwrite: bool, device: str | None):
+def check_conversion(
+    source: Source, target, plan: Plan, overwrite: bool, device: str | None, writer=None
+) -> None:
     """Raise what `convert` would before it writes a byte; calibrations apart. Leaves nothing."""
     _check_plan(source, target, plan)
     find_device(device)
-    _writer(source, target, plan, overwrite).check()
+    writer = writer or functools.partial(_writer, source, target, plan, overwrite)
+    writer(lambda: None).check()
 
 
 def check_calibrations(
@@ -354,7 +364,7 @@ class _Conversion:
     """
 
     source: Source
-    writer: Writer
+    writer: Writer | FolderWriter
     device: torch.device
     advance: Meter
     calibration: Calibration | None

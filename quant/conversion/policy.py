@@ -192,6 +192,7 @@ def plan(
     selection: Selection = DEFAULT,
     is_linear: Callable[[str], bool] | None = None,
     log: bool = True,
+    for_comfyui: bool = True,
 ) -> Plan:
     """Decide for every tensor whether it becomes MXFP8.
 
@@ -200,6 +201,7 @@ def plan(
         is_linear: whether the layer of a name is linear, where the modules are at hand; without
             it, every 2-D float "*.weight" that is not a known embedding counts as linear.
         log: whether to log the plan's warnings.
+        for_comfyui: whether stock ComfyUI is to run it, which runs only some layers quantized.
 
     Raises:
         TypeError: the selection is no Selection.
@@ -218,16 +220,16 @@ def plan(
     if preset == AUTO:
         preset = (architecture and architecture.preset) or "default"
     classes = architecture.classes if architecture else ()
-    plain_encoder = text_encoders.plain_encoder(tensors)
+    plain_encoder = text_encoders.plain_encoder(tensors) if for_comfyui else None
     kept = _kept_by(preset, tensors)
     included = _matching("include", selection.include, tensors, warnings)
     excluded = _matching("exclude", selection.exclude, tensors, warnings)
 
     def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
-        reason = _impossible(key, dtype, shape, is_linear) or plain_encoder
-        if reason is None:
+        reason = _impossible(key, dtype, shape, is_linear, for_comfyui) or plain_encoder
+        if reason is None and for_comfyui:
             reason = text_encoders.unsupported_reason(key.removesuffix(WEIGHT), shape, classes)
-        if reason is None and architecture is not None:
+        if reason is None and for_comfyui and architecture is not None:
             reason = _unsupported(architecture, prefix, key, shape)
         if reason is None and key in excluded:
             reason = f"excluded by {excluded[key]!r}"
@@ -267,8 +269,8 @@ def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
     return f"{OUTSIDE} {architecture.name}: embedders and final layers stay"
 
 
-def _impossible(key, dtype, shape, is_linear) -> str | None:
-    """Why stock ComfyUI cannot run this tensor as MXFP8, or None if it can."""
+def _impossible(key, dtype, shape, is_linear, for_comfyui: bool) -> str | None:
+    """Why this tensor cannot be MXFP8, or None if it can."""
     if not key.endswith(WEIGHT):
         return "not a layer's weight"
     if len(shape) != 2:
@@ -279,7 +281,7 @@ def _impossible(key, dtype, shape, is_linear) -> str | None:
         return "empty"
     layer = key.removesuffix(WEIGHT)
     for pattern, what in _NEVER.items():
-        if re.search(pattern, layer):
+        if for_comfyui and re.search(pattern, layer):
             return f"{what}: stock ComfyUI cannot run it quantized"
     if is_linear is not None and not is_linear(layer):
         return "not a linear layer"

@@ -17,9 +17,9 @@ from .file import FileSource, Part, PartSource, StoredSource
 logger = logging.getLogger(__name__)
 
 # Folders of a diffusers pipeline that hold the model to convert; some have two of them.
-_MODELS = re.compile(r"^(transformer|unet)(_\d+)?$")
+MODEL_FOLDERS = re.compile(r"^(transformer|unet)(_\d+)?$")
 _SHARED = 10_000  # further names of tensors in metadata; a header has room for millions
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def open_source(path) -> StoredSource:
@@ -35,19 +35,23 @@ def open_source(path) -> StoredSource:
         FormatError: it is none of these, damaged, or a LoRA.
         OSError: it cannot be read.
     """
-    path = Path(path)
-    place = find_model(path)
-    if place.suffix.lower() == ".json":
-        source = shards.ShardedSource(place, path.name)
-    else:
-        shards.check_not_shard(place)
-        source = FileSource(place)
+    source = open_stored(path)
     try:
         unsupported.check_no_lora(source)
         return _renamed(_unshared(source))
     except BaseException:
         source.close()
         raise
+
+
+def open_stored(path) -> StoredSource:
+    """As `open_source`, with the names that the tensors have on disk, and of any kind of file."""
+    path = Path(path)
+    place = find_model(path)
+    if place.suffix.lower() == ".json":
+        return shards.ShardedSource(place, path.name)
+    shards.check_not_shard(place)
+    return FileSource(place)
 
 
 def files_of(path: Path) -> set[Path]:
@@ -69,7 +73,7 @@ def find_model(path: Path) -> Path:
     if files:  # MLX gives an index to a single file, too
         files -= {path / name for index in models for name in shards.read_index(index)[0].values()}
     models += sorted(files)
-    inner = sorted(p for p in path.iterdir() if _MODELS.match(p.name) and p.is_dir())
+    inner = sorted(p for p in path.iterdir() if MODEL_FOLDERS.match(p.name) and p.is_dir())
     if inner and ((path / "model_index.json").is_file() or not models):
         models = inner
     if len(models) > 1:
@@ -79,7 +83,7 @@ def find_model(path: Path) -> Path:
         )
     if models:
         return find_model(models[0])
-    pickled = any(p.suffix.lower() in _PICKLES for p in path.iterdir())
+    pickled = any(p.suffix.lower() in PICKLES for p in path.iterdir())
     raise FormatError(
         f"{path.resolve().name}: there is no safetensors model in this folder (one in several "
         "parts needs its index)"

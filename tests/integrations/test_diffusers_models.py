@@ -1,25 +1,43 @@
-"""MXFP8 files in diffusers, the newest version: single files, folders, pipelines and errors."""
+"""MXFP8 files in diffusers: single files, folders, pipelines, LoRAs, offloading and errors.
+
+`test_diffusers_versions.py` runs this file with older versions, too.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
-from diffusers_models import DTYPE, KINDS, output, write
+from bad_files import draft
+from checkpoints import load as load_tensors
+from comfyui import ask
+from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, write
+from diffusers_pipeline import lora, pipeline, sample
 from quantized_files import plain
+from safetensors.torch import save_file
 
-from mxfp8.integrations.diffusers import MXFP8Config
+from mxfp8.integrations.diffusers import MXFP8Config, read
 from mxfp8.integrations.layers import LoadedLinear
-from mxfp8.quant.format import read_header
+from mxfp8.integrations.model_folder import convert_folder
+from mxfp8.quant.cli import main
+from mxfp8.quant.conversion.policy import Selection
+from mxfp8.quant.format import FormatError, read_header
 
+VERSION = tuple(map(int, diffusers.__version__.split(".")[:2]))
+READS_PATHS = VERSION >= (0, 42)  # older versions show a quantizer nothing of a single file
 EXACT = MXFP8Config(precision="exact")
+SMALL = [name for name in KINDS if name != "Flux.1"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """files(name): a model's files, written once."""
+    """files(name, prefix): a model's files, written once."""
     written = {}
 
-    def get(name: str, prefix: str = ""):
+    def get(name: str, prefix: str = "") -> Files:
         if (name, prefix) not in written:
             folder = tmp_path_factory.mktemp("model")
             written[name, prefix] = write(KINDS[name], folder, prefix)
@@ -28,29 +46,338 @@ def files(tmp_path_factory):
     return get
 
 
-def load(kind, found, source, **options):
+def load(kind: Kind, found: Files, source=None, **options):
+    """From the MXFP8 file, or another source, with its config."""
+    source = found.mxfp8 if source is None else source
+    if isinstance(source, Path):
+        source = str(source) if READS_PATHS else read(source)
     options = {"quantization_config": EXACT, "torch_dtype": DTYPE, **options}
     return kind.cls.from_single_file(source, config=str(found.folder), **options)
 
 
-def slow(name: str):
-    return pytest.param(name, marks=pytest.mark.slow) if name == "Flux.1" else name
-
-
-def reference(kind, found, tmp_path):
+def reference(kind: Kind, found: Files, folder: Path):
     """The model of the dequantized weights, in plain diffusers."""
-    state = {k: v.to(DTYPE) for k, v in plain(found.mxfp8).items()}  # exact
+    prefix = "model.diffusion_model."
+    state = {k.removeprefix(prefix): v.to(DTYPE) for k, v in plain(found.mxfp8).items()}  # exact
     model = load(kind, found, state, quantization_config=None)
     if not kind.cls._keep_in_fp32_modules:
         return model
-    model.save_pretrained(tmp_path)  # only when it reads a folder, diffusers keeps some in float32
-    return kind.cls.from_pretrained(tmp_path, torch_dtype=DTYPE)
+    model.save_pretrained(folder)  # only when it reads a folder, diffusers keeps some in float32
+    return kind.cls.from_pretrained(folder, torch_dtype=DTYPE)
 
 
-@pytest.mark.parametrize("name", [*map(slow, KINDS)])
-def test_a_single_file_gives_the_model_of_its_dequantized_weights(name, files, tmp_path):
-    kind, found = KINDS[name], files(name)
-    model = load(kind, found, str(found.mxfp8))
-    layers = [m for m in model.modules() if isinstance(m, LoadedLinear)]
-    assert len(layers) >= len(read_header(found.mxfp8).layers) >= 6
+def quantized(model) -> set[str]:
+    return {name for name, layer in model.named_modules() if isinstance(layer, LoadedLinear)}
+
+
+# ---- single files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_single_file_gives_the_model_of_its_dequantized_weights(name, prefix, files, tmp_path):
+    kind, found = KINDS[name], files(name, prefix)
+    source = None if name in ("Z-Image", "Wan") else read(found.mxfp8, prefix)  # others keep it
+    model = load(kind, found, source)
+    assert len(quantized(model)) >= len(read_header(found.mxfp8).layers) >= 6
     assert torch.equal(output(model, kind), output(reference(kind, found, tmp_path), kind))
+
+
+@pytest.mark.slow
+@pytest.mark.comfy
+def test_flux_is_the_same_model_in_diffusers_and_in_comfyui(files, tmp_path):
+    """At its real width: at others, diffusers cannot split Flux.1's tensors. In float32 both
+    compute the same up to the order of sums, some 1e-7 each, over 2 blocks and 3072 channels."""
+    kind, found = KINDS["Flux.1"], files("Flux.1")
+    model = load(kind, found, torch_dtype=torch.float32)
+    assert len(quantized(model)) == len(read_header(found.mxfp8).layers) + 2 * 2 + 3
+    inputs = {k: v.float() if v.dtype == DTYPE else v for k, v in kind.inputs().items()}
+    with torch.no_grad():
+        ours = model(**inputs, return_dict=False)[0]
+
+    tokens = inputs["hidden_states"].reshape(1, 4, 4, 16, 2, 2)  # 2 x 2 pixels of 16 channels each
+    twin = {
+        "x": tokens.permute(0, 3, 1, 4, 2, 5).reshape(1, 16, 8, 8).contiguous(),
+        "timestep": inputs["timestep"],
+        "context": inputs["encoder_hidden_states"],
+        "y": inputs["pooled_projections"],
+    }
+    save_file(twin, found.folder / "inputs.safetensors")
+    ask("diffusers_twin.py", found.folder)
+    image = load_tensors(found.folder / "output.safetensors")[0]["output"]
+    theirs = image.reshape(1, 16, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 64)
+    assert distance(ours, theirs) < 1e-4
+
+
+def test_markers_of_the_header_alone_and_scales_as_e8m0_are_read(files, tmp_path):
+    kind, found = KINDS["Flux.2"], files("Flux.2")
+    wanted = output(load(kind, found), kind)
+    state, metadata = load_tensors(found.mxfp8)
+    unmarked = {k: v for k, v in state.items() if not k.endswith(".comfy_quant")}
+    save_file(unmarked, tmp_path / "header.safetensors", metadata)
+    model = load(kind, found, read(tmp_path / "header.safetensors"))
+    assert torch.equal(output(model, kind), wanted)
+    scales = {k: v.view(torch.float8_e8m0fnu) for k, v in state.items() if k.endswith("_scale")}
+    save_file({**state, **scales}, tmp_path / "e8m0.safetensors")
+    assert torch.equal(output(load(kind, found, tmp_path / "e8m0.safetensors"), kind), wanted)
+
+
+def test_float16_and_float32_are_dtypes_of_the_other_layers(files):
+    kind, found = KINDS["Flux.2"], files("Flux.2")
+    for dtype in (torch.float16, torch.float32):
+        model = load(kind, found, torch_dtype=dtype)
+        assert model.dtype == model.x_embedder.weight.dtype == dtype
+        layer = model.transformer_blocks[0].attn.to_q
+        assert layer.weight.dtype == dtype and layer.qdata.dtype == torch.uint8
+    inputs = {k: v.float() if torch.is_tensor(v) and v.dtype == DTYPE else v
+              for k, v in kind.inputs().items()}  # fmt: skip
+    with torch.no_grad():
+        found32 = model(**inputs, return_dict=False)[0]
+    assert distance(output(load(kind, found), kind), found32) < 0.02  # BF16's rounding
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_saved_folder_loads_as_the_same_model(name, files, tmp_path):
+    kind, found = KINDS[name], files(name)
+    model = load(kind, found)
+    wanted = output(model, kind)
+    for shard in ("10GB", "100KB"):  # weight and scales of a layer get into different files
+        model.save_pretrained(tmp_path / shard, max_shard_size=shard)
+        config = json.loads((tmp_path / shard / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "mxfp8"
+        again = kind.cls.from_pretrained(tmp_path / shard, torch_dtype=DTYPE)
+        assert quantized(again) == quantized(model)
+        assert torch.equal(output(again, kind), wanted)
+    assert len(list((tmp_path / "100KB").glob("*.safetensors"))) > 5
+
+
+@pytest.fixture(scope="module")
+def originals(files, tmp_path_factory):
+    """originals(name): a BF16 folder in diffusers' format, in several files."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("original") / "transformer"
+        kind, found = KINDS[name], files(name)
+        model = load(kind, found, str(found.original), quantization_config=None)
+        model.save_pretrained(folder, max_shard_size="300KB")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_converted_folder_is_what_the_converted_file_is(name, files, originals, tmp_path):
+    kind, found = KINDS[name], files(name)
+    # ComfyUI tells a Wan by this layer's shape, which the padding of this one would change.
+    selection = Selection(exclude=r"ffn\.net\.0" if name == "Wan" else None)
+    report = convert_folder(originals(name), tmp_path / "new", selection, max_file=400_000)
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 2
+    model = kind.cls.from_pretrained(tmp_path / "new", torch_dtype=DTYPE)
+    assert quantized(model) == {layer.name for layer in report.quantized}
+    single = load(kind, found)
+    assert quantized(model) == quantized(single)
+    assert torch.equal(output(model, kind), output(single, kind))
+
+
+def test_a_converted_pipeline_has_all_its_parts(files, originals, tmp_path):
+    kind = KINDS["Z-Image"]
+    source = tmp_path / "Z-Image"
+    transformer = kind.cls.from_pretrained(originals("Z-Image"), torch_dtype=DTYPE)
+    pipeline(transformer).save_pretrained(source)
+    (source / "README.md").write_text("License: ...")
+    (source / "z_image.safetensors").write_bytes(b"the same model again")
+    (source / ".cache").mkdir()
+    assert main(["convert", str(source), str(tmp_path / "new"), "--format", "diffusers"]) == 0
+    names = {str(p.relative_to(source)) for p in source.rglob("*")} - {".cache"}
+    new = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*")}
+    assert new == names - {"z_image.safetensors"}
+    loaded = diffusers.ZImagePipeline.from_pretrained(
+        tmp_path / "new", tokenizer=None, torch_dtype=DTYPE
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert quantized(loaded.transformer) == quantized(load(kind, files("Z-Image")))
+    wanted = sample(pipeline(load(kind, files("Z-Image"))))
+    assert torch.equal(sample(loaded), wanted)
+
+
+def test_a_folder_appears_whole_or_not_at_all(originals, tmp_path):
+    source = originals("Wan")
+
+    def stop(done, total, key):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(source, tmp_path / "new", progress=stop, max_file=400_000)
+    assert list(tmp_path.iterdir()) == []
+    left = tmp_path / "new.mxfp8.parts"  # by a writer that was killed
+    (left / "folder").mkdir(parents=True)
+    (left / "folder" / "file").touch()
+    (tmp_path / "new").mkdir()
+    convert_folder(source, tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    with pytest.raises(OSError, match="not empty"):
+        convert_folder(source, tmp_path / "new")
+
+
+def test_folders_that_cannot_be_converted_are_rejected(files, originals, tmp_path, capsys):
+    def refused(source, *options) -> str:
+        arguments = ["convert", str(source), str(tmp_path / "new"), "--format", "diffusers"]
+        assert main([*arguments, *options]) == 1
+        assert not (tmp_path / "new").exists()
+        return capsys.readouterr().err
+
+    assert "a single file has no configuration" in refused(files("Wan").original)
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.json in this folder" in refused(tmp_path / "empty")
+    convert_folder(originals("Wan"), tmp_path / "done")
+    assert "quantized already" in refused(tmp_path / "done")
+    several = tmp_path / "several"
+    for name in ("transformer", "transformer_2"):
+        (several / name).mkdir(parents=True)
+    (several / "model_index.json").write_text("{}")
+    assert "'transformer', 'transformer_2'. Give the folder of one" in refused(several)
+    with pytest.raises(SystemExit):
+        refused(originals("Wan"), "--overwrite")
+
+
+# ---- pipelines, LoRAs, offloading --------------------------------------------------------------
+
+
+def test_a_lora_on_mxfp8_layers_adds_what_it_adds_to_their_values(files):
+    kind, found = KINDS["Z-Image"], files("Z-Image")
+    pipe = pipeline(load(kind, found))
+    before = sample(pipe)
+    factors = lora(pipe.transformer)
+    pipe.load_lora_weights(factors)
+    after = sample(pipe)
+    assert distance(after, before) > 0.05
+    values = load(kind, found)
+    values.dequantize()
+    assert not quantized(values)
+    other = pipeline(values)
+    assert torch.equal(sample(other), before)
+    other.load_lora_weights(factors)
+    assert torch.equal(sample(other), after)
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), before)
+
+
+def test_offloading_and_device_maps_change_nothing(files, tmp_path):
+    kind, found = KINDS["Z-Image"], files("Z-Image")
+    model = load(kind, found)
+    wanted = output(model, kind)
+    model.save_pretrained(tmp_path / "saved")
+    for place in ("cpu", "auto", {"": "cpu"}):
+        mapped = kind.cls.from_pretrained(tmp_path / "saved", torch_dtype=DTYPE, device_map=place)
+        assert torch.equal(output(mapped, kind), wanted)
+    cpu = torch.device("cpu")
+    for options in (
+        {"offload_type": "leaf_level"},
+        {"offload_type": "block_level", "num_blocks_per_group": 1},
+        {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "disk")},
+    ):
+        model = load(kind, found)
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
+        assert torch.equal(output(model, kind), wanted)
+        assert torch.equal(output(model, kind), wanted)
+    pipe = pipeline(load(kind, found))
+    images = sample(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(sample(pipe), images)
+    pipe.remove_all_hooks()
+    with pytest.raises(ValueError, match="cannot offload MXFP8 layers one by one"):
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    split = {"layers": 0, "": "cpu"}
+    with pytest.raises(ValueError, match=r"places layers on 0, cpu, .* one by one"):
+        kind.cls.from_pretrained(tmp_path / "saved", torch_dtype=DTYPE, device_map=split)
+
+
+def test_it_compiles_without_a_break(files):
+    kind, found = KINDS["Z-Image"], files("Z-Image")
+    model = load(kind, found)
+    wanted = output(model, kind)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert torch.equal(output(model, kind), wanted)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_mxfp8_are_rejected(files, tmp_path):
+    found = files("Flux.2")
+    with pytest.raises(FormatError, match=r"original.safetensors: none of its layers is MXFP8"):
+        read(found.original)
+    lost = draft(found.mxfp8)
+    lost.unmark()
+    (tmp_path / "lost.safetensors").write_bytes(lost.encode())
+    with pytest.raises(FormatError, match=r"no marker says so.*mxfp8 repair"):
+        read(tmp_path / "lost.safetensors")
+    damaged = draft(found.mxfp8)
+    scales = next(t for key, t in damaged.tensors.items() if key.endswith("weight_scale"))
+    scales[2] = b"\xff" + scales[2][1:]
+    (tmp_path / "nan.safetensors").write_bytes(damaged.encode())
+    with pytest.raises(FormatError, match=r"MXFP8 layer '.*byte 255"):
+        read(tmp_path / "nan.safetensors")
+
+
+def test_a_path_gets_the_same_checks_or_is_rejected(files, tmp_path):
+    kind, found = KINDS["Flux.2"], files("Flux.2")
+    if not READS_PATHS:
+        with pytest.raises(ValueError, match=r"from_single_file\(read\(path\)"):
+            load(kind, found, str(found.mxfp8))
+        return
+    with pytest.raises(FormatError, match="none of its layers is MXFP8; load it without"):
+        load(kind, found, found.original)
+    state, _ = load_tensors(found.mxfp8)
+    unmarked = {k: v for k, v in state.items() if not k.endswith(".comfy_quant")}
+    save_file(unmarked, tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match=r"\.weight' \[.*has MXFP8 scales, but no marker"):
+        load(kind, found, tmp_path / "x.safetensors")
+
+
+def test_what_does_not_fit_is_rejected_by_name(files, originals, tmp_path):
+    kind, found = KINDS["Flux.2"], files("Flux.2")
+    with pytest.raises(ValueError, match=r"torch_dtype=torch.float8_e4m3fn.*give torch.bfloat16"):
+        load(kind, found, torch_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="precision 'fp8'; it must be one of auto, exact, fast"):
+        MXFP8Config(precision="fp8")
+    config = json.loads((found.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 64}))
+    other = Files(tmp_path, found.original, found.mxfp8)
+    with pytest.raises(ValueError, match=r"context_embedder.*expected shape"):
+        load(kind, other)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_head_dim": 96}))
+    with pytest.raises(
+        ValueError, match=r"'.*weight' is MXFP8 \[160, 160\] in the file and \[192, 192"
+    ):
+        load(kind, other)
+    with pytest.raises(ValueError, match="no MXFP8 layer in this folder"):
+        kind.cls.from_pretrained(originals("Flux.2"), quantization_config=EXACT, torch_dtype=DTYPE)
+    convert_folder(originals("Flux.2"), tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    (tmp_path / "new" / "config.json").write_text(json.dumps({**config, "num_layers": 0}))
+    with pytest.raises(ValueError, match=r"has no linear layer 'transformer_blocks\.0\."):
+        kind.cls.from_pretrained(tmp_path / "new", torch_dtype=DTYPE)
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image"])
+def test_a_prefix_that_diffusers_does_not_know_is_rejected(name, files):
+    with pytest.raises(ValueError, match=r"place for 'model\.diff.*read\(path, prefix\)"):
+        load(KINDS[name], files(name, "model.diffusion_model."))
+
+
+def test_a_folder_without_a_part_of_a_layer_is_rejected(files, originals, tmp_path):
+    kind = KINDS["Wan"]
+    convert_folder(originals("Wan"), tmp_path / "new")
+    path = tmp_path / "new" / "diffusion_pytorch_model.safetensors"
+    state, metadata = load_tensors(path)
+    del state["blocks.0.attn1.to_q.weight"]
+    save_file(state, path, metadata)
+    with pytest.raises(ValueError, match=r"MXFP8 layer 'blocks\.0\.attn1\.to_q': .*one is missing"):
+        kind.cls.from_pretrained(tmp_path / "new", torch_dtype=DTYPE)

@@ -1,0 +1,150 @@
+"""MXFP8 models in transformers: the text encoders of image models.
+
+    import mxfp8.integrations.transformers as mxfp8
+
+    encoder = Qwen3Model.from_pretrained("folder", dtype=torch.bfloat16)  # MXFP8 by its config.json
+    encoder = mxfp8.from_single_file(Qwen3Model, "qwen_3_4b-mxfp8.safetensors", config)
+
+Importing this module registers a quantizer and its configuration with transformers, as its
+documentation describes, and does nothing else to the library. Layers are filled by name (`layers`).
+https://huggingface.co/docs/transformers/quantization/contribute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..quant import format
+from ..quant.container.header import read_container
+from ..quant.format import MARKER, SCALE
+from .config import Method, MXFP8Config
+from .layers import LEAVES, LoadedLinear, check_offload, checked_header, restore, settle, swap
+
+__all__ = ["MXFP8Config", "from_single_file"]
+
+
+def from_single_file(
+    cls: type[PreTrainedModel], path, config: PreTrainedConfig, precision: str = "auto", **options
+) -> PreTrainedModel:
+    """A transformers model from one MXFP8 file with its tensors' names, as ComfyUI's files have.
+
+    Args:
+        cls: the model's class, not an Auto class; config: its configuration, which such a file
+            lacks.
+        options: of `from_pretrained`: dtype, device_map, ...
+
+    Raises:
+        FormatError: the file is damaged, lost its markers, or has no MXFP8 layer.
+        ValueError: one of its MXFP8 layers does not fit the class.
+        OSError: it cannot be read.
+    """
+    header = checked_header(path)
+    state = load_file(path)
+    for name, layer in header.layers.items():  # of some files, only the header has the markers
+        encoded = bytearray(format.marker_bytes(layer.conf))
+        state[name + MARKER] = torch.frombuffer(encoded, dtype=torch.uint8)
+    given = _SingleFileConfig(precision, names=tuple(header.layers))
+    return cls.from_pretrained(
+        None, config=config, state_dict=state, quantization_config=given, **options
+    )
+
+
+class _SingleFileConfig(MXFP8Config):
+    """One that knows the layers, because transformers shows a quantizer no state dict."""
+
+    def __init__(self, precision: str, names: tuple[str, ...] = ()):
+        super().__init__(precision)
+        self.names = names
+
+
+class MXFP8HfQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with an MXFP8Config.
+
+    Raises:
+        ValueError: there is no MXFP8 layer, one does not fit the class, or `device_map` cannot be
+            used.
+    """
+
+    def __init__(self, quantization_config: MXFP8Config, **kwargs):
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        check_offload(device_map)
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        name, _, leaf = param_name.rpartition(".")  # these may be padded
+        return leaf in LEAVES and isinstance(model.get_submodule(name), LoadedLinear)
+
+    def get_new_dtype(self, converter, param, dtype):
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        is_codes = stored.startswith(("F8", "torch.float8"))
+        return None if is_codes else super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        names = getattr(self.quantization_config, "names", ()) or _quantized(checkpoint_files or ())
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__}: no MXFP8 layer in this folder; load it without "
+                "MXFP8Config, or convert it with `mxfp8 convert FOLDER NEW --format diffusers`"
+            )
+        modules = dict(model.named_modules())
+        names = {_own_name(name, modules, model.base_model_prefix) for name in names}
+        kept = set(model._keep_in_fp32_modules_strict or ())
+        if model.config.dtype == torch.float16:
+            kept |= set(model._keep_in_fp32_modules or ())
+        wide = {name for name in names if kept.intersection(name.split("."))}
+        precision = self.quantization_config.precision
+        done = swap(model, names - wide, precision, model.config.dtype)
+        done |= swap(model, wide, precision, torch.float32)
+        if lost := names - done:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer {min(lost)!r}, which is MXFP8 in the "
+                "files; load them with the class and the config they were made for"
+            )
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        settle(model)
+        linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+        config = MXFP8Config(self.quantization_config.precision, linears)
+        self.quantization_config = model.config.quantization_config = config
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        for layer in model.modules():
+            if isinstance(layer, LoadedLinear):
+                restore(layer)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _quantized(files: Iterable[str]) -> set[str]:
+    """The names of the layers with scales in some safetensors files."""
+    keys = (key for file in files for key in read_container(file).tensors)
+    return {key.removesuffix(SCALE) for key in keys if key.endswith(SCALE)}
+
+
+def _own_name(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
+    """A layer's name in the model: files of a model and of its base differ in a prefix."""
+    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in names if candidate in modules), name)
+
+
+auto.AUTO_QUANTIZER_MAPPING[Method.MXFP8.value] = MXFP8HfQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.MXFP8.value] = MXFP8Config

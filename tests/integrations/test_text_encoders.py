@@ -1,0 +1,146 @@
+"""Text encoders in MXFP8 in transformers: single files, folders, adapters and errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from checkpoints import load as load_tensors
+from diffusers_models import distance
+from peft import LoraConfig
+from quantized_files import plain
+from safetensors.torch import save_file
+
+from mxfp8.integrations.layers import LoadedLinear
+from mxfp8.integrations.model_folder import convert_folder
+from mxfp8.integrations.transformers import from_single_file
+from mxfp8.quant.format import FormatError
+from mxfp8.quant.linear import quantize_linears
+
+IDS = torch.arange(12)[None]
+QWEN3 = transformers.Qwen3Config(
+    vocab_size=100, hidden_size=160, intermediate_size=260, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=80,
+)  # fmt: skip
+T5 = transformers.T5Config(
+    vocab_size=100, d_model=160, d_kv=80, d_ff=260, num_layers=2, num_heads=2,
+    feed_forward_proj="gated-gelu",
+)  # fmt: skip
+ENCODERS = {
+    "Qwen3": (transformers.Qwen3Model, QWEN3, "model."),  # ComfyUI's files have the whole model
+    "T5": (transformers.T5EncoderModel, T5, ""),
+}
+
+
+def quantized(model) -> set[str]:
+    return {name for name, layer in model.named_modules() if isinstance(layer, LoadedLinear)}
+
+
+def output(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).last_hidden_state.float()
+
+
+def write(name: str, path, dtype):
+    """An MXFP8 file of a random encoder, with the names that ComfyUI's files have."""
+    cls, config, prefix = ENCODERS[name]
+    torch.manual_seed(0)
+    model = cls(config).to(dtype)
+    quantize_linears(model)
+    save_file({prefix + k: v.clone() for k, v in model.state_dict().items()}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_single_file_and_a_folder_give_the_model_of_the_dequantized_weights(
+    name, dtype, tmp_path
+):
+    cls, config, prefix = ENCODERS[name]
+    path = tmp_path / "encoder.safetensors"
+    write(name, path, dtype)
+    model = from_single_file(cls, path, config, precision="exact", dtype=dtype)
+    assert len(quantized(model)) == 14 and model.dtype == dtype
+    state = {k.removeprefix(prefix): v.to(dtype) for k, v in plain(path).items()}
+    wanted = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    if name == "T5" and dtype == torch.float16:  # which keeps this layer in float32
+        layer = model.encoder.block[0].layer[1].DenseReluDense.wo
+        assert layer.weight.dtype == torch.float32
+    # Values below FP16's normal range are rounded in the reference, but not by our kernel.
+    rounding = 2e-3 if dtype == torch.float16 else 0
+    assert distance(output(model), output(wanted)) <= rounding
+
+    for size in ("10GB", "100KB"):
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        saved = json.loads((tmp_path / size / "config.json").read_text())
+        assert saved["quantization_config"]["quant_method"] == "mxfp8"
+        again = cls.from_pretrained(tmp_path / size, dtype=dtype, device_map="cpu")
+        assert quantized(again) == quantized(model)
+        assert torch.equal(output(again), output(model))
+    again.dequantize()
+    assert not quantized(again)
+    assert distance(output(again), output(model)) <= rounding
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_converted_folder_loads(name, tmp_path):
+    cls, config, _ = ENCODERS[name]
+    torch.manual_seed(0)
+    original = cls(config).to(torch.bfloat16).eval()
+    original.save_pretrained(tmp_path / "original", max_shard_size="100KB")
+    (tmp_path / "original" / "tokenizer.json").write_text("{}")
+    report = convert_folder(tmp_path / "original", tmp_path / "new", max_file=200_000)
+    assert (tmp_path / "new" / "tokenizer.json").is_file()
+    assert (tmp_path / "new" / "model.safetensors.index.json").is_file()
+    model = cls.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    assert quantized(model) == {layer.name for layer in report.quantized}
+    assert len(quantized(model)) >= 7
+    assert 0.001 < distance(output(model), output(original)) < 0.1  # seven rounded layers in a row
+
+
+def test_markers_of_the_header_alone_are_read(tmp_path):
+    cls, config, _ = ENCODERS["T5"]
+    write("T5", tmp_path / "all.safetensors", torch.bfloat16)
+    state, _ = load_tensors(tmp_path / "all.safetensors")
+    markers = {k.removesuffix(".comfy_quant"): json.loads(bytes(v.tolist()))
+               for k, v in state.items() if k.endswith(".comfy_quant")}  # fmt: skip
+    unmarked = {k: v for k, v in state.items() if not k.endswith(".comfy_quant")}
+    entry = {"_quantization_metadata": json.dumps({"layers": markers})}
+    save_file(unmarked, tmp_path / "header.safetensors", entry)
+    models = [
+        from_single_file(cls, tmp_path / name, config, dtype=torch.bfloat16)
+        for name in ("all.safetensors", "header.safetensors")
+    ]
+    assert torch.equal(output(models[0]), output(models[1]))
+
+
+def test_peft_adapts_mxfp8_layers(tmp_path):
+    cls, config, _ = ENCODERS["Qwen3"]
+    write("Qwen3", tmp_path / "x.safetensors", torch.bfloat16)
+    model = from_single_file(cls, tmp_path / "x.safetensors", config, dtype=torch.bfloat16)
+    before = output(model)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model.add_adapter(adapter)
+    assert distance(output(model), before) > 0.01
+    loss = model(IDS).last_hidden_state.float().square().mean()
+    loss.backward()
+    trained = [p for n, p in model.named_parameters() if "lora" in n]
+    assert len(trained) == 8 and all(p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_what_does_not_fit_is_rejected_by_name(tmp_path):
+    cls, config, _ = ENCODERS["Qwen3"]
+    path = tmp_path / "x.safetensors"
+    write("Qwen3", path, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"T5EncoderModel has no linear layer 'model\.layers\.0"):
+        from_single_file(transformers.T5EncoderModel, path, T5, dtype=torch.bfloat16)
+    other = transformers.Qwen3Config(**{**QWEN3.to_dict(), "intermediate_size": 320})
+    with pytest.raises(
+        ValueError, match=r"MXFP8 layer 'layers\.0\.mlp\.down_proj': .*\[160, 320\]"
+    ):
+        from_single_file(cls, path, other, dtype=torch.bfloat16)
+    model = cls(config)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "plain.safetensors")
+    with pytest.raises(FormatError, match=r"plain.safetensors: none of its layers is MXFP8"):
+        from_single_file(cls, tmp_path / "plain.safetensors", config)
