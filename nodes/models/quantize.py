@@ -11,13 +11,14 @@ is not to be seen in them, so stock's CLIP is built anew from the class of the g
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.text_encoders.long_clipl import model_options_long_clip
 
@@ -34,7 +35,7 @@ from ..host.float8 import check_float8
 from .load import load_diffusion_model, read_state
 from .raw_codes import check_layers
 from .source import ModelSource
-from .text_encoder import TextEncoderSource, encoders, names_in_file
+from .text_encoder import PROJECTION, TextEncoderSource, encoders, names_in_file
 from .transfer import check_movable, give_model
 from .weights import LoadedWeights
 
@@ -133,6 +134,8 @@ def plan_clip(clip, selection: Selection) -> tuple[LoadedWeights, Plan]:
     decisions: dict[str, Decision] = {}
     plans = []
     for encoder in encoders(clip):
+        if encoder == PROJECTION:  # which ComfyUI runs unquantized
+            continue
         part = TextEncoderSource(clip, encoder)
         _check_not_cast(part, "--fp8_e4m3fn-text-enc")
         plans.append(_plan(part, selection, clip.patcher, "Save Text Encoder"))
@@ -182,18 +185,30 @@ def _as_in_files(clip, report: Report) -> tuple[LayerReport, ...]:
     return tuple(replace(layer, name=names.get(layer.name, layer.name)) for layer in report.layers)
 
 
+def builder(model: torch.nn.Module) -> Callable[..., torch.nn.Module]:
+    """What builds a text encoder like this one."""
+
+    def build(**options) -> torch.nn.Module:
+        built = type(model)(**options)
+        if getattr(model, "compat_mode", False):  # LTX-2's, with the connectors of its checkpoint
+            built.enable_compat_mode()
+        return built
+
+    return build
+
+
 @dataclass(frozen=True)
 class _ClipFile:
     """A file with the weights of a CLIP, by their names in memory, and what to build it with.
 
     Attributes:
-        build: ComfyUI's class of its model.
+        build: its model, as ComfyUI's class of it is built.
         tokenizer: of the CLIP, which is shared.
         options: as ComfyUI's loaders give it.
     """
 
     file: paths.TemporaryFile
-    build: type
+    build: Callable[..., torch.nn.Module]
     tokenizer: object
     options: Mapping
 
@@ -209,7 +224,7 @@ class _ClipFile:
             named = {new: state[old] for old, new in names.items()}
             _, options = model_options_long_clip(named, {}, options)
         options |= {"load_device": patcher.load_device, "offload_device": patcher.offload_device}
-        return cls(file, type(clip.cond_stage_model), clip.tokenizer, options)
+        return cls(file, builder(clip.cond_stage_model), clip.tokenizer, options)
 
     def load(self, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         header = read_header(self.file.restored())

@@ -4,6 +4,10 @@ ComfyUI tells text encoders apart by the names in their files. In memory each is
 ("t5xxl"), or, of LTX-2's Gemma alone, the CLIP's whole model (""), and its layers are in its
 `transformer`. A few have other names there than in files, which
 `comfy.sd.load_text_encoder_state_dicts` renames.
+
+LTX-2 has a projection beside its Gemma, which ComfyUI reads from a second file: the checkpoint of
+LTX-2, or one that holds it alone. Where that checkpoint is of the first version, the CLIP has the
+model's connectors, too (`comfy.text_encoders.lt`). They become a file of their own again.
 """
 
 from __future__ import annotations
@@ -20,8 +24,12 @@ _RENAMED = {"model.lm_head.": "lm_head."}
 _RENAMED_VISION = {**_RENAMED, "model.": "model.language_model.", "visual.": "model.visual."}
 
 
+PROJECTION = "text_embedding_projection"  # of LTX-2
+_CONNECTORS = ("audio_embeddings_connector.", "video_embeddings_connector.")
+
+
 def encoders(clip) -> list[str]:
-    """Names of the text encoders in a CLIP.
+    """Names of the text encoders in a CLIP, and `PROJECTION` if it has that: each is a file.
 
     Raises:
         ValueError: it has weights that no file of a text encoder has.
@@ -30,8 +38,11 @@ def encoders(clip) -> list[str]:
     parts = {"": model, **dict(model.named_children())}
     found = [name for name, part in parts.items() if hasattr(part, "transformer")]
     inside = tuple(map(_prefix, found))
-    for key in model.state_dict():
-        if not key.startswith(inside) and not key.endswith("logit_scale"):
+    beside = [key for key in model.state_dict() if not key.startswith(inside)]
+    if any(map(_is_projection, beside)):
+        found.append(PROJECTION)
+    for key in beside:
+        if not _is_projection(key) and not key.endswith("logit_scale"):
             raise ValueError(
                 f"this text encoder ({type(model).__name__.rstrip('_')}) has weights beside its "
                 f"layers ({key!r}), which ComfyUI reads from another file; convert the files that "
@@ -40,16 +51,29 @@ def encoders(clip) -> list[str]:
     return found
 
 
+def _is_projection(key: str) -> bool:
+    return key.startswith((f"{PROJECTION}.", *_CONNECTORS))
+
+
 def _prefix(encoder: str) -> str:
     return f"{encoder}.transformer.".removeprefix(".")
 
 
 def names_in_file(clip, encoder: str) -> dict[str, str]:
     """Name in memory -> name in the encoder's own file, for every tensor of it."""
+    if encoder == PROJECTION:
+        keys = filter(_is_projection, clip.cond_stage_model.state_dict())
+        return {key: _name_beside(key) for key in keys}
     prefix = _prefix(encoder)
     keys = [key for key in clip.cond_stage_model.state_dict() if key.startswith(prefix)]
     rename = _renamer(key.removeprefix(prefix) for key in keys)
     return {key: rename(key.removeprefix(prefix)) for key in keys}
+
+
+def _name_beside(key: str) -> str:
+    if key.startswith(_CONNECTORS):
+        return f"model.diffusion_model.{key}"
+    return f"{PROJECTION}.aggregate_embed.weight" if key == f"{PROJECTION}.weight" else key
 
 
 def _renamer(keys: Iterable[str]) -> Callable[[str], str]:
@@ -84,7 +108,7 @@ class TextEncoderSource(LoadedWeights):
         check_weights(clip.cond_stage_model)
         names = names_in_file(clip, encoder)
         self.in_memory = {new: old for old, new in names.items()}
-        data = _tokenizer(clip, encoder).state_dict()
+        data = {} if encoder == PROJECTION else _tokenizer(clip, encoder).state_dict()
         super().__init__(
             clip.patcher,
             rename=names.get,

@@ -54,6 +54,26 @@ def test_of_several_text_encoders_all_are_saved_or_none(found):
     assert several["left"] == 0
 
 
+@pytest.fixture(scope="module")
+def ltx2(tmp_path_factory):
+    return ask("ltx2_encoder.py", tmp_path_factory.mktemp("ltx2"))
+
+
+def test_the_text_encoder_of_ltx2_becomes_two_files(ltx2):
+    found = ltx2["small"]
+    assert found["files"] == ["gemma3_12b", "text_embedding_projection"]
+    assert found["layers of the files"] == [found["layers"], 0] == [48 * 7, 0]
+    assert found["tokenizer"] and found["projection unchanged"]
+    assert found["rounding"] > 0.01
+    assert found["loaded by stock"] == 0
+    assert found["loaded by ours"] < 1e-4  # another order of summation
+
+
+def test_comfyui_finds_all_of_ltx2_s_in_them(ltx2):
+    """With one projection, with that and the connectors of the first LTX-2, and with two."""
+    assert ltx2["names"] == [{"not in a file": [], "not loaded": [], "same": True}] * 3
+
+
 @pytest.mark.parametrize("name", ["quantized", "accelerated"])
 def test_a_checkpoint_is_read_back_equal_by_both_loaders(found, name):
     seen = found["checkpoint"][name]
