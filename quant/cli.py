@@ -6,6 +6,7 @@
     mxfp8 verify model-mxfp8.safetensors --source model.safetensors
     mxfp8 repair lost-markers.safetensors repaired.safetensors
     mxfp8 probe model.safetensors
+    mxfp8 budget model.safetensors --calibration calibration.safetensors
     mxfp8 export model-mxfp8.safetensors --mlx model-mlx/
     mxfp8 card model-mxfp8.safetensors
     mxfp8 backends
@@ -35,7 +36,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from ..kernels.memory import is_out_of_memory
-from .commands import checking, completion, converting, machine, publishing
+from .commands import budgeting, checking, completion, converting, machine, publishing
 from .commands.terminal import show_error
 from .conversion import policy
 from .reports import document
@@ -196,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND [OPTIONS]")
-    for family in (converting, checking, publishing, machine, completion):
+    for family in (converting, budgeting, checking, publishing, machine, completion):
         family.add(commands)
     return parser
 

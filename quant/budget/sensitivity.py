@@ -63,25 +63,35 @@ class Damages:
 
     Attributes:
         values: by layer.
-        replicates: the same from all but a part of the runs, for every part.
+        replicates: the same from all but some of the runs, and from all but some of the samples.
     """
 
     values: Mapping[str, float]
-    replicates: tuple[Mapping[str, float], ...] = field(repr=False)
+    replicates: tuple[tuple[Mapping[str, float], ...], ...] = field(repr=False)
 
     def total(self, layers: Iterable[str]) -> float:
         """Of several layers together."""
-        return math.fsum(self.values[layer] for layer in layers)
+        return _sum(self.values, layers)
 
     def deviation(self, layers: Iterable[str]) -> float:
-        """Standard error of `total`, by the jackknife: over samples, or the runs of one."""
+        """Standard error of `total`, by the jackknife: over runs or samples, which is larger."""
         layers = list(layers)
-        totals = [math.fsum(one[layer] for layer in layers) for one in self.replicates]
-        if len(totals) < 2:
-            return math.inf
-        mean = math.fsum(totals) / len(totals)
-        spread = math.fsum((total - mean) ** 2 for total in totals)
-        return math.sqrt(spread * (len(totals) - 1) / len(totals))
+        return max(
+            (_jackknife([_sum(one, layers) for one in some]) for some in self.replicates), default=0
+        )
+
+
+def _sum(values: Mapping[str, float], layers: Iterable[str]) -> float:
+    return math.fsum(values[layer] for layer in layers)
+
+
+def _jackknife(totals: list[float]) -> float:
+    """The standard error of a total, from totals without each part of the data."""
+    if len(totals) < 2:
+        return 0.0
+    mean = math.fsum(totals) / len(totals)
+    spread = math.fsum((total - mean) ** 2 for total in totals)
+    return math.sqrt(spread * (len(totals) - 1) / len(totals))
 
 
 @dataclass(frozen=True)
@@ -158,48 +168,39 @@ class Sensitivity:
         return mean / total if total else None
 
     def _damages(self, factors: list[float]) -> Damages:
-        every, *others = self._fits
-        return Damages(
-            dict(zip(self.layers, _times(every, factors), strict=True)),
-            tuple(dict(zip(self.layers, _times(o, factors), strict=True)) for o in others),
-        )
+        def named(values: list[float]) -> dict[str, float]:
+            pairs = zip(values, factors, strict=True)
+            return dict(zip(self.layers, (value * factor for value, factor in pairs), strict=True))
+
+        (every,), *replicates = self._fits
+        return Damages(named(every), tuple(tuple(map(named, some)) for some in replicates))
 
     @cached_property
-    def _fits(self) -> list[list[float]]:
-        """Damages from all runs, then from all but a part of them, for every part."""
+    def _fits(self) -> tuple[list[list[float]], ...]:
+        """Damages from all runs; from all but an eighth of them; and of the samples."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        every = [list(range(len(sample.signs))) for sample in self.samples]
-        first = fit(self._matrices(every), sizes)
-        others = []
-        for part in self._parts():
-            rest = [[r for r in runs if (i, r) not in part] for i, runs in enumerate(every)]
-            if any(rest):
-                others.append(fit(self._matrices(rest), sizes))
-        return [one.tolist() for one in (first, *others)]
-
-    def _parts(self) -> list[set[tuple[int, int]]]:
-        """Parts of all (sample, run): samples, since these differ more than their runs do."""
         runs = [(i, r) for i, sample in enumerate(self.samples) for r in range(len(sample.signs))]
-        if len(self.samples) > 1:
-            return [
-                {run for run in runs if run[0] % _PARTS == part}
-                for part in range(min(_PARTS, len(self.samples)))
+        parts = [number % _PARTS for number in range(len(runs))], [i % _PARTS for i, _ in runs]
+        found = [[fit(self._matrices(runs), sizes).tolist()]]
+        for part_of in parts:
+            names = sorted(set(part_of))
+            rests = [
+                [run for run, part in zip(runs, part_of, strict=True) if part != left_out]
+                for left_out in (names if len(names) > 1 else ())
             ]
-        return [set(runs[part::_PARTS]) for part in range(min(_PARTS, len(runs)))]
+            found.append([fit(self._matrices(rest), sizes).tolist() for rest in rests])
+        return tuple(found)
 
-    def _matrices(self, chosen: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(signs, inner products) of some runs of each sample."""
+    def _matrices(self, chosen: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(signs, inner products) of each sample, from some of all (sample, run)."""
         result = []
-        for sample, runs in zip(self.samples, chosen, strict=True):
+        for index, sample in enumerate(self.samples):
+            runs = [run for which, run in chosen if which == index]
             if runs:
                 signs = [[1.0 if c == "+" else -1.0 for c in sample.signs[r]] for r in runs]
                 gram = torch.tensor(sample.gram, dtype=torch.float64)[runs][:, runs]
                 result.append((torch.tensor(signs, dtype=torch.float64), gram))
         return result
-
-
-def _times(values: list[float], factors: list[float]) -> list[float]:
-    return [value * factor for value, factor in zip(values, factors, strict=True)]
 
 
 def fit(samples: list[tuple[torch.Tensor, torch.Tensor]], sizes: torch.Tensor) -> torch.Tensor:

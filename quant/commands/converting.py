@@ -37,17 +37,12 @@ def add(commands) -> None:
         "becomes such a folder; of a pipeline, the transformer is converted, the rest copied",
     )
     convert.set_defaults(usage_error=convert.error)
-    _add_selection(convert)
+    add_selection(convert)
     convert.add_argument(
         "--overwrite", action="store_true", help="replace an existing DST or report"
     )
-    convert.add_argument(
-        "--calibration",
-        metavar="FILE",
-        type=place,
-        help="calibration (safetensors); choose the rounding with the least error of layer "
-        "outputs on its data, which takes longer",
-    )
+    add_calibration(convert)
+    add_target(convert)
     convert.add_argument(
         "--held-out",
         metavar="FILE",
@@ -87,7 +82,7 @@ def add(commands) -> None:
         type=place,
         help="where to write NAME-mxfp8.safetensors; default: beside each model",
     )
-    _add_selection(batch)
+    add_selection(batch)
     batch.add_argument(
         "--overwrite",
         action="store_true",
@@ -98,7 +93,39 @@ def add(commands) -> None:
     )
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
+def add_calibration(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=place,
+        required=required,
+        help="calibration (safetensors); choose the rounding with the least error of layer "
+        "outputs on its data, which takes longer",
+    )
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target",
+        metavar="TARGET",
+        dest="budget",
+        type=_target,
+        help="a size ('6.5 GB'; '55%%' of the original) or a quality of the model's output "
+        "('50 dB'; '0.003 error'): keep the layers that reach it with the least error, or the "
+        "fewest bytes; needs a calibration with sensitivities",
+    )
+
+
+def _target(text: str):
+    from ..budget.target import parse
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
     names = policy.presets()
     parser.add_argument(
         "--preset",
@@ -139,12 +166,13 @@ def _expression(text: str) -> str:
     return text
 
 
-def _selection(arguments) -> policy.Selection:
+def selection_of(arguments) -> policy.Selection:
     include, exclude = (tuple(x or ()) for x in (arguments.include, arguments.exclude))
     return policy.Selection(arguments.preset, include, exclude)
 
 
 def _convert(arguments) -> Answer:
+    from ..budget.choice import choose, sensitivity_of
     from ..container.pipeline import keep_freed_memory
     from ..conversion.convert import check_calibrations, check_conversion, convert, plan_source
     from ..sources.open import open_source
@@ -157,20 +185,27 @@ def _convert(arguments) -> Answer:
         arguments.usage_error(f"argument DST: {error}")
     check_outputs(arguments, "report")
     with open_source(arguments.source) as source:
-        plan = plan_source(source, _selection(arguments))
+        plan = plan_source(source, selection_of(arguments))
+        chosen = calibration = None
+        if arguments.budget is not None:
+            calibration = read_calibration(arguments.calibration)
+            plan, chosen = choose(plan, sensitivity_of(calibration, source), arguments.budget)
         if arguments.dry_run and not arguments.json:
             _show_plan(plan)  # before what may fail: it has the reasons
         check_conversion(source, arguments.target, plan, arguments.overwrite, arguments.device)
-        calibration = read_calibration(arguments.calibration)
+        if calibration is None:
+            calibration = read_calibration(arguments.calibration)
         held_out = read_calibration(arguments.held_out)
         if arguments.dry_run:
             check_calibrations(source, calibration, held_out)
-            return Answer(lambda: None, lambda: _document(plan))
+            summary = chosen.summary() if chosen else ""
+            return Answer(lambda: show(summary) if summary else None, lambda: _document(plan))
         keep_freed_memory()
         with progress("convert") as bar:
             report = convert(
                 source, arguments.target, plan, overwrite=arguments.overwrite, progress=bar,
                 device=arguments.device, calibration=calibration, held_out=held_out,
+                chosen=chosen,
             )  # fmt: skip
     return _converted(arguments, report)
 
@@ -180,13 +215,14 @@ def _convert_folder(arguments) -> Answer:
     from ..container.pipeline import keep_freed_memory
     from ..sources.open import open_stored
 
-    for option in ("calibration", "held_out", "overwrite"):
+    options = {"calibration": "calibration", "held_out": "held-out", "overwrite": "overwrite",
+               "budget": "target"}  # fmt: skip
+    for option, name in options.items():
         if getattr(arguments, option):
-            name = option.replace("_", "-")
             arguments.usage_error(f"--{name} does not go with --format {DIFFUSERS}")
     folder = open_folder(arguments.source)
     check_outputs(arguments, "report", source=folder.model)
-    selection = _selection(arguments)
+    selection = selection_of(arguments)
     if arguments.dry_run:
         with open_stored(folder.model) as source:
             plan = plan_folder(source, selection)
@@ -277,7 +313,7 @@ def _batch(arguments) -> Answer:
             show(f"{next(told)} of {len(jobs)}: {outcome.line()}")
 
         batch = convert_all(
-            jobs, _selection(arguments), overwrite=arguments.overwrite, progress=bar,
+            jobs, selection_of(arguments), overwrite=arguments.overwrite, progress=bar,
             device=arguments.device, dry_run=arguments.dry_run,
             tell=(lambda outcome: None) if arguments.json else tell,
         )  # fmt: skip

@@ -36,6 +36,7 @@ from ..container.pipeline import Pipeline, cores
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT
 from ..progress import VERIFY, Meter, Progress
+from ..reports.budget import Chosen
 from ..reports.conversion import (
     KEPT,
     MIN_SQNR,
@@ -179,12 +180,14 @@ def convert(
     calibration: Calibration | None = None,
     held_out: Calibration | None = None,
     writer: Callable[[Callable[[], None]], Writer | FolderWriter] | None = None,
+    chosen: Chosen | None = None,
 ) -> Report:
     """Carry out a plan. Arguments and errors as for `convert_file`.
 
     Args:
         writer: makes what writes the target, given a function to be called now and then while it
             reads back; default: a `Writer` of one file.
+        chosen: what the plan was chosen for, from `budget.choice.choose`; the report has it.
     """
     _check_plan(source, target, plan)
     check_calibrations(source, calibration, held_out)
@@ -218,6 +221,7 @@ def convert(
         exclude=_lines(plan.selection.exclude),
         calibration=_calibrated(plan, calibration, held_out),
         warnings=plan.warnings,
+        chosen=chosen,
     )
 
 

@@ -11,11 +11,10 @@ import math
 from dataclasses import asdict, dataclass, field
 
 from . import document
-from .conversion import format_size
+from .units import format_count, format_size
 
 KEY = "mxfp8_budget"
 _ADD_UP = 0.8, 1.25  # measured over predicted energy of all layers, within which damages add up
-_MOST_SHOWN = 12  # layers in a summary
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,10 @@ class Chosen:
 
     def summary(self) -> str:
         """In a line or two."""
-        kept = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
-        line = f"target {self.target}: {kept} kept, {format_size(self.point.bytes)}, predicted "
-        line += snr(self.point)
+        line = (
+            f"target {self.target}: {format_count(len(self.layers), 'layer')} kept, "
+            f"{format_size(self.point.bytes)}, predicted {snr(self.point)}"
+        )
         if self.measured_snr_db is not None:
             line += f", measured {self.measured_snr_db:.1f} dB"
         return line

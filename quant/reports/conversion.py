@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 
 from ..container.header import plain
-from ..progress import duration
 from . import document
+from .budget import Chosen
+from .units import format_count, format_seconds, format_size
 from .verdict import BAD, GOOD, MIN_SQNR, NOTICE, STANDS_OUT, WEIGHTS, Part, Verdict, say, word_for
 
 KEY = "mxfp8_report"
@@ -74,6 +75,7 @@ class Report:
             says of itself ("first_seed", "seeds", "steps", "sampler", ...), and the same of the
             data for the output errors under "held_out", if that is other data; None without one.
         warnings: what the user should know of how the layers were chosen.
+        chosen: what a size or a quality that was asked for came to; None without one.
     """
 
     source: str
@@ -90,6 +92,7 @@ class Report:
     exclude: str | None = None
     calibration: dict | None = None
     warnings: tuple[str, ...] = ()
+    chosen: Chosen | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -171,6 +174,8 @@ class Report:
             f"(preset {self.preset}, {self.architecture or 'architecture not recognized'})",
             *(f"WARNING: {warning}" for warning in self.warnings),
         ]
+        if self.chosen is not None:
+            lines.append(self.chosen.summary())
         if self.sqnr_db is not None and self.worst is not None:
             lines.append(
                 f"SQNR {self.sqnr_db:.2f} dB; worst layer {plain(self.worst.name)}: "
@@ -252,33 +257,6 @@ def last_line(sound: str, problems: Sequence[str] = (), warnings: Sequence[str] 
         return f"NOT OK: {format_count(len(problems), 'problem')}; do not use this file"
     above = f"; {format_count(len(warnings), 'warning')} above" if warnings else ""
     return f"OK: {sound}{above}"
-
-
-def format_count(count: int, name: str, plural: str | None = None) -> str:
-    return f"{count} {name if count == 1 else plural or f'{name}s'}"
-
-
-def format_size(count: int) -> str:
-    """A size in decimal units, as disks and model pages give it, with three digits."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= 0.9995 * size:
-            return f"{_three_digits(count / size)} {unit}"
-    return f"{count} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """A time that something took: "643 us", "12.3 s", "2 min 05 s"."""
-    if seconds >= 60:
-        return duration(seconds)
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= 0.9995 * size:
-            return f"{_three_digits(seconds / size)} {unit}"
-    return f"{_three_digits(seconds * 1e6)} us"
-
-
-def _three_digits(value: float) -> str:
-    """A number of at most four digits before the point, rounded to three."""
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:

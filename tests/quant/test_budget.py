@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image, ImageColor
+from safetensors.torch import save_file
+from torch import nn
 
 from mxfp8.quant.budget.choice import Problem, choose
 from mxfp8.quant.budget.patterns import patterns
+from mxfp8.quant.budget.probing import probe_module
+from mxfp8.quant.budget.rounding import rounding_factors
 from mxfp8.quant.budget.sensitivity import Damages, Sample, Sensitivity
 from mxfp8.quant.budget.target import SHARE, SIZE, SNR, parse
+from mxfp8.quant.cli import main
+from mxfp8.quant.container.header import nbytes
 from mxfp8.quant.conversion import policy
+from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.conversion.stored import stored_bytes
+from mxfp8.quant.format import read_header
+from mxfp8.quant.reports import page
 from mxfp8.quant.reports.budget import Budget
+from mxfp8.quant.reports.conversion import Report
+from mxfp8.quant.sources.open import open_source
 
 # ---- targets ---------------------------------------------------------------------------------
 
@@ -272,3 +287,90 @@ def test_document():
     assert Budget.from_json(budget.to_json()) == budget
     assert "1.50 times" in budget.interaction
     assert replace(budget, together=1.1).interaction is None
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    """A model, a calibration of it with sensitivities, and one without."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64 * (1 + i % 3), 64 * (1 + (i + 1) % 3)) for i in range(9)]
+    module = nn.Sequential(*itertools.chain(*((layer, nn.GELU()) for layer in layers))).eval()
+    batches = list(torch.randn(4, 64, 64))
+    found = calibrate(module, batches, lambda m, x: m(x))
+    measured = probe_module(module, batches[:2], lambda m, x: m(x), found.layers)
+    weights = {name: module.get_submodule(name).weight for name in found.layers}
+    measured = replace(
+        measured, rounding=rounding_factors(found, found.layers, weights.__getitem__)
+    )
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    found.save(tmp_path / "plain.safetensors")
+    replace(found, sensitivity=measured).save(tmp_path / "calibration.safetensors")
+    return tmp_path
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_a_target_of_convert(files, capsys):
+    model, calibration, report = (files / f"{name}" for name in ("model.safetensors",
+                                  "calibration.safetensors", "report.json"))  # fmt: skip
+    words = ["convert", model, files / "new.safetensors", "--calibration", calibration]
+    status, out, _ = run(capsys, *words, "--target", "60%", "--report", report)
+    assert status == 0 and "target 60%: " in out
+    chosen = Report.from_json(report.read_text()).chosen
+    found = read_header(files / "new.safetensors")
+    assert chosen.layers and not set(chosen.layers) & found.layers.keys()
+    assert len(chosen.layers) + len(found.layers) == 9
+    with open_source(model) as source:
+        original = sum(nbytes(*tensor) for tensor in source.tensors.values())
+    assert chosen.point.bytes == sum(t.nbytes for t in found.tensors.values()) <= 0.6 * original
+    # Without the calibration, by what the budget gives to copy.
+    options = itertools.chain(*(("--exclude", one) for one in chosen.exclude))
+    assert run(capsys, "convert", model, files / "same.safetensors", *options)[0] == 0
+    assert read_header(files / "same.safetensors").layers.keys() == found.layers.keys()
+
+
+def test_budget_command(files, capsys):
+    words = ["budget", files / "model.safetensors", "--calibration",
+             files / "calibration.safetensors"]  # fmt: skip
+    outputs = "--report", files / "b.json", "--png", files / "b.png"
+    status, out, _ = run(capsys, *words, "--target", "50 dB", *outputs)
+    assert status == 0
+    assert "all MXFP8" in out and "preset auto" in out and "--exclude '" in out
+    budget = Budget.from_json((files / "b.json").read_text())
+    assert budget.calibrated and budget.chosen.point.snr_db >= 50 > budget.curve[0].snr_db
+    assert [layer.name for layer in budget.layers if layer.kept]
+    with Image.open(files / "b.png") as picture:
+        assert picture.width == page.WIDTH
+        colors = {color for _, color in picture.getcolors(1 << 24)}
+    assert {ImageColor.getrgb(color) for color in (page.LINE, page.RED)} <= colors
+    nearest = json.loads(run(capsys, *words, "--nearest", "--json")[1])
+    assert nearest["curve"][0]["snr_db"] < budget.curve[0].snr_db
+    assert run(capsys, *words, *outputs)[0] == 1  # they exist
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--target", "50 dB"], 1, "needs a calibration"),
+        (["--target", "50 dB", "--calibration", "plain.safetensors"], 1, "no sensitivities"),
+        (["--target", "50 dB", "--calibration", "other.safetensors"], 1, "another model"),
+        (["--target", "10%", "--calibration", "calibration.safetensors"], 1, "All MXFP8 is"),
+        (["--target", "10", "--calibration", "calibration.safetensors"], 2, "no unit"),
+    ],
+)
+def test_errors_of_a_target(files, capsys, monkeypatch, options, status, message):
+    monkeypatch.chdir(files)
+    module = nn.Sequential(nn.Linear(32, 64)).eval()
+    calibrate(module, [torch.randn(64, 32)], lambda m, x: m(x)).save("other.safetensors")
+    found, _, err = run(capsys, "convert", "model.safetensors", "new.safetensors", *options)
+    assert found == status and message in err
+    assert not Path("new.safetensors").exists()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mxfp8.quant import cli
+from mxfp8.quant.budget.probing import probe_module
 from mxfp8.quant.checks.verify import _told_apart, verify_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.commands import terminal
@@ -273,6 +275,7 @@ JSON = {
     ("verify", "target.safetensors", "--source", "source"): "mxfp8_verification",
     ("repair", "lost", "new.sft"): "mxfp8_repair",
     ("probe", "blocks"): "mxfp8_probe",
+    ("budget", "net", "--calibration", "calibration"): "mxfp8_budget",
     ("export", "target.safetensors", "--mlx", "new"): "mxfp8_export",
     ("card", "target.safetensors"): "mxfp8_card",
     ("backends",): "mxfp8_backends",
@@ -287,6 +290,11 @@ def test_json_is_one_document_and_all_of_standard_output(target, run, monkeypatc
     save_file({f"blocks.{i}.a.weight": matrix(64, 64, seed=i) for i in range(2)}, "blocks")
     tensors, _ = load(target)
     save_file({k: v.clone() for k, v in tensors.items() if not k.endswith(".comfy_quant")}, "lost")
+    net = torch.nn.Sequential(torch.nn.Linear(64, 40)).eval()
+    save_file(net.state_dict(), "net")
+    inputs, use = [torch.randn(70, 64)], lambda module, x: module(x)
+    found = calibrate(net, inputs, use)
+    replace(found, sensitivity=probe_module(net, inputs, use, ["0"])).save("calibration")
     status, out, err = run(*words, "--json")
     assert (status, json.loads(out)[key], err) == (0, 1, "")
 

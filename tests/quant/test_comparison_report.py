@@ -19,7 +19,7 @@ from scipy import ndimage, stats
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.convert import convert_file
-from mxfp8.quant.reports import comparison, metadata, metrics, plot
+from mxfp8.quant.reports import comparison, metadata, metrics, page, plot
 from mxfp8.quant.reports.adapters import AdapterUse
 from mxfp8.quant.reports.comparison import (
     Comparison,
@@ -370,21 +370,21 @@ def pixels(image: Image.Image, color: str, near: int = 3) -> numpy.ndarray:
 
 def test_the_picture_has_the_mean_within_its_band_and_a_line_that_rises():
     image = plot.draw(MANY)
-    assert image.width == plot.WIDTH
-    band, line = pixels(image, plot._BAND), pixels(image, plot._LINE)
+    assert image.width == page.WIDTH
+    band, line = pixels(image, page.BAND), pixels(image, page.LINE)
     left, right = (line[(line[:, 1] < 860) == side] for side in (True, False))
     assert band[:, 0].min() < right[:, 0].min() <= right[:, 0].max() < band[:, 0].max()
     first, last = left[left[:, 1].argmin()], left[left[:, 1].argmax()]
     assert first[0] > last[0] + 20, "the divergence grows, so the line rises"
     assert len(pixels(image, "#9fc3f2")) > 500, "the worst seed has a line of its own"
-    flat = pixels(plot.draw(replace(COMPARISON, steps=SAME.steps)), plot._LINE)
+    flat = pixels(plot.draw(replace(COMPARISON, steps=SAME.steps)), page.LINE)
     flat = flat[flat[:, 1] < 860]
     assert numpy.ptp(flat[:, 0]) < 16, "no divergence, no rise"
 
 
 def test_the_picture_of_an_identical_model_has_no_band():
     image = plot.draw(SAME)
-    assert len(pixels(image, plot._BAND, 0)) == 0 and len(pixels(image, "#f6f8fa")) > 10_000
+    assert len(pixels(image, page.BAND, 0)) == 0 and len(pixels(image, "#f6f8fa")) > 10_000
 
 
 @pytest.mark.parametrize("value", [9.5, 31.35, 108.42])
@@ -406,9 +406,9 @@ def test_any_number_of_seeds_and_steps_is_drawn(count):
         seeds=tuple(Seed(2**64 - 1 - i, False, 30.0 + i) for i in range(count)),
         notes=("note",),
     )
-    assert len(pixels(plot.draw(record), plot._LINE)) > 50
+    assert len(pixels(plot.draw(record), page.LINE)) > 50
     none = replace(record, latent_snr_db=None, steps=())
-    assert len(pixels(plot.draw(none), plot._LINE, 0)) == 0
+    assert len(pixels(plot.draw(none), page.LINE, 0)) == 0
 
 
 def test_the_strip_shows_both_images_and_their_difference_amplified():
@@ -418,11 +418,11 @@ def test_the_strip_shows_both_images_and_their_difference_amplified():
     assert strip.factor == 64 and strip.difference.getpixel((5, 5)) == (192, 0, 0)
     image = plot.draw(COMPARISON, [strip])
     y = plot._TITLES + 100
-    third = plot.WIDTH // 3
+    third = page.WIDTH // 3
     colors = [image.getpixel((third * i + third // 2, y)) for i in range(3)]
     assert colors == [(100, 100, 100), (103, 100, 100), (192, 0, 0)]
     more = plot.draw(COMPARISON, [strip] * 9)  # of the next three seeds, six smaller pictures
-    below = more.crop((0, image.height - plot._CHART, plot.WIDTH, image.height - plot._CHART + 200))
+    below = more.crop((0, image.height - plot._CHART, page.WIDTH, image.height - plot._CHART + 200))
     assert more.height > image.height and len(pixels(below, "#676464", 0)) > 10_000
     assert plot.make_strip(reference, Image.new("RGB", (64, 64), (255, 0, 0))).factor == 1
     assert plot.make_strip(reference, reference).difference.getbbox() is None
@@ -430,7 +430,7 @@ def test_the_strip_shows_both_images_and_their_difference_amplified():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (30.5, 32), (5, 5), (0, 0), (0, 3e-7)])
 def test_ticks_are_round_and_enclose_the_range(low, high):
-    ticks = plot._ticks(low, high)
+    ticks = page.ticks_of(low, high)
     assert ticks[0] <= low and ticks[-1] >= high and len(ticks) <= 7
     steps = numpy.diff(ticks)
     assert steps == pytest.approx(steps[0])

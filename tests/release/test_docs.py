@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from model_folders import write_shards
 from safetensors.torch import save_file
 from torch import nn
 
+from mxfp8.quant.budget.probing import probe_module
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.convert import convert_file
@@ -53,7 +55,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     module = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     inputs = [{"input": torch.randn(64, 256)} for _ in range(4)]
-    calibrate(module, inputs).save(tmp_path / "calibration.safetensors")
+    sensitivity = probe_module(module, inputs, lambda m, batch: m(**batch), ["0", "2"])
+    found = replace(calibrate(module, inputs), sensitivity=sensitivity)
+    found.save(tmp_path / "calibration.safetensors")
     convert_file(tmp_path / "model.safetensors", tmp_path / "model-mxfp8.safetensors")
     lost = draft(tmp_path / "model-mxfp8.safetensors")
     lost.unmark()

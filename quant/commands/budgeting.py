@@ -1,0 +1,85 @@
+"""`mxfp8 budget`: what a model's size buys."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from ..reports.budget import Budget, Point, snr
+from ..reports.units import format_size
+from . import MODEL, Answer, command, place
+from .converting import add_calibration, add_selection, add_target, selection_of
+from .outputs import check_outputs, read_calibration, write
+from .terminal import progress, show, show_table
+
+_MOST_ROWS = 20  # of the curve
+
+
+def add(commands) -> None:
+    budget = command(
+        commands, "budget", _budget, "show what a model's size buys, from a calibration's figures"
+    )
+    budget.add_argument("source", metavar="SRC", type=place, help=f"original model: {MODEL}")
+    add_calibration(budget, required=True)
+    add_target(budget)
+    add_selection(budget)
+    budget.add_argument(
+        "--nearest", action="store_true", help="for rounding to nearest, not by the calibration"
+    )
+    budget.add_argument(
+        "--advice",
+        action="store_true",
+        help="also score layers as quant_probe does, which reads every weight, and show its advice",
+    )
+    budget.add_argument("--report", metavar="FILE.json", type=place, help="write it as JSON")
+    budget.add_argument("--png", metavar="FILE.png", type=place, help="draw it as a picture")
+    budget.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def _budget(arguments: argparse.Namespace) -> Answer:
+    from ..budget.choice import make_budget
+    from ..checks.probe import KEEP, probe_file
+    from ..sources.open import open_source
+
+    check_outputs(arguments, "report", "png")
+    calibration = read_calibration(arguments.calibration)
+    advice = ()
+    if arguments.advice:
+        with progress("probe") as bar:
+            probe = probe_file(arguments.source, progress=bar)
+        advice = [layer.key for layer in probe.layers if layer.recommendation == KEEP]
+    with open_source(arguments.source) as source:
+        budget = make_budget(
+            source, calibration, selection_of(arguments), arguments.budget,
+            calibrated=not arguments.nearest, advice=advice,
+        )  # fmt: skip
+    written = []
+    if arguments.report:
+        written.append(write("report", arguments.report, budget.to_json()))
+    if arguments.png:
+        from ..reports.budget_plot import draw
+
+        draw(budget).save(arguments.png, "PNG")
+        written.append(f"png: {arguments.png}")
+    return Answer(lambda: _show(budget, written), budget.to_json)
+
+
+def _show(budget: Budget, written: list[str]) -> None:
+    stride = -(-len(budget.curve) // _MOST_ROWS)
+    shown = [*budget.curve[::stride], *budget.others]
+    rows = [_row(point, budget.bytes_before) for point in shown]
+    right = ("size", "of original", "kept")
+    show_table((*right, "predicted SNR", "with"), rows, "with", right)
+    lines = ["", "Each line of the curve keeps its layer and those above it, also those not shown."]
+    if budget.chosen is not None:
+        lines += [budget.chosen.summary(), *(f"  {name}" for name in budget.chosen.layers)]
+        options = [f"--exclude {shlex.quote(one)}" for one in budget.chosen.exclude]
+        if options:
+            lines += ["to choose the same without a calibration:", f"  {' '.join(options)}"]
+    lines += [f"NOTE: {note}" for note in budget.notes]
+    show("\n".join([*lines, *written]))
+
+
+def _row(point: Point, original: int) -> tuple[str, ...]:
+    share = f"{100 * point.bytes / original:.1f}%"
+    return format_size(point.bytes), share, str(point.kept), snr(point), point.label
