@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 from graphs import output_files
@@ -38,8 +39,9 @@ def test_every_node_and_input_exists(comfy):
 
 
 def test_the_workflow_draws(comfy):
-    space = {"model": "", "text_encoder": "", "vae": ""}
-    exec(CELLS["graph"], space)  # noqa: S102
+    space = dict.fromkeys(("model", "text_encoder", "vae"), Path("file"))
+    for cell in ("parameters", "graph"):
+        exec(CELLS[cell], space)  # noqa: S102
     graph = space["graph"]
     use_tiny_models(graph)
     set_inputs(graph, "VAELoader", vae_name="vae.safetensors")

@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import re
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -25,12 +26,14 @@ from notebooks import (
     with_parameters,
 )
 from PIL import Image
+from transformers import AutoTokenizer
 
 from mxfp8.quant.cli import parser
 
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 COMFYUI = FOLDER / "z_image_turbo_mxfp8.ipynb"
-SHARED = ("memory", "gpu")  # cells that are the same in all
+DIFFUSERS = FOLDER / "diffusers_mxfp8.ipynb"
+SHARED = ("memory", "gpu", "commands", "files")  # cells that are the same in all
 
 
 def strings(source: str, function: str) -> list[list[str]]:
@@ -43,7 +46,7 @@ def strings(source: str, function: str) -> list[list[str]]:
 
 
 def test_there_are_notebooks():
-    assert COMFYUI in NOTEBOOKS
+    assert set(NOTEBOOKS) >= {COMFYUI, DIFFUSERS}
 
 
 @EVERY
@@ -123,7 +126,7 @@ def gpu(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         cells = code(read(COMFYUI))
         space: dict = {}
-        for name in ("parameters", *SHARED):
+        for name in ("parameters", "memory", "gpu"):
             exec(cells[name], space)  # noqa: S102
 
     return check
@@ -172,30 +175,48 @@ def pictures(notebook, cell: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in data]
 
 
+def run(path, folder: Path, files: Path, **parameters):
+    """A notebook after a run in a folder, with small models from a folder of files."""
+    notebook = with_parameters(
+        read(path),
+        {
+            "PACK_GIT": repository(ROOT, folder / "pack.git"),
+            "REPOSITORY": "tests/small",
+            "CPU": True,
+            **parameters,
+        },
+    )
+    place = folder / "hub" / "tests" / "small" / "resolve" / "main"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(files, target_is_directory=True)
+    with hub(folder / "hub") as address:
+        execute(notebook, folder, {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")})
+    assert not list((folder / "work" / "downloads").rglob("*.safetensors"))
+    return notebook
+
+
+def check_pictures(notebook, side: int) -> None:
+    """Two of them, neither flat nor the same."""
+    first, second = (np.array(picture, dtype=float) for picture in pictures(notebook, "draw"))
+    assert first.shape == second.shape == (side, side, 3)
+    assert min(first.std(), second.std(), (first - second).std()) > 10
+
+
 @pytest.mark.long
 @pytest.mark.comfy
 def test_the_notebook_for_comfyui_draws(tmp_path):
     """With a small Flux and Qwen3 0.6B, which it converts, and ComfyUI on the CPU."""
     make_models(tmp_path, "flux", "qwen3", "vae")
-    files = tmp_path / "hub" / "tests" / "small" / "resolve" / "main"
-    files.parent.mkdir(parents=True)
-    (tmp_path / "models").rename(files)
-    notebook = with_parameters(
-        read(COMFYUI),
-        {
-            "COMFYUI_GIT": repository(comfyui_path(), tmp_path / "comfyui.git", "v0.30.0"),
-            "PACK_GIT": repository(ROOT, tmp_path / "pack.git"),
-            "REPOSITORY": "tests/small",
-            "MODEL": "diffusion_models/flux.safetensors",
-            "TEXT_ENCODER": "text_encoders/qwen3.safetensors",
-            "VAE": "vae/vae.safetensors",
-            "PORT": free_port(),
-            "CPU": True,
-        },
+    notebook = run(
+        COMFYUI,
+        tmp_path,
+        tmp_path / "models",
+        COMFYUI_GIT=repository(comfyui_path(), tmp_path / "comfyui.git", "v0.30.0"),
+        MODEL="diffusion_models/flux.safetensors",
+        TEXT_ENCODER="text_encoders/qwen3.safetensors",
+        VAE="vae/vae.safetensors",
+        PORT=free_port(),
     )
-    with hub(tmp_path / "hub") as address:
-        variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
-        execute(notebook, tmp_path, variables)
     assert steps(notebook) == [
         "install",
         "download diffusion_models/flux.safetensors", "convert diffusion_models/flux.safetensors",
@@ -204,11 +225,42 @@ def test_the_notebook_for_comfyui_draws(tmp_path):
         "start ComfyUI", "load and draw", "draw again", "time the layers",
     ]  # fmt: skip
     assert "196 layers MXFP8, 1 kept" in printed(notebook, "convert")
-    assert not list((tmp_path / "work" / "downloads").rglob("*.safetensors"))
-    first, second = map(np.array, pictures(notebook, "draw"))
-    assert first.shape == second.shape == (1024, 1024, 3)
-    assert min(first.std(), second.std(), (first - second).std()) > 10  # neither flat nor the same
+    check_pictures(notebook, 1024)
     report = printed(notebook, "report")
     assert re.search(r"^Flux on cpu: 13 MXFP8 layers", report, re.MULTILINE)
     assert re.search(r" as stock| than stock", report)
     assert "manual cast: torch.float32" in report
+
+
+@pytest.mark.long
+def test_the_notebook_for_diffusers_draws(tmp_path):
+    """With a small Z-Image and Qwen3, which it converts."""
+    from diffusers_pipeline import draw_plain, write_files  # diffusers takes seconds to import
+
+    files = tmp_path / "files"
+    qwen = comfyui_path() / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    write_files(files, AutoTokenizer.from_pretrained(qwen))
+    notebook = run(
+        DIFFUSERS,
+        tmp_path,
+        files,
+        MODEL="transformer.safetensors",
+        TEXT_ENCODER="text_encoder.safetensors",
+        PIPELINE=str(files / "pipeline"),
+    )
+    assert steps(notebook) == [
+        "install",
+        "download transformer.safetensors", "convert transformer.safetensors",
+        "download text_encoder.safetensors", "convert text_encoder.safetensors",
+        "load the text encoder", "encode the prompt", "load the model", "draw", "draw again",
+    ]  # fmt: skip
+    converted = printed(notebook, "convert")
+    assert re.findall(r"(\d+) layers MXFP8", converted) == ["15", "14"]
+    check_pictures(notebook, 512)
+    # What its files are worth: the dequantized weights in plain diffusers.
+    known: dict = {}
+    exec(code(notebook)["parameters"], known)  # noqa: S102
+    large = draw_plain(files / "pipeline", tmp_path / "work", known["PROMPT"], seed=1)
+    expected = np.array(large.resize((512, 512)), dtype=float)
+    found = np.array(pictures(notebook, "draw")[0], dtype=float)
+    assert np.abs(found - expected).mean() < 0.5  # of 255: float32, in another order of sums

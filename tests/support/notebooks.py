@@ -88,9 +88,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, variables: dict[str, 
 
 
 def printed(notebook: nbformat.NotebookNode, cell: str) -> str:
-    """What a cell printed."""
+    """What a cell printed to standard output; progress goes to standard error."""
     (found,) = (c for c in notebook.cells if c.id == cell)
-    return "".join(output.text for output in found.outputs if output.output_type == "stream")
+    return "".join(output.text for output in found.outputs if output.get("name") == "stdout")
 
 
 def repository(files: Path, target: Path, tag: str | None = None) -> str:
