@@ -7,9 +7,11 @@ no more memory than one layer's weight in float32.
 Runs can take hours. With a journal each run's output is on the disk when the next one starts, and
 the same call goes on there after an interruption.
 
-Rejected: perturbing only some of a sampler's steps, to tell early from late ones. A layer's
-rounding error is the same in all steps and its effects add up over them, so damages of single steps
-do not sum to the damage of all; and a run costs as much, since the other steps have to run too.
+Rejected: probe runs that perturb only some of a sampler's steps, to tell early from late ones. On
+the emoji model of tests/models rounding all layers in the last 10 of 20 steps does 0.91 of what it
+does in all of them, and in the first 10 less than 0.01; the choice of layers is the same for all
+steps, so it would not use more. A run that starts at the middle would take half the time, but
+would have to make every sampler do so.
 """
 
 from __future__ import annotations
