@@ -166,8 +166,11 @@ class MXFP8Quantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         names = set(settle(model))
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        self.quantization_config.modules_to_not_convert = [n for n in linears if n not in names]
-        model.register_to_config(quantization_config=self.quantization_config)
+        kept = [name for name in linears if name not in names]
+        # A new one: the user may load another model with the same.
+        config = MXFP8Config(self.quantization_config.precision, kept)
+        self.quantization_config = config
+        model.register_to_config(quantization_config=config)
         return model
 
     # ---- afterwards --------------------------------------------------------------------------

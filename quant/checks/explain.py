@@ -22,6 +22,10 @@ from ..sources.formats import Format
 from ..sources.unsupported import Quantized
 
 NEWEST = "0.38.1"  # ComfyUI's version that the table of formats was held to
+_IN_DIFFUSERS = (
+    "with `import mxfp8.integrations.diffusers` and quantization_config=MXFP8Config(); without "
+    "these, diffusers runs the codes as weights, and only warns of unused tensors"
+)
 _MARKER = 120  # bytes of a layer's marker, about
 _DEPTH = 4  # of a part's name below its layer; bitsandbytes' and Quanto's go down to three
 # Dtypes that ComfyUI's loader for dynamic VRAM does not know (comfy/utils.py: load_safetensors).
@@ -58,6 +62,7 @@ class FormatFacts:
             f"  written by: {self.made_by}",
             f"  runs in: {self.runs}",
             f"  GPUs: {self.gpus}",
+            *([f"  in diffusers: {_IN_DIFFUSERS}"] if self.name == MXFP8.upper() else []),
         ]
 
     @property

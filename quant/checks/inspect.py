@@ -30,6 +30,10 @@ OTHER_WEIGHTS = "the comparison in the header was measured on weights other than
 _FIRST = 1 << 20  # bytes of a torch file that are searched for names of libraries
 _MOST_CONFIG = 1 << 20  # bytes of a config.json
 _NAMED = 5  # parts in a sentence
+_FOR_DIFFUSERS = (
+    "its tensors have diffusers' names: it is for diffusers with mxfp8.integrations.diffusers. "
+    "ComfyUI needs the file that `mxfp8 convert` makes of the original without --format"
+)
 
 
 @dataclass
@@ -522,9 +526,12 @@ def _layers(
 
 
 def _scan(header: Header, result: Inspection, progress: Progress | None) -> None:
+    from ..sources.diffusers import has_diffusers_names
     from ..sources.file import FileSource
     from . import scan
 
+    if result.mxfp8 and has_diffusers_names(header.tensors):
+        result.warnings.append(_FOR_DIFFUSERS)
     advance = Meter(sum(layer.bytes for layer in result.mxfp8), progress)
     with FileSource(header.path, header) as source:
         for check in (scan.check_embeddings, scan.check_unmarked, scan.check_experts):

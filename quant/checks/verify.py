@@ -19,8 +19,9 @@ from ..reports.conversion import (
     listed,
     total_sqnr,
 )
+from ..sources.diffusers import has_diffusers_names
 from ..sources.file import FileSource, StoredSource
-from ..sources.open import open_source
+from ..sources.open import open_source, open_stored
 from ..sources.unsupported import check_unquantized
 from .scan import scan_layer
 
@@ -113,11 +114,15 @@ def verify_file(path, source, progress: Progress | None = None) -> Verification:
 
 
 def _open_original(source, stored: FileSource):
-    """`open_source`, with a hint if the two files seem to be swapped."""
+    """`open_source`, with a hint if the two files seem to be swapped.
+
+    A file with diffusers' names was made from these names.
+    """
+    opened = open_stored if has_diffusers_names(stored.tensors) else open_source
     swapped = f"{stored.name} is not quantized, so the two may be swapped"
     hint = f"{swapped}: the MXFP8 file comes first, its original is the source"
     with contextlib.nullcontext() if stored.header.layers else advising(hint):
-        original = open_source(source)
+        original = opened(source)
         try:
             _check_original(stored, original)
         except BaseException:

@@ -228,6 +228,11 @@ def check_names(name: str, keys: Iterable[str]) -> None:
             )
 
 
+def has_diffusers_names(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a model that has other names in ComfyUI."""
+    return next(_recognized(keys), None) is not None
+
+
 def _recognized(keys: Iterable[str]) -> Iterator[tuple[str, str, _Names | str]]:
     """(prefix, model, its table or why it is rejected) of models with diffusers' names."""
     keys = list(keys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mxfp8.quant.budget.probing import probe_module
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.linear import quantize_linears
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,13 +68,40 @@ def folder(tmp_path, monkeypatch) -> Path:
     parts = tmp_path / "Z-Image-Turbo"
     write_shards(parts / "transformer", rename("zimage", zimage_state()), index=index)
     (parts / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    (parts / "transformer" / "config.json").write_text(
+        '{"_class_name": "ZImageTransformer2DModel"}'
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_diffusers(folder: Path) -> None:
+    """A Z-Image pipeline's transformer and text encoder, which their libraries can build."""
+    import transformers
+    from diffusers_models import KINDS, write  # 10 s to import, for one document
+
+    kind, parts = KINDS["Z-Image"], folder / "Z-Image-Turbo"
+    files = write(kind, folder)
+    files.mxfp8.rename(folder / "z-image-turbo-mxfp8.safetensors")
+    shutil.rmtree(parts / "transformer")
+    model = kind.cls.from_single_file(str(files.original), config=str(folder))
+    model.save_pretrained(parts / "transformer")
+    config = transformers.Qwen3Config(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    encoder = transformers.Qwen3Model(config).to(torch.bfloat16)
+    encoder.save_pretrained(parts / "text_encoder")
+    quantize_linears(encoder)
+    state = {f"model.{key}": value.clone() for key, value in encoder.state_dict().items()}
+    save_file(state, folder / "qwen_3_4b-mxfp8.safetensors")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_a_document_shows_runs_as_pasted(document, folder):
     text = document.read_text(encoding="utf-8")
+    if "import diffusers" in text or "from diffusers" in text:
+        write_diffusers(folder)
     found = blocks(text)
     assert 2 * len(found) == len(re.findall(r"(?m)^ *```", text)), "a block is not closed"
     namespace: dict = {"__name__": "__main__"}
