@@ -6,9 +6,10 @@
         "z_image-mxfp8.safetensors", quantization_config=mxfp8.MXFP8Config(), torch_dtype=...
     )
 
-Importing this module adds a quantizer to the two tables in which diffusers looks for one, and does
-nothing else to the library. Without the config, diffusers loads such a file with a warning about
-unused weights, and runs its codes as if they were the weights.
+Importing this module adds a quantizer to the two tables in which diffusers looks for one, and for a
+pipeline's text encoders, to those of transformers. It does nothing else to either. Without the
+config, diffusers loads such a file with a warning about unused weights, and runs its codes as if
+they were the weights.
 
 A single file has ComfyUI's names: diffusers renames, splits and joins its tensors before a
 quantizer sees the model, so each MXFP8 layer goes through that as one tensor (`stacked_rows`). A
@@ -17,6 +18,7 @@ folder has diffusers' own names, and its tensors are set one by one (`layers`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
@@ -196,3 +198,5 @@ class MXFP8Quantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING[Method.MXFP8.value] = MXFP8Quantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.MXFP8.value] = MXFP8Config
+with contextlib.suppress(ImportError):  # none, or one before 5
+    from . import transformers  # noqa: F401

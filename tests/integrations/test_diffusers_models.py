@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -14,13 +15,15 @@ import torch
 from bad_files import draft
 from checkpoints import load as load_tensors
 from comfyui import ask
+from diffusers.models import model_loading_utils
 from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, write
 from diffusers_pipeline import lora, pipeline, sample
 from quantized_files import plain
 from safetensors.torch import save_file
+from torch import nn
 
 from mxfp8.integrations.diffusers import MXFP8Config, read
-from mxfp8.integrations.layers import LoadedLinear
+from mxfp8.integrations.layers import LoadedLinear, swap
 from mxfp8.integrations.model_folder import convert_folder
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.policy import Selection
@@ -209,9 +212,14 @@ def test_a_converted_pipeline_has_all_its_parts(files, originals, tmp_path):
     names = {str(p.relative_to(source)) for p in source.rglob("*")} - {".cache"}
     new = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*")}
     assert new == names - {"z_image.safetensors"}
+    convert_folder(source / "text_encoder", tmp_path / "encoder")
+    shutil.rmtree(tmp_path / "new" / "text_encoder")
+    (tmp_path / "encoder").rename(tmp_path / "new" / "text_encoder")
     loaded = diffusers.ZImagePipeline.from_pretrained(
         tmp_path / "new", tokenizer=None, torch_dtype=DTYPE
     )
+    encoder = loaded.text_encoder
+    assert len(quantized(encoder)) == 7 * len(encoder.layers)
     loaded.set_progress_bar_config(disable=True)
     assert quantized(loaded.transformer) == quantized(load(kind, files("Z-Image")))
     wanted = sample(pipeline(load(kind, files("Z-Image"))))
@@ -311,6 +319,17 @@ def test_offloading_and_device_maps_change_nothing(files, tmp_path):
     split = {"layers": 0, "": "cpu"}
     with pytest.raises(ValueError, match=r"places layers on 0, cpu, .* one by one"):
         kind.cls.from_pretrained(tmp_path / "saved", torch_dtype=DTYPE, device_map=split)
+
+
+def test_layers_are_counted_on_a_gpu_before_they_have_values():
+    """What diffusers does for a device_map with a GPU, and never for the CPU."""
+    kind = KINDS["Flux.2"]
+    with torch.device("meta"):
+        model = kind.cls.from_config(kind.config)
+    names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    assert swap(model, names, "auto", DTYPE) == set(names)
+    places = dict.fromkeys(model.state_dict(), "meta")
+    model_loading_utils._caching_allocator_warmup(model, places, DTYPE, None)
 
 
 def test_it_compiles_without_a_break(files):
