@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/quality.py --layer
 	$(BIN)/python bench/images.py
+	$(BIN)/python bench/budget.py
 	$(BIN)/python bench/lora.py
 	$(BIN)/python bench/lora.py --image
 
