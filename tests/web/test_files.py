@@ -12,13 +12,17 @@ pytestmark = pytest.mark.comfy
 SOURCE = "diffusion_models/flux.safetensors"
 
 
-@pytest.fixture(
-    scope="module", params={"litegraph": False, "nodes2": True}.items(), ids=lambda p: p[0]
-)
-def shown(request, comfy, browser):
+# Each page, and both renderers of the pinned one.
+SHOWN = (("oldest", False), ("pinned", False), ("pinned", True), ("newest", True))
+
+
+@pytest.fixture(scope="module", params=SHOWN, ids=lambda p: f"{p[0]}-{'nodes2' * p[1]}")
+def shown(request, with_page, browser):
     name, nodes2 = request.param
-    page = ComfyPage(browser, comfy, nodes2=nodes2)
-    page.renderer = name
+    server = with_page(name)
+    page = ComfyPage(browser, server, nodes2=nodes2)
+    page.server = server
+    page.look = f"{name}-{nodes2}"
     yield page
     assert not page.complaints
     page.close()
@@ -61,9 +65,10 @@ def test_several_files_are_named_and_what_cannot_be_converted_is_not_offered(sho
     assert offered == [["Convert this model to MXFP8"], []]
 
 
-def test_a_new_file_goes_on_to_a_loader_and_into_its_list(shown, comfy):
+def test_a_new_file_goes_on_to_a_loader_and_into_its_list(shown):
+    comfy = shown.server
     shown.clear()
-    target = f"new-{shown.renderer}.safetensors"
+    target = f"new-{shown.look}.safetensors"
     convert = shown.add("MXFP8ConvertFile", (100, 100), source=SOURCE, target=target)
     loaders = [shown.add("UNETLoader", (600, y)) for y in (100, 400)]
     sampler = shown.add("KSampler", (1000, 100), steps=1)
@@ -86,8 +91,9 @@ def test_a_new_file_goes_on_to_a_loader_and_into_its_list(shown, comfy):
 
 
 @pytest.fixture
-def blueprints(comfy) -> dict[str, dict]:
+def blueprints(shown) -> dict[str, dict]:
     """The subgraphs of this pack that ComfyUI offers, by name."""
+    comfy = shown.server
     found = comfy.get("/global_subgraphs")
     return {
         about["name"]: json.loads(comfy.get(f"/global_subgraphs/{key}")["data"])
@@ -120,9 +126,10 @@ def opened(shown, blueprint: dict, **widgets) -> int:
     return node
 
 
-def test_the_blueprints_run(shown, blueprints, comfy):
+def test_the_blueprints_run(shown, blueprints):
+    comfy = shown.server
     steps = {"seeds": 1, "steps": 1}
-    prefix = f"diffusion_models/blueprint-{shown.renderer}"
+    prefix = f"diffusion_models/blueprint-{shown.look}"
     compare = blueprints.pop("Quantize, compare and save (MXFP8)")
     node = opened(shown, compare, filename_prefix=prefix, **steps)
     vae = shown.add("VAELoader", (-400, 400), vae_name="vae.safetensors")
@@ -131,7 +138,7 @@ def test_the_blueprints_run(shown, blueprints, comfy):
     assert (comfy.base / "output" / f"{prefix}_00001_.safetensors").stat().st_size > 0
 
     calibrate = blueprints.pop("Calibrate and convert (MXFP8)")
-    target = f"blueprint-{shown.renderer}.safetensors"
+    target = f"blueprint-{shown.look}.safetensors"
     opened(shown, calibrate, source=SOURCE, target=target, **steps)
     shown.queue()
     path = comfy.base / "models" / "diffusion_models" / target

@@ -8,30 +8,9 @@ import struct
 
 import pytest
 import translations
-from browser import NEWEST_PAGE, RENDERERS, ComfyPage
-from comfyui import Server, fetch_package
-from versions import ends
+from browser import RENDERERS, ComfyPage
 
 pytestmark = pytest.mark.comfy
-
-
-@pytest.fixture(scope="module", params=["oldest", "pinned", "newest"])
-def served(request, comfy, tmp_path_factory):
-    """A server with the page of the oldest supported ComfyUI, of the pinned one, or the newest."""
-    if request.param == "pinned":
-        yield comfy
-        return
-    version = NEWEST_PAGE if request.param == "newest" else oldest_page()
-    page = fetch_package("comfyui-frontend-package", version) / "comfyui_frontend_package"
-    base = tmp_path_factory.mktemp(request.param)
-    (base / "models").symlink_to(comfy.base / "models")
-    with Server(base, arguments=("--front-end-root", str(page / "static"))) as server:
-        yield server
-
-
-def oldest_page() -> str:
-    text = (ends()[1].release.path / "requirements.txt").read_text(encoding="utf-8")
-    return re.search(r"^comfyui-frontend-package==(\S+)", text, re.MULTILINE)[1]
 
 
 @pytest.fixture(scope="module", params=RENDERERS)

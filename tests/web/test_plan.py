@@ -11,10 +11,17 @@ VIEW = """app.graph.getNodeById(id).widgets.find((w) => w.name === "mxfp8_report
 TEXT = f"(id) => {VIEW}.summary ?? ''"
 
 
-@pytest.fixture(scope="module", params=["litegraph", "nodes2"])
-def shown(request, comfy, browser):
-    comfy.post("/history", {"clear": True})
-    page = ComfyPage(browser, comfy, nodes2=request.param == "nodes2")
+# Each page, and both renderers of the pinned one.
+SHOWN = (("oldest", False), ("pinned", False), ("pinned", True), ("newest", True))
+
+
+@pytest.fixture(scope="module", params=SHOWN, ids=lambda p: f"{p[0]}-{'nodes2' * p[1]}")
+def shown(request, with_page, browser):
+    name, nodes2 = request.param
+    server = with_page(name)
+    server.post("/history", {"clear": True})
+    page = ComfyPage(browser, server, nodes2=nodes2)
+    page.server = server
     yield page
     assert not page.complaints
     page.close()
@@ -43,7 +50,8 @@ def plan(shown, node: int, has: str) -> str:
     return shown.page.evaluate(TEXT, node)
 
 
-def test_a_choice_shows_what_will_come_of_it_and_leaves_no_trace(shown, comfy):
+def test_a_choice_shows_what_will_come_of_it_and_leaves_no_trace(shown):
+    comfy = shown.server
     shown.clear()
     source = "diffusion_models/flux.safetensors"
     node = shown.add("MXFP8ConvertFile", (100, 100), source=source)
