@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..quant.budget.choice import make_budget
 from ..quant.container.header import quoted
 from ..quant.conversion import calibration
 from ..quant.conversion.calibration import Calibration, HessianAccumulator
@@ -15,16 +18,25 @@ from ..quant.progress import duration
 from ..quant.reports.conversion import format_count, format_size
 from ..quant.reports.verdict import GOOD, NOTICE, Verdict
 from .host import paths
-from .host.progress import Progress, RunProgress, ending_shown, output, show
+from .host.progress import (
+    Progress,
+    RunProgress,
+    ending_shown,
+    output,
+    show,
+)
 from .models.gathering import Group, check_disk, gather, make_groups, nbytes
+from .models.probing import planned_runs, probe_model
 from .models.quantize import plan_model
 from .models.sampling import SamplerSettings
+from .models.source import ModelSource
 from .widgets import CATEGORY, CalibrationType, sampler_inputs, selection_inputs
 
 logger = logging.getLogger(__name__)
 
 _GB = 10**9
 _MOST_NAMED = 8  # layers in a result's text
+_MOST_SENSITIVE = 3  # of these
 _IN_SAMPLE = (
     "the report of a conversion measures its error on this data (in-sample) unless it gets a "
     "second calibration, of other seeds, as held_out"
@@ -63,6 +75,15 @@ class MXFP8Calibrate(io.ComfyNode):
                         "and a file in ComfyUI's temp folder."
                     ),
                 ),
+                io.Boolean.Input(
+                    "sensitivity", default=False, optional=True,
+                    tooltip=(
+                        "Also measure what rounding each layer does to the picture, so that "
+                        "Quantize Model and Convert File can be given a size or a quality. Takes "
+                        "more sampling runs: 43 for 210 layers, whatever the number of seeds. An "
+                        "interrupted measurement goes on where it stopped."
+                    ),
+                ),
             ],
             outputs=[
                 CalibrationType.Output(
@@ -76,7 +97,7 @@ class MXFP8Calibrate(io.ComfyNode):
     @classmethod
     @ending_shown
     def execute(
-        cls, model, preset, include="", exclude="", memory_gb=4.0, **sampling
+        cls, model, preset, include="", exclude="", memory_gb=4.0, sensitivity=False, **sampling
     ) -> io.NodeOutput:
         settings = SamplerSettings(**sampling)
         # What Quantize Model (MXFP8) would reject after hours of this is rejected now.
@@ -123,10 +144,59 @@ class MXFP8Calibrate(io.ComfyNode):
         faults = _faults(layers, accumulators)
         for fault, names in faults:
             logger.warning("MXFP8: %s: %s", fault, names)
-        text = "\n".join([work, done, *map(": ".join, faults), *warnings, _IN_SAMPLE])
-        first = [done, *(fault for fault, _ in faults), *warnings]
-        verdict = Verdict(NOTICE if first[1:] else GOOD, "\n".join(first))
-        return output(cls, text, Calibration(layers, mark, about), verdict=verdict)
+        made = Calibration(layers, mark, about)
+        lines, document = [], None
+        if sensitivity:
+            made, line = _with_sensitivity(cls, model, source, made, settings)
+            lines = [line]
+            document = make_budget(
+                source, made, plan.selection, is_linear=source.is_linear
+            ).to_json()
+        text = [work, done, *lines, *map(": ".join, faults), *warnings, _IN_SAMPLE]
+        first = [done, *lines, *(fault for fault, _ in faults), *warnings]
+        verdict = Verdict(NOTICE if faults or warnings else GOOD, "\n".join(first))
+        return output(cls, "\n".join(text), made, document=document, verdict=verdict)
+
+
+def _with_sensitivity(
+    node: type[io.ComfyNode], patcher, source: ModelSource, made: Calibration,
+    settings: SamplerSettings,
+) -> tuple[Calibration, str]:  # fmt: skip
+    """A calibration with its sensitivities, and a line about the most sensitive layers.
+
+    They are those of rounding to nearest. How much less calibrated rounding does is not measured
+    (`quant.budget.rounding`): on the calibration's own data that comes out too low. On the model of
+    bench/emoji with 8 prompts, 49.7 dB were predicted so, 43.8 reached on other prompts; 42.7 are
+    predicted without.
+    """
+    keys = {name: f"{source.prefix}{name}{WEIGHT}" for name in made.layers}
+    sizes = {name: math.prod(source.tensors[key][1]) for name, key in keys.items()}
+    samples, runs = planned_runs(len(sizes), settings.seeds)
+    work = (
+        f"sensitivities of {format_count(len(sizes), 'layer')}: "
+        f"{format_count(samples * (1 + runs), 'run')} of {format_count(settings.steps, 'step')}"
+    )
+    logger.info("MXFP8: %s.", work)
+    progress = RunProgress(node, samples * (1 + runs), settings.steps)
+    sensitivity = probe_model(
+        patcher,
+        sizes,
+        settings,
+        about=made.about,
+        model=made.model,
+        on_layer=progress.begin,
+        on_step=lambda index, *_: progress.step(index + 1, work),
+        on_run=lambda done, _: progress.skip_to(done),
+    )
+    damages = sensitivity.nearest
+    every = damages.total(sizes)
+    worst = sorted(sizes, key=lambda name: -damages.values[name])[:_MOST_SENSITIVE]
+    shares = (f"{quoted(n)} {100 * damages.values[n] / every:.0f}%" for n in worst if every)
+    line = (
+        f"sensitivity from {format_count(sensitivity.runs, 'run')} in "
+        f"{duration(progress.seconds)}; of the error in the picture: {', '.join(shares) or 'none'}"
+    )
+    return replace(made, sensitivity=sensitivity), line
 
 
 def _announce(groups: list[Group], settings: SamplerSettings) -> str:
@@ -233,4 +303,5 @@ class MXFP8LoadCalibration(io.ComfyNode):
     def execute(cls, calibration_name) -> io.NodeOutput:
         path = paths.calibration_path(calibration_name)
         loaded = calibration.load(path, Progress(cls))
-        return output(cls, format_count(len(loaded.layers), "layer"), loaded)
+        text = format_count(len(loaded.layers), "layer")
+        return output(cls, text + ", with sensitivity" * bool(loaded.sensitivity), loaded)

@@ -11,15 +11,19 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..quant.budget.choice import choose
+from ..quant.budget.sensitivity import KEY as SENSITIVITY
+from ..quant.budget.sensitivity import Sensitivity
+from ..quant.budget.target import parse
 from ..quant.conversion import architectures, preview, text_encoders
 from ..quant.conversion.convert import plan_source
 from ..quant.conversion.policy import Plan, Selection
-from ..quant.sources.file import StoredSource
+from ..quant.sources.file import FileSource, StoredSource
 from ..quant.sources.open import open_source
 from .host import paths
 from .host.progress import output
 from .models.quantize import device
-from .widgets import CATEGORY, selection_inputs, source_input
+from .widgets import CATEGORY, selection_inputs, size_or_quality_input, source_input
 
 _WHOLE, _MODEL, _ENCODERS = "whole file", "diffusion model", "text encoders"
 
@@ -55,6 +59,17 @@ class MXFP8PlanConversion(io.ComfyNode):
                     advanced=True,
                     tooltip="As in Convert File, whose new file the plan then names.",
                 ),
+                size_or_quality_input(),
+                io.String.Input(
+                    "calibration_name",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "For a size or a quality: the calibration with sensitivity, a file in "
+                        f"output/{paths.CALIBRATIONS}."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="plan", tooltip="The plan as text.")],
             hidden=[io.Hidden.unique_id],
@@ -67,17 +82,41 @@ class MXFP8PlanConversion(io.ComfyNode):
         return float("nan")  # equal to none: the file may be another one by now
 
     @classmethod
-    def execute(cls, source, preset, include="", exclude="", part=_WHOLE, target=None):
+    def execute(
+        cls, source, preset, include="", exclude="", part=_WHOLE, target=None, size_or_quality="",
+        calibration_name="",
+    ):  # fmt: skip
+        reached = []
         try:
             path = paths.source_path(source)
             with open_source(path) as opened:
                 plan = _part(plan_source(opened, Selection(preset, include, exclude)), opened, part)
+            if size_or_quality.strip():
+                plan, line = _reach(plan, size_or_quality.strip(), calibration_name)
+                reached = [line]
             new = "" if target is None else _target(path, source, target)
         except (ValueError, OSError) as error:
             text = str(error)
         else:
-            text = preview.summary(plan, preview.speed(device()), new)
+            sizes, *others = preview.summary(plan, preview.speed(device()), new).split("\n")
+            text = "\n".join([sizes, *reached, *others])
         return output(cls, text, text)
+
+
+def _reach(plan: Plan, wanted: str, calibration_name: str) -> tuple[Plan, str]:
+    """The plan for a size or a quality, and what is predicted of it."""
+    target = parse(wanted)
+    if not calibration_name:
+        return plan, f"target {wanted}: what it keeps is known when the calibration is there"
+    with FileSource(paths.calibration_path(calibration_name)) as file:
+        text = file.metadata.get(SENSITIVITY)
+    if text is None:
+        raise ValueError(
+            f"{calibration_name} has no sensitivities, which a target needs; calibrate again with "
+            "sensitivity on"
+        )
+    plan, chosen = choose(plan, Sensitivity.from_json(text), target)
+    return plan, chosen.summary()
 
 
 def _target(path: Path, source: str, target: str) -> str:

@@ -7,12 +7,14 @@ import logging
 from comfy_api.latest import io
 
 from ..quant.conversion.batch import FAILED, convert_all
-from ..quant.conversion.convert import convert_file
+from ..quant.conversion.convert import convert, plan_source
 from ..quant.conversion.policy import Selection
 from ..quant.reports.conversion import Report
 from ..quant.reports.verdict import GOOD, NOTICE, Verdict
+from ..quant.sources.open import open_source
 from .host import paths, written
 from .host.progress import Progress, ending_shown, output
+from .models.budget import Reached, reach
 from .models.quantize import device, quantize_clip, quantize_model
 from .runtime.describe import describe
 from .runtime.patch import accelerate, accelerate_clip
@@ -23,6 +25,7 @@ from .widgets import (
     overwrite_input,
     precision_input,
     selection_inputs,
+    size_or_quality_input,
     source_input,
     target_input,
 )
@@ -45,6 +48,7 @@ class MXFP8Quantize(ModelNode):
             inputs=[
                 io.Model.Input("model", tooltip="A model that is not quantized yet."),
                 *selection_inputs(),
+                size_or_quality_input(),
                 precision_input(),
                 *calibration_inputs(),
             ],
@@ -60,12 +64,16 @@ class MXFP8Quantize(ModelNode):
     @classmethod
     @ending_shown
     def execute(
-        cls, model, preset, precision, include="", exclude="", calibration=None, held_out=None
-    ) -> io.NodeOutput:
+        cls, model, preset, precision, include="", exclude="", size_or_quality="",
+        calibration=None, held_out=None,
+    ) -> io.NodeOutput:  # fmt: skip
         selection = Selection(preset, include, exclude)
-        quantized, report = quantize_model(model, selection, calibration, held_out, Progress(cls))
+        quantized, report, reached = quantize_model(
+            model, selection, calibration, held_out, Progress(cls), size_or_quality
+        )
         quantized = accelerate(quantized, precision)
-        return _report_output(cls, report, quantized, runs=describe(quantized).line())
+        runs = describe(quantized).line()
+        return _report_output(cls, report, quantized, runs, reached)
 
 
 class MXFP8QuantizeTextEncoder(ModelNode):
@@ -118,6 +126,7 @@ class MXFP8ConvertFile(io.ComfyNode):
                 source_input(),
                 target_input("mxfp8"),
                 *selection_inputs(),
+                size_or_quality_input(),
                 overwrite_input(),
                 *calibration_inputs(),
             ],
@@ -141,25 +150,29 @@ class MXFP8ConvertFile(io.ComfyNode):
     @classmethod
     @ending_shown
     def execute(
-        cls, source, target, preset, overwrite, include="", exclude="", calibration=None,
-        held_out=None,
+        cls, source, target, preset, overwrite, include="", exclude="", size_or_quality="",
+        calibration=None, held_out=None,
     ) -> io.NodeOutput:  # fmt: skip
         path = paths.source_path(source)
         new = paths.target_beside(path, source, target, "mxfp8")
-        with paths.folder_of(new), written.counted(new):
-            report = convert_file(
-                path,
+        with open_source(path) as opened, paths.folder_of(new), written.counted(new):
+            plan = plan_source(opened, Selection(preset, include, exclude))
+            reached = reach(opened, plan, size_or_quality, calibration)
+            report = convert(
+                opened,
                 new,
-                Selection(preset, include, exclude),
+                reached.plan,
                 overwrite=overwrite,
                 progress=Progress(cls),
                 device=device(),
                 calibration=calibration,
                 held_out=held_out,
+                chosen=reached.chosen,
             )
         text = _log(report.summary())
         document = report.to_json()
-        return output(cls, text, document, paths.listed_name(source, new), document=document)
+        name = paths.listed_name(source, new)
+        return output(cls, text, document, name, document=document, **reached.shown)
 
 
 class MXFP8ConvertFiles(io.ComfyNode):
@@ -223,7 +236,9 @@ class MXFP8ConvertFiles(io.ComfyNode):
         return output(cls, _log(batch.summary()), batch.to_json(), verdict=verdict)
 
 
-def _report_output(node: type[io.ComfyNode], report: Report, model, runs: str):
+def _report_output(
+    node: type[io.ComfyNode], report: Report, model, runs: str, reached: Reached | None = None
+):
     """The output of a node with a quantized model and the report on it.
 
     Args:
@@ -231,7 +246,8 @@ def _report_output(node: type[io.ComfyNode], report: Report, model, runs: str):
     """
     document = report.to_json()
     text = _log(f"{report.summary()}\n{runs}")
-    return output(node, text, model, document, document=document)
+    shown = reached.shown if reached else {}
+    return output(node, text, model, document, document=document, **shown)
 
 
 def _log(text: str) -> str:

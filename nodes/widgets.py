@@ -76,6 +76,21 @@ def selection_inputs() -> list[io.Input]:
     ]
 
 
+def size_or_quality_input() -> io.Input:
+    """What is asked for beside the preset; `models.budget.reach` keeps layers until it is there."""
+    return io.String.Input(
+        "size_or_quality",
+        default="",
+        optional=True,
+        placeholder="55% or 50 dB",
+        tooltip=(
+            "The size of the file, as 6.5 GB or 55% of the original; or the quality of the latent, "
+            "as 50 dB or 0.3% error. Layers that matter most for the picture stay unquantized "
+            "until it is reached. Needs a calibration with sensitivity. Empty: the preset decides."
+        ),
+    )
+
+
 def calibration_inputs() -> list[io.Input]:
     """The calibration to round the weights with, and one to measure the result on."""
     return [

@@ -40,6 +40,13 @@ export function loaderOf(node, input) {
   return origin && LOADERS[origin.comfyClass] ? origin : null;
 }
 
+/** The file from which a node's calibration is loaded; null if it is not, or there is none. */
+export function calibrationOf(node) {
+  const origin = at(node, "calibration");
+  if (origin?.comfyClass !== "MXFP8LoadCalibration") return null;
+  return origin.widgets.find(({ name }) => name === "calibration_name").value;
+}
+
 function at(node, input) {
   const slot = node.inputs?.findIndex((i) => i.name === input) ?? -1;
   return slot < 0 ? null : node.getInputNode(slot);

@@ -9,12 +9,12 @@
 
 import { app } from "../../scripts/app.js";
 import { t } from "./language.mjs";
-import { filesOf, loaderOf } from "./loaders.mjs";
+import { calibrationOf, filesOf, loaderOf } from "./loaders.mjs";
 
 const VIEW = "mxfp8_report"; // the widget with the report view
 const KEY = "mxfp8_plan"; // of the node in the prompt
 const SETTING = "MXFP8.PlanBeforeRuns";
-const CHOICES = ["source", "target", "preset", "include", "exclude"];
+const CHOICES = ["source", "target", "preset", "include", "exclude", "size_or_quality"];
 const DELAY = 700; // ms without a change
 const POLL = 200; // ms
 const LIMIT = 60_000; // ms to wait for a plan that is queued
@@ -39,6 +39,8 @@ function question(node) {
     if (slot >= 0 && node.isInputConnected(slot)) return null; // known when the node runs
     inputs[widget.name] = widget.value;
   }
+  const calibration = calibrationOf(node);
+  if (inputs.size_or_quality && calibration) inputs.calibration_name = calibration;
   const fed = PLANNED[node.comfyClass];
   if (!fed) return inputs.source ? [inputs] : null;
   const [input, part] = fed;

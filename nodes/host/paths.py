@@ -254,6 +254,13 @@ def calibration_path(name: str) -> Path:
     return Path(folder_paths.get_output_directory(), CALIBRATIONS, name)
 
 
+def unfinished_folder() -> Path:
+    """Where the measurements of interrupted calibrations are kept; ComfyUI never empties it."""
+    folder = Path(folder_paths.get_output_directory(), CALIBRATIONS, "unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def temporary_folder() -> Path:
     """ComfyUI's temp folder, which every ComfyUI that uses it empties on start and exit."""
     folder = Path(folder_paths.get_temp_directory())

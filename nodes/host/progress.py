@@ -107,6 +107,11 @@ class Progress:
             show(self._node, text)
         return text
 
+    @property
+    def seconds(self) -> float:
+        """Since the work began; of sampling runs, since the first of them did."""
+        return self._pace.seconds
+
 
 class RunProgress(Progress):
     """Progress over several sampling runs, in steps; each run has as many.
@@ -128,11 +133,6 @@ class RunProgress(Progress):
             self._begun = True
             self._pace.start()
 
-    @property
-    def seconds(self) -> float:
-        """Since the runs began."""
-        return self._pace.seconds
-
     def step(self, number: int, key: str) -> str | None:
         """Show step `number` of the present run, counted from 1; returns what `Progress` does."""
         done = self._finished * self._steps + min(number, self._steps)
@@ -140,6 +140,10 @@ class RunProgress(Progress):
 
     def finish_run(self) -> None:
         self._finished += 1
+
+    def skip_to(self, runs: int) -> None:
+        """So many runs are finished, some of them before the program was started."""
+        self._finished = runs
 
 
 def check_interrupt(*_) -> None:

@@ -13,12 +13,9 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from types import MethodType
 
 import comfy.model_management
-import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ...kernels.memory import is_out_of_memory
 from ...quant.conversion import calibration
@@ -27,7 +24,7 @@ from ...quant.reports.conversion import format_size
 from ...quant.sources.file import FileSource
 from ..host import paths
 from ..host.progress import check_interrupt
-from ..runtime.patch import PREFIX
+from .sampling import wrap_layers
 
 logger = logging.getLogger(__name__)
 
@@ -125,18 +122,12 @@ def _reserved(patcher, group: Group, accumulators: dict[str, HessianAccumulator]
 
 def _watch(patcher, accumulators: dict[str, HessianAccumulator], on_layer, on_step):
     """A clone of a ModelPatcher whose layers add their inputs to these accumulators."""
-    clone = patcher.clone()
-    for name, accumulator in accumulators.items():
-        key = f"{PREFIX}{name}.forward"
-        module = comfy.utils.get_attr(clone.model, PREFIX + name)
-        forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
-        clone.add_object_patch(key, _watched(forward, accumulator, on_layer))
-
-    def sample(executor, noise, latent, sampler, sigmas, mask, callback, *args, **options):
-        return executor(noise, latent, sampler, sigmas, mask, on_step, *args, **options)
-
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "mxfp8_calibrate", sample)
-    return clone
+    return wrap_layers(
+        patcher,
+        accumulators,
+        lambda name, _, forward: _watched(forward, accumulators[name], on_layer),
+        on_step,
+    )
 
 
 def _watched(forward, accumulator: HessianAccumulator, on_layer):

@@ -42,6 +42,7 @@ from ...quant.version import version
 from ..host.progress import RunProgress
 from ..runtime.describe import describe, linears, synchronize
 from . import fingerprints
+from .budget import prediction
 from .fingerprints import plain
 from .sampling import SamplerSettings
 
@@ -164,6 +165,7 @@ def compare_models(
         steps=tuple(_steps(pairs)),
         seeds=tuple(seeds),
         notes=tuple(dict.fromkeys(notes)),
+        predicted_snr_db=prediction(model),
     )  # fmt: skip
     return comparison, images
 

@@ -32,6 +32,7 @@ from ...quant.progress import Progress
 from ...quant.reports.conversion import LayerReport, Report
 from ..host import paths
 from ..host.float8 import check_float8
+from .budget import Reached, keep_prediction, reach
 from .load import load_diffusion_model, read_state
 from .raw_codes import check_layers
 from .source import ModelSource
@@ -94,24 +95,28 @@ def quantize_model(
     calibration: Calibration | None = None,
     held_out: Calibration | None = None,
     progress: Progress | None = None,
-) -> tuple[ModelPatcher, Report]:
-    """The MXFP8 version of a MODEL, and the report on it.
+    size_or_quality: str = "",
+) -> tuple[ModelPatcher, Report, Reached]:
+    """The MXFP8 version of a MODEL, the report on it, and what its size or quality comes to.
 
     Raises:
-        ValueError: as `plan_model`, or the model's device has no float8.
+        ValueError: as `plan_model` and `reach`, or the model's device has no float8.
     """
     check_float8(patcher.load_device, f"this {type(patcher.model).__name__}")
     source, plan = plan_model(patcher, selection)
+    reached = reach(source, plan, size_or_quality, calibration, source.is_linear)
     file = paths.TemporaryFile()
     report = convert(
-        source, file.path, plan, progress=progress, device=device(),
-        calibration=calibration, held_out=held_out,
+        source, file.path, reached.plan, progress=progress, device=device(),
+        calibration=calibration, held_out=held_out, chosen=reached.chosen,
     )  # fmt: skip
     file.hold()
     del source
 
     fresh = _load_temporary(file, disable_dynamic=not patcher.is_dynamic())
-    return give_model(patcher, fresh), replace(report, target="MODEL")
+    model = give_model(patcher, fresh)
+    keep_prediction(model, reached.chosen)
+    return model, replace(report, target="MODEL"), reached
 
 
 def _load_temporary(file: paths.TemporaryFile, disable_dynamic: bool = False):

@@ -1,10 +1,18 @@
-"""Sampling a model as KSampler does, on several seeds."""
+"""Sampling a model as KSampler does, on several seeds, and hooks on its layers meanwhile."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import MethodType
 
+import comfy.utils
 import nodes as comfy_nodes
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..runtime.patch import PREFIX
 
 
 @dataclass(frozen=True)
@@ -33,3 +41,50 @@ class SamplerSettings:
             self.negative, self.latent_image, denoise=self.denoise,
         )  # fmt: skip
         return latent["samples"]
+
+    def inputs_digest(self) -> str:
+        """A hash of the prompts and of the latent image."""
+        found = hashlib.sha256()
+        _add(found, [self.positive, self.negative, self.latent_image])
+        return found.hexdigest()[:16]
+
+
+def _add(found, value) -> None:
+    """Add a value to a hash, with the tensors in it; of other objects, what they are."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _add(found, str(key))
+            _add(found, part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _add(found, part)
+    else:
+        plain = isinstance(value, (str, int, float, bool, type(None)))
+        found.update(f"{type(value).__name__}:{value if plain else ''};".encode())
+
+
+def wrap_layers(patcher, layers: Iterable[str], wrap: Callable[..., Callable], on_step: Callable):
+    """A clone of a ModelPatcher whose layers run other forwards while it is sampled.
+
+    Args:
+        layers: names without the prefix of a diffusion model.
+        wrap: (name, module, forward) -> the forward to run; `forward` is what the layer runs now.
+        on_step: called after each step as samplers call it, in place of KSampler's own callback,
+            whose bar would start over with every run.
+    """
+    clone = patcher.clone()
+    for name in layers:
+        key = f"{PREFIX}{name}.forward"
+        module = comfy.utils.get_attr(clone.model, PREFIX + name)
+        forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
+        clone.add_object_patch(key, wrap(name, module, forward))
+
+    def sample(executor, noise, latent, sampler, sigmas, mask, callback, *args, **options):
+        return executor(noise, latent, sampler, sigmas, mask, on_step, *args, **options)
+
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "mxfp8_calibrate", sample)
+    return clone

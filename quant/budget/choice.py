@@ -12,7 +12,7 @@ set, among 10 layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -311,6 +311,7 @@ def make_budget(
     *,
     calibrated: bool = True,
     advice: Iterable[str] = (),
+    is_linear: Callable[[str], bool] | None = None,
 ) -> Budget:
     """The curve of a model, with presets as points on it.
 
@@ -319,12 +320,13 @@ def make_budget(
         selection: whose quantized layers may be kept.
         calibrated: whether layers will be rounded by the calibration, else to nearest.
         advice: keys that quant_probe recommends to keep (`checks.probe`), for a point; empty: none.
+        is_linear: as of `plan_source`.
 
     Raises:
         FormatError, ValueError: as `plan_source`, `sensitivity_of` and `choose`.
     """
     sensitivity = sensitivity_of(calibration, source)
-    plan = plan_source(source, selection)
+    plan = plan_source(source, selection, is_linear)
     damages = damages_of(sensitivity, calibrated)
     problem = Problem(plan, damages)
     chosen = None
@@ -355,7 +357,7 @@ def make_budget(
             for layer in problem.layers
         ),
         curve=tuple(problem.curve()),
-        others=tuple(_others(source, plan, damages, selection, set(advice))),
+        others=tuple(_others(source, plan, damages, set(advice), is_linear)),
         chosen=chosen,
         together=sensitivity.together,
         samples=len(sensitivity.samples),
@@ -368,12 +370,14 @@ def make_budget(
     return budget
 
 
-def _others(source, plan: Plan, damages: Damages, selection: Selection, advice: set[str]):
+def _others(source, plan: Plan, damages: Damages, advice: set[str], is_linear):
     """Points of presets that choose differently, and of quant_probe's advice."""
     seen: dict[frozenset, str] = {}
     for preset in policy.presets():
         try:
-            other = plan_source(source, replace(selection, preset=preset), log=False)
+            other = plan_source(
+                source, replace(plan.selection, preset=preset), is_linear, log=False
+            )
         except FormatError:  # it would quantize what is quantized already
             continue
         layers = frozenset(d.key for d in other.quantized)

@@ -174,6 +174,7 @@ class Comparison:
         latent_snr_db, psnr_db, ssim: means over the seeds that have them.
         floor: None if the reference's own output is not finite.
         notes: sentences on what was not measured, and why.
+        predicted_snr_db: of the latents, by the budget that the model was made for; None without.
     """
 
     reference: Side
@@ -186,6 +187,7 @@ class Comparison:
     steps: tuple[Step, ...]
     seeds: tuple[Seed, ...]
     notes: tuple[str, ...] = ()
+    predicted_snr_db: float | None = None
 
     @property
     def identical(self) -> bool:
@@ -235,14 +237,18 @@ class Comparison:
         if repeat is not None and snr.mean >= repeat.mean - 10 * math.log10(2):
             # What the model adds is no more than what the reference does by itself.
             level, name = GOOD, say("as close as [label] is to itself", label=self.labels[0])
+        predicted = []
+        if self.predicted_snr_db is not None:
+            predicted.append(say("[snr] dB was predicted", snr=f"{self.predicted_snr_db:.1f}"))
         values = {"word": name, "snr": f"{snr.mean:.1f}", "seeds": seeds}
         if snr.low is not None and snr.high is not None:
             values |= {"low": f"{snr.low:.1f}", "high": f"{snr.high:.1f}"}
             part = say("[word]: latent SNR [snr] dB ([low] to [high]), [seeds]", **values)
-            return Verdict.of(level, part)
+            return Verdict.of(level, part, *predicted)
         return Verdict.of(
             level,
             say("[word]: latent SNR [snr] dB, [seeds]", **values),
+            *predicted,
             say("use [count] for an interval", count=FEWEST),
         )
 

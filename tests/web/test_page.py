@@ -180,10 +180,10 @@ def test_the_view_is_not_saved_with_the_workflow(quantized):
         "async () => [app.graph.serialize(), (await app.graphToPrompt()).output]"
     )
     (entry,) = (n for n in saved["nodes"] if n["type"] == "MXFP8Quantize")
-    assert len(entry["widgets_values"]) == 4
+    assert len(entry["widgets_values"]) == 5
     assert "mxfp8_report" not in json.dumps(saved)
     assert set(prompt[str(quantized.node)]["inputs"]) == {
-        "model", "preset", "precision", "include", "exclude",
+        "model", "preset", "precision", "include", "exclude", "size_or_quality",
     }  # fmt: skip
     again = quantized.page.evaluate(
         """async (saved) => {
@@ -193,7 +193,7 @@ def test_the_view_is_not_saved_with_the_workflow(quantized):
         }""",
         saved,
     )
-    assert again[:4] == entry["widgets_values"]
+    assert again[:5] == entry["widgets_values"]
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
