@@ -28,7 +28,7 @@ export const STYLE = `
 `;
 
 /** An SVG element. */
-function element(name, attributes = {}, ...children) {
+export function element(name, attributes = {}, ...children) {
   const node = document.createElementNS(SVG, name);
   for (const [key, v] of Object.entries(attributes)) node.setAttribute(key, v);
   node.append(...children);

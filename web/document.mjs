@@ -14,6 +14,7 @@ const KINDS = {
   mxfp8_inspection: "inspection",
   mxfp8_backend_report: "backend-report",
   mxfp8_comparison: "comparison",
+  mxfp8_budget: "budget",
   mxfp8_certificate: "comparison", // as earlier versions wrote it
 };
 const VERSION = 1;
@@ -43,6 +44,8 @@ const MEASURES = [
   { key: "bytes_after", get label() { return t("Size"); }, rows: "layers", format: bytes,
     outline: "bytes_before", get outlineLabel() { return t("before"); } },
   { key: "bytes", get label() { return t("Size"); }, rows: "layers", format: bytes },
+  { key: "damage", get label() { return t("Share of the error"); }, rows: "layers", format: relative },
+  { key: "cost", get label() { return t("Cost in size"); }, rows: "layers", format: bytes },
   { key: "divergence", get label() { return t("Divergence"); }, rows: "steps", format: relative },
   { key: "latent_snr_db", get label() { return t("Latent SNR"); }, rows: "seeds", format: decibels,
     higher: true, floating: true },
@@ -89,7 +92,7 @@ export function read(text) {
     }));
   }
   const rows = {
-    layers: data.layers ?? [],
+    layers: key === "mxfp8_budget" ? data.layers.map(budgeted) : data.layers ?? [],
     steps: (data.steps ?? []).map((step) => ({ ...step, name: t("step [number]", { number: step.step }) })),
     seeds: (data.seeds ?? []).map((seed) => ({ ...seed, name: t("seed [number]", { number: seed.seed }) })),
     adapters: [
@@ -142,6 +145,11 @@ export function pictureName({ kind, data }, now) {
 export function excluding(layers, present = "") {
   const names = layers.map((name) => name.replace(/[^\w-]/g, "\\$&"));
   return [present, `(^|\\.)(${names.join("|")})\\.weight$`].filter(Boolean).join("|");
+}
+
+/** A layer of a budget as a row: its bytes are what keeping it costs. */
+function budgeted({ name, damage, bytes: cost, kept }) {
+  return { name, damage, cost, decision: kept ? KEPT : "mxfp8" };
 }
 
 /** The LoRAs of a model as rows. */
@@ -277,7 +285,7 @@ export function sentence(row, measure, threshold) {
   ].filter(Boolean).join(", ");
 }
 
-function decibels(v) {
+export function decibels(v) {
   return `${v.toFixed(2)} dB`;
 }
 
@@ -300,7 +308,7 @@ function digits(v) {
 }
 
 /** A size in decimal units, as on disks and model pages. */
-function bytes(count) {
+export function bytes(count) {
   for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
     if (count >= 0.9995 * size) return `${digits(count / size)} ${unit}`;
   }

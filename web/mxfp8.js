@@ -25,12 +25,12 @@ const IMAGES = { MXFP8CompareModels: 320 }; // px that a new node has for images
 // The shapes of the views: "report" of nodes that send documents, "line" of those that say little.
 const SHAPES = {
   MXFP8BackendReport: "report",
+  MXFP8Calibrate: "report",
   MXFP8CompareModels: "report",
   MXFP8ConvertFile: "report",
   MXFP8InspectFile: "report",
   MXFP8Quantize: "report",
   MXFP8QuantizeTextEncoder: "report",
-  MXFP8Calibrate: "text",
   MXFP8ConvertFiles: "text",
   MXFP8PlanConversion: "text",
   MXFP8Recommend: "text",
@@ -56,7 +56,9 @@ function show(node, output) {
     first: address(first),
     second: address(second),
   }));
-  view.show(document, summary ?? "", pairs, images?.labels);
+  view.show(document, summary ?? "", pairs, images?.labels, {
+    verdict: output.mxfp8_verdict?.[0], budget: output.mxfp8_budget?.[0],
+  });
 }
 
 /** Have the list of presets say what each is for. The values stay as they are. */

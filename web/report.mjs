@@ -12,6 +12,7 @@
 
 import * as documents from "./document.mjs";
 import * as charts from "./chart.mjs";
+import * as curves from "./curve.mjs";
 import { t } from "./language.mjs";
 import * as pairs from "./pairs.mjs";
 
@@ -61,6 +62,7 @@ const STYLE = `
   select, input, button { font: inherit; color: inherit; background: transparent;
     border: 1px solid var(--mx-line); border-radius: 4px; padding: 2px 6px; min-width: 0; }
   select { max-width: 110px; }
+  .tools:has(> input[hidden]) select { max-width: none; }
   option { color: var(--mx-text); background: var(--mx-back); }
   input { flex: 1 1 50px; width: 50px; }
   button { cursor: pointer; }
@@ -78,6 +80,7 @@ const STYLE = `
   .status { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   svg { display: block; }
   ${charts.STYLE}
+  ${curves.STYLE}
   ${pairs.STYLE}
 `;
 
@@ -100,6 +103,7 @@ export class ReportView {
         <div class="actions" hidden>
           <button name="open" aria-expanded="false"></button>
           <button name="exclude" hidden></button>
+          <button name="copy-exclude" hidden></button>
           <button name="copy" hidden></button>
           <button name="save" hidden></button>
         </div>
@@ -141,6 +145,7 @@ export class ReportView {
     filter.ariaLabel = t("Filter by name or reason");
     copy.textContent = t("copy JSON");
     copy.title = t("Copy the report as JSON");
+    this.part("[name=copy-exclude]").textContent = t("copy exclude");
     save.textContent = t("save PNG");
     save.title = t("Save the chart as a PNG image");
   }
@@ -152,17 +157,18 @@ export class ReportView {
    * @param {string} summary a few lines of text
    * @param {object[]} images as `Pairs.show` takes them
    * @param {[string, string]} labels of these
+   * @param {object} [beside] verdict: in place of the document's; budget: JSON of the model's curve
    */
-  show(text, summary, images = [], labels = ["", ""]) {
+  show(text, summary, images = [], labels = ["", ""], { verdict, budget } = {}) {
     this.json = text;
     this.summary = summary;
     try {
-      this.document = documents.read(text);
+      this.document = curves.added(documents.read(text), budget);
     } catch (error) { // the page is older than the pack
       this.document = documents.NONE;
       this.summary = `${error.message}; ${t("reload the page")}\n${summary}`.trim();
     }
-    this._show(documents.verdict(this.document.data, this.summary));
+    this._show(verdict ?? documents.verdict(this.document.data, this.summary));
     this._pairs.show(images, labels);
   }
 
@@ -245,6 +251,7 @@ export class ReportView {
     this.element.classList.toggle("open", open);
     if (open === this.open) return;
     this.open = open;
+    this._offerCopy();
     this.onOpen?.(open); // who owns the view makes room
     if (open && this.document) this._draw();
   }
@@ -271,6 +278,7 @@ export class ReportView {
   get rows() {
     const measure = this.measure;
     if (!measure) return [];
+    if (measure.curve) return this.document.rows[measure.rows];
     const order = this.part("[name=order]").value;
     const all = this.document.rows[measure.rows];
     return documents.arrange(all, measure, order, this.part("[name=filter]").value);
@@ -284,7 +292,10 @@ export class ReportView {
       this._draw();
       this._say(t("[count] bars", { count: this._drawn.length }));
     });
-    this.part("[name=copy]").addEventListener("click", () => this._copy());
+    this.part("[name=copy]").addEventListener("click", () => this._copy("copy", this.json));
+    this.part("[name=copy-exclude]").addEventListener("click", () => {
+      this._copy("copy-exclude", this._drawn[this._chosen].exclude);
+    });
     this.part("[name=save]").addEventListener("click", () => this._save());
     this.part("[name=open]").addEventListener("click", () => this._setOpen(!this.open));
     this.part("[name=exclude]").addEventListener("click", () => {
@@ -335,39 +346,55 @@ export class ReportView {
     this._chosen = -1;
     if (!measures.length) return;
     const measure = this.measure;
+    this._offerCopy();
+    for (const name of ["order", "filter"]) this.part(`[name=${name}]`).hidden = !!measure.curve;
     setOptions(this.part("[name=order]"), documents.orders(measure));
     this._drawn = this.rows;
-    const at = charts.scale(all[measure.rows], measure, data, HEIGHT);
-    this._palette = charts.colors(all[measure.rows]);
     const scroll = this.part(".scroll");
     this._width = scroll.clientWidth;
+    const width = Math.max(this._width, 60);
+    const at = measure.curve
+      ? curves.scale(this._drawn, width, HEIGHT)
+      : charts.scale(all[measure.rows], measure, data, HEIGHT);
+    this._at = at;
+    this._palette = measure.curve ? curves.palette(this._drawn) : charts.colors(all[measure.rows]);
     this._axis = charts.axis(measure, at);
-    this._bars = charts.bars(this._drawn, measure, at, this._palette, Math.max(this._width, 60));
+    this._bars = measure.curve
+      ? curves.draw(this._drawn, at)
+      : charts.bars(this._drawn, measure, at, this._palette, width);
     this.part(".axis").replaceChildren(this._axis);
     scroll.replaceChildren(this._bars);
-    this._legend(all[measure.rows]);
+    this._legend(measure.curve ? null : all[measure.rows]);
+    if (measure.curve) return this._choose(curves.initial(this._drawn));
     this.part(".details").textContent = this._drawn.length
       ? t("Point at a bar, or use the arrow keys, for details.")
       : t("No layer matches the filter.");
   }
 
+  /** @param {object[] | null} rows to count by group; null for the names of the palette alone */
   _legend(rows) {
+    const names = rows
+      ? documents.groups(rows).map(([name, count]) => [name, `${documents.title(name)} ${count}`])
+      : [...this._palette.keys()].map((name) => [name, name]);
     this.part(".legend").replaceChildren(
-      ...documents.groups(rows).map(([name, count]) => {
+      ...names.map(([name, text]) => {
         const entry = document.createElement("div");
         const color = document.createElement("i");
         color.style.background = this._palette.get(name);
-        entry.append(color, `${documents.title(name)} ${count}`);
+        entry.append(color, text);
         return entry;
       }),
     );
   }
 
-  /** The index of the bar under the pointer. */
+  /** The index of the bar under the pointer, or of the point that is nearest to it. */
   _under(event) {
     const box = this._bars.getBoundingClientRect();
-    const width = Number(this._bars.getAttribute("width"));
-    const x = ((event.clientX - box.left) / box.width) * width;
+    const zoom = box.width / Number(this._bars.getAttribute("width"));
+    const x = (event.clientX - box.left) / zoom;
+    if (this.measure.curve) {
+      return curves.nearest(this._drawn, this._at, x, (event.clientY - box.top) / zoom);
+    }
     return Math.floor(x / Number(this._bars.dataset.step));
   }
 
@@ -381,6 +408,7 @@ export class ReportView {
     if (!(event.key in moves)) return;
     event.preventDefault();
     this._choose(Math.min(Math.max(moves[event.key], 0), last));
+    if (this.measure.curve) return; // it is as wide as the view
     const scroll = this.part(".scroll");
     const step = Number(this._bars.dataset.step);
     const left = this._chosen * step;
@@ -395,11 +423,15 @@ export class ReportView {
     const bar = this._bars.querySelector(`#bar-${index}`);
     bar.setAttribute("aria-selected", "true");
     this._bars.setAttribute("aria-activedescendant", bar.id);
-    this._bars.querySelector(".chosen").setAttribute("x", index * Number(this._bars.dataset.step));
+    const { curve } = this.measure;
+    const step = Number(this._bars.dataset.step);
+    if (!curve) this._bars.querySelector(".chosen").setAttribute("x", index * step);
     this._chosen = index;
+    this._offerCopy();
     const name = document.createElement("b");
     name.textContent = row.name;
-    this.part(".details").replaceChildren(name, ...documents.describe(row).map(([label, text]) => {
+    const lines = curve ? curves.describe(row) : documents.describe(row);
+    this.part(".details").replaceChildren(name, ...lines.map(([label, text]) => {
       const line = document.createElement("div");
       const content = document.createElement("em");
       content.textContent = text;
@@ -413,15 +445,29 @@ export class ReportView {
     this.part(".status").textContent = text;
   }
 
-  async _copy() {
-    const button = this.part("[name=copy]");
+  /** Offer to copy what `exclude` has to be for the point of the curve that is chosen. */
+  _offerCopy() {
+    const point = this.measure?.curve ? this._drawn[this._chosen] : null;
+    const button = this.part("[name=copy-exclude]");
+    button.hidden = !this.open || !point?.exclude;
+    button.title = point?.exclude ?? "";
+  }
+
+  /** Copy a text, and say so on the button that was clicked. */
+  async _copy(name, text) {
+    const button = this.part(`[name=${name}]`);
+    const label = button.textContent;
     // `clipboard` exists only on pages from localhost or over https.
     const copied = navigator.clipboard
-      ? await navigator.clipboard.writeText(this.json).then(() => true, () => false)
-      : copySelected(this.json, this.root);
+      ? await navigator.clipboard.writeText(text).then(() => true, () => false)
+      : copySelected(text, this.root);
+    button.disabled = true; // a second click would take the answer for the label
     button.textContent = copied ? t("copied") : t("blocked by the browser");
     this._say(button.textContent);
-    setTimeout(() => { button.textContent = t("copy JSON"); }, 2000);
+    setTimeout(() => {
+      button.textContent = label;
+      button.disabled = false;
+    }, 2000);
   }
 
   async _save() {

@@ -2,12 +2,13 @@
 
 Each has its number, one word, and a drawing of what the workflow is for. The sizes are the formats'
 bits per weight (16, and 8 with a scale byte per 32); the errors are those of the report on trained
-weights that the gallery shows.
+weights that the gallery shows, the curve is that of the trained image model.
 """
 
 from __future__ import annotations
 
 SIZE = 400  # px, twice what is shown
+DRAWN_ERRORS, DRAWN_CURVE = "3", "6"  # the examples whose thumbnails show measurements
 _BARS = 12  # layers that are drawn
 _BLUE, _GRAY, _GREEN = "#3b8eea", "#8a8a8a", "#2f9e6e"
 _PAGE = """
@@ -26,21 +27,32 @@ _PAGE = """
 """
 
 
-def page(name: str, errors: list[tuple[float, float]]) -> str:
+def page(
+    name: str, errors: list[tuple[float, float]] = (), curve: list[tuple[float, float]] = ()
+) -> str:
     """The page that is a thumbnail.
 
     Args:
         name: of the example, "MXFP8 <number> - ...".
         errors: (rounded to nearest, calibrated) of layers, for the chart of calibration.
+        curve: (share of the original's size, dB) of choices, the smallest first; the second half of
+            the layers that are kept is not drawn.
     """
     number = name.split()[1]
+    if number == DRAWN_CURVE:
+        return _page(number, "Choose", _curve(curve))
+    if number == DRAWN_ERRORS:
+        return _page(number, "Calibrate", _errors(errors))
     word, drawing = {
         "1": ("Run", _chain([("model.safetensors", _GRAY), ("Load (MXFP8)", _BLUE)], image=True)),
         "2": ("Quantize", _sizes("BF16", "MXFP8")),
-        "3": ("Calibrate", _errors(errors)),
         "4": ("Text encoder", _sizes("BF16", "MXFP8", letters=True)),
         "5": ("Accelerate", _chain([("Load", _GRAY), ("Accelerate", _BLUE), ("KSampler", _GRAY)])),
     }[number]
+    return _page(number, word, drawing)
+
+
+def _page(number: str, word: str, drawing: str) -> str:
     return _PAGE.format(size=SIZE, blue=_BLUE, number=number, word=word, drawing=drawing)
 
 
@@ -76,6 +88,29 @@ def _errors(errors: list[tuple[float, float]]) -> str:
         parts.append(_box(x, 200 - inner, step - 4, inner, _GREEN, 0))
     ratio = sum(calibrated / nearest for nearest, calibrated in errors) / len(errors)
     return "".join(parts) + _text(0, 246, f"{ratio:.2f}x the error")
+
+
+def _curve(curve: list[tuple[float, float]]) -> str:
+    """Quality over size, a point for each choice, and one of them marked."""
+    drawn = curve[: len(curve) // 2 + 1]
+    sizes, qualities = zip(*drawn, strict=True)
+
+    def place(size: float, quality: float) -> tuple[float, float]:
+        return (
+            10 + 328 * (size - sizes[0]) / (sizes[-1] - sizes[0]),
+            196 - 180 * (quality - qualities[0]) / (qualities[-1] - qualities[0]),
+        )
+
+    points = [place(*one) for one in drawn]
+    line = " ".join(f"{x},{y}" for x, y in points)
+    parts = [f'<polyline points="{line}" fill="none" stroke="{_BLUE}" stroke-width="5"/>']
+    parts += [f'<circle cx="{x}" cy="{y}" r="7" fill="{_BLUE}"/>' for x, y in points]
+    x, y = points[len(points) // 2]
+    parts.append(f'<circle cx="{x}" cy="{y}" r="16" fill="{_GREEN}"/>')
+    ends = (0, sizes[0], "start"), (348, sizes[-1], "end")
+    return "".join(parts) + "".join(
+        _text(left, 250, f"{100 * size:.0f}%", anchor, "soft") for left, size, anchor in ends
+    )
 
 
 def _chain(nodes: list[tuple[str, str]], image: bool = False) -> str:

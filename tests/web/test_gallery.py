@@ -76,12 +76,17 @@ def take(shown, node: int, path: Path) -> None:
         assert len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64)) > 8, path.name
 
 
-def take_thumbnails(browser, errors: list, folder: Path) -> None:
-    """Take the example workflows' thumbnails."""
+def take_thumbnails(browser, folder: Path, numbers: str, **measured) -> None:
+    """Take the thumbnails of the example workflows of these numbers.
+
+    Args:
+        measured: what they show, as `thumbnails.page` takes it.
+    """
     folder.mkdir(exist_ok=True)
     page = browser.new_page(viewport={"width": thumbnails.SIZE, "height": thumbnails.SIZE})
-    for path in EXAMPLES.glob("*.json"):
-        page.set_content(thumbnails.page(path.stem, errors))
+    for number in numbers:
+        (path,) = EXAMPLES.glob(f"MXFP8 {number} - *.json")
+        page.set_content(thumbnails.page(path.stem, **measured))
         png = page.screenshot()
         with Image.open(io.BytesIO(png)) as image:
             assert image.size == (thumbnails.SIZE, thumbnails.SIZE)
@@ -131,7 +136,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     assert all(layer["output_error"] < layer["nearest_error"] for layer in measured)
     assert "on held-out data" in view.locator(".summary").inner_text()
     errors = [(layer["nearest_error"], layer["output_error"]) for layer in measured]
-    take_thumbnails(browser, errors, pictures / "example_workflows")
+    take_thumbnails(browser, pictures / "example_workflows", "12345", errors=errors)
     assert not shown.complaints
     shown.close()
 
@@ -173,6 +178,42 @@ def test_a_comparison(comfy, browser, pictures):
     images.evaluate_all("(all) => Promise.all(all.map((image) => image.decode()))")
     assert images.evaluate_all("(all) => all.every((image) => image.naturalWidth === 32)")
     take(shown, node, pictures / "docs" / "gallery" / "compare.png")
+    assert not shown.complaints
+    shown.close()
+
+
+def test_a_size_is_chosen(comfy, browser, pictures):
+    """Of the same model, by sensitivities that are measured on four prompts."""
+    shutil.copy(demo_pictures.MODEL, comfy.base / "models" / "diffusion_models")
+    shown = ComfyPage(browser, comfy, nodes2=True)
+    shown.page.set_viewport_size(TALL)
+    shown.clear()
+    load = shown.add("UNETLoader", (60, 120), unet_name=demo_pictures.MODEL.name)
+    clip = shown.add("TestEmojiTextEncoder", (60, 300))
+    texts = demo_pictures.CALIBRATION[::4]
+    prompt = shown.add("CLIPTextEncode", (60, 360), text="\n".join(texts))
+    latent = shown.add(
+        "EmptySD3LatentImage", (60, 500), width=128, height=128, batch_size=len(texts)
+    )
+    calibrate = shown.add("MXFP8Calibrate", (60, 660), seeds=1, steps=6, sensitivity=True)
+    node = shown.add("MXFP8Quantize", (520, 120), size_or_quality="65%")
+    end = shown.add("PreviewAny", (1000, 120))
+    for source, to, name in (
+        (load, calibrate, "model"), (clip, prompt, "clip"), (prompt, calibrate, "positive"),
+        (prompt, calibrate, "negative"), (latent, calibrate, "latent_image"),
+        (load, node, "model"), (calibrate, node, "calibration"),
+    ):  # fmt: skip
+        shown.link(source, to, name)
+    shown.link(node, end, "source", slot=1)
+    shown.queue()
+    view = shown.page.locator(f"[data-node-id='{node}'] .mxfp8-report")
+    view.get_by_role("button", name="show layers").click()
+    view.locator(".point").first.wait_for()
+    take(shown, node, pictures / "docs" / "gallery" / "budget.png")
+    budget = json.loads(shown.page.evaluate(f"app.nodeOutputs[{node}].mxfp8_budget[0]"))
+    curve = [(p["bytes"] / budget["bytes_before"], p["snr_db"]) for p in budget["curve"][:-1]]
+    assert curve == sorted(curve) and len(curve) > 15
+    take_thumbnails(browser, pictures / "example_workflows", "6", curve=curve)
     assert not shown.complaints
     shown.close()
 
