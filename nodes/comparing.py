@@ -30,8 +30,8 @@ class MXFP8CompareModels(io.ComfyNode):
                 "Samples two models on the same seeds and reports how close their outputs are: the "
                 "signal-to-noise ratio of the latents with an interval, the difference at each "
                 "step, PSNR and SSIM of the images if a VAE is connected, time and memory of each "
-                "model, and how much the reference differs from itself. Save Model (MXFP8) can "
-                "store the result in the file."
+                "model, and how much the reference differs from itself. Save Model and Save "
+                "Checkpoint (MXFP8) can store the result in the file."
             ),
             search_aliases=["mxfp8", "compare", "quality", "psnr", "ssim", "snr"],
             inputs=[
@@ -58,7 +58,7 @@ class MXFP8CompareModels(io.ComfyNode):
                 io.String.Output(display_name="summary", tooltip="The result as text."),
                 io.String.Output(display_name="json", tooltip="Every seed and step, as JSON."),
                 ComparisonType.Output(
-                    display_name="comparison", tooltip="For Save Model (MXFP8)."
+                    display_name="comparison", tooltip="For Save Model or Save Checkpoint (MXFP8)."
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
