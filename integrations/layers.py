@@ -44,6 +44,8 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
 
     def _add_codes(self, precision: str, device, dtype: torch.dtype) -> None:
         super()._add_codes(precision, device, dtype)
+        for name in ("qdata", "weight_scale"):  # group offloading by a stream puts no buffer back
+            self._set_codes(name, self._buffers.pop(name))
         self.like = torch.empty(0, dtype=dtype)  # never without values: it has none
         self.name = ""
         self.received: dict[str, torch.Tensor] = {}
@@ -66,7 +68,7 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
         if name in LEAVES and self.qdata.is_meta:
             self.receive(name, value)
             return
-        if name == "_hf_hook" and getattr(value, "offload", False) and value.offload_buffers:
+        if name == "_hf_hook" and getattr(value, "offload", False):
             raise ValueError(f"accelerate {_NO_OFFLOAD}")
         super().__setattr__(name, value)
 
@@ -107,9 +109,12 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
         self._fill(codes.to(device), scales.to(device), marker)
 
     def _fill(self, codes: torch.Tensor, scales: torch.Tensor, marker: Mapping) -> None:
-        self.qdata = codes
-        self.weight_scale = scales
+        self._set_codes("qdata", codes)
+        self._set_codes("weight_scale", scales)
         self.marker = dict(marker)
+
+    def _set_codes(self, name: str, codes: torch.Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
 
 
 def swap(model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dtype) -> set[str]:
@@ -271,8 +276,7 @@ def check_offload(device_map) -> None:
 def restore(layer: LoadedLinear) -> None:
     """Make an MXFP8 layer an nn.Linear with the dequantized weight."""
     weight = layer.dequantize(layer.like.dtype)
-    for name in list(layer._buffers):
-        delattr(layer, name)
+    del layer.qdata, layer.weight_scale, layer.like
     del layer.received, layer.precision, layer.marker, layer.name
     layer.__class__ = nn.Linear
     layer.weight = nn.Parameter(weight, requires_grad=False)

@@ -15,6 +15,7 @@ import torch
 from bad_files import draft
 from checkpoints import load as load_tensors
 from comfyui import ask
+from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models import model_loading_utils
 from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, write
 from diffusers_pipeline import lora, pipeline, sample
@@ -313,12 +314,38 @@ def test_offloading_and_device_maps_change_nothing(files, tmp_path):
     images = sample(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     assert torch.equal(sample(pipe), images)
-    pipe.remove_all_hooks()
-    with pytest.raises(ValueError, match="cannot offload MXFP8 layers one by one"):
-        pipe.enable_sequential_cpu_offload(device="cpu")
     split = {"layers": 0, "": "cpu"}
     with pytest.raises(ValueError, match=r"places layers on 0, cpu, .* one by one"):
         kind.cls.from_pretrained(tmp_path / "saved", torch_dtype=DTYPE, device_map=split)
+
+
+def test_group_offloading_by_a_stream_puts_all_values_back(files):
+    """A CPU has no streams to run it whole; this is the step that frees the GPU's memory."""
+    model = load(KINDS["Flux.2"], files("Flux.2"))
+    cpu = torch.device("cpu")
+    group = ModuleGroup(
+        [model], cpu, cpu, model, stream=object(), record_stream=True, low_cpu_mem_usage=True
+    )
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+    places = [tensor.data_ptr() for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.clone()  # as if on another device
+    group.offload_()
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+class Pipeline(diffusers.DiffusionPipeline):
+    def __init__(self, transformer):
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_offloading_layers_one_by_one_is_refused(name, files):
+    model = load(KINDS[name], files(name))
+    pipe = Pipeline(model)
+    with pytest.raises(ValueError, match="cannot offload MXFP8 layers one by one"):
+        pipe.enable_sequential_cpu_offload(device="cpu")
 
 
 def test_layers_are_counted_on_a_gpu_before_they_have_values():
