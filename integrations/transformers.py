@@ -12,17 +12,20 @@ https://huggingface.co/docs/transformers/quantization/contribute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..quant import format
-from ..quant.container.header import read_container
+from ..quant.container.header import quoted, read_container
 from ..quant.format import MARKER, SCALE
 from .config import Method, MXFP8Config
 from .layers import LEAVES, LoadedLinear, check_offload, checked_header, restore, settle, swap
@@ -42,18 +45,33 @@ def from_single_file(
 
     Raises:
         FormatError: the file is damaged, lost its markers, or has no MXFP8 layer.
-        ValueError: one of its MXFP8 layers does not fit the class.
+        ValueError: one of its MXFP8 layers does not fit the class, or it lacks a weight.
         OSError: it cannot be read.
     """
     header = checked_header(path)
     state = load_file(path)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):  # of a folder, which has other layers in MXFP8
+        del config.quantization_config
     for name, layer in header.layers.items():  # of some files, only the header has the markers
         encoded = bytearray(format.marker_bytes(layer.conf))
         state[name + MARKER] = torch.frombuffer(encoded, dtype=torch.uint8)
     given = _SingleFileConfig(precision, names=tuple(header.layers))
-    return cls.from_pretrained(
-        None, config=config, state_dict=state, quantization_config=given, **options
+    model, found = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        quantization_config=given,
+        output_loading_info=True,
+        **options,
     )
+    if missing := sorted(found["missing_keys"]):  # transformers gave them random values
+        raise ValueError(
+            f"{header.path.name} lacks {len(missing)} tensors of {cls.__name__}, of which the "
+            f"first is {quoted(missing[0])}; check that the file is complete, and belongs to this "
+            "class and config"
+        )
+    return model
 
 
 class _SingleFileConfig(MXFP8Config):
@@ -94,8 +112,7 @@ class MXFP8HfQuantizer(HfQuantizer):
                 f"{type(model).__name__}: no MXFP8 layer in this folder; load it without "
                 "MXFP8Config, or convert it with `mxfp8 convert FOLDER NEW --format diffusers`"
             )
-        modules = dict(model.named_modules())
-        names = {_own_name(name, modules, model.base_model_prefix) for name in names}
+        names = _own_names(model, names)
         kept = set(model._keep_in_fp32_modules_strict or ())
         if model.config.dtype == torch.float16:
             kept |= set(model._keep_in_fp32_modules or ())
@@ -140,10 +157,28 @@ def _quantized(files: Iterable[str]) -> set[str]:
     return {key.removesuffix(SCALE) for key in keys if key.endswith(SCALE)}
 
 
-def _own_name(name: str, modules: Mapping[str, nn.Module], prefix: str) -> str:
-    """A layer's name in the model: files of a model and of its base differ in a prefix."""
-    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((candidate for candidate in names if candidate in modules), name)
+def _own_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Layers' names in the model, to which transformers renames those in a file.
+
+    Raises:
+        ValueError: it does not rename one, but computes other tensors from it.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    own, state = set(), model.state_dict()
+    for name in names:
+        key, converter = rename_source_key(
+            f"{name}.weight", renamings, converters, model.base_model_prefix, state
+        )
+        if converter is not None:
+            raise ValueError(
+                f"{type(model).__name__}: transformers splits or joins the weight of {name!r}, "
+                "which it cannot do in MXFP8; convert the original again and exclude this layer "
+                "(--exclude)"
+            )
+        own.add(key.removesuffix(".weight"))
+    return own
 
 
 auto.AUTO_QUANTIZER_MAPPING[Method.MXFP8.value] = MXFP8HfQuantizer

@@ -28,6 +28,19 @@ T5 = transformers.T5Config(
     vocab_size=100, d_model=160, d_kv=80, d_ff=260, num_layers=2, num_heads=2,
     feed_forward_proj="gated-gelu",
 )  # fmt: skip
+QWEN_VL = transformers.Qwen2_5_VLConfig(  # Qwen-Image's
+    text_config={
+        "vocab_size": 100, "hidden_size": 160, "intermediate_size": 260, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 16, 16],
+        },
+    },
+    vision_config={
+        "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+        "out_hidden_size": 160,
+    },
+)  # fmt: skip
 ENCODERS = {
     "Qwen3": (transformers.Qwen3Model, QWEN3, "model."),  # ComfyUI's files have the whole model
     "T5": (transformers.T5EncoderModel, T5, ""),
@@ -40,7 +53,7 @@ def quantized(model) -> set[str]:
 
 def output(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).last_hidden_state.float()
+        return model(IDS, output_hidden_states=True).hidden_states[-1].float()
 
 
 def write(name: str, path, dtype):
@@ -99,6 +112,37 @@ def test_a_converted_folder_loads(name, tmp_path):
     assert 0.001 < distance(output(model), output(original)) < 0.1  # seven rounded layers in a row
 
 
+@pytest.mark.parametrize("cls", [
+    transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLModel,
+])  # fmt: skip
+def test_a_folder_whose_tensors_transformers_renames_loads(cls, tmp_path):
+    torch.manual_seed(0)
+    whole = transformers.Qwen2_5_VLForConditionalGeneration(QWEN_VL).to(torch.bfloat16).eval()
+    whole.save_pretrained(tmp_path / "original")
+    names, _ = load_tensors(tmp_path / "original" / "model.safetensors")
+    assert "model.layers.0.mlp.up_proj.weight" in names  # not model.language_model.layers...
+    report = convert_folder(tmp_path / "original", tmp_path / "new")
+    model = cls.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    assert len(quantized(model)) == len(report.quantized) >= 7
+    wanted = cls.from_pretrained(tmp_path / "original", dtype=torch.bfloat16)
+    given = output(model)
+    assert 0.001 < distance(given, output(wanted)) < 0.1
+    model.save_pretrained(tmp_path / "again")
+    again = cls.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert quantized(again) == quantized(model)
+    assert torch.equal(output(again), given)
+
+
+def test_a_single_file_takes_the_config_of_an_mxfp8_folder(tmp_path):
+    cls, config, _ = ENCODERS["Qwen3"]
+    write("Qwen3", tmp_path / "x.safetensors", torch.bfloat16)
+    model = from_single_file(cls, tmp_path / "x.safetensors", config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "folder")
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "folder")
+    again = from_single_file(cls, tmp_path / "x.safetensors", saved, dtype=torch.bfloat16)
+    assert quantized(again) == quantized(model) and saved.quantization_config is not None
+
+
 def test_markers_of_the_header_alone_are_read(tmp_path):
     cls, config, _ = ENCODERS["T5"]
     write("T5", tmp_path / "all.safetensors", torch.bfloat16)
@@ -144,3 +188,18 @@ def test_what_does_not_fit_is_rejected_by_name(tmp_path):
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "plain.safetensors")
     with pytest.raises(FormatError, match=r"plain.safetensors: none of its layers is MXFP8"):
         from_single_file(cls, tmp_path / "plain.safetensors", config)
+    state, metadata = load_tensors(path)
+    del state["model.layers.1.input_layernorm.weight"], state["model.norm.weight"]
+    save_file(state, tmp_path / "short.safetensors", metadata)
+    with pytest.raises(
+        ValueError, match=r"short\.safetensors lacks 2 tensors .* first is 'layers\.1\.input"
+    ):
+        from_single_file(cls, tmp_path / "short.safetensors", config, dtype=torch.bfloat16)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    tied = transformers.Qwen3Config(**{**QWEN3.to_dict(), "tie_word_embeddings": True})
+    write("Qwen3", tmp_path / "x.safetensors", torch.bfloat16)
+    cls = transformers.Qwen3ForCausalLM
+    model = from_single_file(cls, tmp_path / "x.safetensors", tied, dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
