@@ -7,10 +7,10 @@ and no base, so one object serves both, and neither library needs the other.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 
-PRECISIONS = ("auto", "exact", "fast")
+from ..kernels.dispatch import PRECISIONS
 
 
 class Method(str, Enum):
@@ -25,7 +25,9 @@ class MXFP8Config:
 
     Attributes:
         precision: "exact" (stored weights times inputs as they are), "fast" (inputs are quantized,
-            too) or "auto" (fast on GPUs that have tensor cores for it), as for `kernels.linear`.
+            too) or "auto" (fast on GPUs that have tensor cores for it), as for `kernels.linear`. A
+            model does not store it. A folder brings its own config, which both libraries prefer to
+            a given one, so its model runs "auto"; `set_precision` changes it.
         modules_to_not_convert: the linear layers that are not MXFP8, written when a model is saved.
             Only diffusers before 0.37 needs it, to read a folder; else the file itself tells.
 
@@ -58,7 +60,10 @@ class MXFP8Config:
 
     def to_dict(self) -> dict:
         """That entry."""
-        return {"quant_method": self.quant_method.value, **asdict(self)}
+        return {
+            "quant_method": self.quant_method.value,
+            "modules_to_not_convert": self.modules_to_not_convert,
+        }
 
     to_diff_dict = to_dict
 

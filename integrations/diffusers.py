@@ -36,12 +36,13 @@ from .layers import (
     gather,
     read,
     restore,
+    set_precision,
     settle,
     swap,
 )
 from .stacked_rows import MXFP8Rows
 
-__all__ = ["MXFP8Config", "read"]
+__all__ = ["MXFP8Config", "read", "set_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,9 @@ class MXFP8Quantizer(DiffusersQuantizer):
         for key in plain:
             state[key] = whole[key].values()
         if plain:
-            logger.warning("MXFP8: dequantized, since they are no plain linear layers: %s", plain)
+            logger.warning(
+                "MXFP8: dequantized, because these are not plain linear layers: %s", plain
+            )
 
     def check_if_quantized_param(self, model, param_value, param_name, *args, **kwargs) -> bool:
         name, _, leaf = param_name.rpartition(".")
@@ -181,6 +184,8 @@ class MXFP8Quantizer(DiffusersQuantizer):
         for layer in model.modules():
             if isinstance(layer, LoadedLinear):
                 restore(layer)
+        kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = type(model.config)(kept)  # the only way to remove an entry
         return model
 
     @property

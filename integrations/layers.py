@@ -22,6 +22,7 @@ from ..quant.format import MARKER, SCALE, WEIGHT, Header
 from ..quant.lazy_weight import LazyWeight
 from ..quant.linear import MXFP8Linear, is_replaceable, replace, tied_weights
 from ..quant.sources.file import HEADER_DTYPES, TORCH_DTYPES, FileSource
+from .config import MXFP8Config
 from .stacked_rows import MXFP8Rows
 
 logger = logging.getLogger(__name__)
@@ -271,6 +272,18 @@ def check_offload(device_map) -> None:
         raise ValueError(
             f"device_map places layers on {', '.join(sorted(places))}, and accelerate {_NO_OFFLOAD}"
         )
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Choose how the MXFP8 layers of a loaded model run: "auto", "exact" or "fast".
+
+    Raises:
+        ValueError: it is another word.
+    """
+    MXFP8Config(precision)
+    for layer in model.modules():
+        if isinstance(layer, LoadedLinear):
+            layer.precision = precision
 
 
 def restore(layer: LoadedLinear) -> None:

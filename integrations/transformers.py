@@ -28,9 +28,18 @@ from ..quant import format
 from ..quant.container.header import quoted, read_container
 from ..quant.format import MARKER, SCALE
 from .config import Method, MXFP8Config
-from .layers import LEAVES, LoadedLinear, check_offload, checked_header, restore, settle, swap
+from .layers import (
+    LEAVES,
+    LoadedLinear,
+    check_offload,
+    checked_header,
+    restore,
+    set_precision,
+    settle,
+    swap,
+)
 
-__all__ = ["MXFP8Config", "from_single_file"]
+__all__ = ["MXFP8Config", "from_single_file", "set_precision"]
 
 
 def from_single_file(

@@ -23,7 +23,7 @@ from quantized_files import plain
 from safetensors.torch import save_file
 from torch import nn
 
-from mxfp8.integrations.diffusers import MXFP8Config, read
+from mxfp8.integrations.diffusers import MXFP8Config, read, set_precision
 from mxfp8.integrations.layers import LoadedLinear, swap
 from mxfp8.integrations.model_folder import convert_folder
 from mxfp8.quant.cli import main
@@ -155,6 +155,8 @@ def test_a_saved_folder_loads_as_the_same_model(name, files, tmp_path):
         assert EXACT.modules_to_not_convert is None  # it is this model's, and not the option's
         again = kind.cls.from_pretrained(tmp_path / shard, torch_dtype=DTYPE)
         assert quantized(again) == quantized(model)
+        assert again.config.quantization_config.precision == "auto"  # the run's, not the model's
+        set_precision(again, "exact")
         assert torch.equal(output(again, kind), wanted)
     assert len(list((tmp_path / "100KB").glob("*.safetensors"))) > 5
 
@@ -266,6 +268,25 @@ def test_folders_that_cannot_be_converted_are_rejected(files, originals, tmp_pat
     assert "'transformer', 'transformer_2'. Give the folder of one" in refused(several)
     with pytest.raises(SystemExit):
         refused(originals("Wan"), "--overwrite")
+
+
+def test_a_dequantized_model_is_saved_as_a_plain_one(files, tmp_path):
+    kind, found = KINDS["Flux.2"], files("Flux.2")
+    model = load(kind, found)
+    wanted = output(model, kind)
+    model.dequantize()
+    model.save_pretrained(tmp_path / "plain")
+    again = kind.cls.from_pretrained(tmp_path / "plain", torch_dtype=DTYPE)
+    assert not quantized(again)
+    assert torch.equal(output(again, kind), wanted)
+
+
+def test_set_precision_takes_only_known_words(files):
+    model = load(KINDS["Flux.2"], files("Flux.2"))
+    set_precision(model, "fast")
+    assert {model.get_submodule(name).precision for name in quantized(model)} == {"fast"}
+    with pytest.raises(ValueError, match="precision 'best'; it must be one of auto"):
+        set_precision(model, "best")
 
 
 # ---- pipelines, LoRAs, offloading --------------------------------------------------------------

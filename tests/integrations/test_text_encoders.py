@@ -93,6 +93,8 @@ def test_a_single_file_and_a_folder_give_the_model_of_the_dequantized_weights(
         assert torch.equal(output(again), output(model))
     again.dequantize()
     assert not quantized(again)
+    again.save_pretrained(tmp_path / "plain")
+    assert not quantized(cls.from_pretrained(tmp_path / "plain", dtype=dtype))
     assert distance(output(again), output(model)) <= rounding
 
 
