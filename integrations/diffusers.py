@@ -30,15 +30,16 @@ from ..quant.container.header import quoted
 from ..quant.format import SCALE
 from .config import Method, MXFP8Config
 from .layers import (
+    EMPTY_FOLDER,
     LEAVES,
     LoadedLinear,
+    check_filled,
     check_offload,
-    gather,
     read,
+    read_layers,
+    replace_linears,
     restore,
     set_precision,
-    settle,
-    swap,
 )
 from .stacked_rows import MXFP8Rows
 
@@ -90,7 +91,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict) -> dict:
         # Of a folder, the model is prepared when its files are read; of a single file, it is not.
-        return state_dict if self._is_prepared else gather("the file", state_dict)
+        return state_dict if self._is_prepared else read_layers("the file", state_dict)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files) -> list[str]:
         self._names = {k.removesuffix(SCALE) for k in loaded_keys if k.endswith(SCALE)}
@@ -107,11 +108,8 @@ class MXFP8Quantizer(DiffusersQuantizer):
             linears = {n for n, m in model.named_modules() if type(m) is nn.Linear}
             names = None if kept is None else linears.difference(kept)
         if not names:
-            raise ValueError(
-                f"{type(model).__name__}: no MXFP8 layer in this folder; load it without "
-                "MXFP8Config, or convert it with `mxfp8 convert FOLDER NEW --format diffusers`"
-            )
-        done = swap(model, names, self.quantization_config.precision, self._dtype)
+            raise ValueError(f"{type(model).__name__}: {EMPTY_FOLDER}")
+        done = replace_linears(model, names, self.quantization_config.precision, self._dtype)
         if lost := names - done:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer {min(lost)!r}, which is MXFP8 in this "
@@ -136,7 +134,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
                     "to the file"
                 )
         names = [key.removesuffix(".weight") for key in whole if key.endswith(".weight")]
-        done = swap(model, names, self.quantization_config.precision, self._dtype)
+        done = replace_linears(model, names, self.quantization_config.precision, self._dtype)
         filled = {f"{name}.weight" for name in done}
         plain = [key for key in whole if key in expected and key not in filled]
         if not filled and not plain:
@@ -162,14 +160,14 @@ class MXFP8Quantizer(DiffusersQuantizer):
         name, _, leaf = param_name.rpartition(".")
         layer = model.get_submodule(name)
         if isinstance(param_value, MXFP8Rows):
-            layer.take(param_value, target_device)
+            layer.fill_from_rows(param_value, target_device)
             return
         if leaf == "weight":
             param_value = param_value.to(torch.float8_e4m3fn)  # exact if it was made float32
-        layer.receive(leaf, param_value.to(target_device))
+        layer.add_tensor(leaf, param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        names = set(settle(model))
+        names = set(check_filled(model))
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         kept = [name for name in linears if name not in names]
         # A new one: the user may load another model with the same.

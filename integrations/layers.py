@@ -30,11 +30,17 @@ logger = logging.getLogger(__name__)
 LEAVES = tuple(suffix.removeprefix(".") for suffix in (WEIGHT, SCALE, MARKER))
 _WEIGHT, _SCALE, _MARKER = LEAVES
 _DTYPES = {name: TORCH_DTYPES[dtype] for dtype, name in format.FLOATS.items()}
-_NONE = "none of its layers is MXFP8; load it without MXFP8Config, or convert its original"
+_NONE = "none of its layers is MXFP8; load it as a plain file, or convert it with `mxfp8 convert`"
 _NO_OFFLOAD = (
     "cannot offload MXFP8 layers one by one (sequential offload, or a device_map with 'cpu' or "
     "'disk'); to save GPU memory, use enable_model_cpu_offload() or enable_group_offload()"
 )
+EMPTY_FOLDER = (
+    "no MXFP8 layer in this folder; convert the original with `mxfp8 convert FOLDER NEW --format "
+    "diffusers`, or load this one without MXFP8Config; if its config.json has a "
+    "quantization_config, remove that"
+)
+_CHECK = "check that the model's files are complete and belong to this class and config"
 _CONVERT = "convert the model's original with `mxfp8 convert`"
 
 
@@ -67,19 +73,19 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
 
     def __setattr__(self, name, value):
         if name in LEAVES and self.qdata.is_meta:
-            self.receive(name, value)
+            self.add_tensor(name, value)
             return
         if name == "_hf_hook" and getattr(value, "offload", False):
             raise ValueError(f"accelerate {_NO_OFFLOAD}")
         super().__setattr__(name, value)
 
-    def receive(self, name: str, tensor: torch.Tensor) -> None:
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor of the file: "weight", "weight_scale" or "comfy_quant"."""
         self.received[name] = tensor.detach()
         if self.received.keys() == set(LEAVES):
-            self.complete()
+            self.fill_from_file()
 
-    def complete(self) -> None:
+    def fill_from_file(self) -> None:
         """Use what was received.
 
         Raises:
@@ -94,14 +100,11 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
             if (scales == layout.E8M0_NAN).any():
                 raise ValueError("a scale is byte 255 (NaN), so it is damaged")
         except ValueError as error:
-            raise ValueError(
-                f"MXFP8 layer {self.name!r}: {error}. Check that the model's files are complete "
-                "and belong to this class and config"
-            ) from error
+            raise ValueError(f"MXFP8 layer {self.name!r}: {error}; {_CHECK}") from error
         absent = len(self.qdata) - len(codes)  # rows of padding, which a file may leave out
         self._fill(nn.functional.pad(codes, (0, 0, 0, absent)) if absent else codes, scales, marker)
 
-    def take(self, rows: MXFP8Rows, device) -> None:
+    def fill_from_rows(self, rows: MXFP8Rows, device) -> None:
         """Use a matrix that a loader may have made of the file's."""
         codes, scales = rows.stored()
         name = HEADER_DTYPES[_DTYPES.get(rows.marker.get("orig_dtype"), torch.bfloat16)]
@@ -118,7 +121,9 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
         self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
 
 
-def swap(model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dtype) -> set[str]:
+def replace_linears(
+    model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dtype
+) -> set[str]:
     """Make linear layers of a model without values MXFP8; returns those that are.
 
     The others do more than an nn.Linear, share their weight, or are none.
@@ -134,7 +139,7 @@ def swap(model: nn.Module, names: Iterable[str], precision: str, dtype: torch.dt
     return done
 
 
-def gather(
+def read_layers(
     where: str, state: Mapping[str, torch.Tensor], markers: Mapping[str, Mapping] | None = None
 ) -> dict[str, torch.Tensor]:
     """A file's tensors, each MXFP8 layer as one (`MXFP8Rows`).
@@ -178,7 +183,7 @@ def read(path, prefix: str = "") -> dict[str, torch.Tensor]:
         OSError: it cannot be read.
     """
     header = checked_header(path)
-    state = gather(header.path.name, load_file(path), header.markers)
+    state = read_layers(header.path.name, load_file(path), header.markers)
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -252,16 +257,22 @@ def _check_unmarked(where: str, state: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def settle(model: nn.Module) -> list[str]:
-    """Check that every MXFP8 layer of a model got its values; returns their names.
+def check_filled(model: nn.Module) -> list[str]:
+    """Check that a model got all its values; returns the names of its MXFP8 layers.
 
     Raises:
-        ValueError: one did not.
+        ValueError: a layer or a parameter did not.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoadedLinear)}
     for layer in layers.values():
         if layer.qdata.is_meta:
-            layer.complete()
+            layer.fill_from_file()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(
+            f"{type(model).__name__}: the files lack {len(empty)} of its tensors, of which the "
+            f"first is {empty[0]!r}; {_CHECK}"
+        )
     return list(layers)
 
 

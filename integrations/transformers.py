@@ -29,14 +29,15 @@ from ..quant.container.header import quoted, read_container
 from ..quant.format import MARKER, SCALE
 from .config import Method, MXFP8Config
 from .layers import (
+    EMPTY_FOLDER,
     LEAVES,
     LoadedLinear,
+    check_filled,
     check_offload,
     checked_header,
+    replace_linears,
     restore,
     set_precision,
-    settle,
-    swap,
 )
 
 __all__ = ["MXFP8Config", "from_single_file", "set_precision"]
@@ -117,18 +118,15 @@ class MXFP8HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         names = getattr(self.quantization_config, "names", ()) or _quantized(checkpoint_files or ())
         if not names:
-            raise ValueError(
-                f"{type(model).__name__}: no MXFP8 layer in this folder; load it without "
-                "MXFP8Config, or convert it with `mxfp8 convert FOLDER NEW --format diffusers`"
-            )
+            raise ValueError(f"{type(model).__name__}: {EMPTY_FOLDER}")
         names = _own_names(model, names)
         kept = set(model._keep_in_fp32_modules_strict or ())
         if model.config.dtype == torch.float16:
             kept |= set(model._keep_in_fp32_modules or ())
         wide = {name for name in names if kept.intersection(name.split("."))}
         precision = self.quantization_config.precision
-        done = swap(model, names - wide, precision, model.config.dtype)
-        done |= swap(model, wide, precision, torch.float32)
+        done = replace_linears(model, names - wide, precision, model.config.dtype)
+        done |= replace_linears(model, wide, precision, torch.float32)
         if lost := names - done:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer {min(lost)!r}, which is MXFP8 in the "
@@ -136,7 +134,7 @@ class MXFP8HfQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        settle(model)
+        check_filled(model)
         linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
         config = MXFP8Config(self.quantization_config.precision, linears)
         self.quantization_config = model.config.quantization_config = config

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mxfp8.integrations.diffusers import MXFP8Config, read, set_precision
-from mxfp8.integrations.layers import LoadedLinear, swap
+from mxfp8.integrations.layers import LoadedLinear, replace_linears
 from mxfp8.integrations.model_folder import convert_folder
 from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.policy import Selection
@@ -375,7 +375,7 @@ def test_layers_are_counted_on_a_gpu_before_they_have_values():
     with torch.device("meta"):
         model = kind.cls.from_config(kind.config)
     names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
-    assert swap(model, names, "auto", DTYPE) == set(names)
+    assert replace_linears(model, names, "auto", DTYPE) == set(names)
     places = dict.fromkeys(model.state_dict(), "meta")
     model_loading_utils._caching_allocator_warmup(model, places, DTYPE, None)
 
@@ -414,7 +414,7 @@ def test_a_path_gets_the_same_checks_or_is_rejected(files, tmp_path):
         with pytest.raises(ValueError, match=r"from_single_file\(read\(path\)"):
             load(kind, found, str(found.mxfp8))
         return
-    with pytest.raises(FormatError, match="none of its layers is MXFP8; load it without"):
+    with pytest.raises(FormatError, match="none of its layers is MXFP8; load it as a plain file"):
         load(kind, found, found.original)
     state, _ = load_tensors(found.mxfp8)
     unmarked = {k: v for k, v in state.items() if not k.endswith(".comfy_quant")}
@@ -448,6 +448,18 @@ def test_what_does_not_fit_is_rejected_by_name(files, originals, tmp_path):
     (tmp_path / "new" / "config.json").write_text(json.dumps({**config, "num_layers": 0}))
     with pytest.raises(ValueError, match=r"has no linear layer 'transformer_blocks\.0\."):
         kind.cls.from_pretrained(tmp_path / "new", torch_dtype=DTYPE)
+
+
+@pytest.mark.parametrize("suffix", [".comfy_quant", "norm_q.weight"])
+def test_a_file_without_all_weights_is_rejected_by_name(suffix, files, tmp_path):
+    """An MXFP8 layer, or a plain tensor, of Wan, whose names diffusers maps one by one."""
+    kind, found = KINDS["Wan"], files("Wan")
+    state, _ = load_tensors(found.mxfp8)
+    layer = next(key for key in state if key.endswith(suffix)).removesuffix(suffix)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(layer)}
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match=r"the files lack \d+ of its tensors.*first is 'blocks\.0"):
+        load(kind, found, tmp_path / "short.safetensors")
 
 
 @pytest.mark.parametrize("name", ["Qwen-Image"])
