@@ -161,10 +161,10 @@ def plan_folder(source: StoredSource, selection: Selection = policy.DEFAULT) -> 
 
 
 def _kept_outside(decision: Decision) -> Decision:
-    included = decision.reason.startswith("included")
+    included = decision.reason.startswith(policy.INCLUDED)
     if not decision.quantize or included or _IN_BLOCKS.search(decision.key):
         return decision
-    reason = "outside of the blocks: embedders and final layers stay"
+    reason = f"{policy.OUTSIDE}: embedders and final layers stay"
     return replace(decision, quantize=False, reason=reason)
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
-OUTSIDE = "outside of the blocks of"  # how the reasons begin that only "auto" gives
+OUTSIDE = "outside of the blocks"  # how the reasons begin that only "auto" gives
 INCLUDED = "included by"  # begins the reason of a layer that `include` quantizes
 
 _TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
@@ -266,7 +266,7 @@ def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
         return None
     if architecture.in_blocks(key.removeprefix(prefix)):
         return None
-    return f"{OUTSIDE} {architecture.name}: embedders and final layers stay"
+    return f"{OUTSIDE} of {architecture.name}: embedders and final layers stay"
 
 
 def _impossible(key, dtype, shape, is_linear, for_comfyui: bool) -> str | None:
