@@ -212,8 +212,8 @@ class _Page:
             link = self.base if self.repository is None else _HUB + self.repository
             of = f"[{_text(self.repository or self.base)}]({link})"
         yield (
-            f"{of} in MXFP8: weights as 8-bit E4M3 codes, with a power of two (E8M0) as the scale "
-            "of each block of 32, in the file format of ComfyUI."
+            f"{of} in MXFP8: 8-bit E4M3 weights with one power-of-two scale (E8M0) per block of "
+            "32, in ComfyUI's file format."
         )
         yield from ("", "| | |", "|---|---|")
         yield f"| file | {_code(inspection.file)} |"
@@ -258,11 +258,11 @@ class _Page:
             cells = (_code(name), _text(dtype), *([_text(reason)] if report else []))
             yield f"| {' | '.join(cells)} |"
         if len(rows) > _MOST_ROWS:
-            yield from ("", f"... and {len(rows) - _MOST_ROWS} kinds of layers more.")
+            yield from ("", f"... and {len(rows) - _MOST_ROWS} more kinds of layers.")
         yield ""
         if report is None:
             yield from ("The file does not say why these were kept.", "")
-        yield "Biases, norms and whatever else is no matrix are as in the original."
+        yield "Biases, norms, and everything else that is not a matrix are as in the original."
 
     def _error(self) -> Iterator[str]:
         report, comparison = self.report, self.comparison
@@ -285,8 +285,8 @@ class _Page:
         yield from ("## Requirements", "")
         fact = next(fact for fact in self.inspection.explained if fact.name == "MXFP8")
         yield (
-            f"ComfyUI {fact.comfyui} or later reads the file as it is. It multiplies MXFP8 on "
-            "NVIDIA RTX 50, B200 and B300, and unpacks the weights on every step elsewhere; "
+            f"ComfyUI {fact.comfyui} or later reads the file as it is. It multiplies in MXFP8 on "
+            "NVIDIA RTX 50, B200 and B300; on other GPUs it unpacks the weights at every step. "
             f"[ComfyUI-MXFP8]({PACK}) has [kernels for other cards]"
             f"({PACK}/blob/main/docs/hardware.md). The weights take "
             f"{format_size(self.inspection.bytes)}."
@@ -344,13 +344,10 @@ class _Page:
         yield from ("## MLX", "")
         folder = f"{self.header.path.stem}-mlx"
         command = ["mxfp8", "export", self.inspection.file, "--mlx", folder]
-        yield from _fenced("console", [_line(command)])
-        yield ""
-        loader = ", which mlx-vlm loads as its transformer" if self.model == "Z-Image" else ""
-        yield (
-            f"writes the same codes and scales as a folder for MLX{loader}. It was checked on "
-            "MLX's CPU build; no Mac has run it so far."
-        )
+        yield from ("This writes the same codes and scales as a folder for MLX:", "")
+        yield from (*_fenced("console", [_line(command)]), "")
+        loader = "mlx-vlm loads the folder as its transformer. " if self.model == "Z-Image" else ""
+        yield f"{loader}It has been checked with MLX's CPU build, but not on a Mac."
 
     def _made(self) -> Iterator[str]:
         yield from ("## How it was made", "")
@@ -363,8 +360,8 @@ class _Page:
         target = self.inspection.file
         if in_workflow:
             yield (
-                f"By a Quantize node of [ComfyUI-MXFP8]({PACK}). On the command line, this makes "
-                "the same decisions from the original's file:"
+                f"With a Quantize node of [ComfyUI-MXFP8]({PACK}). This command makes the same "
+                "decisions from the original's file:"
             )
         else:
             yield f"With [mxfp8]({PACK}):"
@@ -373,7 +370,10 @@ class _Page:
         yield from ("", *_fenced("console", commands))
         if report.calibration is not None:
             about = report.calibrated_on
-            yield from ("", f"The rounding was {_text(about)}; the report does not name the files.")
+            yield from (
+                "",
+                f"The rounding was {_text(about)}; the report does not name the calibration files.",
+            )
 
     def _warnings(self) -> Iterator[str]:
         for warning in self.inspection.warnings:

@@ -223,7 +223,7 @@ def _plan(source: FileSource) -> tuple[list[_Tensor], str | None, list[str]]:
     if (
         found is None
         or found[0].name != Z_IMAGE
-        or f"{found[1]}x_embedder.weight" not in (header.tensors)
+        or f"{found[1]}x_embedder.weight" not in header.tensors
     ):  # Z-Image in pixel space has other embedders, and mlx-vlm does not know it
         names = {key: ((key, 0, 1),) for key in header.tensors}
         return [*_tensors(source, names)], None, []
