@@ -233,7 +233,9 @@ class _Page:
             yield f"| architecture | {_text(self.model)} |"
         if report is not None:
             how = "rounded to nearest" if report.calibration is None else "calibrated rounding"
-            yield f"| rounding | {how}, preset {_code(report.preset)} |"
+            yield f"| conversion | {how}, preset {_code(report.preset)} |"
+        if report is not None and report.chosen is not None:
+            yield f"| layers chosen by | {_text(report.chosen.summary())} |"
 
     def _layers(self) -> Iterator[str]:
         yield from ("## What is not MXFP8", "")
@@ -287,6 +289,9 @@ class _Page:
         yield (
             f"ComfyUI {fact.comfyui} or later reads the file as it is. It multiplies in MXFP8 on "
             "NVIDIA RTX 50, B200 and B300; on other GPUs it unpacks the weights at every step. "
+        if report is not None and report.chosen is not None:  # their shares are too many rows
+            target = f"kept for the target {report.chosen.target}"
+            reasons |= dict.fromkeys(map(bare, report.chosen.layers), target)
             f"[ComfyUI-MXFP8]({PACK}) has [kernels for other cards]"
             f"({PACK}/blob/main/docs/hardware.md). The weights take "
             f"{format_size(self.inspection.bytes)}."
@@ -496,3 +501,9 @@ def _yaml(text: str) -> str:
     """A text as a YAML string: as it is where that is safe, else as JSON, which YAML includes."""
     safe = re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) and text.lower() not in _YAML_WORDS
     return text if safe else json.dumps(_short(text), ensure_ascii=False)
+    chosen = report.chosen
+    if chosen is not None and report.calibration is not None:
+        words += ["--target", chosen.target]
+    elif chosen is not None:
+        for expression in chosen.exclude:
+            words += ["--exclude", expression]

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from torch import nn
 from mxfp8.integrations.card import _DIFFUSERS, PACK, hub_name, make_card
 from mxfp8.quant.cli import main
+from mxfp8.quant.budget.probing import probe_module
 from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import read_header
 from mxfp8.quant.reports.comparison import Comparison
@@ -102,6 +106,36 @@ def test_the_command_in_a_card_makes_the_file_again(folder, run, name, options):
 
 
 def names_in(cell: str) -> set[str]:
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_command_of_a_target_makes_the_file_again(folder, run, calibrated):
+    """With its calibration, or where there was none, by expressions for the layers it kept."""
+    module = nn.Sequential(*(nn.Linear(64 * (1 + i), 64 * (2 + i)) for i in range(4))).eval()
+    batches = list(torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)))
+    found = calibrate(module, batches, lambda model, x: model(x))
+    sensitivity = probe_module(module, batches, lambda model, x: model(x), found.layers)
+    replace(found, sensitivity=sensitivity).save(folder / "CALIBRATION.safetensors")
+    save_file(module.state_dict(), "source.safetensors")
+    words = ("convert", "source.safetensors", "a.safetensors", "--target", "70%")
+    status, *_ = run(*words, "--calibration", "CALIBRATION.safetensors", "--report", "report.json")
+    assert status == 0
+    report = Report.from_json(Path("report.json").read_bytes())
+    assert report.chosen.layers
+    if not calibrated:  # as from Python, with the decisions alone
+        report = replace(report, calibration=None)
+    card = make_card("a.safetensors", report=report)
+    kept = section(card.text, "What is not MXFP8")
+    assert "| BF16 |" not in kept and "| kept for the target 70% |" in kept
+    assert report.chosen.summary() in card.text
+    command = fenced(section(card.text, "How it was made"), "console")[0].splitlines()[0]
+    assert ("--target 70%" in command, "--exclude" in command) == (calibrated, not calibrated)
+    made = Path("a.safetensors").read_bytes()
+    layers = read_header("a.safetensors").layers.keys()
+    Path("a.safetensors").unlink()
+    assert run(*shlex.split(command)[1:])[0] == 0
+    assert read_header("a.safetensors").layers.keys() == layers
+    assert not calibrated or Path("a.safetensors").read_bytes() == made
+
+
     """The layers that a cell of the table names: "layers.(0-1, 5).a" are three."""
     found = re.fullmatch(r"`(.*?)\((\d[\d, -]*)\)(.*)`", cell)
     if found is None:
