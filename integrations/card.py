@@ -39,18 +39,30 @@ _MOST_ROWS = 40  # of a table; a preset keeps about ten kinds of layers
 _LONGEST = 1000  # letters of a name or sentence; expressions of presets have some hundred
 _VAES = ("first_stage_model.", "vae.", "audio_vae.")
 
-_INSTALL = (
-    'pip install "diffusers>=0.42" transformers accelerate',
-    f'pip install "mxfp8[standalone] @ git+{PACK}"',
+_INSTALL = f'pip install "mxfp8[diffusers] @ git+{PACK}"'
+_WAN = (
+    r"(patch_embedding|text_embedding|time_embedding|time_projection|img_emb\.proj|head)\..+"
+    r"|blocks\.\d+\.(modulation|(self_attn|cross_attn|ffn|norm3)\..+)"
 )
-# Architecture -> diffusers' class, for those that `integrations.diffusers` loads from one file.
-_DIFFUSERS = {
-    "Z-Image": "ZImageTransformer2DModel",
-    "Flux.1": "FluxTransformer2DModel",
-    "Flux.2": "Flux2Transformer2DModel",
-    "Qwen-Image": "QwenImageTransformer2DModel",
-    "Wan": "WanTransformer3DModel",
-}
+# (architecture, diffusers' class, expression for all keys of its files) of what
+# `integrations.diffusers` loads from one file; the first row that fits counts. A class drops layers
+# that it does not know, and an architecture may have variants that diffusers has no class for.
+_DIFFUSERS = (
+    ("Z-Image", "ZImageTransformer2DModel", r"(?!dec_net\.).+"),  # dec_net: in pixel space
+    ("Flux.1", "FluxTransformer2DModel", ".+"),
+    ("Flux.2", "Flux2Transformer2DModel", ".+"),
+    ("Qwen-Image", "QwenImageTransformer2DModel", ".+"),
+    ("Wan", "WanTransformer3DModel", _WAN),
+    ("Wan", "WanVACETransformer3DModel", rf"{_WAN}|vace_(patch_embedding|blocks)\..+"),
+    (
+        "Wan",
+        "WanAnimateTransformer3DModel",
+        rf"{_WAN}|(pose_patch_embedding|face_adapter|face_encoder|motion_encoder)\..+",
+    ),
+)
+# Diffusers guesses a configuration that is not given: of Flux.2 and Wan 2.2 often another model's,
+# of Qwen-Image that of Stable Diffusion.
+_NO_CONFIG = '    config="OWNER/NAME",  # TO FILL IN: the original in Diffusers\' form'
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,8 @@ class _Page:
         text = "\n\n".join(map("\n".join, lines)) + "\n"
         known = {"the license": self.license, "the original (base_model)": self.base}
         missing = tuple(name for name, value in known.items() if value is None)
+        if self.base is not None and _NO_CONFIG in text:
+            missing += ("the original in Diffusers' form (config)",)
         return Card(self.inspection.file, text, missing, tuple(self.inspection.warnings))
 
     def _front_matter(self) -> Iterator[str]:
@@ -245,6 +259,9 @@ class _Page:
             yield "Every matrix of the model is MXFP8; the rest is as in the original."
             return
         reasons = {bare(x.name): x.reason.replace(repr(x.name), "it") for x in _layers(report)}
+        if report is not None and report.chosen is not None:  # their shares are too many rows
+            target = f"kept for the target {report.chosen.target}"
+            reasons |= dict.fromkeys(map(bare, report.chosen.layers), target)
         rows = _grouped(
             (
                 x.name,
@@ -289,9 +306,6 @@ class _Page:
         yield (
             f"ComfyUI {fact.comfyui} or later reads the file as it is. It multiplies in MXFP8 on "
             "NVIDIA RTX 50, B200 and B300; on other GPUs it unpacks the weights at every step. "
-        if report is not None and report.chosen is not None:  # their shares are too many rows
-            target = f"kept for the target {report.chosen.target}"
-            reasons |= dict.fromkeys(map(bare, report.chosen.layers), target)
             f"[ComfyUI-MXFP8]({PACK}) has [kernels for other cards]"
             f"({PACK}/blob/main/docs/hardware.md). The weights take "
             f"{format_size(self.inspection.bytes)}."
@@ -316,21 +330,29 @@ class _Page:
         return "diffusion_models", "Load Diffusion Model", "Load Diffusion Model (MXFP8)"
 
     def _diffusers(self) -> Iterator[str]:
-        kind = _DIFFUSERS.get(self.model)
-        if kind is None or self._place()[0] != "diffusion_models":
+        kind = self._diffusers_class()
+        if kind is None:
             return
         yield from ("## Diffusers", "")
-        yield "Diffusers alone would take the codes for weights; these lines load the file right:"
-        yield from ("", *_fenced("console", _INSTALL), "")
+        yield (
+            "Diffusers alone would run the codes as if they were the weights. These lines load the "
+            "file correctly:"
+        )
+        yield from ("", *_fenced("console", [_INSTALL]), "")
         pipeline = self.repository is not None
+        _, prefix = self.detected
+        file = [self.inspection.file, *([prefix] if prefix else [])]
+        arguments = ", ".join(json.dumps(text, ensure_ascii=False) for text in file)
         lines = [
             "import torch",
             f"from diffusers import {'DiffusionPipeline, ' * pipeline}{kind}",
             "",
-            "from mxfp8.integrations.diffusers import MXFP8Config",
+            "from mxfp8.integrations.diffusers import MXFP8Config, read",
             "",
             f"transformer = {kind}.from_single_file(",
-            f"    {json.dumps(self.inspection.file)},",
+            f"    read({arguments}),",
+            f"    config={json.dumps(self.repository)}," if pipeline else _NO_CONFIG,
+            '    subfolder="transformer",',
             "    quantization_config=MXFP8Config(),",
             "    torch_dtype=torch.bfloat16,",
             ")",
@@ -344,6 +366,23 @@ class _Page:
                 ")",
             ]
         yield from _fenced("python", lines)
+        if kind == "WanTransformer3DModel":
+            yield ""
+            yield (
+                "Wan 2.2 14B has two models, each in a file of its own. The one for low noise is "
+                "the pipeline's `transformer_2`."
+            )
+
+    def _diffusers_class(self) -> str | None:
+        """The class that loads this file with all its layers, or None."""
+        if self.detected is None or self._place()[0] != "diffusion_models":
+            return None
+        architecture, prefix = self.detected
+        keys = [key.removeprefix(prefix) for key in self.header.tensors]
+        for name, kind, expression in _DIFFUSERS:
+            if name == architecture.name and all(re.fullmatch(expression, key) for key in keys):
+                return kind
+        return None
 
     def _mlx(self) -> Iterator[str]:
         yield from ("## MLX", "")
@@ -433,6 +472,12 @@ def _conversion(report: Report, source: str, target: str) -> str:
     for option, expressions in (("--include", report.include), ("--exclude", report.exclude)):
         for expression in (expressions or "").splitlines():
             words += [option, expression]
+    chosen = report.chosen
+    if chosen is not None and report.calibration is not None:
+        words += ["--target", chosen.target]
+    elif chosen is not None:
+        for expression in chosen.exclude:
+            words += ["--exclude", expression]
     if report.calibration is not None:
         words += ["--calibration", "CALIBRATION.safetensors"]
         if "held_out" in report.calibration:
@@ -501,9 +546,3 @@ def _yaml(text: str) -> str:
     """A text as a YAML string: as it is where that is safe, else as JSON, which YAML includes."""
     safe = re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) and text.lower() not in _YAML_WORDS
     return text if safe else json.dumps(_short(text), ensure_ascii=False)
-    chosen = report.chosen
-    if chosen is not None and report.calibration is not None:
-        words += ["--target", chosen.target]
-    elif chosen is not None:
-        for expression in chosen.exclude:
-            words += ["--exclude", expression]

@@ -47,7 +47,10 @@ def add(commands) -> None:
         help="report of its conversion, from `convert --report`; default: the one in FILE",
     )
     card.add_argument(
-        "--base", metavar="MODEL", type=_base, help="the original: owner/name on the hub, or a URL"
+        "--base",
+        metavar="MODEL",
+        type=_base,
+        help="the original: owner/name on the hub, in Diffusers' form if there is one; or a URL",
     )
     card.add_argument(
         "--license", metavar="NAME", type=_name, help="its license, such as apache-2.0"

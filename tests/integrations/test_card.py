@@ -6,9 +6,10 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from checkpoints import GOLDEN, load, matrix
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-
 from torch import nn
+
 from mxfp8.integrations.card import _DIFFUSERS, PACK, hub_name, make_card
-from mxfp8.quant.cli import main
 from mxfp8.quant.budget.probing import probe_module
-from mxfp8.quant.conversion.convert import convert_file
+from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.calibration import calibrate
+from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import read_header
 from mxfp8.quant.reports.comparison import Comparison
@@ -105,7 +106,6 @@ def test_the_command_in_a_card_makes_the_file_again(folder, run, name, options):
     assert Path(target).read_bytes() == made
 
 
-def names_in(cell: str) -> set[str]:
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_the_command_of_a_target_makes_the_file_again(folder, run, calibrated):
     """With its calibration, or where there was none, by expressions for the layers it kept."""
@@ -136,6 +136,7 @@ def test_the_command_of_a_target_makes_the_file_again(folder, run, calibrated):
     assert not calibrated or Path("a.safetensors").read_bytes() == made
 
 
+def names_in(cell: str) -> set[str]:
     """The layers that a cell of the table names: "layers.(0-1, 5).a" are three."""
     found = re.fullmatch(r"`(.*?)\((\d[\d, -]*)\)(.*)`", cell)
     if found is None:
@@ -180,7 +181,7 @@ def test_what_a_file_does_not_say_is_not_in_its_card(folder):
     assert card.missing == ("the license", "the original (base_model)")
     matter = front_matter(card.text)
     assert (matter["license"], matter["base_model"]) == (None, None)
-    assert card.text.count("TO FILL IN") == 2
+    assert card.text.count("TO FILL IN") == 3
 
 
 def test_a_stored_report_and_comparison_are_in_the_card():
@@ -268,7 +269,7 @@ def test_the_metadata_is_what_the_hub_reads(folder):
     assert "[a/b-1.0](https://huggingface.co/a/b-1.0) in MXFP8" in card.text
     elsewhere = make_card("a.safetensors", base="https://modelscope.cn/models/a/b")
     assert not front_matter(elsewhere.text).keys() & {"base_model", "base_model_relation"}
-    assert elsewhere.missing == ("the license",)
+    assert elsewhere.missing[0] == "the license"
 
 
 def test_texts_of_a_file_stay_texts(folder):
@@ -301,16 +302,80 @@ def test_python_in_a_card_is_python_and_knows_the_model(folder):
     card = make_card("a.safetensors", base="Tongyi-MAI/Z-Image-Turbo")
     (code,) = fenced(card.text, "python")
     compile(code, "card", "exec")
-    assert 'ZImageTransformer2DModel.from_single_file(\n    "a.safetensors",' in code
+    assert 'ZImageTransformer2DModel.from_single_file(\n    read("a.safetensors"),' in code
     assert '"Tongyi-MAI/Z-Image-Turbo"' in code
     assert "DiffusionPipeline" not in make_card("a.safetensors").text
     convert_file("model.safetensors", "b.safetensors")
     assert "## Diffusers" not in make_card("b.safetensors").text
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["Z-Image", "Flux.2", "Qwen-Image", "Wan"])
+def test_python_in_a_card_loads_the_file(name, prefix, tmp_path, monkeypatch):
+    """The folder a/b stands in for the hub's, so nothing can be loaded but what the card names."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers_models import KINDS, write
+
+    kind = KINDS[name]
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a/b/transformer")
+    folder.mkdir(parents=True)
+    path = write(kind, folder, prefix).mxfp8.rename("a.safetensors")
+    (code,) = fenced(make_card(path, base="a/b").text, "python")
+    Path("load.py").write_text(code.split("pipeline = ")[0])
+    transformer = runpy.run_path("load.py")["transformer"]
+    assert type(transformer) is kind.cls
+    layers = [x for x in transformer.modules() if type(x).__name__ == "LoadedLinear"]
+    assert len(layers) >= len(read_header(path).layers)
+    assert not any(tensor.is_meta for tensor in transformer.state_dict().values())
+
+
+def wan(*more: str) -> dict[str, torch.Tensor]:
+    """A file's tensors: of Wan, and these layers."""
+    layers = [f"blocks.0.{name}" for name in ("self_attn.q", "cross_attn.k", "ffn.0")]
+    layers += ["patch_embedding", "text_embedding.0", "time_projection.1", "head.head", *more]
+    state = {f"{name}.weight": matrix(64, 64) for name in layers}
+    return state | {"head.modulation": torch.ones(1, 2, 64)}
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ((), "WanTransformer3DModel"),
+        (("img_emb.proj.1", "blocks.0.cross_attn.k_img"), "WanTransformer3DModel"),
+        (("vace_patch_embedding", "vace_blocks.0.before_proj"), "WanVACETransformer3DModel"),
+        (("pose_patch_embedding", "face_adapter.fuser_blocks.0.linear2"),
+         "WanAnimateTransformer3DModel"),
+        (("casual_audio_encoder.encoder.final_linear",), None),  # S2V
+        (("audio_proj.audio_proj_glob_1.layer", "blocks.0.audio_cross_attn_wrapper.q"), None),
+        (("control_adapter.conv",), None),
+        (("patch_embedding_pose",), None),  # SCAIL
+        (("vace_patch_embedding", "audio_proj.a"), None),
+    ],
+)  # fmt: skip
+def test_only_a_class_that_takes_all_layers_is_named(more, kind, tmp_path):
+    save_file(wan(*more), tmp_path / "wan.safetensors")
+    convert_file(tmp_path / "wan.safetensors", tmp_path / "a.safetensors")
+    text = make_card(tmp_path / "a.safetensors").text
+    named = re.findall(r"(?m)^transformer = (\w+)\.from_single_file", text)
+    assert named == ([kind] if kind else [])
+    assert ("## Diffusers" in text) == bool(kind)
+
+
+def test_without_a_repository_the_configuration_is_to_fill_in(folder):
+    """Diffusers would guess another model's."""
+    convert_file("zimage.safetensors", "a.safetensors")
+    elsewhere = make_card("a.safetensors", base="https://modelscope.cn/models/a/b", license="mit")
+    assert elsewhere.missing == ("the original in Diffusers' form (config)",)
+    for card in (elsewhere, make_card("a.safetensors")):
+        (code,) = fenced(card.text, "python")
+        compile(code, "card", "exec")
+        assert 'config="OWNER/NAME",  # TO FILL IN' in code and 'subfolder="transformer"' in code
+
+
 def test_diffusers_has_the_classes_that_cards_name():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    assert [name for name in _DIFFUSERS.values() if not hasattr(diffusers, name)] == []
+    assert [name for _, name, _ in _DIFFUSERS if not hasattr(diffusers, name)] == []
     assert importlib.import_module("mxfp8.integrations.diffusers").MXFP8Config
 
 
