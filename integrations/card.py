@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..kernels import layout
 from ..quant.checks.inspect import OTHER_WEIGHTS, Inspection, inspect_file
-from ..quant.container.header import FormatError, one_line, quoted
+from ..quant.container.header import FormatError, one_line, parse_object, quoted
 from ..quant.conversion import architectures, policy, text_encoders
 from ..quant.format import Header, bare, read_header
 from ..quant.progress import Progress
@@ -28,6 +28,8 @@ from ..quant.reports import document
 from ..quant.reports.comparison import Comparison, interval
 from ..quant.reports.conversion import KEPT, MXFP8, LayerReport, Report, format_count, format_size
 from ..quant.reports.metadata import note_on_seeds
+from ..quant.sources.diffusers import has_diffusers_names
+from .config import Method
 
 KEY = "mxfp8_card"
 PACK = "https://github.com/mxfp8/ComfyUI-MXFP8"
@@ -63,6 +65,8 @@ _DIFFUSERS = (
 # Diffusers guesses a configuration that is not given: of Flux.2 and Wan 2.2 often another model's,
 # of Qwen-Image that of Stable Diffusion.
 _NO_CONFIG = '    config="OWNER/NAME",  # TO FILL IN: the original in Diffusers\' form'
+_LIBRARY_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+_MAX_CONFIG = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def make_card(
         progress: called after every slab.
 
     Raises:
-        FormatError: it is no MXFP8 file, or one with problems.
+        FormatError: it is no MXFP8 file, one with problems, or one for diffusers or transformers.
         ValueError: the report is another file's.
         OSError: it cannot be read.
     """
@@ -119,6 +123,12 @@ def make_card(
             f"{path.name}: no layer is MXFP8; a card is for MXFP8 files, which `mxfp8 convert` "
             "makes of originals"
         )
+    header = read_header(path)
+    if _is_for_library(header):
+        raise FormatError(
+            f"{path.name}: it is in the form that diffusers and transformers load; a card is for a "
+            "file that ComfyUI loads. Convert the original without --format, and give that file"
+        )
     problem = _other_layers(inspection, report or inspection.report)
     if problem is not None and report is not None:
         raise ValueError(f"{problem}; give the report of the conversion that wrote this file")
@@ -127,7 +137,7 @@ def make_card(
         inspection.report = None
     if OTHER_WEIGHTS in inspection.warnings:
         inspection.comparison = None
-    return _Page(read_header(path), inspection, report, base, license).card()
+    return _Page(header, inspection, report, base, license).card()
 
 
 def hub_name(base: str) -> str | None:
@@ -142,6 +152,26 @@ def hub_name(base: str) -> str | None:
     if re.fullmatch(r"https?://[^\s<>()\"']+", base):
         return None
     raise ValueError(f"{base!r} is neither owner/name nor a URL")
+
+
+def _is_for_library(header: Header) -> bool:
+    """Whether a file is what `mxfp8 convert --format diffusers` writes.
+
+    Its tensors show it, or where their names are the same in ComfyUI or unknown, the config.json
+    beside it.
+    """
+    if has_diffusers_names(header.tensors):
+        return True
+    config = header.path.parent / "config.json"
+    if not _LIBRARY_FILE.fullmatch(header.path.name) or not config.is_file():
+        return False
+    if config.stat().st_size > _MAX_CONFIG:
+        return False
+    try:
+        entry = parse_object(config.name, config.read_bytes()).get("quantization_config")
+    except FormatError:
+        return False
+    return isinstance(entry, dict) and entry.get("quant_method") == Method.MXFP8.value
 
 
 def _other_layers(inspection: Inspection, report: Report | None) -> str | None:

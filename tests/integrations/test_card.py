@@ -373,6 +373,28 @@ def test_without_a_repository_the_configuration_is_to_fill_in(folder):
         assert 'config="OWNER/NAME",  # TO FILL IN' in code and 'subfolder="transformer"' in code
 
 
+def test_a_file_for_diffusers_is_refused(folder, run):
+    """By its tensors' names, or where these say nothing, by its name and the config.json beside."""
+    layers = ("to_q", "to_k", "to_v")
+    state = {f"noise_refiner.0.attention.{name}.weight": matrix(64, 64) for name in layers}
+    state["noise_refiner.0.attention.norm_k.weight"] = torch.ones(64)
+    states = {"theirs": state, "same": {"blocks.0.a.weight": matrix(64, 64)}}
+    name = "diffusion_pytorch_model.safetensors"
+    for original, tensors in states.items():
+        Path(original).mkdir()
+        save_file(tensors, f"{original}/{name}")
+        Path(original, "config.json").write_text('{"_class_name": "A"}')
+        words = ("convert", original, f"{original}-new", "--format", "diffusers")
+        assert run(*words, "--preset", "none")[0] == 0
+    Path("theirs-new", name).rename("b.safetensors")
+    for path in (Path("same-new", name), Path("b.safetensors")):
+        status, out, text = run("card", path)
+        assert (status, out) == (1, "")
+        assert f"{path.name}: it is in the form that diffusers and transformers load" in text
+    Path("same-new", name).rename("c.safetensors")
+    assert run("card", "c.safetensors")[0] == 0  # ComfyUI has the same names
+
+
 def test_diffusers_has_the_classes_that_cards_name():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     assert [name for _, name, _ in _DIFFUSERS if not hasattr(diffusers, name)] == []
