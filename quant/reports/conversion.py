@@ -192,7 +192,7 @@ class Report:
         measured = [x for x in self.layers if x.output_error is not None]
         count = about.get("rounded_layers")
         if type(count) is not int or count <= len(measured):  # older reports do not count them
-            start = f"{len(measured)} layers calibrated"
+            start = f"{format_count(len(measured), 'layer')} calibrated"
         else:
             start = f"output error measured on {len(measured)} of {count} calibrated layers"
         if self._output_ratio is None:
@@ -220,7 +220,7 @@ class Report:
     @property
     def _measured_on(self) -> str:
         held_out = "held_out" in (self.calibration or {})
-        return "on held-out data" if held_out else "in-sample (on the calibration data)"
+        return "on held-out data" if held_out else "in-sample"
 
     def _calibrated(self, ratio: str) -> Part:
         if "held_out" in (self.calibration or {}):

@@ -249,6 +249,7 @@ def test_a_calibrated_report_says_what_its_error_was_measured_on():
     inside = replace(REPORT, layers=layers, calibration=CALIBRATION)
     text = "calibrated, 0.50x the output error of nearest rounding"
     assert inside.verdict.text.endswith(f"; {text} (in-sample)")
+    assert "\n1 layer calibrated: " in inside.summary()
     outside = replace(inside, calibration={**CALIBRATION, "held_out": CALIBRATION})
     assert outside.verdict.text.endswith(f"; {text}") and outside.verdict.level == "good"
 

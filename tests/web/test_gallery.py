@@ -134,7 +134,7 @@ def test_a_report_on_trained_weights(comfy, browser, pictures, trained):
     measured = [layer for layer in report["layers"] if layer["output_error"] is not None]
     assert len(measured) == 36
     assert all(layer["output_error"] < layer["nearest_error"] for layer in measured)
-    assert "on held-out data" in view.locator(".summary").inner_text()
+    assert "on held-out data" in view.locator(".summary").first.inner_text()  # loaders follow
     errors = [(layer["nearest_error"], layer["output_error"]) for layer in measured]
     take_thumbnails(browser, pictures / "example_workflows", "12345", errors=errors)
     assert not shown.complaints
