@@ -12,6 +12,7 @@ set, among 10 layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -143,6 +144,11 @@ class Problem:
                 alone = stored_bytes(replace(plan, decisions=(decision,)))
                 layers.append(Layer(decision, damages.values[name], decision.nbytes - alone))
         self.layers = sorted(layers, key=lambda layer: layer.rank)
+        if not plan.quantized:
+            raise ValueError(
+                "a target needs layers to choose from, and none would be quantized; give another "
+                "preset, or less in exclude"
+            )
         if not self.layers and not self.bound:
             raise ValueError(
                 "the calibration has sensitivities for none of the layers that would be quantized; "
@@ -180,7 +186,7 @@ class Problem:
             ValueError: the target cannot be reached, or only by the original; says what can.
         """
         kept = self._within(target) if target.is_size else self._as_good_as(target)
-        if len(kept) == len(self.layers) and not self.bound and not self.unmeasured:
+        if len(kept) == len(self.layers) and self._all_is_original:
             raise self._unreachable(target, "only the original itself reaches it")
         return kept
 
@@ -189,7 +195,8 @@ class Problem:
         most = target.nbytes(self.bytes_before)
         left = most - self.smallest - sum(layer.cost for layer in self._free)
         if left < 0:
-            raise self._unreachable(target, "all layers in MXFP8 are larger")
+            least = most - left
+            raise self._unreachable(target, f"all layers in MXFP8 are larger ({least} B)")
         if most >= self.bytes_before:
             raise self._unreachable(target, "the original itself is not larger; use it as it is")
         return self._free + self._front.within(left)
@@ -202,7 +209,16 @@ class Problem:
             return []
         gain = self._noise(self._free) - target.noise
         found = (self._free + kept for kept in self._front.from_gain(gain))
-        return next(kept for kept in found if self._noise(kept) <= target.noise)
+        # The front lacks sets that differ by less than float64 tells; the curve goes to the end.
+        curve = (self.layers[: count + 1] for count in range(len(self.layers)))
+        return next(
+            kept for kept in itertools.chain(found, curve) if self._noise(kept) <= target.noise
+        )
+
+    @property
+    def _all_is_original(self) -> bool:
+        """Whether nothing is quantized when all layers are kept."""
+        return not self.bound and not self.unmeasured
 
     @property
     def _free(self) -> list[Layer]:
@@ -218,8 +234,12 @@ class Problem:
         return self.damages.total(name for name in self.measured if name not in names)
 
     def _unreachable(self, target: Target, why: str) -> ValueError:
-        least, *_, most = [*self.curve(), self.point("", self.layers)]
-        best = self.point("", self.layers[:-1]) if not self.bound else most
+        least = self.point("", [])
+        kept = self.layers
+        if self._all_is_original:
+            least_damaging = min(kept, key=lambda layer: layer.damage)
+            kept = [layer for layer in kept if layer is not least_damaging]
+        best = self.point("", kept)
         return ValueError(
             f"target {target.text} cannot be reached: {why}. All MXFP8 is "
             f"{format_size(least.bytes)} with {snr(least)}; keeping layers reaches up to "

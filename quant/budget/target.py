@@ -77,7 +77,10 @@ def parse(text: str) -> Target:
     if not 0 < number < math.inf:
         raise ValueError(f"target {given} must be more than 0; give {FORMS}")
     if unit in _UNITS:
-        return Target(text, SIZE, number * _UNITS[unit])
+        size = number * _UNITS[unit]
+        if size == math.inf:
+            raise ValueError(f"target {given} is larger than any model; give {FORMS}")
+        return Target(text, SIZE, size)
     if unit == "%":
         if number >= 100:
             raise ValueError(
@@ -91,6 +94,8 @@ def parse(text: str) -> Target:
                 f"target {given} allows an error as large as the output itself; give one below "
                 "1, such as 0.003 error"
             )
+        if not error:
+            raise ValueError(f"target {given} is less than any error; give {FORMS}")
         return Target(text, SNR, -20 * math.log10(error))
     if unit == "db":
         return Target(text, SNR, number)

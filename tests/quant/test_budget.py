@@ -31,7 +31,7 @@ from mxfp8.quant.conversion.stored import stored_bytes
 from mxfp8.quant.format import read_header
 from mxfp8.quant.reports import page
 from mxfp8.quant.reports.budget import Budget
-from mxfp8.quant.reports.conversion import Report
+from mxfp8.quant.reports.conversion import Report, format_size
 from mxfp8.quant.sources.open import open_source
 
 # ---- targets ---------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def test_targets(text, kind, value):
 @pytest.mark.parametrize(
     "text",
     ["", "6.5", "GB", "-1 GB", "0 GB", "0 dB", "1 2 GB", "6,5 GB", "6.5 GBit", "100%", "250 %",
-     "1 error", "100% error", "nan dB", "inf GB", "1e999 GB", "50 d B", "50 dB!", "x" * 10_000,
-     "9" * 5000, None, 50],
+     "1 error", "100% error", "nan dB", "inf GB", "1e999 GB", "1e308 GB", "1e-323% error", "50 d B",
+     "50 dB!", "x" * 10_000, "9" * 5000, None, 50],
 )  # fmt: skip
 def test_what_is_no_target(text):
     with pytest.raises(ValueError, match=r"6\.5 GB|100%|error"):
@@ -217,6 +217,38 @@ def test_what_cannot_be_reached(target, include, why):
     with pytest.raises(ValueError, match=why) as error:
         one.choose(parse(target))
     assert re.search(r"All MXFP8 is [\d.]+ kB with [\d.]+ dB.*the original is", str(error.value))
+
+
+def test_what_a_refusal_names_can_be_reached():
+    """To the byte, and with the least damaging layer quantized, which is not always the last."""
+    one = problem(10, seed=4)
+    with pytest.raises(ValueError, match="larger") as error:
+        one.choose(parse(f"{one.smallest - 1} B"))
+    size = re.search(r"\((\d+ B)\)", str(error.value))[1]
+    assert one.choose(parse(size)) == []
+    least = min(one.layers, key=lambda layer: layer.damage)
+    assert least is not one.layers[-1]
+    with pytest.raises(ValueError, match="only the original") as error:
+        one.choose(parse("200 dB"))
+    most = -10 * math.log10(least.damage)
+    assert f"up to {format_size(one.bytes_before - least.cost)} with {most:.1f} dB" in str(
+        error.value
+    )
+    assert len(one.choose(parse(f"{most - 0.01} dB"))) == 9
+
+
+def test_a_damage_that_others_hide_is_not_overlooked():
+    """1e-20 is nothing beside 1, in float64."""
+    plan = policy.plan(model(3), Selection("none"), log=False)
+    values = {"layers.0.linear": 1.0, "layers.1.linear": 1e-20, "layers.2.linear": 1e-22}
+    kept = Problem(plan, Damages(values, ())).choose(parse("210 dB"))
+    assert {layer.name for layer in kept} == {"layers.0.linear", "layers.1.linear"}
+
+
+def test_a_target_needs_layers():
+    plan = policy.plan(model(3), Selection("none", exclude="."), log=False)
+    with pytest.raises(ValueError, match="none would be quantized"):
+        Problem(plan, Damages({"layers.0.linear": 1.0}, ()))
 
 
 def test_a_quality_below_all_mxfp8_keeps_nothing():
