@@ -162,8 +162,6 @@ class MXFP8Quantizer(DiffusersQuantizer):
         if isinstance(param_value, MXFP8Rows):
             layer.fill_from_rows(param_value, target_device)
             return
-        if leaf == "weight":
-            param_value = param_value.to(torch.float8_e4m3fn)  # exact if it was made float32
         layer.add_tensor(leaf, param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model, **kwargs):

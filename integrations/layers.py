@@ -81,6 +81,10 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor of the file: "weight", "weight_scale" or "comfy_quant"."""
+        if tensor.dtype in _DTYPES.values():
+            # Some versions convert even codes, if they keep the layer in float32; that is exact.
+            codes = tensor.to(torch.float8_e4m3fn if name == _WEIGHT else torch.uint8)
+            tensor = codes if torch.equal(codes.to(tensor.dtype), tensor) else tensor
         self.received[name] = tensor.detach()
         if self.received.keys() == set(LEAVES):
             self.fill_from_file()

@@ -18,11 +18,17 @@ from collections.abc import Iterable
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
+
+try:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+except ImportError as error:
+    raise ImportError(
+        f"MXFP8 models in transformers need version 5 of it, or newer ({error})"
+    ) from error
 
 from ..quant import format
 from ..quant.container.header import quoted, read_container

@@ -13,11 +13,11 @@ from peft import LoraConfig
 from quantized_files import plain
 from safetensors.torch import save_file
 
-from mxfp8.integrations.layers import LoadedLinear
+from mxfp8.integrations.layers import LoadedLinear, replace_linears
 from mxfp8.integrations.model_folder import convert_folder
 from mxfp8.integrations.transformers import from_single_file
 from mxfp8.quant.format import FormatError
-from mxfp8.quant.linear import quantize_linears
+from mxfp8.quant.linear import MXFP8Linear, quantize_linears
 
 IDS = torch.arange(12)[None]
 QWEN3 = transformers.Qwen3Config(
@@ -173,6 +173,28 @@ def test_peft_adapts_mxfp8_layers(tmp_path):
     loss.backward()
     trained = [p for n, p in model.named_parameters() if "lora" in n]
     assert len(trained) == 8 and all(p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_codes_that_a_library_converted_are_codes_again():
+    """As transformers 5.0 converts those of layers that it keeps in float32."""
+
+    def fill(state: dict[str, torch.Tensor]):
+        with torch.device("meta"):
+            model = torch.nn.Sequential(torch.nn.Linear(64, 40, bias=False))
+        replace_linears(model, ["0"], "exact", torch.float32)
+        for name, tensor in state.items():
+            setattr(model[0], name, tensor)
+        return model[0]
+
+    linear = torch.nn.Linear(64, 40, bias=False)
+    quantized = MXFP8Linear.from_linear(linear)
+    stored = quantized.state_dict()
+    filled = fill({name: tensor.float() for name, tensor in stored.items()})
+    assert torch.equal(filled.qdata, quantized.qdata)
+    assert torch.equal(filled.weight_scale, quantized.weight_scale)
+    assert filled.marker == quantized.marker
+    with pytest.raises(ValueError, match="not float8_e4m3fn"):
+        fill({**stored, "weight": linear.weight.detach()})
 
 
 def test_what_does_not_fit_is_rejected_by_name(tmp_path):
