@@ -3,10 +3,11 @@
     mxfp8 convert Z-Image-Turbo Z-Image-Turbo-MXFP8 --format diffusers
 
 Tensors keep their names. Which of them become MXFP8 is decided for the model under ComfyUI's names,
-where there are such, so a folder and a file of one model have the same layers in MXFP8. Of a
-pipeline, the transformer is converted and everything else is copied, so the result loads by itself
-and can be published. Weights beside a pipeline's folders are left out: they are the same model
-again, for other programs.
+where these are known, so a folder and a file of one model have the same layers in MXFP8; of other
+models, the linear layers of the blocks become MXFP8, less what every preset keeps. Of a pipeline,
+the transformer is converted and everything else is copied, so the result loads by itself and can be
+published. Weights beside a pipeline's folders are left out: they are the same model again, for
+other programs.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ class ModelFolder:
     def stem(self) -> str:
         """The name of the model's files, which the library looks for."""
         return "diffusion_pytorch_model" if "_class_name" in self.config else "model"
+
+    def open(self) -> StoredSource:
+        """The model's tensors, as `open_stored` gives them; named as the folder is."""
+        source = open_stored(self.model)
+        source.name = self.folder.resolve().name
+        return source
 
 
 def open_folder(path) -> ModelFolder:
@@ -128,7 +135,7 @@ def convert_folder(
         OSError: reading or writing failed. In every case there is no target then.
     """
     folder = open_folder(path)
-    with open_stored(folder.model) as source:
+    with folder.open() as source:
         plan = plan_folder(source, selection)
         writer = functools.partial(folder_writer, folder, source, target, plan, max_file)
         return convert(source, target, plan, progress=progress, device=device, writer=writer)

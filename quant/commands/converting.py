@@ -213,7 +213,6 @@ def _convert(arguments) -> Answer:
 def _convert_folder(arguments) -> Answer:
     from ...integrations.model_folder import check_folder, convert_folder, open_folder, plan_folder
     from ..container.pipeline import keep_freed_memory
-    from ..sources.open import open_stored
 
     options = {"calibration": "calibration", "held_out": "held-out", "overwrite": "overwrite",
                "budget": "target"}  # fmt: skip
@@ -224,7 +223,7 @@ def _convert_folder(arguments) -> Answer:
     check_outputs(arguments, "report", source=folder.model)
     selection = selection_of(arguments)
     if arguments.dry_run:
-        with open_stored(folder.model) as source:
+        with folder.open() as source:
             plan = plan_folder(source, selection)
             if not arguments.json:
                 _show_plan(plan)

@@ -284,8 +284,8 @@ def _check_plan(source: Source, target, plan: Plan) -> None:
         reasons = Counter(d.reason for d in matrices).most_common(1)
         mostly = "".join(f", {count} of {len(matrices)} because: {r}" for r, count in reasons)
         raise ValueError(
-            f"{source.name}: no layer to quantize: preset {plan.preset!r}, exclude and what "
-            f"ComfyUI can run keep all of them{mostly}. Use the file as it is (on the command "
+            f"{source.name}: no layer to quantize: preset {plan.preset!r}, exclude, and what "
+            f"can run in MXFP8 keep all of them{mostly}. Use the original as it is (on the command "
             "line, --dry-run lists all reasons)"
         )
     for decision in plan.quantized:

@@ -34,6 +34,7 @@ VERSION = tuple(map(int, diffusers.__version__.split(".")[:2]))
 READS_PATHS = VERSION >= (0, 42)  # older versions show a quantizer nothing of a single file
 EXACT = MXFP8Config(precision="exact")
 SMALL = [name for name in KINDS if name != "Flux.1"]
+ALL = [*SMALL, pytest.param("Flux.1", marks=pytest.mark.long)]  # that one only at its real width
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def quantized(model) -> set[str]:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_a_single_file_gives_the_model_of_its_dequantized_weights(name, prefix, files, tmp_path):
     kind, found = KINDS[name], files(name, prefix)
     source = None if name in ("Z-Image", "Wan") else read(found.mxfp8, prefix)  # others keep it
@@ -143,7 +144,7 @@ def test_float16_and_float32_are_dtypes_of_the_other_layers(files):
 # ---- folders -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_a_saved_folder_loads_as_the_same_model(name, files, tmp_path):
     kind, found = KINDS[name], files(name)
     model = load(kind, found)
@@ -175,7 +176,7 @@ def originals(files, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_a_converted_folder_is_what_the_converted_file_is(name, files, originals, tmp_path):
     kind, found = KINDS[name], files(name)
     # ComfyUI tells a Wan by this layer's shape, which the padding of this one would change.
@@ -266,6 +267,8 @@ def test_folders_that_cannot_be_converted_are_rejected(files, originals, tmp_pat
         (several / name).mkdir(parents=True)
     (several / "model_index.json").write_text("{}")
     assert "'transformer', 'transformer_2'. Give the folder of one" in refused(several)
+    message = refused(originals("Wan"), "--exclude", ".")
+    assert "transformer: no layer to quantize" in message
     with pytest.raises(SystemExit):
         refused(originals("Wan"), "--overwrite")
 
