@@ -345,8 +345,8 @@ def make_budget(
     Raises:
         FormatError, ValueError: as `plan_source`, `sensitivity_of` and `choose`.
     """
-    sensitivity = sensitivity_of(calibration, source)
     plan = plan_source(source, selection, is_linear)
+    sensitivity = sensitivity_of(calibration, source)
     damages = damages_of(sensitivity, calibrated)
     problem = Problem(plan, damages)
     chosen = None

@@ -53,6 +53,8 @@ _CONVERGED = 1e-3  # relative change of a damage in one iteration
 _PARTS = 8  # that the runs are left out in, for the standard error
 _LEAST_NOISE = 1e-9  # of the runs' mean energy; keeps the covariance regular
 _MOST = 1 << 12  # runs, layers: what a file may claim
+_MOST_ENERGY = 1e30  # of a change, over the output's: far above any, far below what overflows
+_ROUNDING = 1e-6  # of inner products, over their trace: what float32 outputs may be off by
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ class Sample:
 
     signs: tuple[str, ...]
     gram: tuple[tuple[float, ...], ...]
+
+
+def _are_inner_products(gram: tuple[tuple[float, ...], ...]) -> bool:
+    """Whether a square matrix is one of inner products, as no other has damages that fit it."""
+    G = torch.tensor(gram, dtype=torch.float64)
+    trace = G.diagonal().sum()
+    if not (G.abs() <= _MOST_ENERGY).all() or (G - G.t()).abs().max() > _ROUNDING * trace:
+        return False
+    return bool(torch.linalg.eigvalsh(G).min() >= -_ROUNDING * trace)
 
 
 @dataclass(frozen=True)
@@ -133,9 +144,9 @@ class Sensitivity:
             fits = fits and 0 < R <= _MOST and len(sample.gram) == R
             fits = fits and all(len(s) == L and set(s) <= {"+", "-"} for s in sample.signs)
             fits = fits and all(len(row) == R for row in sample.gram)
-            fits = fits and all(sample.gram[i][i] >= 0 for i in range(R))
-        if not fits or not all(value >= 0 for value in self.rounding.values()):
-            raise FormatError("the sensitivities do not fit their layers; calibrate again")
+            fits = fits and _are_inner_products(sample.gram)
+        if not fits or not all(0 <= value <= 1 for value in self.rounding.values()):
+            raise FormatError("the sensitivities do not fit their layers")
 
     @property
     def runs(self) -> int:

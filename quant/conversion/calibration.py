@@ -187,7 +187,12 @@ def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibrati
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
     sensitivity = None
     if _SENSITIVITY in source.metadata:
-        sensitivity = Sensitivity.from_json(source.metadata[_SENSITIVITY])
+        try:
+            sensitivity = Sensitivity.from_json(source.metadata[_SENSITIVITY])
+        except FormatError as error:
+            raise FormatError(
+                f"{source.name}: its sensitivities are damaged ({error}); calibrate again"
+            ) from error
         check_layers(sensitivity, layers, source.name)
     return Calibration(layers, model, about, sensitivity)
 

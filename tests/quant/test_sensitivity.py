@@ -317,6 +317,18 @@ def test_sensitivities_of_other_layers_are_rejected(tmp_path):
         calibration.load(tmp_path / "c.safetensors")
 
 
+def test_damaged_sensitivities_are_named_with_their_file(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibrated(tmp_path).save(path)
+    with safe_open(path, "pt") as source:
+        texts = source.metadata()
+        tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
+    texts["mxfp8_sensitivity"] = texts["mxfp8_sensitivity"][:-20]
+    save_file(tensors, path, texts)
+    with pytest.raises(FormatError, match=r"c\.safetensors: .*calibrate again"):
+        calibration.load(path)
+
+
 def damaged():
     good = {
         "mxfp8_sensitivity": 1, "layers": ["a", "b"], "sizes": [1, 1],
@@ -330,7 +342,10 @@ def damaged():
         ("samples", [{"signs": ["+"], "gram": [[1.0]]}]),
         ("samples", [{"signs": ["++"], "gram": [[-1.0]]}]),
         ("samples", [{"signs": ["++"], "gram": [["1"]]}]),
-        ("rounding", {"a": -1.0}), ("mxfp8_sensitivity", 2),
+        ("samples", [{"signs": ["++"], "gram": [[1e300]]}]),
+        *(("samples", [{"signs": ["++", "+-"], "gram": [[1.0, a], [b, 1.0]]}])
+          for a, b in ((5.0, 5.0), (-5.0, -5.0), (0.5, -0.5), (1e300, 1e300))),
+        ("rounding", {"a": -1.0}), ("rounding", {"a": 1e300}), ("mxfp8_sensitivity", 2),
     ):  # fmt: skip
         yield good | {key: value}
 
