@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
+from collections.abc import Iterable
 
+from ..conversion import policy
 from ..reports.budget import Budget, Point, snr
 from ..reports.units import format_size
 from . import MODEL, Answer, command, place
@@ -48,9 +51,10 @@ def _budget(arguments: argparse.Namespace) -> Answer:
         with progress("probe") as bar:
             probe = probe_file(arguments.source, progress=bar)
         advice = [layer.key for layer in probe.layers if layer.recommendation == KEEP]
+    selection = selection_of(arguments)
     with open_source(arguments.source) as source:
         budget = make_budget(
-            source, calibration, selection_of(arguments), arguments.budget,
+            source, calibration, selection, arguments.budget,
             calibrated=not arguments.nearest, advice=advice,
         )  # fmt: skip
     written = []
@@ -61,10 +65,10 @@ def _budget(arguments: argparse.Namespace) -> Answer:
 
         draw(budget).save(arguments.png, "PNG")
         written.append(f"png: {arguments.png}")
-    return Answer(lambda: _show(budget, written), budget.to_json)
+    return Answer(lambda: _show(budget, selection, written), budget.to_json)
 
 
-def _show(budget: Budget, written: list[str]) -> None:
+def _show(budget: Budget, selection: policy.Selection, written: list[str]) -> None:
     stride = -(-len(budget.curve) // _MOST_ROWS)
     shown = [*budget.curve[::stride], *budget.others]
     rows = [_row(point, budget.bytes_before) for point in shown]
@@ -73,11 +77,19 @@ def _show(budget: Budget, written: list[str]) -> None:
     lines = ["", "Each line of the curve keeps its layer and those above it, also those not shown."]
     if budget.chosen is not None:
         lines += [budget.chosen.summary(), *(f"  {name}" for name in budget.chosen.layers)]
-        options = [f"--exclude {shlex.quote(one)}" for one in budget.chosen.exclude]
-        if options:
-            lines += ["to choose the same without a calibration:", f"  {' '.join(options)}"]
+        if budget.chosen.exclude:
+            options = _options(selection, budget.chosen.exclude)
+            lines += ["to choose the same without a calibration:", f"  {options}"]
     lines += [f"NOTE: {note}" for note in budget.notes]
     show("\n".join([*lines, *written]))
+
+
+def _options(selection: policy.Selection, exclude: Iterable[str]) -> str:
+    """A selection without these tensors, as options of `mxfp8 convert`."""
+    preset = [] if selection.preset == policy.AUTO else [("--preset", selection.preset)]
+    include = (("--include", one) for one in selection.include or ())
+    excluded = (("--exclude", one) for one in (*(selection.exclude or ()), *exclude))
+    return shlex.join(itertools.chain(*preset, *include, *excluded))
 
 
 def _row(point: Point, original: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -368,6 +369,9 @@ def test_a_target_of_convert(files, capsys):
     options = itertools.chain(*(("--exclude", one) for one in chosen.exclude))
     assert run(capsys, "convert", model, files / "same.safetensors", *options)[0] == 0
     assert read_header(files / "same.safetensors").layers.keys() == found.layers.keys()
+    words = ["budget", files / "new.safetensors", "--calibration", calibration]
+    status, _, err = run(capsys, *words)
+    assert status == 1 and "already quantized" in err
 
 
 def test_budget_command(files, capsys):
@@ -384,6 +388,10 @@ def test_budget_command(files, capsys):
         assert picture.width == page.WIDTH
         colors = {color for _, color in picture.getcolors(1 << 24)}
     assert {ImageColor.getrgb(color) for color in (page.LINE, page.RED)} <= colors
+    selection = ["--preset", "none", "--include", r"^1\.w", "--exclude", r"^0\.w"]
+    out = run(capsys, *words, "--target", "70%", *selection)[1]
+    copied = shlex.split(out.partition("without a calibration:\n")[2].splitlines()[0])
+    assert copied[: len(selection)] == selection and len(copied) > len(selection)
     nearest = json.loads(run(capsys, *words, "--nearest", "--json")[1])
     assert nearest["curve"][0]["snr_db"] < budget.curve[0].snr_db
     assert run(capsys, *words, *outputs)[0] == 1  # they exist
