@@ -17,10 +17,10 @@ from torch import nn
 from ..kernels import layout
 from ..quant import format
 from ..quant.checks import scan
-from ..quant.container.header import FormatError, parse_object, quoted
+from ..quant.container.header import FormatError, quoted
 from ..quant.format import MARKER, SCALE, WEIGHT, Header
 from ..quant.lazy_weight import LazyWeight
-from ..quant.linear import MXFP8Linear, is_replaceable, replace, tied_weights
+from ..quant.linear import MXFP8Linear, is_replaceable, read_marker, replace, tied_weights
 from ..quant.sources.file import HEADER_DTYPES, TORCH_DTYPES, FileSource
 from .config import MXFP8Config
 from .stacked_rows import MXFP8Rows
@@ -41,7 +41,6 @@ EMPTY_FOLDER = (
     "quantization_config, remove that"
 )
 _CHECK = "check that the model's files are complete and belong to this class and config"
-_CONVERT = "convert the model's original with `mxfp8 convert`"
 
 
 class LoadedLinear(MXFP8Linear, nn.Linear):
@@ -105,8 +104,7 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
                 raise ValueError("a scale is byte 255 (NaN), so it is damaged")
         except ValueError as error:
             raise ValueError(f"MXFP8 layer {self.name!r}: {error}; {_CHECK}") from error
-        absent = len(self.qdata) - len(codes)  # rows of padding, which a file may leave out
-        self._fill(nn.functional.pad(codes, (0, 0, 0, absent)) if absent else codes, scales, marker)
+        self._fill(self._padded(codes), scales, marker)
 
     def fill_from_rows(self, rows: MXFP8Rows, device) -> None:
         """Use a matrix that a loader may have made of the file's."""
@@ -204,23 +202,6 @@ def checked_header(path) -> Header:
     if not header.layers:
         raise FormatError(f"{source.name}: {_NONE}")
     return header
-
-
-def read_marker(where: str, tensor: torch.Tensor) -> dict:
-    """The JSON in a marker's tensor.
-
-    Raises:
-        FormatError: it is none, or of another format.
-    """
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise FormatError(f"{where} is {tensor.dtype} {list(tensor.shape)}; a marker is 1-D uint8")
-    marker = parse_object(where, bytes(tensor.tolist()))
-    if marker.get("format") != format.MXFP8:
-        raise FormatError(
-            f"{where} names the format {quoted(marker.get('format'))}; MXFP8Config loads only "
-            f"{format.MXFP8!r}: {_CONVERT}"
-        )
-    return marker
 
 
 def _rows(where: str, name: str, state: Mapping[str, torch.Tensor], marker: Mapping) -> MXFP8Rows:

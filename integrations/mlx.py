@@ -31,7 +31,7 @@ from ..kernels import layout
 from ..kernels.layout import BLOCK, TILE_ROWS
 from ..quant.checks import scan
 from ..quant.container.folder import new_folder
-from ..quant.container.header import nbytes, parse_object, plain, quoted
+from ..quant.container.header import nbytes, plain, quoted, read_json
 from ..quant.container.writer import Writer
 from ..quant.conversion import architectures
 from ..quant.format import AGAIN, MARKER, MXFP8, SCALE, WEIGHT, FormatError, Header, Layer
@@ -175,12 +175,7 @@ def export_mlx(
 def _read_config(path: str | Path | None) -> dict:
     if path is None:
         return {}
-    path = Path(path)
-    with path.open("rb") as file:
-        text = file.read(_MOST_CONFIG + 1)
-    if len(text) > _MOST_CONFIG:
-        raise FormatError(f"{path.name}: a config.json has at most {_MOST_CONFIG} bytes")
-    return parse_object(path.name, text)
+    return read_json(Path(path), _MOST_CONFIG)
 
 
 def _check(source: FileSource) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..quant import format
 from ..quant.container.folder import FolderWriter, ModelFile
-from ..quant.container.header import SUFFIXES, FormatError, nbytes, parse_object, quoted
+from ..quant.container.header import SUFFIXES, FormatError, nbytes, quoted, read_json
 from ..quant.conversion import policy
 from ..quant.conversion.convert import check_conversion, convert, plan_source
 from ..quant.conversion.policy import Decision, Plan, Selection
@@ -36,7 +36,7 @@ from .config import MXFP8Config
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
-_MAX_JSON = 10_000_000  # bytes
+_MAX_CONFIG = 1 << 20  # bytes
 _MAX_FILE = 10_000_000_000  # bytes of tensors in one file, as diffusers writes them
 _WEIGHTS = (*SUFFIXES, *PICKLES, ".msgpack", ".h5", ".onnx", ".gguf")
 _IN_BLOCKS = re.compile(r"(^|\.)\w*(blocks?|layers?)\.\d+\.")
@@ -91,7 +91,7 @@ def open_folder(path) -> ModelFolder:
                 f"UNet; this one has: {found}. Give the folder of one model"
             )
         model = inner[0]
-    config = _read_json(model / CONFIG)
+    config = _read_config(model / CONFIG)
     if "quantization_config" in config:
         raise FormatError(
             f"{model.resolve().name}: quantized already, as {CONFIG} says; convert its original"
@@ -99,17 +99,13 @@ def open_folder(path) -> ModelFolder:
     return ModelFolder(folder, model, config)
 
 
-def _read_json(path: Path) -> dict:
+def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FormatError(
             f"{path.resolve().parent.name}: there is no {path.name} in this folder; give the "
             "folder of a diffusers or transformers model, or of a pipeline"
         )
-    with path.open("rb") as file:
-        text = file.read(_MAX_JSON + 1)
-    if len(text) > _MAX_JSON:
-        raise FormatError(f"{path.name}: it has more than {_MAX_JSON} bytes")
-    return parse_object(path.name, text)
+    return read_json(path, _MAX_CONFIG)
 
 
 def convert_folder(

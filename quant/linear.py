@@ -34,7 +34,7 @@ from .. import kernels
 from ..kernels import layout
 from . import format
 from .checks import scan
-from .container.header import parse_object
+from .container.header import parse_object, quoted
 from .lazy_weight import READ_ONLY, LazyWeight
 from .sources.file import TORCH_DTYPES, FileSource
 
@@ -167,13 +167,16 @@ class MXFP8Linear(nn.Module):
             return
         self.marker = marker
         if "weight" in given:
-            codes = given["weight"].view(torch.uint8)
-            absent = len(self.qdata) - len(codes)  # rows of padding, which a file may leave out
-            state[f"{prefix}qdata"] = nn.functional.pad(codes, (0, 0, 0, absent))
+            state[f"{prefix}qdata"] = self._padded(given["weight"].view(torch.uint8))
             state[f"{prefix}weight_scale"] = given["weight_scale"].view(torch.uint8)
         keys: list[str] = []
         super()._load_from_state_dict(state, prefix, metadata, strict, keys, unexpected, errors)
         missing += [f"{prefix}weight" if key == f"{prefix}qdata" else key for key in keys]
+
+    def _padded(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes with all rows of padding, which a file may leave out."""
+        absent = len(self.qdata) - len(codes)
+        return nn.functional.pad(codes, (0, 0, 0, absent)) if absent else codes
 
     def _checked_marker(self, given: Mapping[str, torch.Tensor | None]) -> dict:
         """The marker that comes with tensors of a state dict; without one, the marker it has.
@@ -199,16 +202,29 @@ class MXFP8Linear(nn.Module):
         marker = given.get(_MARKER)
         if marker is None:
             return self.marker
-        if marker.dtype != torch.uint8 or marker.ndim != 1:
-            raise ValueError(f"{_MARKER} is {marker.dtype} {list(marker.shape)}, not 1-D uint8")
-        conf = parse_object(_MARKER, bytes(marker.tolist()))
-        if conf.get("format") != format.MXFP8:
-            raise ValueError(f"{_MARKER} has format {conf.get('format')!r}, not {format.MXFP8!r}")
+        conf = read_marker(_MARKER, marker)
         shape = list(self.shape)
         format.layer_shape(_MARKER, self.qdata, {"orig_shape": shape, **conf})
         if conf.get("orig_shape", shape) != shape:
             raise ValueError(f"{_MARKER} has orig_shape {conf['orig_shape']}, not {shape}")
         return conf
+
+
+def read_marker(where: str, tensor: torch.Tensor) -> dict:
+    """The JSON in a marker's tensor.
+
+    Raises:
+        FormatError: it is none, or of another format.
+    """
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise format.FormatError(f"{where} is {tensor.dtype} {list(tensor.shape)}, not 1-D uint8")
+    conf = parse_object(where, bytes(tensor.tolist()))
+    if conf.get("format") != format.MXFP8:
+        raise format.FormatError(
+            f"{where} has the format {quoted(conf.get('format'))}, not {format.MXFP8!r}; convert "
+            "the model's original with `mxfp8 convert`"
+        )
+    return conf
 
 
 def quantize_linears(

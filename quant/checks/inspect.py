@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..container.header import parse_object, plain, quoted, read_container
+from ..container.header import plain, quoted, read_container, read_json
 from ..conversion import architectures, text_encoders
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_markers
 from ..progress import Meter, Progress
@@ -377,10 +377,10 @@ def _inspect_parts(index: Path) -> Inspection:
 def _configured(folder: Path, known: Iterable[FormatFacts]) -> list[FormatFacts]:
     """The format that a folder's config.json names, if it is not known already."""
     path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > _MOST_CONFIG:
+    if not path.is_file():
         return []
     try:
-        conf = parse_object(path.name, path.read_bytes()).get("quantization_config")
+        conf = read_json(path, _MOST_CONFIG).get("quantization_config")
     except FormatError:
         return []
     method = conf.get("quant_method") if isinstance(conf, dict) else None

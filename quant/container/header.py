@@ -157,6 +157,20 @@ def _read_text(path: Path) -> tuple[bytes, int]:
         return file.read(length), size
 
 
+def read_json(path: Path, limit: int) -> dict:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        FormatError: it is larger, or anything else (`parse_object`).
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise FormatError(f"{path.name}: such a file has at most {limit} bytes")
+    return parse_object(path.name, text)
+
+
 def parse_object(where: str, text: str | bytes) -> dict:
     """A JSON object that all readers read alike.
 

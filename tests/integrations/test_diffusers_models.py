@@ -260,6 +260,8 @@ def test_folders_that_cannot_be_converted_are_rejected(files, originals, tmp_pat
     assert "a single file has no configuration" in refused(files("Wan").original)
     (tmp_path / "empty").mkdir()
     assert "there is no config.json in this folder" in refused(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text(" " * (1 << 20) + "{}")
+    assert "config.json: such a file has at most 1048576 bytes" in refused(tmp_path / "empty")
     convert_folder(originals("Wan"), tmp_path / "done")
     assert "quantized already" in refused(tmp_path / "done")
     several = tmp_path / "several"
