@@ -87,7 +87,7 @@ def probe_model(
         return settings.sample(clone, settings.each_seed[sample])
 
     samples, runs = planned_runs(len(layers), settings.seeds)
-    about = {**about, "inputs": settings.inputs_digest()}
+    about = {**about, "inputs": settings.digest(patcher)}
     with _journal(model, about, layers) as journal:
         return probe(
             layers, run, samples, runs, about=about, model=model, journal=journal, on_run=on_run

@@ -42,10 +42,18 @@ class SamplerSettings:
         )  # fmt: skip
         return latent["samples"]
 
-    def inputs_digest(self) -> str:
-        """A hash of the prompts and of the latent image."""
+    def digest(self, patcher) -> str:
+        """A hash of the prompts, of the latent image, and of what a MODEL has beside its weights.
+
+        That is its shift and prediction type, and the names of what patches it; of patches that are
+        functions, also the numbers that they were made with.
+        """
+        noise = patcher.get_model_object("model_sampling")
+        kinds = [kind.__name__ for kind in type(noise).__mro__]
         found = hashlib.sha256()
         _add(found, [self.positive, self.negative, self.latent_image])
+        _add(found, [kinds, dict(noise.state_dict()), vars(noise)])
+        _add(found, [patcher.model_options, patcher.object_patches])
         return found.hexdigest()[:16]
 
 
@@ -63,8 +71,14 @@ def _add(found, value) -> None:
         for part in value:
             _add(found, part)
     else:
-        plain = isinstance(value, (str, int, float, bool, type(None)))
-        found.update(f"{type(value).__name__}:{value if plain else ''};".encode())
+        name = getattr(value, "__qualname__", type(value).__name__)
+        found.update(f"{name}:{value if _is_plain(value) else ''};".encode())
+        cells = getattr(value, "__closure__", None) or ()
+        _add(found, [cell.cell_contents for cell in cells if _is_plain(cell.cell_contents)])
+
+
+def _is_plain(value) -> bool:
+    return isinstance(value, (str, int, float, bool, type(None)))
 
 
 def wrap_layers(patcher, layers: Iterable[str], wrap: Callable[..., Callable], on_step: Callable):

@@ -189,6 +189,31 @@ def test_an_interrupted_measurement_goes_on_and_leaves_the_model_alone(comfy):
     assert found[0] == found[1]
 
 
+def test_a_measurement_goes_on_only_as_it_began(comfy):
+    """With another shift of the model's noise levels all outputs are others."""
+    interrupt(comfy, small_graph(), "nodes.models.probing", "_perturb", call=4 * 2 * 13 + 5)
+    graph = small_graph(shift=3.0)
+    (node,) = (key for key in graph if graph[key]["class_type"] == "MXFP8Calibrate")
+    texts = watch(comfy, graph)[1][node]
+    steps = [re.search(r"sensitivities of 13 layers.*\nstep (\d+) of 24", text) for text in texts]
+    assert min(int(step[1]) for step in steps if step) <= 2
+    (journal,) = (comfy.base / "output" / "calibrations" / "unfinished").iterdir()
+    journal.unlink()
+
+
+def small_graph(shift: float | None = None) -> Graph:
+    graph = Graph()
+    model = graph.loader("flux.safetensors")
+    if shift is not None:
+        size = {"width": 64, "height": 64}
+        model = graph.add(
+            "ModelSamplingFlux", model=model, max_shift=shift, base_shift=shift, **size
+        )
+    node = calibrated(graph, model, "flux", seeds=1, steps=2, first_seed=5, sensitivity=True)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/shifted")
+    return graph
+
+
 def test_what_cannot_be_reached_is_an_error_that_says_what_can(comfy, made):
     for inputs, message in (
         ({"size_or_quality": "50 dB"}, "needs a calibration with sensitivities; Calibrate"),
