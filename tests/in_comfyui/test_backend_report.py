@@ -499,7 +499,7 @@ def test_a_file_is_inspected(comfy, every_byte):
     kept = [layer for layer in layers.values() if layer["decision"] == "kept"]
     assert {layer["reason"] for layer in kept} == {"BF16 in the file"}
     assert layers["img_in"]["bytes"] == 128 * 128 * 2
-    assert f"kept: {len(kept)} matrices, BF16 in the file" in text
+    assert f"not quantized: {len(kept)} matrices, BF16 in the file" in text
     header = [] if every_byte else [" in the header"]
     assert text.splitlines()[-1] == "".join(["OK: no problem found", *header])
 
