@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -195,6 +197,13 @@ def test_codes_that_a_library_converted_are_codes_again():
     assert filled.marker == quantized.marker
     with pytest.raises(ValueError, match="not float8_e4m3fn"):
         fill({**stored, "weight": linear.weight.detach()})
+
+
+def test_a_version_before_5_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)  # it has none
+    monkeypatch.delitem(sys.modules, "mxfp8.integrations.transformers")
+    with pytest.raises(ImportError, match="need version 5 of it, or newer"):
+        importlib.import_module("mxfp8.integrations.transformers")
 
 
 def test_what_does_not_fit_is_rejected_by_name(tmp_path):
