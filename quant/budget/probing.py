@@ -192,12 +192,14 @@ class _Journal:
                 for index in range(len(source.tensors)):
                     (size,) = source.tensors[str(index)][1]
                     self._outputs.append(source.rows(str(index), 0, size).clone())
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{self._path.name} is not a journal of probe runs") from error
+        except (KeyError, TypeError, ValueError) as error:  # FormatError too
+            raise FormatError(
+                f"{self._path} is not a journal of probe runs; delete it to start anew"
+            ) from error
         if what != self._what:
             raise ValueError(
-                f"{self._path.name} has probe runs of another model or of other settings; delete "
-                "it to start anew"
+                f"{self._path} has probe runs of another model or of other settings; delete it to "
+                "start anew"
             )
 
     def gram(self, sample: int) -> tuple | None:

@@ -184,8 +184,11 @@ def test_a_journal_of_other_runs_is_an_error(tmp_path):
         probe(LAYERS, Linear(), model="other", **options)
     assert journal.read_bytes() == before
     save_file({"0": torch.zeros(4)}, journal)
-    with pytest.raises(FormatError, match="not a journal"):
-        probe(LAYERS, Linear(), model="one", **options)
+    for damaged in (journal.read_bytes(), before[:-1], b""):
+        journal.write_bytes(damaged)
+        with pytest.raises(FormatError) as error:
+            probe(LAYERS, Linear(), model="one", **options)
+        assert f"{journal} is not a journal of probe runs; delete it" in str(error.value)
 
 
 @pytest.mark.parametrize(
