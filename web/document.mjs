@@ -138,13 +138,15 @@ export function pictureName({ kind, data }, now) {
 }
 
 /**
- * The regular expression for `exclude` that keeps these layers too.
+ * The regular expression for `exclude` that keeps these layers too, and no other: "proj_out" is not
+ * "blocks.0.proj_out". A report's names lack the prefixes of diffusion models (quant/format.py).
  *
  * @param {string} present what `exclude` has now
  */
 export function excluding(layers, present = "") {
   const names = layers.map((name) => name.replace(/[^\w-]/g, "\\$&"));
-  return [present, `(^|\\.)(${names.join("|")})\\.weight$`].filter(Boolean).join("|");
+  const added = `^((diffusion_)?model\\.|net\\.|core\\.)*(${names.join("|")})\\.weight$`;
+  return [present, added].filter(Boolean).join("|");
 }
 
 /** A layer of a budget as a row: its bytes are what keeping it costs. */

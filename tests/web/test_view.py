@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from mxfp8.quant.format import PREFIXES
 from mxfp8.quant.reports.conversion import MIN_SQNR, Block, LayerReport, Report
 
 pytestmark = pytest.mark.comfy
@@ -397,14 +398,20 @@ def test_images_share_a_slider_and_a_click_enlarges_one(view):
     ]
 
 
+_PREFIX = r"^((diffusion_)?model\.|net\.|core\.)*"
+
+
 @pytest.mark.parametrize(
     ("present", "whole"),
-    [("", r"(^|\.)(a\.1|b\+x)\.weight$"), ("txt_in", r"txt_in|(^|\.)(a\.1|b\+x)\.weight$")],
+    [("", rf"{_PREFIX}(a\.1|b\+x)\.weight$"), ("t_in", rf"t_in|{_PREFIX}(a\.1|b\+x)\.weight$")],
 )
 def test_layers_become_an_expression_for_exclude(view, present, whole):
     made = view("(present) => documents.excluding(['a.1', 'b+x'], present)", present)
     assert made == whole
-    assert re.search(made, "model.a.1.weight") and not re.search(made, "a.10.weight")
+    for prefix in PREFIXES:
+        assert re.search(made, f"{prefix}a.1.weight"), prefix
+    for other in ("a.10", "10.a.1", "blocks.0.a.1"):
+        assert not re.search(made, f"{other}.weight")
 
 
 def test_steps_and_seeds_have_no_sizes_to_sort_by(view):
