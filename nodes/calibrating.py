@@ -80,7 +80,7 @@ class MXFP8Calibrate(io.ComfyNode):
                     tooltip=(
                         "Also measure what rounding each layer does to the picture, so that "
                         "Quantize Model and Convert File can be given a size or a quality. Takes "
-                        "more sampling runs: 43 for 210 layers, whatever the number of seeds. An "
+                        "more sampling runs: at most 44 for 210 layers, however many seeds. An "
                         "interrupted measurement goes on where it stopped."
                     ),
                 ),
