@@ -70,6 +70,7 @@ function cancel(node) {
 }
 
 async function attempt(node) {
+  if (!node.graph) return cancel(node); // it was removed meanwhile, and has no links to follow
   const timer = waiting.get(node);
   const current = () => waiting.get(node) === timer && node.graph;
   const asked = question(node);
