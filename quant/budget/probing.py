@@ -131,26 +131,6 @@ def probe(
     )
 
 
-def measure(run: Run, samples: int, layers: Iterable[str]) -> float | None:
-    """SNR of the output with some layers rounded together, in dB, mean over samples.
-
-    What a choice of layers really does, beside what is predicted for it. Takes two runs per sample.
-
-    Args:
-        run, samples: as of `probe`.
-        layers: that are MXFP8.
-
-    Returns:
-        None if nothing changes.
-    """
-    signs = dict.fromkeys(layers, 1)
-    values = []
-    for sample in range(samples):
-        reference, output = (metrics.flat(run(sample, given)) for given in ({}, signs))
-        values.append(metrics.snr_db(reference, output))
-    return None if None in values else math.fsum(values) / len(values)
-
-
 def _check_output(output: torch.Tensor, before: list[torch.Tensor], signs: Signs) -> None:
     what = "with perturbed layers" if signs else "without any change"
     problem = metrics.latent_problem(output)

@@ -69,24 +69,19 @@ class Chosen:
         point: the file.
         layers: those that are kept for it, without the prefix of a diffusion model.
         exclude: regular expressions that match these keys of the model and no other.
-        measured_snr_db: of the chosen set in a run of its own; None if there was none.
     """
 
     target: str
     point: Point
     layers: tuple[str, ...]
     exclude: tuple[str, ...]
-    measured_snr_db: float | None = None
 
     def summary(self) -> str:
-        """In a line or two."""
-        line = (
+        """In a line."""
+        return (
             f"target {self.target}: {format_count(len(self.layers), 'layer')} kept, "
             f"{format_size(self.point.bytes)}, predicted {snr(self.point)}"
         )
-        if self.measured_snr_db is not None:
-            line += f", measured {self.measured_snr_db:.1f} dB"
-        return line
 
 
 @dataclass(frozen=True)
