@@ -154,7 +154,7 @@ def image(decoder) -> torch.Tensor:
 def checkpoint() -> dict:
     """A checkpoint saved, and its parts as stock and ours load them."""
     model, decoder = diffusion_model(), autoencoder()
-    quantized, _ = quantize_model(model, DEFAULT)
+    quantized, *_ = quantize_model(model, DEFAULT)
     encoder, _ = quantize_clip(load("qwen"), DEFAULT)
     expected = output(quantized), states(encoder), image(decoder)
     result = {}

@@ -145,7 +145,7 @@ def loaded(name: str, patcher, expected: torch.Tensor | None) -> dict:
     from the original's, the "classes" that stock took what was written for, whether tensors beside
     the model are "beside" it again, and how many of the "planned" layers were "calibrated"."""
     inputs = SMALL[name][-1]
-    quantized, _ = quantize_model(patcher, DEFAULT)
+    quantized, *_ = quantize_model(patcher, DEFAULT)
     models = {"quantized": quantized}
     for made, source in (("saved", quantized), ("unchanged", patcher)):
         path = FOLDER / f"{name}-{made}.safetensors"
@@ -183,7 +183,7 @@ def calibrated(patcher, inputs: dict) -> dict:
         (key.removesuffix(".weight"), source.tensors[key][1], source.rows(key, 0, 1)[0])
         for key in keys
     )
-    _, report = quantize_model(patcher, selection, Calibration(layers, mark, {}))
+    _, report, _ = quantize_model(patcher, selection, Calibration(layers, mark, {}))
     return {"planned": len(group), "calibrated": report.calibration["rounded_layers"]}
 
 
