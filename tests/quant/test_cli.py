@@ -846,7 +846,8 @@ def test_a_signal_while_torch_is_imported_ends_the_command(name):
     """When torch's C++ imports numpy: it would go on without, and the signal be lost."""
     number = getattr(signal, name)
     program = f"""
-import os, sys
+import os, signal, sys
+signal.signal({int(number)}, signal.SIG_DFL)  # a shell's background commands ignore SIGINT
 class Finder:
     def find_spec(self, module, path=None, target=None):
         if module == "numpy":
