@@ -150,7 +150,7 @@ class MXFP8Calibrate(io.ComfyNode):
             made, line = _with_sensitivity(cls, model, source, made, settings)
             lines = [line]
             document = make_budget(
-                source, made, plan.selection, is_linear=source.is_linear
+                source, plan, made.sensitivity, is_linear=source.is_linear
             ).to_json()
         text = [work, done, *lines, *map(": ".join, faults), *warnings, _IN_SAMPLE]
         first = [done, *lines, *(fault for fault, _ in faults), *warnings]

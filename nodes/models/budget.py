@@ -52,8 +52,9 @@ def reach(
     if not size_or_quality.strip():
         return Reached(plan)
     target = parse(size_or_quality.strip())
-    chosen_plan, chosen = choose(plan, sensitivity_of(calibration, source), target)
-    budget = make_budget(source, calibration, plan.selection, target, is_linear=is_linear)
+    sensitivity = sensitivity_of(calibration, source)
+    chosen_plan, chosen = choose(plan, sensitivity, target)
+    budget = make_budget(source, plan, sensitivity, chosen, is_linear=is_linear)
     return Reached(chosen_plan, chosen, budget)
 
 

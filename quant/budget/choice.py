@@ -23,7 +23,7 @@ from ..container.header import FormatError, quoted
 from ..conversion import policy
 from ..conversion.calibration import Calibration, check_model
 from ..conversion.convert import plan_source
-from ..conversion.policy import Decision, Plan, Selection
+from ..conversion.policy import Decision, Plan
 from ..conversion.stored import stored_bytes
 from ..format import bare
 from ..reports.budget import Budget, Chosen, LayerDamage, Point, make_point, snr
@@ -325,9 +325,9 @@ def _unmeasured(names: list[str]) -> str:
 
 def make_budget(
     source: Source,
-    calibration: Calibration,
-    selection: Selection = policy.DEFAULT,
-    target: Target | None = None,
+    plan: Plan,
+    sensitivity: Sensitivity,
+    chosen: Chosen | None = None,
     *,
     calibrated: bool = True,
     advice: Iterable[str] = (),
@@ -336,22 +336,18 @@ def make_budget(
     """The curve of a model, with presets as points on it.
 
     Args:
-        calibration: of this model, with sensitivities.
-        selection: whose quantized layers may be kept.
+        plan: of the source, before a choice; its quantized layers may be kept.
+        sensitivity: of this model; see `sensitivity_of`.
+        chosen: what a target comes to, from `choose`.
         calibrated: whether layers will be rounded by the calibration, else to nearest.
         advice: keys that quant_probe recommends to keep (`checks.probe`), for a point; empty: none.
         is_linear: as of `plan_source`.
 
     Raises:
-        FormatError, ValueError: as `plan_source`, `sensitivity_of` and `choose`.
+        ValueError: there are sensitivities for none of the plan's layers.
     """
-    plan = plan_source(source, selection, is_linear)
-    sensitivity = sensitivity_of(calibration, source)
     damages = damages_of(sensitivity, calibrated)
     problem = Problem(plan, damages)
-    chosen = None
-    if target is not None:
-        _, chosen = choose(plan, sensitivity, target, calibrated)
     kept = set(chosen.layers) if chosen else set()
     notes = [*plan.warnings]
     if problem.unmeasured:

@@ -40,8 +40,9 @@ def add(commands) -> None:
 
 
 def _budget(arguments: argparse.Namespace) -> Answer:
-    from ..budget.choice import make_budget
+    from ..budget.choice import choose, make_budget, sensitivity_of
     from ..checks.probe import KEEP, probe_file
+    from ..conversion.convert import plan_source
     from ..sources.open import open_source
 
     check_outputs(arguments, "report", "png")
@@ -51,12 +52,15 @@ def _budget(arguments: argparse.Namespace) -> Answer:
         with progress("probe") as bar:
             probe = probe_file(arguments.source, progress=bar)
         advice = [layer.key for layer in probe.layers if layer.recommendation == KEEP]
-    selection = selection_of(arguments)
+    selection, calibrated = selection_of(arguments), not arguments.nearest
     with open_source(arguments.source) as source:
+        plan, chosen = plan_source(source, selection), None
+        sensitivity = sensitivity_of(calibration, source)
+        if arguments.budget is not None:
+            _, chosen = choose(plan, sensitivity, arguments.budget, calibrated)
         budget = make_budget(
-            source, calibration, selection, arguments.budget,
-            calibrated=not arguments.nearest, advice=advice,
-        )  # fmt: skip
+            source, plan, sensitivity, chosen, calibrated=calibrated, advice=advice
+        )
     written = []
     if arguments.report:
         written.append(write("report", arguments.report, budget.to_json()))
