@@ -12,10 +12,8 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..quant.budget.choice import choose
-from ..quant.budget.sensitivity import KEY as SENSITIVITY
-from ..quant.budget.sensitivity import Sensitivity
 from ..quant.budget.target import parse
-from ..quant.conversion import architectures, preview, text_encoders
+from ..quant.conversion import architectures, calibration, preview, text_encoders
 from ..quant.conversion.convert import plan_source
 from ..quant.conversion.policy import Plan, Selection
 from ..quant.sources.file import FileSource, StoredSource
@@ -109,13 +107,13 @@ def _reach(plan: Plan, wanted: str, calibration_name: str) -> tuple[Plan, str]:
     if not calibration_name:
         return plan, f"target {wanted}: what it keeps is known when the calibration is there"
     with FileSource(paths.calibration_path(calibration_name)) as file:
-        text = file.metadata.get(SENSITIVITY)
-    if text is None:
+        sensitivity = calibration.read_sensitivity(file)
+    if sensitivity is None:
         raise ValueError(
             f"{calibration_name} has no sensitivities, which a target needs; calibrate again with "
             "sensitivity on"
         )
-    plan, chosen = choose(plan, Sensitivity.from_json(text), target)
+    plan, chosen = choose(plan, sensitivity, target)
     return plan, chosen.summary()
 
 

@@ -185,16 +185,25 @@ def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibrati
         for name, count in rows.items():
             advance(_check_layer(source, name, count, channels), name)
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
-    sensitivity = None
-    if _SENSITIVITY in source.metadata:
-        try:
-            sensitivity = Sensitivity.from_json(source.metadata[_SENSITIVITY])
-        except FormatError as error:
-            raise FormatError(
-                f"{source.name}: its sensitivities are damaged ({error}); calibrate again"
-            ) from error
+    sensitivity = read_sensitivity(source)
+    if sensitivity is not None:
         check_layers(sensitivity, layers, source.name)
     return Calibration(layers, model, about, sensitivity)
+
+
+def read_sensitivity(source: FileSource) -> Sensitivity | None:
+    """The sensitivities in a calibration file, from its header alone; None if it has none.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+    text = source.metadata.get(_SENSITIVITY)
+    try:
+        return None if text is None else Sensitivity.from_json(text)
+    except FormatError as error:
+        raise FormatError(
+            f"{source.name}: its sensitivities are damaged ({error}); calibrate again"
+        ) from error
 
 
 def _check_layer(source: FileSource, name: str, count, channels: Iterable[str]) -> int:
