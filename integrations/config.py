@@ -32,7 +32,7 @@ class MXFP8Config:
             Only diffusers before 0.37 needs it, to read a folder; else the file itself tells.
 
     Raises:
-        ValueError: `precision` is another word.
+        ValueError: `precision` is none of these.
     """
 
     precision: str = "auto"

@@ -177,9 +177,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
     # ---- afterwards --------------------------------------------------------------------------
 
     def _dequantize(self, model):
-        for layer in model.modules():
-            if isinstance(layer, LoadedLinear):
-                restore(layer)
+        restore(model)
         kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # the only way to remove an entry
         return model

@@ -92,7 +92,7 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
         """Use what was received.
 
         Raises:
-            ValueError: it is no MXFP8 layer of this shape, or not all of one.
+            ValueError: the tensors are not those of an MXFP8 layer of this shape, or not all.
         """
         given, self.received = self.received, {}
         try:
@@ -128,7 +128,7 @@ def replace_linears(
 ) -> set[str]:
     """Make linear layers of a model without values MXFP8; returns those that are.
 
-    The others do more than an nn.Linear, share their weight, or are none.
+    The others are not plain linear layers, or share their weight.
     """
     tied, done = tied_weights(model), set()
     modules = dict(model.named_modules())
@@ -274,7 +274,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
     """Choose how the MXFP8 layers of a loaded model run: "auto", "exact" or "fast".
 
     Raises:
-        ValueError: it is another word.
+        ValueError: it is none of these.
     """
     MXFP8Config(precision)
     for layer in model.modules():
@@ -282,10 +282,12 @@ def set_precision(model: nn.Module, precision: str) -> None:
             layer.precision = precision
 
 
-def restore(layer: LoadedLinear) -> None:
-    """Make an MXFP8 layer an nn.Linear with the dequantized weight."""
-    weight = layer.dequantize(layer.like.dtype)
-    del layer.qdata, layer.weight_scale, layer.like
-    del layer.received, layer.precision, layer.marker, layer.name
-    layer.__class__ = nn.Linear
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+def restore(model: nn.Module) -> None:
+    """Make a model's MXFP8 layers nn.Linear again, with the dequantized weights."""
+    for layer in model.modules():
+        if isinstance(layer, LoadedLinear):
+            weight = layer.dequantize(layer.like.dtype)
+            del layer.qdata, layer.weight_scale, layer.like
+            del layer.received, layer.precision, layer.marker, layer.name
+            layer.__class__ = nn.Linear
+            layer.weight = nn.Parameter(weight, requires_grad=False)

@@ -147,9 +147,7 @@ class MXFP8HfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
-        for layer in model.modules():
-            if isinstance(layer, LoadedLinear):
-                restore(layer)
+        restore(model)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

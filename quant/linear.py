@@ -214,7 +214,7 @@ def read_marker(where: str, tensor: torch.Tensor) -> dict:
     """The JSON in a marker's tensor.
 
     Raises:
-        FormatError: it is none, or of another format.
+        FormatError: it is not a marker, or one of another format.
     """
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise format.FormatError(f"{where} is {tensor.dtype} {list(tensor.shape)}, not 1-D uint8")
