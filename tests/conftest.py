@@ -12,6 +12,7 @@ from quantized_files import plain
 from safetensors.torch import save_file
 
 from mxfp8.kernels import device_facts, dispatch
+from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.convert import convert_file
 
 # No test fails because other programs slow this machine down.
@@ -34,6 +35,20 @@ def comfy(tmp_path_factory):
     convert_file(checkpoint, checkpoint.with_name("checkpoint-mxfp8.safetensors"))
     with Server(base, (TESTS / "comfy_nodes" / "mxfp8_test_nodes",)) as server:
         yield server
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process: (exit status, stdout, stderr)."""
+
+    def run(*words):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from torch import nn
 
 from mxfp8.integrations.card import _DIFFUSERS, PACK, hub_name, make_card
 from mxfp8.quant.budget.probing import probe_module
-from mxfp8.quant.cli import main
 from mxfp8.quant.conversion.calibration import calibrate
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.policy import Selection
@@ -33,21 +32,6 @@ from mxfp8.quant.reports.conversion import Report
 
 CERTIFIED = Path(__file__).parents[1] / "quant" / "fixtures" / "certificate.safetensors"
 ZIMAGE = GOLDEN / "zimage_src.safetensors"
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -42,20 +42,6 @@ MODEL = {
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*words):
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def source(tmp_path) -> Path:
     save_file(MODEL, tmp_path / "source", {"format": "pt"})
     return tmp_path / "source"
