@@ -14,7 +14,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 
-import comfy.model_management
 import torch
 
 from ...kernels.memory import is_out_of_memory
@@ -22,7 +21,7 @@ from ...quant.conversion import calibration
 from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
 from ...quant.reports.conversion import format_size
 from ...quant.sources.file import FileSource
-from ..host import paths
+from ..host import paths, unloading
 from ..host.progress import check_interrupt
 from .sampling import wrap_layers
 
@@ -95,8 +94,7 @@ def gather(
         logger.warning("MXFP8: out of memory: %s", error)
     # Not inside the handler: the error keeps the frames in which it rose, with all their tensors.
     layers.clear()
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+    unloading.unload_all_models()
     raise MemoryError(
         f"out of memory while calibrating this {type(patcher.model).__name__}, which is unchanged; "
         "lower memory_gb, or use a smaller latent"
@@ -111,7 +109,7 @@ def _reserved(patcher, group: Group, accumulators: dict[str, HessianAccumulator]
     always freed afterwards: stock leaves a clone's patches on the model until it loads another one.
     """
     try:
-        comfy.model_management.free_memory(nbytes(group), patcher.load_device)
+        unloading.free_memory(nbytes(group), patcher.load_device)
         for name, width in group.items():
             accumulators[name].reserve(width, patcher.load_device)
         yield

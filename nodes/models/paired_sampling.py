@@ -40,6 +40,7 @@ from ...quant.reports.comparison import (
 )
 from ...quant.version import version
 from ..host.progress import RunProgress
+from ..host.unloading import unload_all_models
 from ..runtime.describe import describe, linears, synchronize
 from . import fingerprints
 from .budget import prediction
@@ -230,8 +231,7 @@ def _sample_model(
 
 def _load_alone(patcher) -> None:
     """Unload every other model before the next run."""
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+    unload_all_models()
     if patcher.load_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(patcher.load_device)
 

@@ -8,6 +8,7 @@ Prints a JSON object: what was checked -> whether it holds, or the figures that 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from mxfp8 import kernels
 from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import int8
+from mxfp8.nodes.host.unloading import free_memory, unload_all_models
 from mxfp8.nodes.models import fingerprints
 from mxfp8.nodes.models.save import save_model
 from mxfp8.nodes.runtime import lora, preparing, slot, values
@@ -495,6 +497,28 @@ def refused(flux: Flux):
     yield "fast afterwards", flux.as_fast()
 
 
+def garbage(flux: Flux):
+    """Models in a reference cycle, as a failed node leaves them, collected while others unload."""
+
+    def check(unload) -> bool:
+        output(flux.exact)
+        dead = pair(KIND, CONFIG)[0]
+        last = flux.fast.clone()
+        last.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, lambda *_: gc.collect())
+        output(dead)
+        output(last)
+        cycle = [dead] * 10  # models with more references are unloaded later
+        cycle.append(cycle)
+        del dead, cycle
+        unload()
+        return not comfy.model_management.loaded_models()
+
+    gc.disable()
+    yield "unload_all_models", check(unload_all_models)
+    yield "free_memory", check(lambda: free_memory(1 << 60, flux.fast.load_device))
+    gc.enable()
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
     lora.DENSE_SHARE = 1
@@ -504,7 +528,7 @@ def main() -> None:
     with torch.inference_mode():  # as ComfyUI runs nodes
         flux = Flux()
         parts = (precisions, saving, unloading, failing, loras, merging, hooks, other_models,
-                 compiled, limits, unpacked, slots, refused)  # fmt: skip
+                 compiled, limits, unpacked, slots, refused, garbage)  # fmt: skip
         for part in parts:
             results[part.__name__] = dict(part(flux))
     print(json.dumps(results))
