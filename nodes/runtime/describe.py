@@ -29,6 +29,7 @@ from .lora import SideBranches, tensors_of
 from .patch import PREFIX
 from .prepared import PreparedWeight, stored_weight
 from .preparing import judged_by_itself
+from .residency import is_resident
 from .timer import median_microseconds
 
 ROWS = 4096  # M of the inputs that layers are described for: an image of a megapixel
@@ -144,7 +145,7 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
     held = None if encoder else forward.held_exact(module)
     state = cache.model_state(module)
     many = forward.wanted_path(module, asked, device, dtype)
-    stays = state.stays_stored.get(module) or _offloaded(patcher, module, many)
+    stays = state.stays_stored.get(module) or _offloaded(patcher, name, module, many)
     shape, precision = tuple(module.weight.shape), asked if held is None else "exact"
     if stays is not None:
         form, _ = forward.form_and_tensors(module.weight)
@@ -162,11 +163,15 @@ def _path(patcher, side: SideBranches, name: str, module, rows: int) -> tuple:
     return path, execution.layer_reason(path, many, asked, change, encoder)
 
 
-def _offloaded(patcher, module, path) -> str | None:
-    """Why a layer of a loaded model does not run as this path would have it, or None."""
+def _offloaded(patcher, name: str, module, path) -> str | None:
+    """Why a layer of a loaded model does not run as this path would have it, or None.
+
+    One that is on the device and not prepared was loaded by stock, and is prepared before it runs.
+    """
     loaded = patcher.model.current_weight_patches_uuid is not None and not patcher.is_dynamic()
     prepared = isinstance(module.weight, PreparedWeight)
-    if loaded and path.weight_form != "stored" and not prepared:
+    here = prepared or is_resident(patcher, name, module)
+    if loaded and path.weight_form != "stored" and not here:
         return "offloaded by ComfyUI, so its weight is not prepared"
     return None
 

@@ -78,7 +78,7 @@ def settle(patcher, masters: Mapping[str, QuantizedTensor]) -> None:
         if patcher.is_dynamic():
             path = _wanted(patcher, name, module)
             refault(module, "stored" if path is None else path.weight_form)
-        elif _is_resident(patcher, name, module):
+        elif is_resident(patcher, name, module):
             comfy.model_management.throw_exception_if_processing_interrupted()
             if stays_stored.get(module) == NO_ROOM:
                 del stays_stored[module]
@@ -95,7 +95,7 @@ def holds_prepared(patcher) -> bool:
     return any(isinstance(m.weight, PreparedWeight) for _, m in mxfp8_linears(patcher.model))
 
 
-def _is_resident(patcher, name: str, module) -> bool:
+def is_resident(patcher, name: str, module) -> bool:
     """Whether stock loaded a layer, and its weight is not one that hooks merged."""
     loaded = getattr(module, "comfy_patched_weights", False)
     here = loaded and not forward.is_away(module.weight, patcher)

@@ -123,6 +123,20 @@ def test_on_a_cpu_every_mxfp8_layer_runs_exact_as_it_says(comfy, precision, reas
     assert layer["bytes"] == 128 * 128 + 128 * 4
 
 
+def test_a_model_that_stock_has_loaded_is_reported_as_it_will_run(comfy):
+    """As every CLIP is on a CPU: its constructor loads it, before anyone can accelerate it."""
+
+    def accelerated(graph):
+        stock = int8_cpu(graph, graph.loader("flux-mxfp8.safetensors"), on=False)
+        samples = graph.sample(stock, "flux", steps=1)
+        model = graph.add("TestAfter", model=stock, samples=samples)
+        return graph.add("MXFP8Accelerate", model=model, precision="exact")
+
+    many, small_m, ran = reported_and_recorded(comfy, accelerated)
+    check_all(many, small_m, ran)
+    assert many[LAYER]["reason"] == "torch_bf16: exact was chosen"
+
+
 def test_what_is_kept_runs_as_stock_runs_it(comfy):
     many, small_m, ran = reported_and_recorded(
         comfy, lambda graph: ours(graph, "flux2-mxfp8"), "flux2"
