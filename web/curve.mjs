@@ -48,19 +48,21 @@ export function added(document, text) {
  *
  * @param {object} budget as quant/reports/budget.py writes it
  * @returns {object[]} each with name, kind ("step", "other" or "target"), bytes, snr_db, low, high,
- *     and exclude: the regular expression that makes it, null if there is none
+ *     and exclude: the regular expression that makes it with the same preset and include, null if
+ *     there is none
  */
 function points(budget) {
   if (budget?.[KEY] !== VERSION) return [];
-  const { curve, others = [], layers, chosen } = budget;
-  const steps = curve.map((point, index) => ({
-    ...point, kind: "step", kept: layers.slice(0, index).map(({ name }) => name),
-  }));
+  const { curve, others = [], layers, chosen, exclude = [] } = budget;
+  const names = layers.map(({ name }) => name);
+  const joined = (...expressions) => [...exclude, ...expressions].join("|") || null;
   return [
-    ...steps.map(({ kept, ...point }) => ({ ...point, exclude: kept.length ? excluding(kept) : null })),
+    ...curve.map((point, index) => ({
+      ...point, kind: "step",
+      exclude: index ? joined(excluding(names.slice(0, index))) : joined(),
+    })),
     ...others.map((point) => ({ ...point, kind: "other", exclude: null })),
-    ...(chosen
-      ? [{ ...chosen.point, kind: "target", exclude: chosen.exclude.join("|") || null }] : []),
+    ...(chosen ? [{ ...chosen.point, kind: "target", exclude: joined(...chosen.exclude) }] : []),
   ].filter(({ snr_db }) => typeof snr_db === "number")
     .map((point) => ({ ...point, name: point.label }));
 }

@@ -349,6 +349,7 @@ def make_budget(
     damages = damages_of(sensitivity, calibrated)
     problem = Problem(plan, damages)
     kept = set(chosen.layers) if chosen else set()
+    exclude = plan.selection.exclude or ()
     notes = [*plan.warnings]
     if problem.unmeasured:
         notes.append(_unmeasured(problem.unmeasured))
@@ -379,6 +380,7 @@ def make_budget(
         samples=len(sensitivity.samples),
         runs=sensitivity.runs,
         calibrated=calibrated,
+        exclude=exclude if isinstance(exclude, tuple) else (exclude,),
         notes=tuple(notes),
     )
     if budget.interaction:

@@ -89,7 +89,7 @@ class Budget:
     """The curve of a model.
 
     Attributes:
-        preset: that chose which layers may be MXFP8.
+        preset, exclude: that chose which layers may be MXFP8, a name and regular expressions.
         bytes_before: of the original's tensors.
         layers: that may be MXFP8, most damage per byte first, the order in which the curve keeps
             them.
@@ -113,6 +113,7 @@ class Budget:
     samples: int = 0
     runs: int = 0
     calibrated: bool = False
+    exclude: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ from browser import RENDERERS, ComfyPage
 pytestmark = pytest.mark.comfy
 
 MEASURE = "Size and quality"
+EXCLUDED = "double_blocks.0.img_attn.proj"
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
@@ -28,7 +29,7 @@ def shown(request, comfy, browser):
         "MXFP8Calibrate", (420, 120), seeds=1, steps=2, sensitivity=True,
         first_seed=int(page.nodes2),  # or the server has the results of the other page
     )  # fmt: skip
-    quantize = page.add("MXFP8Quantize", (900, 120), size_or_quality="80%")
+    quantize = page.add("MXFP8Quantize", (900, 120), size_or_quality="80%", exclude=EXCLUDED)
     end = page.add("PreviewAny", (1400, 120))
     for source, to, name in (
         (load, calibrate, "model"), (prompt, calibrate, "positive"),
@@ -74,6 +75,7 @@ def test_pointing_and_keys_choose_points(shown):
     shown.page.keyboard.press("ArrowRight")
     assert details(shown).startswith(budget["curve"][3]["label"])
     assert f"{budget['curve'][3]['snr_db']:.2f} dB" in details(shown)
+    assert "Layers kept: 3" in details(shown)
 
 
 def test_points_stand_by_size_and_quality(shown):
@@ -91,13 +93,17 @@ def test_points_stand_by_size_and_quality(shown):
 
 
 def test_exclude_is_copied_and_makes_the_same_choice(shown):
+    """With what the node's own `exclude` keeps, which the copied one replaces."""
     shown.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     budget = output(shown, "quantize", "mxfp8_budget")
-    layers = [f"{layer['name']}.weight" for layer in budget["layers"]]
+    every = output(shown, "calibrate", "mxfp8_report")["layers"]
+    layers = [f"{layer['name']}.weight" for layer in every]
+    assert EXCLUDED in {k.removesuffix(".weight") for k in layers}
     target = shown.view.get_by_role("option", name="target 80%")
+    worst = [layer["name"] for layer in budget["layers"][:3]]
     for option, kept in (
-        (target, set(budget["chosen"]["layers"])),
-        (shown.view.locator(".point").nth(3), {layer["name"] for layer in budget["layers"][:3]}),
+        (target, {EXCLUDED, *budget["chosen"]["layers"]}),
+        (shown.view.locator(".point").nth(3), {EXCLUDED, *worst}),
     ):
         option.hover(force=True)
         shown.view.get_by_role("button", name="copy exclude").click()
