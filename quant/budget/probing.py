@@ -33,7 +33,7 @@ from ..container.writer import Writer
 from ..format import bare
 from ..reports import metrics
 from ..sources.file import FileSource, as_bytes
-from .sensitivity import Sample, Sensitivity
+from .sensitivity import Sample, Sensitivity, check_work
 
 Signs = Mapping[str, int]  # layer -> 1 or -1
 Run = Callable[[int, Signs], torch.Tensor]
@@ -91,8 +91,8 @@ def probe(
         on_run: (runs done, all runs) before each run; what it raises passes through.
 
     Raises:
-        ValueError: no layer, no sample or no run; an output that is not finite or is zero; or a
-            journal of other runs.
+        ValueError: no layer, no sample or no run, or more than `check_work` allows; an output that
+            is not finite or is zero; or a journal of other runs.
         OSError: the journal cannot be read or written.
     """
     if not layers or samples < 1 or runs < 1:
@@ -101,6 +101,7 @@ def probe(
             "needed to measure sensitivities"
         )
     names = list(layers)
+    check_work(len(names), [len(signs_of(names, 0, runs))] * samples)
     plan = [signs_of(names, sample, runs) for sample in range(samples)]
     total = sum(1 + len(signs) for signs in plan)
     kept = _Journal(journal, {"model": model, "layers": names, "samples": samples, "runs": runs,

@@ -36,8 +36,9 @@ errors, whose rank correlation with damage is 0.2, 0.0 and -0.3 on these models.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -52,9 +53,12 @@ _ITERATIONS = 100  # 30 were as good as 300
 _CONVERGED = 1e-3  # relative change of a damage in one iteration
 _PARTS = 8  # that the runs are left out in, for the standard error
 _LEAST_NOISE = 1e-9  # of the runs' mean energy; keeps the covariance regular
-_MOST = 1 << 12  # runs, layers: what a file may claim
+_MOST = 1 << 12  # layers, samples: what a file may claim
+_MOST_WORK = 1 << 27  # of all samples, R R (R + L); half of it took 71 s on a core, for 4096 layers
 _MOST_ENERGY = 1e30  # of a change, over the output's: far above any, far below what overflows
 _ROUNDING = 1e-6  # of inner products, over their trace: what float32 outputs may be off by
+
+Matrices = tuple[torch.Tensor, torch.Tensor]  # signs [R, L], inner products [R, R]; float64
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,25 @@ class Sample:
 
     signs: tuple[str, ...]
     gram: tuple[tuple[float, ...], ...]
+
+    def tensors(self) -> Matrices:
+        """Signs, 1 or -1, and inner products."""
+        signs = [[1 if sign == "+" else -1 for sign in run] for run in self.signs]
+        return torch.tensor(signs).double(), torch.tensor(self.gram, dtype=torch.float64)
+
+
+def check_work(layers: int, runs: Sequence[int]) -> None:
+    """Raise FormatError for probe runs whose damages would take more than minutes to compute.
+
+    Args:
+        runs: of each sample.
+    """
+    work = sum(R * R * (R + layers) for R in runs)
+    if layers > _MOST or len(runs) > _MOST or work > _MOST_WORK:
+        raise FormatError(
+            f"{sum(runs)} probe runs on {len(runs)} samples are too many for {layers} layers: "
+            "damages would take too long to compute. Measure with fewer samples or runs"
+        )
 
 
 def _are_inner_products(gram: tuple[tuple[float, ...], ...]) -> bool:
@@ -137,11 +160,12 @@ class Sensitivity:
 
     def __post_init__(self):
         L = len(self.layers)
-        fits = 0 < L <= _MOST and len(self.sizes) == L and len(set(self.layers)) == L
-        fits = fits and all(size > 0 for size in self.sizes) and bool(self.samples)
+        check_work(L, [len(sample.signs) for sample in self.samples])
+        fits = 0 < L == len(self.sizes) == len(set(self.layers)) and bool(self.samples)
+        fits = fits and all(size > 0 for size in self.sizes)
         for sample in self.samples:
             R = len(sample.signs)
-            fits = fits and 0 < R <= _MOST and len(sample.gram) == R
+            fits = fits and 0 < R == len(sample.gram)
             fits = fits and all(len(s) == L and set(s) <= {"+", "-"} for s in sample.signs)
             fits = fits and all(len(row) == R for row in sample.gram)
             fits = fits and _are_inner_products(sample.gram)
@@ -201,76 +225,80 @@ class Sensitivity:
     def _fits(self) -> tuple[list[list[float]], ...]:
         """Damages from all runs; from all but an eighth of them; and of the samples."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        runs = [(i, r) for i, sample in enumerate(self.samples) for r in range(len(sample.signs))]
-        parts = [number % _PARTS for number in range(len(runs))], [i % _PARTS for i, _ in runs]
-        found = [[fit(self._matrices(runs), sizes).tolist()]]
-        for part_of in parts:
-            names = sorted(set(part_of))
-            rests = [
-                [run for run, part in zip(runs, part_of, strict=True) if part != left_out]
-                for left_out in (names if len(names) > 1 else ())
-            ]
-            found.append([fit(self._matrices(rest), sizes).tolist() for rest in rests])
+        samples = [sample.tensors() for sample in self.samples]
+        number = itertools.count()
+        by_run = [[next(number) % _PARTS for _ in signs] for signs, _ in samples]
+        by_sample = [[i % _PARTS] * len(signs) for i, (signs, _) in enumerate(samples)]
+        found = [[fit(samples, sizes).tolist()]]
+        for parts_of in by_run, by_sample:
+            parts = sorted(set(itertools.chain(*parts_of)))
+            rests = (_without(p, parts_of, samples) for p in (parts if len(parts) > 1 else ()))
+            found.append([fit(rest, sizes).tolist() for rest in rests])
         return tuple(found)
 
-    def _matrices(self, chosen: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(signs, inner products) of each sample, from some of all (sample, run)."""
-        result = []
-        for index, sample in enumerate(self.samples):
-            runs = [run for which, run in chosen if which == index]
-            if runs:
-                signs = [[1.0 if c == "+" else -1.0 for c in sample.signs[r]] for r in runs]
-                gram = torch.tensor(sample.gram, dtype=torch.float64)[runs][:, runs]
-                result.append((torch.tensor(signs, dtype=torch.float64), gram))
-        return result
+
+def _without(part: int, parts_of: list[list[int]], samples: list[Matrices]) -> list[Matrices]:
+    """Samples without the runs that are in a part."""
+    rest = []
+    for (signs, gram), parts in zip(samples, parts_of, strict=True):
+        runs = [run for run, its_part in enumerate(parts) if its_part != part]
+        if runs:
+            rest.append((signs[runs], gram[runs][:, runs]))
+    return rest
 
 
-def fit(samples: list[tuple[torch.Tensor, torch.Tensor]], sizes: torch.Tensor) -> torch.Tensor:
+def fit(samples: list[Matrices], sizes: torch.Tensor) -> torch.Tensor:
     """The damages D that are most likely for these runs.
 
     Args:
-        samples: (signs [R, L], inner products [R, R]) of each, float64.
+        samples: at least one.
         sizes: of the layers, [L]; the prior says that damage goes with them.
 
     Returns:
         float64 [L], of the samples' geometric mean.
     """
-    energies = [gram.diagonal().mean() for _, gram in samples]
-    samples = [
-        (signs, gram / energy)
-        for (signs, gram), energy in zip(samples, energies, strict=True)
-        if energy > 0
-    ]
-    if not samples:  # no change at all
+    alike: dict[int, list] = {}  # runs -> samples with so many, which are computed together
+    energies = []
+    for signs, gram in samples:
+        energy = gram.diagonal().mean()
+        if energy > 0:
+            energies.append(energy)
+            alike.setdefault(len(signs), []).append((signs, gram / energy))
+    if not energies:  # no change at all
         return torch.zeros_like(sizes)
-    common = torch.stack([energy for energy in energies if energy > 0]).log().mean().exp()
+    common = torch.stack(energies).log().mean().exp()
+    groups = [tuple(map(torch.stack, zip(*group, strict=True))) for group in alike.values()]
     prior = sizes / sizes.sum()
     D = prior
     noise = torch.tensor(0.01, dtype=torch.float64)
-    scales = torch.ones(len(samples), dtype=torch.float64)
+    scales = [torch.ones(len(signs), 1, 1, dtype=torch.float64) for signs, _ in groups]
     for _ in range(_ITERATIONS):
         # The gradient of the log-likelihood is (up - down) / 2 for each layer, and for the noise.
         up, down = _PRIOR * prior / D.square(), _PRIOR / D
         noise_up = noise_down = 0.0
         fits = []
-        for (signs, gram), scale in zip(samples, scales, strict=True):
-            covariance = signs * D @ signs.t()
-            covariance.diagonal().add_(noise)
+        for (signs, gram), scale in zip(groups, scales, strict=True):  # [S, R, L], [S, R, R]
+            covariance = signs * D @ signs.mT
+            covariance.diagonal(dim1=1, dim2=2).add_(noise)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
             outer = inverse @ (gram / scale) @ inverse
-            up += (signs.t() @ outer * signs.t()).sum(-1).clamp_min(0)  # below by rounding
-            down += (signs.t() @ inverse * signs.t()).sum(-1)
-            noise_up = noise_up + outer.trace().clamp_min(0)
-            noise_down = noise_down + inverse.trace()
-            fits.append((inverse * gram).sum().clamp_min(1e-9) / len(signs))
-        scales = torch.stack(fits)
-        scales /= scales.log().mean().exp()  # D has what they have in common
+            up += (outer @ signs * signs).sum(1).clamp_min(0).sum(0)  # below by rounding
+            down += (inverse @ signs * signs).sum((0, 1))
+            noise_up = noise_up + _traces(outer).clamp_min(0).sum()
+            noise_down = noise_down + _traces(inverse).sum()
+            fits.append((inverse * gram).sum((1, 2), keepdim=True).clamp_min(1e-9) / len(gram[0]))
+        common_scale = torch.cat(fits).log().mean().exp()
+        scales = [fit / common_scale for fit in fits]  # D has what they have in common
         ratio = (up / down).sqrt()  # a step that never lowers the likelihood
         D = D * ratio
         noise = (noise * (noise_up / noise_down).sqrt()).clamp_min(_LEAST_NOISE)
         if (ratio - 1).abs().max() < _CONVERGED:
             break
     return D * common
+
+
+def _traces(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def check_layers(sensitivity: Sensitivity, known: Iterable[str], name: str) -> None:

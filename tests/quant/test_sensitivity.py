@@ -213,6 +213,14 @@ def test_nothing_to_measure(arguments):
         probe(layers, Linear(), samples=samples, runs=runs)
 
 
+def test_more_runs_than_can_be_computed_are_an_error_before_the_first():
+    model = Linear()
+    for samples, runs in ((5000, 4), (4000, 1000)):
+        with pytest.raises(ValueError, match="fewer samples or runs"):
+            probe(LAYERS, model, samples=samples, runs=runs)
+    assert model.runs == 0
+
+
 # ---- torch modules ---------------------------------------------------------------------------
 
 
@@ -342,6 +350,8 @@ def damaged():
         ("samples", [{"signs": ["+"], "gram": [[1.0]]}]),
         ("samples", [{"signs": ["++"], "gram": [[-1.0]]}]),
         ("samples", [{"signs": ["++"], "gram": [["1"]]}]),
+        ("samples", 5000 * [{"signs": ["++"], "gram": [[1.0]]}]),
+        ("samples", [{"signs": 600 * ["++"], "gram": 600 * [600 * [1.0]]}]),
         ("samples", [{"signs": ["++"], "gram": [[1e300]]}]),
         *(("samples", [{"signs": ["++", "+-"], "gram": [[1.0, a], [b, 1.0]]}])
           for a, b in ((5.0, 5.0), (-5.0, -5.0), (0.5, -0.5), (1e300, 1e300))),
