@@ -112,7 +112,11 @@ function addView(node) {
   };
   const exclude = node.widgets.find((w) => w.name === "exclude");
   if (exclude) {
-    view.exclude = (layers) => { exclude.value = excluding(layers, exclude.value); };
+    view.exclude = (layers) => {
+      app.canvas.emitBeforeChange(); // a step of its own to undo
+      exclude.value = excluding(layers, exclude.value);
+      app.canvas.emitAfterChange();
+    };
   }
   const removed = widget.onRemove;
   widget.onRemove = function () {
@@ -153,15 +157,38 @@ async function restore() {
     if (root() !== graph || about?.extra_pnginfo?.workflow?.id !== graph.id) continue;
     for (const [key, output] of Object.entries(outputs)) {
       const node = nodeAt(key);
-      if (node && nodes[key]?.class_type === node.comfyClass && viewOf(node)?.summary === undefined) {
-        show(node, output);
-      }
+      const same = isOurs(node) && nodes[key]?.class_type === node.comfyClass;
+      if (same && viewOf(node)?.summary === undefined) show(node, output);
     }
   }
 }
 
+/** Show what the page has of our nodes' outputs. */
+function showOutputs(outputs) {
+  for (const [key, output] of Object.entries(outputs)) {
+    const node = nodeOf(key);
+    if (isOurs(node)) show(node, output);
+  }
+}
+
+/**
+ * Put views where Nodes 2.0 keeps those of earlier nodes with the same ids: it does when all nodes are
+ * made anew, to undo a change.
+ */
+function placeViews() {
+  for (const node of app.canvas.graph?._nodes ?? []) {
+    const view = viewOf(node);
+    const old = view && document.querySelector(`[data-node-id="${node.id}"] .mxfp8-report`);
+    if (old && old !== view.element) old.replaceWith(view.element);
+  }
+}
+
+function isOurs(node) {
+  return !!node?.comfyClass?.startsWith(PREFIX);
+}
+
 function hasOurs(graph) {
-  return graph?._nodes?.some((n) => n.comfyClass?.startsWith(PREFIX) || hasOurs(n.subgraph));
+  return graph?._nodes?.some((n) => isOurs(n) || hasOurs(n.subgraph));
 }
 
 function root() {
@@ -203,7 +230,7 @@ app.registerExtension({
     app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));
   },
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith(PREFIX)) return;
+    if (!isOurs(node)) return;
     const precision = node.widgets?.find((widget) => widget.name === "precision");
     // A node in a loaded workflow gets its saved values after this.
     const chosen = app.extensionManager.setting.get(PRECISION);
@@ -220,13 +247,12 @@ app.registerExtension({
     };
   },
   afterConfigureGraph() {
+    placeViews();
+    showOutputs(app.nodeOutputs ?? {});
     if (hasOurs(root())) restore().catch(() => {}); // the server may be down
   },
   onNodeOutputsUpdated(outputs) {
     // Another workflow was opened, with the outputs of earlier runs: `onExecuted` is not called.
-    for (const [key, output] of Object.entries(outputs)) {
-      const node = nodeOf(key);
-      if (node?.comfyClass?.startsWith(PREFIX)) show(node, output);
-    }
+    showOutputs(outputs);
   },
 });

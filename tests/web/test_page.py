@@ -219,6 +219,11 @@ def test_layers_that_stand_out_are_excluded_on_a_click(comfy, browser, renderer)
     )
     shown.page.get_by_role("button", name="exclude these 2 layers").click()
     shown.page.get_by_role("button", name="excluded in the next run").wait_for()
+    exclude = f"app.graph.getNodeById({node}).widgets.find((w) => w.name === 'exclude').value"
+    for key, value in (("z", seen), ("y", shown.page.evaluate(exclude))):
+        shown.page.keyboard.press(f"Control+{key}")
+        shown.page.wait_for_function(f"(value) => {exclude} === value", arg=value)
+        shown.settle()
     shown.queue()
     layers = json.loads(shown.page.evaluate(f"{view}.json"))["layers"]
     assert [x["name"] for x in layers if x["decision"] == "kept"] == sorted(names, reverse=True)
@@ -420,6 +425,41 @@ def test_a_report_comes_back_after_a_reload_if_the_server_has_it(served, browser
     shown.settle()
     assert shown.page.locator(".mxfp8-report .verdict").inner_text() == "The result appears here."
     assert height < 300  # closed: open, the view alone takes 522
+    assert not shown.complaints
+    shown.close()
+
+
+def test_undoing_leaves_results_where_they_are_and_shows_later_ones(served, browser):
+    """ComfyUI makes all nodes anew for it, and Nodes 2.0 keeps showing what it has of their ids."""
+    shown = ComfyPage(browser, served, nodes2=True)
+    shown.clear()
+    node = shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    text = shown.add("PreviewAny", (600, 100))
+    shown.link(node, text, "source")
+    shown.queue()
+    verdict = shown.page.locator(".mxfp8-report .verdict")  # fails where there are several
+    before = verdict.inner_text()
+    assert "10 layers" in before
+    served.post("/history", {"clear": True})  # the page has it, too
+    moved = f"app.graph.getNodeById({node}).pos[1]"
+    shown.page.evaluate(
+        f"() => {{ app.canvas.emitBeforeChange(); {moved} = 300; app.canvas.emitAfterChange(); }}"
+    )
+    shown.page.keyboard.press("Control+z")
+    shown.page.wait_for_function(f"() => {moved} === 100")
+    shown.settle()
+    assert verdict.inner_text() == before
+    shown.page.evaluate(
+        """(id) => { app.graph.getNodeById(id).widgets.find((w) => w.name === "file").value =
+            "diffusion_models/flux-mxfp8.safetensors"; }""",
+        node,
+    )
+    shown.queue()
+    verdict.get_by_text("13 layers").wait_for()
+    switch_tabs(shown)
+    assert "13 layers" in verdict.inner_text()
+    shown.reload()
+    verdict.get_by_text("13 layers").wait_for()
     assert not shown.complaints
     shown.close()
 
