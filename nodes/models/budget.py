@@ -51,7 +51,7 @@ def reach(
     """
     if not size_or_quality.strip():
         return Reached(plan)
-    target = parse(size_or_quality.strip())
+    target = parse(size_or_quality)
     sensitivity = sensitivity_of(calibration, source)
     chosen_plan, chosen = choose(plan, sensitivity, target)
     budget = make_budget(source, plan, sensitivity, chosen, is_linear=is_linear)

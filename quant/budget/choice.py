@@ -5,9 +5,9 @@ whatever the selection keeps stays kept. A choice is the cheapest set that reach
 best that fits a size, by dynamic programming (`Front`). It depends on nothing but the plan, the
 sensitivities and the target.
 
-The curve shows the sets that take one layer after the other, most damage per byte first. Rejected
-for the choice itself: one large layer that does not fit left up to 5 times the damage of the best
-set, among 10 layers.
+The curve shows the sets that take one layer after the other, most damage per byte first. These
+alone were rejected as choices: where one large layer did not fit, they left up to 5 times the
+damage of the best set, among 10 layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..conversion.policy import Decision, Plan
 from ..conversion.stored import stored_bytes
 from ..format import bare
 from ..reports.budget import Budget, Chosen, LayerDamage, Point, make_point, snr
-from ..reports.conversion import format_size
+from ..reports.units import format_count, format_size
 from ..sources.file import Source
 from .patterns import patterns
 from .sensitivity import Damages, Sensitivity
@@ -123,6 +123,7 @@ class Problem:
     """A plan, what its layers cost and what their damage is.
 
     Attributes:
+        bytes_before, smallest: of all tensors: the original's, and with all layers in MXFP8.
         layers: that may be kept, most damage per byte first.
         bound: names of those that `include` quantizes.
         unmeasured: names of those whose damage is not known; they are quantized.
@@ -163,15 +164,20 @@ class Problem:
     def point(self, label: str, kept: Iterable[Layer]) -> Point:
         """The file in which some layers are kept."""
         kept = list(kept)
-        names = {layer.name for layer in kept}
-        rest = [name for name in self.measured if name not in names]
-        return make_point(
+        rest = self._rest(kept)
+        point = make_point(
             label,
             self.smallest + sum(layer.cost for layer in kept),
             len(kept),
             self.damages.total(rest),
             self.damages.deviation(rest),
         )
+        return point if rest else replace(point, unmeasured=len(self.unmeasured))
+
+    def _rest(self, kept: Iterable[Layer]) -> list[str]:
+        """Names of the quantized layers whose damage is known."""
+        names = {layer.name for layer in kept}
+        return [name for name in self.measured if name not in names]
 
     def curve(self) -> list[Point]:
         """All in MXFP8, then each with one more layer kept."""
@@ -186,8 +192,12 @@ class Problem:
             ValueError: the target cannot be reached, or only by the original; says what can.
         """
         kept = self._within(target) if target.is_size else self._as_good_as(target)
-        if len(kept) == len(self.layers) and self._all_is_original:
-            raise self._unreachable(target, "only the original itself reaches it")
+        if not self._rest(kept):
+            if not self.unmeasured:
+                raise self._unreachable(target, "only the original itself reaches it")
+            if not target.is_size:
+                left = format_count(len(self.unmeasured), "layer")
+                raise self._unreachable(target, f"what rounding {left} does was not measured")
         return kept
 
     def _within(self, target: Target) -> list[Layer]:
@@ -216,11 +226,6 @@ class Problem:
         )
 
     @property
-    def _all_is_original(self) -> bool:
-        """Whether nothing is quantized when all layers are kept."""
-        return not self.bound and not self.unmeasured
-
-    @property
     def _free(self) -> list[Layer]:
         """Layers that cost nothing to keep."""
         return [layer for layer in self.layers if layer.cost <= 0]
@@ -230,13 +235,12 @@ class Problem:
         return Front([layer for layer in self.layers if layer.cost > 0])
 
     def _noise(self, kept: list[Layer]) -> float:
-        names = {layer.name for layer in kept}
-        return self.damages.total(name for name in self.measured if name not in names)
+        return self.damages.total(self._rest(kept))
 
     def _unreachable(self, target: Target, why: str) -> ValueError:
         least = self.point("", [])
         kept = self.layers
-        if self._all_is_original:
+        if not self.bound:
             least_damaging = min(kept, key=lambda layer: layer.damage)
             kept = [layer for layer in kept if layer is not least_damaging]
         best = self.point("", kept)
@@ -317,8 +321,8 @@ def _share(part: float, whole: float) -> str:
 def _unmeasured(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return (
-        f"{len(names)} layers never ran while sensitivities were measured, or were not selected "
-        f"then; they are quantized, and predictions leave them out: "
+        "layers that never ran while sensitivities were measured, or were not selected then, are "
+        "quantized, and predictions leave them out: "
         f"{', '.join(map(quoted, names[:_MOST_NAMED]))}{more}"
     )
 
@@ -390,7 +394,7 @@ def make_budget(
 
 def _others(source, plan: Plan, damages: Damages, advice: set[str], is_linear):
     """Points of presets that choose differently, and of quant_probe's advice."""
-    seen: dict[frozenset, str] = {}
+    seen = set()
     for preset in policy.presets():
         try:
             other = plan_source(
@@ -401,7 +405,7 @@ def _others(source, plan: Plan, damages: Damages, advice: set[str], is_linear):
         layers = frozenset(d.key for d in other.quantized)
         if not layers or layers in seen:
             continue
-        seen[layers] = preset
+        seen.add(layers)
         yield _point_of(f"preset {preset}", other, damages)
     if advice:
         decisions = tuple(

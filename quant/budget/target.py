@@ -15,12 +15,11 @@ import re
 from dataclasses import dataclass
 
 from ..container.header import quoted
-from ..reports.conversion import format_size
 
 SIZE, SHARE, SNR = "size", "share", "snr"
 FORMS = '"6.5 GB", "55%" of the original, "50 dB" or "0.003 error"'
 _NUMBER = r"(?P<number>\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
-_FORM = re.compile(rf"\s*{_NUMBER}\s*(?P<unit>%\s*error|[a-z]+|%)?\s*", re.IGNORECASE)
+_FORM = re.compile(rf"{_NUMBER}\s*(?P<unit>%\s*error|[a-z]+|%)?", re.IGNORECASE)
 _UNITS = {
     f"{prefix}{infix}b": (1024 if infix else 1000) ** power
     for power, prefix in enumerate(("", "k", "m", "g", "t"))
@@ -33,7 +32,7 @@ class Target:
     """A size or a quality.
 
     Attributes:
-        text: as it was given.
+        text: as it was given, without spaces around it.
         kind: SIZE, SHARE or SNR.
         value: bytes; a share of the original's bytes, 0 to 1; or dB.
     """
@@ -55,11 +54,6 @@ class Target:
         """The most noise energy, over that of the output."""
         return 10 ** (-self.value / 10)
 
-    def __str__(self) -> str:
-        if self.kind == SIZE:
-            return format_size(int(self.value))
-        return f"{self.value:.4g} dB" if self.kind == SNR else f"{100 * self.value:.4g}%"
-
 
 def parse(text: str) -> Target:
     """The target that a text names.
@@ -67,8 +61,11 @@ def parse(text: str) -> Target:
     Raises:
         ValueError: it names none, or one that no model can have.
     """
-    given = quoted(text) if isinstance(text, str) else repr(text)
-    match = _FORM.fullmatch(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        raise ValueError(f"target {text!r} is not a text; give {FORMS}")
+    text = text.strip()
+    given = quoted(text)
+    match = _FORM.fullmatch(text)
     if match is None:
         raise ValueError(f"target {given} is not understood; give {FORMS}")
     number, unit = float(match["number"]), "".join((match["unit"] or "").lower().split())

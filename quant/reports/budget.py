@@ -140,7 +140,7 @@ class Budget:
 def snr(point: Point) -> str:
     """A point's SNR in words, with its standard error."""
     if point.unmeasured:
-        return f"SNR unknown ({point.unmeasured} layers were not measured)"
+        return f"SNR unknown ({format_count(point.unmeasured, 'layer')} not measured)"
     if point.snr_db is None:
         return "no error"
     text = f"{point.snr_db:.1f} dB"

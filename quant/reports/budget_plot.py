@@ -40,7 +40,8 @@ def _draw_curve(page: Page, budget: Budget) -> None:
     most = smallest + _SHOWN * (budget.bytes_before - smallest)
     curve = [point for point in budget.curve if point.snr_db is not None]
     curve = [point for point in curve if point.bytes <= most] or curve[:1]
-    shown = [*curve, *(p for p in (*others, *chosen) if p.snr_db is not None and p.bytes <= most)]
+    others = [point for point in others if point.bytes <= most]
+    shown = [*curve, *others, *(point for point in chosen if point.snr_db is not None)]
     if not shown:
         page.text((WIDTH / 2, _HEIGHT / 2), "no layer loses anything", 18, PALE, "mm")
         return
@@ -59,7 +60,7 @@ def _draw_curve(page: Page, budget: Budget) -> None:
             page.line(ends, BAND, 6)
     points = [axes.at(point.bytes, point.snr_db) for point in curve]
     page.line(points if len(points) > 1 else points * 2, LINE, 2.5)
-    _draw_points(page, axes, [p for p in others if p in shown], chosen if chosen[:1] else [])
+    _draw_points(page, axes, others, chosen)
 
 
 def _draw_points(page: Page, axes: Axes, others: list[Point], chosen: list[Point]) -> None:

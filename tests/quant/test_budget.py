@@ -31,7 +31,8 @@ from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.conversion.stored import stored_bytes
 from mxfp8.quant.format import read_header
 from mxfp8.quant.reports import page
-from mxfp8.quant.reports.budget import Budget
+from mxfp8.quant.reports.budget import Budget, Chosen, Point
+from mxfp8.quant.reports.budget_plot import draw
 from mxfp8.quant.reports.conversion import Report, format_size
 from mxfp8.quant.sources.open import open_source
 
@@ -59,7 +60,7 @@ from mxfp8.quant.sources.open import open_source
 )
 def test_targets(text, kind, value):
     target = parse(text)
-    assert (target.text, target.kind) == (text, kind)
+    assert (target.text, target.kind) == (text.strip(), kind)
     assert target.value == pytest.approx(value, rel=1e-12)
 
 
@@ -199,6 +200,11 @@ def test_layers_that_never_ran():
     made, _ = choose(plan, sensitivity(plan, leave_out={"layers.3.linear"}), parse("70%"))
     assert {d.layer: d.quantize for d in made.decisions}["layers.3.linear"]
     assert any("never ran" in text and "layers.3.linear" in text for text in made.warnings)
+    # Nothing is known of a file in which only this layer is quantized.
+    point = choose(plan, sensitivity(plan, leave_out={"layers.3.linear"}), parse("99%"))[1].point
+    assert (point.kept, point.unmeasured, point.snr_db) == (19, 1, None)
+    with pytest.raises(ValueError, match=r"what rounding 1 layer does was not measured.* dB"):
+        choose(plan, sensitivity(plan, leave_out={"layers.3.linear"}), parse("200 dB"))
     with pytest.raises(ValueError, match="none of the layers"):
         Problem(plan, Damages({"other": 1.0}, ()))
 
@@ -322,6 +328,18 @@ def test_document():
     assert replace(budget, together=1.1).interaction is None
 
 
+def test_a_target_close_to_the_original_is_inside_the_picture():
+    curve = Point("all MXFP8", 1000, 0, 40.0), Point("a", 1010, 1, 41.0)
+    chosen = Chosen("99%", Point("target", 1980, 2, 60.0), ("a", "b"), ())
+    budget = Budget("m", None, "none", 2000, (), curve, chosen=chosen)
+    picture = draw(budget).convert("RGB")
+    red = ImageColor.getrgb(page.RED)
+    right = page.WIDTH - page.MARGIN - 400  # of the axes, and the legend is beyond
+    found = [x for x in range(right) for y in range(150, picture.height)
+             if picture.getpixel((x, y)) == red]  # fmt: skip
+    assert found
+
+
 # ---- the command -----------------------------------------------------------------------------
 
 
@@ -392,6 +410,8 @@ def test_budget_command(files, capsys):
     out = run(capsys, *words, "--target", "70%", *selection)[1]
     copied = shlex.split(out.partition("without a calibration:\n")[2].splitlines()[0])
     assert copied[: len(selection)] == selection and len(copied) > len(selection)
+    _, out, _ = run(capsys, *words, *selection, "--json")
+    assert json.loads(out)["exclude"] == [r"^0\.w"]
     nearest = json.loads(run(capsys, *words, "--nearest", "--json")[1])
     assert nearest["curve"][0]["snr_db"] < budget.curve[0].snr_db
     assert run(capsys, *words, *outputs)[0] == 1  # they exist
