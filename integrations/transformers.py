@@ -13,6 +13,7 @@ https://huggingface.co/docs/transformers/quantization/contribute
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 
 import torch
@@ -126,10 +127,7 @@ class MXFP8HfQuantizer(HfQuantizer):
         if not names:
             raise ValueError(f"{type(model).__name__}: {EMPTY_FOLDER}")
         names = _own_names(model, names)
-        kept = set(model._keep_in_fp32_modules_strict or ())
-        if model.config.dtype == torch.float16:
-            kept |= set(model._keep_in_fp32_modules or ())
-        wide = {name for name in names if kept.intersection(name.split("."))}
+        wide = {name for name in names if _is_kept_in_float32(model, name)}
         precision = self.quantization_config.precision
         done = replace_linears(model, names - wide, precision, model.config.dtype)
         done |= replace_linears(model, wide, precision, torch.float32)
@@ -166,6 +164,15 @@ def _quantized(files: Iterable[str]) -> set[str]:
     """The names of the layers with scales in some safetensors files."""
     keys = (key for file in files for key in read_container(file).tensors)
     return {key.removesuffix(SCALE) for key in keys if key.endswith(SCALE)}
+
+
+def _is_kept_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers loads a layer in float32, whatever dtype is asked for, as T5's `wo`."""
+    if hasattr(model, "_get_dtype_plan"):
+        plan = model._get_dtype_plan(model.config.dtype)
+    else:  # 5.0, where it is the same for all dtypes
+        plan = model.dtype_plan
+    return any(re.search(glob.replace("*", ".*"), f"{name}.weight") for glob in plan)
 
 
 def _own_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The tests of diffusers with its older versions, each in a process of its own."""
+"""The tests of diffusers and transformers with older versions, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def test_older_versions_of_diffusers_give_the_same(version):
     outcome = run_tests(files, chosen, "-m", "not slow", "-k", selection)
     assert outcome.failed == 0, outcome.output
     assert outcome.passed >= 22
+
+
+@pytest.mark.long
+def test_the_oldest_transformers_that_is_supported_gives_the_same():
+    """In 5.0 T5 keeps a layer in float32 for BF16, too."""
+    packages = {
+        "transformers": "5.0.0", "huggingface-hub": "1.33.0", "tokenizers": "0.22.2",
+        **VERSIONS["0.36.0"][0],
+    }  # fmt: skip
+    files = ["integrations/test_text_encoders.py"]
+    outcome = run_tests(files, {"PYTHONPATH": paths(packages)})
+    assert outcome.failed == 0, outcome.output
+    assert outcome.passed >= 17
