@@ -8,7 +8,8 @@ when it has them all, in whatever order, from whatever file of several.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from safetensors.torch import load_file
@@ -40,6 +41,7 @@ EMPTY_FOLDER = (
     "diffusers`, or load this one without MXFP8Config; if its config.json has a "
     "quantization_config, remove that"
 )
+_receiving = threading.Lock()  # diffusers may read the files of a folder in several threads
 _CHECK = "check that the model's files are complete and belong to this class and config"
 
 
@@ -84,8 +86,10 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
             # Some versions convert even codes, if they keep the layer in float32; that is exact.
             codes = tensor.to(torch.float8_e4m3fn if name == _WEIGHT else torch.uint8)
             tensor = codes if torch.equal(codes.to(tensor.dtype), tensor) else tensor
-        self.received[name] = tensor.detach()
-        if self.received.keys() == set(LEAVES):
+        with _receiving:
+            self.received[name] = tensor.detach()
+            is_last = self.received.keys() == set(LEAVES)
+        if is_last:
             self.fill_from_file()
 
     def fill_from_file(self) -> None:
@@ -120,7 +124,9 @@ class LoadedLinear(MXFP8Linear, nn.Linear):
         self.marker = dict(marker)
 
     def _set_codes(self, name: str, codes: torch.Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
+        parameter = nn.Parameter(codes, requires_grad=False)
+        parameter._is_hf_initialized = True
+        self.register_parameter(name, parameter)
 
 
 def replace_linears(
@@ -242,8 +248,14 @@ def _check_unmarked(where: str, state: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def check_filled(model: nn.Module) -> list[str]:
+def check_filled(
+    model: nn.Module,
+    is_empty: Callable[[str, nn.Parameter], bool] = lambda name, parameter: parameter.is_meta,
+) -> list[str]:
     """Check that a model got all its values; returns the names of its MXFP8 layers.
+
+    Args:
+        is_empty: (name, parameter) -> whether it got none, where the library left no other sign.
 
     Raises:
         ValueError: a layer or a parameter did not.
@@ -252,7 +264,7 @@ def check_filled(model: nn.Module) -> list[str]:
     for layer in layers.values():
         if layer.qdata.is_meta:
             layer.fill_from_file()
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    empty = [name for name, parameter in model.named_parameters() if is_empty(name, parameter)]
     if empty:
         raise ValueError(
             f"{type(model).__name__}: the files lack {len(empty)} of its tensors, of which the "

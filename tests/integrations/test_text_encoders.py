@@ -225,9 +225,36 @@ def test_what_does_not_fit_is_rejected_by_name(tmp_path):
     del state["model.layers.1.input_layernorm.weight"], state["model.norm.weight"]
     save_file(state, tmp_path / "short.safetensors", metadata)
     with pytest.raises(
-        ValueError, match=r"short\.safetensors lacks 2 tensors .* first is 'layers\.1\.input"
+        ValueError, match=r"the files lack 2 of its tensors.*first is 'layers\.1\.input"
     ):
         from_single_file(cls, tmp_path / "short.safetensors", config, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("lost", ["norm.weight", "layers.1.self_attn.q_proj.bias"])
+def test_a_folder_without_all_weights_is_rejected_by_name(lost, tmp_path):
+    """Of a plain layer, or an MXFP8 one; a head may be new where the folder is of another class."""
+    config = transformers.Qwen2Config(**{**QWEN3.to_dict(), "model_type": "qwen2"})
+    torch.manual_seed(0)
+    transformers.Qwen2Model(config).to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    convert_folder(tmp_path / "original", tmp_path / "new")
+    with_head = transformers.Qwen2ForSequenceClassification
+    model = with_head.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    assert len(quantized(model)) == 14
+    model.save_pretrained(tmp_path / "headed")
+
+    def remove(folder: str, key: str) -> None:
+        path = tmp_path / folder / "model.safetensors"
+        state, metadata = load_tensors(path)
+        del state[key]
+        save_file(state, path, metadata)
+
+    remove("new", lost)
+    remove("headed", "score.weight")
+    classes = (transformers.Qwen2Model, "new"), (with_head, "new"), (with_head, "headed")
+    for cls, folder in classes:
+        named = "score.weight" if folder == "headed" else lost
+        with pytest.raises(ValueError, match=f"the files lack 1 of its tensors.*{named}"):
+            cls.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
 
 
 def test_tied_weights_are_not_missing(tmp_path):
