@@ -97,7 +97,7 @@ class Calibration:
     """Statistics of the inputs of a model's layers.
 
     Attributes:
-        layers: by name, without the prefix of a diffusion model.
+        layers: by name; from ComfyUI without the prefix of a diffusion model.
         model: fingerprint of the model that was run.
         about: how it was run, as JSON types; empty if unknown, as in older files.
         sensitivity: what rounding each layer does to the model's output; None if not measured.
@@ -110,7 +110,7 @@ class Calibration:
 
     def of(self, layer: str) -> Moments | StoredMoments | None:
         """The statistics of a layer, whose name may have a prefix."""
-        return self.layers.get(bare(layer))
+        return self.layers.get(bare(layer)) or self.layers.get(layer)
 
     def save(
         self,
@@ -257,21 +257,22 @@ def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) ->
 def check_model(calibration: Calibration, source: Source) -> None:
     """Raise ValueError for a calibration of another model than the one that is to be converted."""
     keys = {bare(key.removesuffix(WEIGHT)): key for key in source.tensors if key.endswith(WEIGHT)}
+    weights = []
     for name, moments in calibration.layers.items():
-        if name not in keys:
+        key = keys.get(bare(name))
+        if key is None:
             raise ValueError(
                 f"{source.name}: the calibration has a layer {quoted(name)}, which this model "
                 "lacks; it belongs to another model"
             )
-        shape = list(source.tensors[keys[name]][1])
+        shape = list(source.tensors[key][1])
         if [moments.width] != shape[-1:]:
             raise ValueError(
                 f"{source.name}: the calibration has a Hessian {[moments.width] * 2} for "
-                f"{quoted(keys[name])} {shape}; it must be {shape[-1:] * 2}, so it belongs to "
+                f"{quoted(key)} {shape}; it must be {shape[-1:] * 2}, so it belongs to "
                 "another model"
             )
-    weights = ((name, source.tensors[keys[name]][1], source.rows(keys[name], 0, 1)[0])
-               for name in calibration.layers)  # fmt: skip
+        weights.append((name, source.tensors[key][1], source.rows(key, 0, 1)[0]))
     if fingerprint(weights) != calibration.model:
         raise ValueError(
             f"{source.name}: the calibration was made with other weights; calibrate this model"

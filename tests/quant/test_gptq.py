@@ -517,6 +517,16 @@ def test_a_layer_that_would_be_far_from_its_weight_is_rounded_to_nearest(model, 
     assert all(layer.output_error == layer.nearest_error for layer in report.quantized)
 
 
+@pytest.mark.parametrize("name", ["net", "model", "a"])  # two of them prefixes of ComfyUI's files
+def test_a_module_may_hold_its_layers_under_any_name(name, model):
+    whole = nn.Sequential()
+    whole.add_module(name, network())
+    save_file(whole.eval().state_dict(), model / "whole.safetensors")
+    statistics = calibrate(whole, batches(0), run)
+    report = convert_file(model / "whole.safetensors", model / "out", calibration=statistics)
+    assert report.calibration["rounded_layers"] == 2
+
+
 def test_another_models_calibration_is_refused(model):
     statistics = calibration.load(model / "calibration.safetensors")
     other = {k: v + 1 for k, v in network().state_dict().items()}
