@@ -23,14 +23,15 @@ from ..quant import format
 from ..quant.container.folder import FolderWriter, ModelFile
 from ..quant.container.header import SUFFIXES, FormatError, nbytes, quoted, read_json
 from ..quant.conversion import policy
+from ..quant.conversion.calibration import Calibration, check_model, fingerprint
 from ..quant.conversion.convert import check_conversion, convert, plan_source
 from ..quant.conversion.policy import Decision, Plan, Selection
 from ..quant.conversion.stored import layer_markers, stored_tensors
-from ..quant.format import MARKER, SCALE, WEIGHT
+from ..quant.format import MARKER, SCALE, WEIGHT, bare
 from ..quant.progress import Progress
 from ..quant.reports.conversion import Report
 from ..quant.sources import diffusers
-from ..quant.sources.file import PartSource, StoredSource
+from ..quant.sources.file import Part, PartSource, StoredSource
 from ..quant.sources.open import MODEL_FOLDERS, PICKLES, open_stored
 from .config import MXFP8Config
 
@@ -115,6 +116,8 @@ def convert_folder(
     *,
     progress: Progress | None = None,
     device: str | None = None,
+    calibration: Calibration | None = None,
+    held_out: Calibration | None = None,
     max_file: int = _MAX_FILE,
 ) -> Report:
     """Convert a folder to a new folder, which appears whole or not at all.
@@ -122,45 +125,104 @@ def convert_folder(
     Args:
         path: a model's folder, with config.json; or a pipeline's, with model_index.json.
         target: must not exist, or be an empty folder.
-        selection, progress, device: as of `convert.convert_file`.
+        selection, progress, device, calibration, held_out: as of `convert.convert_file`; a
+            calibration may have been made in ComfyUI or with the library's own model.
         max_file: bytes of tensors in one file.
 
     Raises:
         FormatError: it is no such folder, damaged, or already quantized.
-        ValueError: a weight holds NaN or Inf, or no layer would be quantized.
+        ValueError: a weight holds NaN or Inf, no layer would be quantized, or a calibration is
+            another model's.
         OSError: reading or writing failed. In every case there is no target then.
     """
     folder = open_folder(path)
     with folder.open() as source:
         plan = plan_folder(source, selection)
-        writer = functools.partial(folder_writer, folder, source, target, plan, max_file)
-        return convert(source, target, plan, progress=progress, device=device, writer=writer)
+        calibration, held_out = (with_own_names(one, source) for one in (calibration, held_out))
+        return convert_planned(
+            folder, source, target, plan, progress=progress, device=device,
+            calibration=calibration, held_out=held_out, max_file=max_file,
+        )  # fmt: skip
+
+
+def convert_planned(
+    folder: ModelFolder,
+    source: StoredSource,
+    target,
+    plan: Plan,
+    *,
+    max_file: int = _MAX_FILE,
+    **options,
+) -> Report:
+    """Carry out a plan for a folder. Options as of `convert.convert`; errors as above."""
+    writer = functools.partial(folder_writer, folder, source, target, plan, max_file)
+    return convert(source, target, plan, writer=writer, **options)
 
 
 def check_folder(folder: ModelFolder, source: StoredSource, target, plan: Plan, device) -> None:
-    """Raise what `convert_folder` would before it writes a byte."""
+    """Raise what `convert_folder` would before it writes a byte; calibrations apart."""
     writer = functools.partial(folder_writer, folder, source, target, plan, _MAX_FILE)
     check_conversion(source, target, plan, False, device, writer)
 
 
 def plan_folder(source: StoredSource, selection: Selection = policy.DEFAULT) -> Plan:
     """A plan for tensors with diffusers' or transformers' names, which they keep."""
-    try:
-        renamed = diffusers.comfy_names(source.name, source.tensors)
-    except FormatError:  # a model that ComfyUI cannot read under these names
-        renamed = None
-    if renamed is None:
+    parts = _comfy_parts(source)
+    if parts is None:
         plan = plan_source(source, selection, for_comfyui=False)
         if plan.architecture is None and selection.preset == policy.AUTO:
             plan = replace(plan, decisions=tuple(map(_kept_outside, plan.decisions)))
         return plan
-    _, parts = renamed
     plan = plan_source(PartSource(source, parts), selection, for_comfyui=False)
     decided = {p.key: decision for decision in plan.decisions for p in parts[decision.key]}
     decisions = []
     for key, (dtype, shape) in source.tensors.items():
         decisions.append(replace(decided[key], key=key, dtype=dtype, shape=tuple(shape)))
     return replace(plan, decisions=tuple(decisions))
+
+
+def with_own_names(calibration: Calibration | None, source: StoredSource) -> Calibration | None:
+    """A calibration with the names of a folder's layers, where it has ComfyUI's.
+
+    A layer of ComfyUI's model may be several here, such as q, k and v. These get the same inputs,
+    so each has the statistics of the whole.
+
+    Raises:
+        ValueError: it is another model's, or ComfyUI's names of this model's layers are not known.
+    """
+    if calibration is None:
+        return None
+    own = {bare(key) for key in source.tensors}
+    other = next((name for name in calibration.layers if bare(name) + WEIGHT not in own), None)
+    if other is None:
+        return calibration
+    parts = _comfy_parts(source)
+    if parts is None:
+        raise ValueError(
+            f"{source.name}: the calibration has a layer {quoted(other)}, which this model lacks. "
+            "If that is its name in ComfyUI, convert the model's file for ComfyUI, or calibrate "
+            "the library's model (docs/library.md); else the calibration is another model's"
+        )
+    check_model(calibration, PartSource(source, parts))
+    layers, rows = {}, {}
+    for key, joined in parts.items():
+        moments = key.endswith(WEIGHT) and calibration.of(key.removesuffix(WEIGHT))
+        for part in joined if moments else ():
+            name = bare(part.key.removesuffix(WEIGHT))
+            layers[name] = moments
+            rows[name] = source.tensors[part.key][1], source.rows(part.key, 0, 1)[0]
+    model = fingerprint((name, *row) for name, row in rows.items())
+    return replace(calibration, layers=layers, model=model, sensitivity=None)
+
+
+def _comfy_parts(source: StoredSource) -> dict[str, tuple[Part, ...]] | None:
+    """ComfyUI's tensors -> the parts they are made of; None if they have the same names there, or
+    ComfyUI cannot read these."""
+    try:
+        renamed = diffusers.comfy_names(source.name, source.tensors)
+    except FormatError:
+        return None
+    return None if renamed is None else renamed[1]
 
 
 def _kept_outside(decision: Decision) -> Decision:

@@ -211,29 +211,39 @@ def _convert(arguments) -> Answer:
 
 
 def _convert_folder(arguments) -> Answer:
-    from ...integrations.model_folder import check_folder, convert_folder, open_folder, plan_folder
+    from ...integrations.model_folder import (
+        check_folder,
+        convert_planned,
+        open_folder,
+        plan_folder,
+        with_own_names,
+    )
     from ..container.pipeline import keep_freed_memory
+    from ..conversion.convert import check_calibrations
 
-    options = {"calibration": "calibration", "held_out": "held-out", "overwrite": "overwrite",
-               "budget": "target"}  # fmt: skip
-    for option, name in options.items():
+    for option, name in {"overwrite": "overwrite", "budget": "target"}.items():
         if getattr(arguments, option):
             arguments.usage_error(f"--{name} does not go with --format {DIFFUSERS}")
     folder = open_folder(arguments.source)
     check_outputs(arguments, "report", source=folder.model)
-    selection = selection_of(arguments)
-    if arguments.dry_run:
-        with folder.open() as source:
-            plan = plan_folder(source, selection)
-            if not arguments.json:
-                _show_plan(plan)
-            check_folder(folder, source, arguments.target, plan, arguments.device)
-        return Answer(lambda: None, lambda: _document(plan))
-    keep_freed_memory()
-    with progress("convert") as bar:
-        report = convert_folder(
-            arguments.source, arguments.target, selection, progress=bar, device=arguments.device
+    with folder.open() as source:
+        plan = plan_folder(source, selection_of(arguments))
+        if arguments.dry_run and not arguments.json:
+            _show_plan(plan)
+        check_folder(folder, source, arguments.target, plan, arguments.device)
+        calibration, held_out = (
+            with_own_names(read_calibration(path), source)
+            for path in (arguments.calibration, arguments.held_out)
         )
+        if arguments.dry_run:
+            check_calibrations(source, calibration, held_out)
+            return Answer(lambda: None, lambda: _document(plan))
+        keep_freed_memory()
+        with progress("convert") as bar:
+            report = convert_planned(
+                folder, source, arguments.target, plan, progress=bar, device=arguments.device,
+                calibration=calibration, held_out=held_out,
+            )  # fmt: skip
     return _converted(arguments, report)
 
 

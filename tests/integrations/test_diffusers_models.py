@@ -17,7 +17,7 @@ from checkpoints import load as load_tensors
 from comfyui import ask
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models import model_loading_utils
-from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, write
+from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, random, write
 from diffusers_pipeline import lora, pipeline, sample
 from quantized_files import plain
 from safetensors.torch import save_file
@@ -27,6 +27,7 @@ from mxfp8.integrations.diffusers import MXFP8Config, read, set_precision
 from mxfp8.integrations.layers import LoadedLinear, replace_linears
 from mxfp8.integrations.model_folder import convert_folder
 from mxfp8.quant.cli import main
+from mxfp8.quant.conversion.calibration import Calibration, Moments, fingerprint
 from mxfp8.quant.conversion.policy import Selection
 from mxfp8.quant.format import FormatError, read_header
 
@@ -189,6 +190,64 @@ def test_a_converted_folder_is_what_the_converted_file_is(name, files, originals
     single = load(kind, found)
     assert quantized(model) == quantized(single)
     assert torch.equal(output(model, kind), output(single, kind))
+
+
+def calibration_of(state: dict[str, torch.Tensor]) -> Calibration:
+    """Of a model's matrices, for random inputs whose columns differ in size."""
+    layers, rows = {}, []
+    for key, weight in state.items():
+        if key.endswith(".weight") and weight.ndim == 2:
+            name = key.removesuffix(".weight")
+            x = random(300, weight.shape[1], seed=len(rows)).float()
+            x = x * torch.exp2(x[0]) + x.roll(1, 1)
+            layers[name] = Moments(x.T @ x / len(x), len(x))
+            rows.append((name, tuple(weight.shape), weight[0]))
+    return Calibration(layers, fingerprint(rows))
+
+
+def codes(model) -> torch.Tensor:
+    """Of all layers, in one row."""
+    return torch.cat([model.get_submodule(n).qdata.flatten() for n in sorted(quantized(model))])
+
+
+def share_of_equal(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found == wanted).float().mean())
+
+
+@pytest.mark.parametrize("name", ["Z-Image", "Flux.2", "Qwen-Image"])
+def test_a_calibration_from_comfyui_rounds_a_folder_as_it_rounds_the_file(
+    name, files, originals, tmp_path, run
+):
+    kind, found, original = KINDS[name], files(name), originals(name)
+    calibration_of(load_tensors(found.original)[0]).save(tmp_path / "calibration.safetensors")
+    words = ("--calibration", tmp_path / "calibration.safetensors")
+    assert run("convert", found.original, tmp_path / "file.safetensors", *words)[0] == 0
+    folder = ("convert", original, tmp_path / "new", "--format", "diffusers", *words)
+    assert run(*folder, "--dry-run")[0] == 0 and not (tmp_path / "new").exists()
+    status, shown, _ = run(*folder)
+    assert status == 0 and "in-sample" in shown
+    wanted = codes(load(kind, found, tmp_path / "file.safetensors"))
+    given = codes(kind.cls.from_pretrained(tmp_path / "new", torch_dtype=DTYPE))
+    # A matmul of fewer rows may sum in another order: a code in the middle between two, and those
+    # of its row that make up for its error, could differ on some CPUs.
+    assert share_of_equal(given, wanted) > 0.99
+    assert share_of_equal(codes(load(kind, found)), wanted) < 0.9
+    file = tmp_path / "new" / "diffusion_pytorch_model.safetensors"
+    assert run("verify", file, "--source", original)[0] == 0
+
+
+def test_a_calibration_of_the_library_s_model_rounds_its_folder(files, originals, tmp_path):
+    kind, original = KINDS["Wan"], originals("Wan")
+    model = kind.cls.from_pretrained(original, torch_dtype=DTYPE)
+    given = calibration_of(model.state_dict())
+    report = convert_folder(original, tmp_path / "new", calibration=given)
+    assert report.calibration["rounded_layers"] == len(report.quantized) > 6
+    assert all(layer.output_error < layer.nearest_error for layer in report.quantized)
+    other = calibration_of(load_tensors(files("Wan").original)[0])
+    with pytest.raises(ValueError, match=r"'blocks\.0\..*which this model lacks.*name in ComfyUI"):
+        convert_folder(original, tmp_path / "other", calibration=other)
+    with pytest.raises(ValueError, match="it belongs to another model"):
+        convert_folder(originals("Flux.2"), tmp_path / "other", calibration=other)
 
 
 @pytest.mark.parametrize("name", SMALL)
