@@ -105,7 +105,7 @@ class MXFP8Calibrate(io.ComfyNode):
         widths = {d.layer.removeprefix(source.prefix): d.shape[1] for d in plan.quantized}
         groups = list(make_groups(widths, int(memory_gb * _GB)))
         check_disk(source.name, groups)
-        work = _announce(groups, settings)
+        work = _announce(groups, settings, sensitivity)
         show(cls, f"{work}. The first step shows how long that takes.")
         logger.info("MXFP8: calibration of %s.", work)
         progress = RunProgress(cls, len(groups) * settings.seeds, settings.steps)
@@ -199,13 +199,17 @@ def _with_sensitivity(
     return replace(made, sensitivity=sensitivity), line
 
 
-def _announce(groups: list[Group], settings: SamplerSettings) -> str:
-    layers = format_count(sum(map(len, groups)), "layer")
+def _announce(groups: list[Group], settings: SamplerSettings, sensitivity: bool) -> str:
+    layers = sum(map(len, groups))
     runs = format_count(len(groups) * settings.seeds, "run")
-    return (
-        f"{layers}, {format_size(nbytes(*groups))} in {format_count(len(groups), 'group')}: "
-        f"{runs} of {format_count(settings.steps, 'step')}"
+    work = (
+        f"{format_count(layers, 'layer')}, {format_size(nbytes(*groups))} in "
+        f"{format_count(len(groups), 'group')}: {runs} of {format_count(settings.steps, 'step')}"
     )
+    if sensitivity and layers:
+        samples, probes = planned_runs(layers, settings.seeds)
+        work += f", then {samples * (1 + probes)} more for sensitivity"
+    return work
 
 
 def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[tuple[str, str]]:

@@ -12,7 +12,17 @@ import shutil
 import demo_pictures
 import pytest
 from comfyui import PromptError
-from graphs import SAME, Graph, calibrated, difference, interrupt, run, watch
+from graphs import (
+    SAME,
+    Graph,
+    calibrated,
+    difference,
+    interrupt,
+    quantized,
+    run,
+    watch,
+    with_lora,
+)
 
 from mxfp8.quant.conversion import calibration
 from mxfp8.quant.reports.budget import Budget
@@ -176,6 +186,7 @@ def test_an_interrupted_measurement_goes_on_and_leaves_the_model_alone(comfy):
     assert difference(latent["after"], latent["before"]) < SAME
 
     texts = watch(comfy, graph)[1][node[0]]
+    assert any(": 1 run of 2 steps, then 12 more for sensitivity." in text for text in texts)
     steps = [re.search(r"sensitivities of 13 layers.*\nstep (\d+) of 24", text) for text in texts]
     assert min(int(step[1]) for step in steps if step) > 2 * 5  # those before were kept
     assert not (folder / "unfinished").exists()
@@ -187,6 +198,36 @@ def test_an_interrupted_measurement_goes_on_and_leaves_the_model_alone(comfy):
     found = [calibration.load(next(folder.glob(f"{name}_*"))).sensitivity
              for name in ("resumed", "at-once")]  # fmt: skip
     assert found[0] == found[1]
+
+
+def test_a_run_that_rounds_every_layer_does_what_quantizing_does(comfy):
+    """With a LoRA, whose weights are rounded together with the model's."""
+    graph = Graph()
+    patched = with_lora(graph, graph.loader("flux.safetensors"))
+    node = calibrated(graph, patched, "flux", seeds=1, steps=2, sensitivity=True)
+    graph.add("MXFP8SaveCalibration", calibration=node, filename_prefix="calibrations/lora")
+    inputs = {name: graph[node[0]]["inputs"][name] for name in (
+        "first_seed", "seeds", "steps", "cfg", "sampler_name", "scheduler", "denoise", "positive",
+        "negative", "latent_image",
+    )}  # fmt: skip
+    model = quantized(graph, patched)
+    compared = graph.add("MXFP8CompareModels", reference=patched, model=model, **inputs)
+    outputs = comfy.run(graph)
+    comparison = Comparison.from_json(outputs[compared[0]]["mxfp8_report"][0])
+    (path,) = (comfy.base / "output" / "calibrations").glob("lora_*")
+    (sample,) = calibration.load(path).sensitivity.samples
+    assert set(sample.signs[0]) == {"+"}
+    rounded = -10 * math.log10(sample.gram[0][0])
+    assert rounded == pytest.approx(comparison.latent_snr_db.mean, abs=0.1)
+    # The model without the LoRA is another one.
+    graph = Graph()
+    loaded = graph.add("MXFP8LoadCalibration", calibration_name=path.name)
+    model = quantized(
+        graph, graph.loader("flux.safetensors"), calibration=loaded, size_or_quality="80%"
+    )
+    graph.add("PreviewAny", source=[model[0], 1])
+    with pytest.raises(PromptError, match="made with other weights"):
+        comfy.run(graph)
 
 
 def test_a_measurement_goes_on_only_as_it_began(comfy):
