@@ -16,6 +16,7 @@ from ..quant.budget.target import parse
 from ..quant.conversion import architectures, calibration, preview, text_encoders
 from ..quant.conversion.convert import plan_source
 from ..quant.conversion.policy import Plan, Selection
+from ..quant.reports.verdict import say
 from ..quant.sources.file import FileSource, StoredSource
 from ..quant.sources.open import open_source
 from .host import paths
@@ -105,7 +106,10 @@ def _reach(plan: Plan, wanted: str, calibration_name: str) -> tuple[Plan, str]:
     """The plan for a size or a quality, and what is predicted of it."""
     target = parse(wanted)
     if not calibration_name:
-        return plan, f"target {wanted}: what it keeps is known when the calibration is there"
+        later = say(
+            "target [target]: what it keeps is known when the calibration is there", target=wanted
+        )
+        return plan, str(later)
     with FileSource(paths.calibration_path(calibration_name)) as file:
         sensitivity = calibration.read_sensitivity(file)
     if sensitivity is None:
@@ -120,8 +124,8 @@ def _reach(plan: Plan, wanted: str, calibration_name: str) -> tuple[Plan, str]:
 def _target(path: Path, source: str, target: str) -> str:
     """What Convert File will write, and whether something has that name."""
     new = paths.target_beside(path, source, target, "mxfp8")
-    there = " (exists)" if new.exists() else ""
-    return f"{paths.listed_name(source, new)}{there}"
+    name = paths.listed_name(source, new)
+    return str(say("[file] (exists)", file=name)) if new.exists() else name
 
 
 def _part(plan: Plan, source: StoredSource, part: str) -> Plan:

@@ -6,7 +6,7 @@
  * and no kind needs code of its own. Nothing here touches the page.
  */
 
-import { t } from "./language.mjs";
+import { t, translated } from "./language.mjs";
 
 // The key that holds a document's version -> what a saved picture of it is called.
 const KINDS = {
@@ -196,8 +196,9 @@ export function orders(measure) {
 export function arrange(rows, measure, order, filter = "") {
   const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
   const matching = rows.filter((row) => {
-    const known = [row.name, row.decision, title(group(row)), row.backend, row.precision, row.reason];
-    const text = [...known, row.dtype].join(" ").toLowerCase();
+    const known = [row.name, row.decision, title(group(row)), row.backend, row.precision, row.dtype];
+    const reason = row.reason ? [row.reason, translated(row.reason)] : [];
+    const text = [...known, ...reason].join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   });
   const { compare } = ORDERS[order];
@@ -250,7 +251,7 @@ export function describe(row) {
   add(t("Format"), format.filter(Boolean).join(", "));
   if (row.weight_form && row.weight_form !== "stored") add(t("Weight prepared as"), row.weight_form);
   add(t("Expected output error"), row.expected_error && relative(row.expected_error));
-  add(t("Reason"), row.reason);
+  add(t("Reason"), row.reason && translated(row.reason));
   add(t("Rank"), row.ranks && [...new Set(row.ranks)].join(t(" to ")));
   for (const [how, count] of Object.entries(row.applied ?? {})) add(t("Layers"), `${count} ${how}`);
   add(t("Linear layers without it"), row.missed?.toString());
@@ -283,7 +284,7 @@ export function sentence(row, measure, threshold) {
     v < threshold ? t("below the threshold of [value]", { value: measure.format(threshold) }) : "",
     typeof outline === "number" ? `${measure.outlineLabel} ${measure.format(outline)}` : "",
     row.shape ? row.shape.join(t(" by ")) : "",
-    isNaN(v) || row.decision === KEPT ? row.reason : "",
+    row.reason && (isNaN(v) || row.decision === KEPT) ? translated(row.reason) : "",
   ].filter(Boolean).join(", ");
 }
 

@@ -224,7 +224,7 @@ app.registerExtension({
   async init() {
     const languages = await app.api.getCustomNodesI18n().catch(() => ({})); // an older server's
     const chosen = () => app.extensionManager.setting.get("Comfy.Locale");
-    translateWith((english) => languages[chosen()]?.mxfp8?.[english]);
+    translateWith(() => languages[chosen()]?.mxfp8);
   },
   setup() {
     app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));

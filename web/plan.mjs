@@ -8,7 +8,7 @@
  */
 
 import { app } from "../../scripts/app.js";
-import { t } from "./language.mjs";
+import { t, translated } from "./language.mjs";
 import { calibrationOf, filesOf, loaderOf } from "./loaders.mjs";
 
 const VIEW = "mxfp8_report"; // the widget with the report view
@@ -132,13 +132,21 @@ async function post(route, body) {
  */
 function show(node, text, key) {
   shown.set(node, key);
-  const plan = t("Plan: [plan]", { plan: text });
-  const lines = plan.split("\n");
+  const lines = text.split("\n");
   const warnings = lines.filter((line) => line.startsWith("WARNING"));
   const more = lines.findIndex((line) => /^[ (]|^WARNING/.test(line));
-  const first = [...lines.slice(0, more < 0 ? lines.length : more), ...warnings].join("\n");
+  const first = [...lines.slice(0, more < 0 ? lines.length : more), ...warnings];
+  const plan = (part) => t("Plan: [plan]", { plan: part.map(inLanguage).join("\n") });
   const view = node.widgets?.find((widget) => widget.name === VIEW)?.view;
-  view?.tell(plan, { level: warnings.length ? "notice" : "", text: first });
+  view?.tell(plan(lines), { level: warnings.length ? "notice" : "", text: plan(first) });
+}
+
+/** A line of a plan in the page's language; in "  2: reason (layers)", the reason is what has words. */
+function inLanguage(line) {
+  const [, warning] = /^WARNING: (.+)$/.exec(line) ?? [];
+  if (warning) return t("WARNING: [warning]", { warning: translated(warning) });
+  const [, count, reason, layers] = /^( +\d+: )(.+)( \([^(]+\))$/.exec(line) ?? [];
+  return reason ? count + translated(reason) + layers : translated(line);
 }
 
 /** Plan the Quantize nodes behind a loader whose file changed. */

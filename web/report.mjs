@@ -13,7 +13,7 @@
 import * as documents from "./document.mjs";
 import * as charts from "./chart.mjs";
 import * as curves from "./curve.mjs";
-import { t } from "./language.mjs";
+import { t, translated } from "./language.mjs";
 import * as pairs from "./pairs.mjs";
 
 const HEIGHT = 150; // px, of the bars
@@ -189,9 +189,11 @@ export class ReportView {
   _show({ level, text, said = text, layers }) {
     this._headline(level, text);
     this._layers = layers ?? [];
-    const [first, ...others] = this.summary.split("\n");
-    const rest = first.startsWith(said) ? others.join("\n") : this.summary;
-    this.part(".summary").textContent = arrows(rest);
+    const seen = said.split("\n");
+    const lines = this.summary.split("\n"); // names may follow on the last one
+    const repeats = seen.every((line, i) => lines[i]?.startsWith(line));
+    const rest = lines.slice(repeats ? seen.length : 0).join("\n");
+    this.part(".summary").textContent = arrows(translated(rest));
     const { measures } = this.document;
     setOptions(this.part("[name=measure]"), measures.map(({ label }, index) => [index, label]));
     this._offerExclude();

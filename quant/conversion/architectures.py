@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...kernels.layout import BLOCK
 from ..format import PREFIXES
+from ..reports.verdict import Part, say
 
 _PREFIXES = (*PREFIXES[:-1], "model.language_model.", "")  # as in a vision model
 
@@ -45,15 +46,18 @@ class Architecture:
     plain: tuple[str, ...] = ()
     identifying: tuple[str, ...] = ()
 
-    def unsupported_reason(self, layer: str, shape: tuple[int, ...]) -> str | None:
+    def unsupported_reason(self, layer: str, shape: tuple[int, ...]) -> Part | None:
         """Why stock cannot run a layer of the model quantized, or None if it can."""
         if self._plain.fullmatch(layer):
-            return f"not quantized in {self.name}: stock ComfyUI would run raw codes"
-        if self._identifying.fullmatch(layer) and any(size % BLOCK for size in shape):
-            return (
-                f"its shape tells ComfyUI which {self.name} this is, and {list(shape)} would be "
-                f"padded to multiples of {BLOCK}"
+            return say(
+                "not quantized in [model]: stock ComfyUI would run raw codes", model=self.name
             )
+        if self._identifying.fullmatch(layer) and any(size % BLOCK for size in shape):
+            return say(
+                "its shape tells ComfyUI which [model] this is, and [shape] would be padded to "
+                "multiples of [count]",
+                model=self.name, shape=str(list(shape)), count=BLOCK,
+            )  # fmt: skip
         return None
 
     def in_blocks(self, layer: str) -> bool:

@@ -46,6 +46,7 @@ from ..reports.conversion import (
     SqnrAccumulator,
     total_sqnr,
 )
+from ..reports.verdict import say
 from ..sources.file import Source, as_bytes
 from ..sources.open import open_source
 from ..sources.unsupported import SCALED_FP8, Quantized, check_kind, quantized
@@ -165,7 +166,9 @@ def plan_source(
 
 def _copied(decision: Decision, layer: Quantized, source: Source) -> Decision:
     dtype, shape = source.tensors[decision.key]
-    reason = f"quantized already as {layer.format}" if decision.quantize else decision.reason
+    reason = decision.reason
+    if decision.quantize:
+        reason = str(say("quantized already as [format]", format=layer.format))
     return replace(decision, dtype=dtype, shape=tuple(shape), quantize=False, reason=reason)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..container.header import nbytes, quoted
 from ..format import FLOATS, WEIGHT, bare
+from ..reports.verdict import Part, say
 from . import architectures, text_encoders
 from .architectures import Architecture
 
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
-OUTSIDE = "outside of the blocks"  # how the reasons begin that only "auto" gives
-INCLUDED = "included by"  # begins the reason of a layer that `include` quantizes
+# How reasons begin that code tells apart:
+OUTSIDE = "outside of the blocks"  # that only "auto" gives
+INCLUDED = "included by"  # of a layer that `include` quantizes
 
 _TIMEOUT = 2.0  # seconds for an expression on all keys; a plain one takes milliseconds
 _BRACES = re.compile(r"\{([^{}]*)\}")  # around the count of a repetition
@@ -62,14 +64,14 @@ EMBEDDINGS = TABLES | VOCABULARIES | {
 # What stock never builds as quantized layers: it would run raw codes, or take the padded shape for
 # the true one. Patterns are searched for in the layer's name.
 _NEVER = {
-    r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\.": "part of the VAE",
-    r"(^|\.)(text_model|vision_model)\.encoder\.": "part of a CLIP encoder",
-    r"(^|\.)transformer\.resblocks\.": "part of a CLIP encoder",
-    r"(^|\.)(text|visual)_projection$": "a projection that is not a quantized layer",
-    r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features)$": "a bare parameter",
-    r"(^|\.)point_embeddings\.\d+$": "a bare parameter",
-    r"(^|\.)motion_encoder\.(enc\.fc|dec)\.": "a bare parameter",
-    r"(^|\.)x_embedder\.proj\.1$": "the layer whose width identifies the model",
+    r"(^|\.)(first_stage_model|vae|audio_vae|vocoder)\.": say("part of the VAE"),
+    r"(^|\.)(text_model|vision_model)\.encoder\.": say("part of a CLIP encoder"),
+    r"(^|\.)transformer\.resblocks\.": say("part of a CLIP encoder"),
+    r"(^|\.)(text|visual)_projection$": say("a projection that is not a quantized layer"),
+    r"(^|\.)((ff_i|moe)\.gate|mlp\.router|timestep_features)$": say("a bare parameter"),
+    r"(^|\.)point_embeddings\.\d+$": say("a bare parameter"),
+    r"(^|\.)motion_encoder\.(enc\.fc|dec)\.": say("a bare parameter"),
+    r"(^|\.)x_embedder\.proj\.1$": say("the layer whose width identifies the model"),
 }
 
 _LANGUAGE_LAYER = re.compile(
@@ -212,10 +214,11 @@ def plan(
     architecture, prefix = architectures.detect(tensors) or (None, "")
     warnings = []
     if architecture is None:
-        warnings.append(
+        warning = say(
             "the architecture is not recognized. Layers are chosen by their names and shapes "
             "alone; compare the result with the original"
         )
+        warnings.append(str(warning))
     preset = selection.preset
     if preset == AUTO:
         preset = (architecture and architecture.preset) or "default"
@@ -225,68 +228,74 @@ def plan(
     included = _matching("include", selection.include, tensors, warnings)
     excluded = _matching("exclude", selection.exclude, tensors, warnings)
 
-    def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, str]:
+    def decide(key: str, dtype: str, shape: tuple[int, ...]) -> tuple[bool, Part]:
         reason = _impossible(key, dtype, shape, is_linear, for_comfyui) or plain_encoder
         if reason is None and for_comfyui:
             reason = text_encoders.unsupported_reason(key.removesuffix(WEIGHT), shape, classes)
         if reason is None and for_comfyui and architecture is not None:
             reason = _unsupported(architecture, prefix, key, shape)
         if reason is None and key in excluded:
-            reason = f"excluded by {excluded[key]!r}"
+            reason = say("excluded by [expression]", expression=repr(excluded[key]))
         if reason is None and key in included:
-            return True, f"{INCLUDED} {included[key]!r}"
+            return True, say("included by [expression]", expression=repr(included[key]))
         reason = reason or kept(key)
         if reason is None and selection.preset == AUTO and architecture is not None:
             reason = _outside(architecture, prefix, key)
-        return (False, reason) if reason else (True, "linear layer")
+        return (False, reason) if reason else (True, say("linear layer"))
 
-    decisions = tuple(
-        Decision(key, dtype, tuple(shape), *decide(key, dtype, tuple(shape)))
-        for key, (dtype, shape) in tensors.items()
-    )
+    def decision(key: str, dtype: str, shape: tuple[int, ...]) -> Decision:
+        quantize, reason = decide(key, dtype, shape)
+        return Decision(key, dtype, shape, quantize, str(reason))
+
+    decisions = tuple(decision(key, dtype, tuple(shape)) for key, (dtype, shape) in tensors.items())
     for warning in warnings if log else ():
         logger.warning("MXFP8: %s.", warning)
     name = architecture and architecture.name
     return Plan(decisions, preset, name, selection, tuple(warnings))
 
 
-def _unsupported(architecture: Architecture, prefix: str, key: str, shape) -> str | None:
+def _unsupported(architecture: Architecture, prefix: str, key: str, shape) -> Part | None:
     """Why stock does not run a layer of a file of this architecture quantized, or None."""
     if key.startswith(prefix):
         layer = key.removeprefix(prefix).removesuffix(WEIGHT)
         return architecture.unsupported_reason(layer, shape)
     if architecture.blocks and not key.startswith(text_encoders.PREFIXES):
-        return f"not a part of {architecture.name}'s diffusion model that ComfyUI runs quantized"
+        return say(
+            "not a part of [model]'s diffusion model that ComfyUI runs quantized",
+            model=architecture.name,
+        )
     return None
 
 
-def _outside(architecture: Architecture, prefix: str, key: str) -> str | None:
+def _outside(architecture: Architecture, prefix: str, key: str) -> Part | None:
     """Why "auto" keeps a layer that is outside of the architecture's blocks; else None."""
     if not key.startswith(prefix) or key.startswith(text_encoders.PREFIXES):
         return None
     if architecture.in_blocks(key.removeprefix(prefix)):
         return None
-    return f"{OUTSIDE} of {architecture.name}: embedders and final layers stay"
+    return say(
+        "outside of the blocks of [model]: embedders and final layers stay", model=architecture.name
+    )
 
 
-def _impossible(key, dtype, shape, is_linear, for_comfyui: bool) -> str | None:
+def _impossible(key, dtype, shape, is_linear, for_comfyui: bool) -> Part | None:
     """Why this tensor cannot be MXFP8, or None if it can."""
     if not key.endswith(WEIGHT):
-        return "not a layer's weight"
+        return say("not a layer's weight")
     if len(shape) != 2:
-        return f"{len(shape)}-D; MXFP8 is for matrices"
+        return say("[count]-D; MXFP8 is for matrices", count=len(shape))
     if dtype not in FLOATS:
-        return f"{dtype}; only BF16, FP16 and FP32 weights are quantized"
+        return say("[dtype]; only BF16, FP16 and FP32 weights are quantized", dtype=dtype)
     if 0 in shape:
-        return "empty"
+        return say("empty")
     layer = key.removesuffix(WEIGHT)
     for pattern, what in _NEVER.items():
         if for_comfyui and re.search(pattern, layer):
-            return f"{what}: stock ComfyUI cannot run it quantized"
+            return say("[what]: stock ComfyUI cannot run it quantized", what=what)
     if is_linear is not None and not is_linear(layer):
-        return "not a linear layer"
+        return say("not a linear layer")
     if is_linear is None and layer.rsplit(".", 1)[-1] in EMBEDDINGS:
-        return "embedding: stock ComfyUI would look up raw codes"
+        return say("embedding: stock ComfyUI would look up raw codes")
     return None
 
 
@@ -335,7 +344,10 @@ def _search(option: str, expression: str, keys: Iterable[str], warnings: list[st
                 "a repetition inside a repetition"
             ) from None
     if not matched:
-        warnings.append(f"{option} {quoted(expression)} matches no key")
+        warning = say(
+            "[option] [expression] matches no key", option=option, expression=quoted(expression)
+        )
+        warnings.append(str(warning))
     return matched
 
 
@@ -347,34 +359,35 @@ def _repeats(expression: str) -> float:
     return math.prod(int(n) if len(n) < 6 else math.inf for n in counts)
 
 
-def _kept_by(preset: str, keys: Iterable[str]) -> Callable[[str], str | None]:
+def _kept_by(preset: str, keys: Iterable[str]) -> Callable[[str], Part | None]:
     """A function: why a preset, and what it builds on, keep a key; None if they do not."""
     rules = list(_keep_rules(preset, keys))
 
-    def kept(key: str) -> str | None:
+    def kept(key: str) -> Part | None:
         # Under whatever prefix there is, and under what presets have in mind (Anima's is "net.").
         names = (key, f".{bare(key)}", f"net.{bare(key)}")
-        for label, parts, patterns in rules:
+        for who, parts, patterns in rules:
             part = next((p for p in parts if any(p in name for name in names)), None)
             if part is not None:
-                return f"{label} keeps {part!r}"
+                return say("[who] keeps [layers]", who=who, layers=repr(part))
             if any(re.search(pattern, key) for pattern in patterns):
-                return f"{label} keeps {key.removesuffix(WEIGHT)!r}"
+                return say("[who] keeps [layers]", who=who, layers=repr(key.removesuffix(WEIGHT)))
         return None
 
     return kept
 
 
-def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(label, parts of keys, patterns) that are kept, for a preset and what it builds on."""
+def _keep_rules(name: str, keys: Iterable[str]) -> Iterator[tuple[Part, list[str], list[str]]]:
+    """(who keeps, parts of keys, patterns), for a preset and what it builds on."""
     if name == NONE:
         return
     table = _table()
-    yield "the default selection", table["default_keep"], []
+    yield say("the default selection"), table["default_keep"], []
     while name not in ("default", None):
         preset = table["presets"][name]
         last = _final_language_layers(keys) if preset.get("keep_final_language_layer") else []
-        yield f"preset {name}", preset["keep"] + last, preset.get("keep_matching", [])
+        who = say("preset [preset]", preset=name)
+        yield who, preset["keep"] + last, preset.get("keep_matching", [])
         name = preset.get("extends")
 
 

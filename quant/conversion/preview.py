@@ -17,6 +17,7 @@ from ..container.header import plain
 from ..format import WEIGHT
 from ..progress import duration
 from ..reports.conversion import format_count, format_size, listed
+from ..reports.verdict import Part, say
 from .policy import Decision, Plan
 from .stored import stored_bytes
 
@@ -24,7 +25,7 @@ _SAMPLE = 1 << 21  # values that are quantized for the speed
 _RUNS = 4
 _MOST_REASONS = 6
 _NAMED = 2  # layers named for a reason
-MEMORY = "0.5 GB of memory"  # besides torch, as `convert` says where it runs out
+MEMORY = say("[size] of memory", size="0.5 GB")  # besides torch, as `convert` says if it runs out
 
 
 def summary(plan: Plan, speed: float | None = None, target: str = "") -> str:
@@ -36,29 +37,34 @@ def summary(plan: Plan, speed: float | None = None, target: str = "") -> str:
     """
     before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
     sizes = f"{format_size(before)} -> {format_size(after)}{f', {target}' if target else ''}"
-    what = f"{plan.architecture or 'architecture not recognized'}, preset {plan.preset}"
+    architecture = plan.architecture or say("architecture not recognized")
+    what = [say("[architecture], preset [preset]", architecture=architecture, preset=plan.preset)]
     count, *reasons = _layers(plan)
-    basis = []
+    counts, basis = [count], []
     if speed is not None and plan.quantized:
         seconds = sum(d.nbytes for d in plan.quantized) / speed
-        count += f"; at least {duration(seconds)} here"
-        what += f"; {MEMORY}"
+        counts.append(say("at least [time] here", time=duration(seconds)))
+        what.append(MEMORY)
         basis = [
-            f"(time: quantizing at {format_size(speed)}/s, as a sample did, without reading and "
-            "writing; memory: besides torch)"
+            say(
+                "(time: quantizing at [speed]/s, as a sample did, without reading and writing; "
+                "memory: besides torch)",
+                speed=format_size(speed),
+            )
         ]
-    warnings = listed("WARNING", plan.warnings)
-    return "\n".join([sizes, count, what, *reasons, *basis, *warnings])
+    lines = [sizes, "; ".join(map(str, counts)), "; ".join(map(str, what)), *reasons, *basis]
+    return "\n".join([*map(str, lines), *listed("WARNING", plan.warnings)])
 
 
-def _layers(plan: Plan) -> Iterator[str]:
+def _layers(plan: Plan) -> Iterator[Part | str]:
     """How many layers become MXFP8, and why the others do not, the most frequent reason first."""
     kept: dict[str, list[Decision]] = {}
     for decision in plan.decisions:
         if not decision.quantize and decision.key.endswith(WEIGHT) and len(decision.shape) == 2:
             kept.setdefault(decision.reason, []).append(decision)
+    layers = format_count(len(plan.quantized), "layer")
     others = sum(map(len, kept.values()))
-    yield f"{format_count(len(plan.quantized), 'layer')} MXFP8, {others} not quantized"
+    yield say("[layers] MXFP8, [others] not quantized", layers=layers, others=others)
     reasons = sorted(kept.items(), key=lambda item: -len(item[1]))
     for reason, decisions in reasons[:_MOST_REASONS]:
         names = ", ".join(plain(decision.layer) for decision in decisions[:_NAMED])
@@ -66,7 +72,8 @@ def _layers(plan: Plan) -> Iterator[str]:
         yield f"  {len(decisions)}: {reason} ({names}{more})"
     rest = sum(len(decisions) for _, decisions in reasons[_MOST_REASONS:])
     if rest:
-        yield f"  {rest} for {len(reasons) - _MOST_REASONS} other reasons"
+        more = len(reasons) - _MOST_REASONS
+        yield say("  [layers] for [count] other reasons", layers=rest, count=more)
 
 
 @cache

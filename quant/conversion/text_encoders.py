@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 
+from ..reports.verdict import Part, say
+
 _VOCABULARY = "model.embed_tokens.weight"
 # Where checkpoints of Stable Diffusion have their text encoders, which all are CLIP's.
 _CLIP = ("cond_stage_model.", "conditioner.embedders.")
@@ -29,7 +31,7 @@ def _table() -> dict:
 
 def unsupported_reason(
     layer: str, shape: tuple[int, ...], classes: Collection[str] = ()
-) -> str | None:
+) -> Part | None:
     """Why stock ComfyUI cannot run a layer of a text encoder quantized; None if it can.
 
     Args:
@@ -44,10 +46,12 @@ def unsupported_reason(
         if classes:
             runs = [name for name in runs if name in classes]
         if not runs:
-            return f"stock ComfyUI runs {place[:-1]} of this checkpoint unquantized"
+            return say(
+                "stock ComfyUI runs [encoder] of this checkpoint unquantized", encoder=place[:-1]
+            )
         layer = layer.removeprefix(place).removeprefix("transformer.")
     elif layer.startswith(_CLIP):
-        return "stock ComfyUI runs this checkpoint's text encoder unquantized"
+        return say("stock ComfyUI runs this checkpoint's text encoder unquantized")
     name = _NUMBER.sub("#", layer)
     known = table["layers"].get(name)
     while known is None and "#" in name and "." in name:  # under any prefix
@@ -56,10 +60,13 @@ def unsupported_reason(
     if known is None or list(shape) in known["quantized"]:
         return None
     encoders = ", ".join(known["encoders"][:3]) + ", ..." * (len(known["encoders"]) > 3)
-    return f"stock ComfyUI runs this layer of a text encoder ({encoders}) unquantized"
+    return say(
+        "stock ComfyUI runs this layer of a text encoder ([encoders]) unquantized",
+        encoders=encoders,
+    )
 
 
-def plain_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+def plain_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Part | None:
     """Why stock ComfyUI runs no layer of a text encoder's file quantized; None if it may.
 
     Such an encoder has the layers of one that runs quantized, and another vocabulary.
@@ -70,5 +77,7 @@ def plain_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | N
     _, shape = tensors.get(_VOCABULARY, (None, ()))
     for encoder, vocabulary in _table()["vocabularies"].items():
         if list(shape) == vocabulary:
-            return f"stock ComfyUI runs this text encoder ({encoder}) unquantized"
+            return say(
+                "stock ComfyUI runs this text encoder ([encoder]) unquantized", encoder=encoder
+            )
     return None

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from . import document
 from .units import format_count, format_size
+from .verdict import say
 
 KEY = "mxfp8_budget"
 _ADD_UP = 0.8, 1.25  # measured over predicted energy of all layers, within which damages add up
@@ -78,10 +79,12 @@ class Chosen:
 
     def summary(self) -> str:
         """In a line."""
-        return (
-            f"target {self.target}: {format_count(len(self.layers), 'layer')} kept, "
-            f"{format_size(self.point.bytes)}, predicted {snr(self.point)}"
-        )
+        line = say(
+            "target [target]: [layers] kept, [size], predicted [snr]",
+            target=self.target, layers=format_count(len(self.layers), "layer"),
+            size=format_size(self.point.bytes), snr=snr(self.point),
+        )  # fmt: skip
+        return str(line)
 
 
 @dataclass(frozen=True)

@@ -164,27 +164,38 @@ class Report:
 
     def summary(self) -> str:
         """A few lines for a terminal or a node."""
-        kept = len(self.layers) - len(self.quantized)
         lines = [
             self.verdict.line(),
-            f"{self.source} -> {self.target}, "
-            f"{100 * self.bytes_after / max(self.bytes_before, 1):.1f}% of the size, in "
-            f"{format_seconds(self.seconds)}",
-            f"{format_count(len(self.quantized), 'layer')} MXFP8, {kept} not quantized "
-            f"(preset {self.preset}, {self.architecture or 'architecture not recognized'})",
+            say(
+                "[source] -> [target], [percent]% of the size, in [time]",
+                source=self.source,
+                target=self.target,
+                percent=f"{100 * self.bytes_after / max(self.bytes_before, 1):.1f}",
+                time=format_seconds(self.seconds),
+            ),
+            say(
+                "[layers] MXFP8, [others] not quantized (preset [preset], [architecture])",
+                layers=format_count(len(self.quantized), "layer"),
+                others=len(self.layers) - len(self.quantized),
+                preset=self.preset,
+                architecture=self.architecture or say("architecture not recognized"),
+            ),
             *(f"WARNING: {warning}" for warning in self.warnings),
         ]
         if self.chosen is not None:
             lines.append(self.chosen.summary())
         if self.sqnr_db is not None and self.worst is not None:
-            lines.append(
-                f"SQNR {self.sqnr_db:.2f} dB; worst layer {plain(self.worst.name)}: "
-                f"{self.worst.sqnr_db:.2f} dB"
+            line = say(
+                "SQNR [sqnr] dB; worst layer [layer]: [worst] dB",
+                sqnr=f"{self.sqnr_db:.2f}",
+                layer=plain(self.worst.name),
+                worst=f"{self.worst.sqnr_db:.2f}",
             )
+            lines.append(line)
         lines += self.output_errors()
         if self.calibration is not None:
             lines.append(self.calibrated_on)
-        return "\n".join(lines)
+        return "\n".join(map(str, lines))
 
     def output_errors(self) -> list[str]:
         """A line on the output errors of calibrated layers, if there are any."""
@@ -192,15 +203,23 @@ class Report:
         measured = [x for x in self.layers if x.output_error is not None]
         count = about.get("rounded_layers")
         if type(count) is not int or count <= len(measured):  # older reports do not count them
-            start = f"{format_count(len(measured), 'layer')} calibrated"
+            start = say("[layers] calibrated", layers=format_count(len(measured), "layer"))
         else:
-            start = f"output error measured on {len(measured)} of {count} calibrated layers"
+            start = say(
+                "output error measured on [measured] of [count] calibrated layers",
+                measured=len(measured),
+                count=count,
+            )
         if self._output_ratio is None:
-            return [start] if type(count) is int and count > len(measured) else []
-        return [
-            f"{start}: layer output error {self._output_ratio:.2f}x of nearest rounding on average,"
-            f" {self._measured_on} (weight SQNR is lower in exchange)"
-        ]
+            return [str(start)] if type(count) is int and count > len(measured) else []
+        line = say(
+            "[layers]: layer output error [ratio]x of nearest rounding on average, [data] "
+            "(weight SQNR is lower in exchange)",
+            layers=start,
+            ratio=f"{self._output_ratio:.2f}",
+            data=self._measured_on,
+        )
+        return [str(line)]
 
     @property
     def calibrated_on(self) -> str | None:
@@ -218,9 +237,9 @@ class Report:
         return fmean(ratios) if ratios else None
 
     @property
-    def _measured_on(self) -> str:
+    def _measured_on(self) -> Part:
         held_out = "held_out" in (self.calibration or {})
-        return "on held-out data" if held_out else "in-sample"
+        return say("on held-out data") if held_out else say("in-sample")
 
     def _calibrated(self, ratio: str) -> Part:
         if "held_out" in (self.calibration or {}):
@@ -231,13 +250,18 @@ class Report:
 
 
 def _calibrated_on(about: dict) -> str:
-    least = f"at least {about.get('least_rows')} rows per layer"
+    least = say("at least [rows] rows per layer", rows=about.get("least_rows"))
     seeds, steps, first = (about.get(key) for key in ("seeds", "steps", "first_seed"))
     if not all(type(number) is int for number in (seeds, steps, first)):
-        return f"calibrated on {least}"  # made from Python, or before calibrations said more
-    last = (first + seeds - 1) % 2**64
-    run = f"seeds {first} to {last}" if seeds > 1 else f"seed {first}"
-    return f"calibrated on {run}, {steps} steps each, {least}"
+        # Made from Python, or before calibrations said more.
+        return str(say("calibrated on [rows]", rows=least))
+    run = say("seed [number]", number=first)
+    if seeds > 1:
+        run = say("seeds [first] to [last]", first=first, last=(first + seeds - 1) % 2**64)
+    line = say(
+        "calibrated on [seeds], [steps] steps each, [rows]", seeds=run, steps=steps, rows=least
+    )
+    return str(line)
 
 
 def listed(label: str, sentences: Sequence[str]) -> list[str]:

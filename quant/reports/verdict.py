@@ -5,6 +5,7 @@ verdict, so that no reader of it has thresholds of its own; docs/how-it-works.md
 
 A text is made of `Part`s, which the browser has in its own languages: it finds a translation by the
 text with its names in brackets, and fills these in. Command, log and older pages show the English.
+Reasons and plans, which are stored as text, are made of them too.
 
 A word stands for how much of the energy differs, in steps of ten. What can be seen of that depends
 on the picture, and one number for "visible" would be made up.
@@ -23,7 +24,7 @@ _MOST_NAMED = 3  # layers in a line; JSON has all
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a verdict's text.
+    """A text with its values apart, as of a part of a verdict.
 
     Attributes:
         text: with names in brackets: "[count] seeds".
@@ -38,7 +39,11 @@ class Part:
 
 
 def say(text: str, **values: str | int | Part) -> Part:
-    """A part of a verdict's text. `make locales` finds the texts by these calls."""
+    """A text that is known in other languages. `make locales` finds the texts by these calls.
+
+    Where the page gets it as a `str`, it is recognized by the words around its values
+    (`web/language.mjs`).
+    """
     return Part(text, values)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from browser import ComfyPage
 
@@ -65,7 +67,10 @@ def test_a_choice_shows_what_will_come_of_it_and_leaves_no_trace(shown):
     assert "13 layers MXFP8, 6 not quantized" in text
     assert "embedders and final layers stay (final_layer" in text
     seen = shown.page.evaluate(f"(id) => {VIEW}.part('.verdict').textContent", node)
-    assert seen.splitlines() == text.replace("->", "\u2192").splitlines()[:3]
+    lines = text.replace("->", "\u2192").splitlines()
+    assert seen.splitlines() == lines[:3]
+    rest = shown.page.evaluate(f"(id) => {VIEW}.part('.summary').textContent", node)
+    assert rest.splitlines() == lines[3:]
     choose(shown, node, "target", "other")
     plan(shown, node, "other.safetensors\n")
     assert comfy.get("/history") == before
@@ -132,3 +137,32 @@ def test_plans_can_be_switched_off(shown):
     choose(shown, other, "preset", "none")
     plan(shown, other, "layers MXFP8")
     assert shown.page.evaluate(TEXT, quiet) == ""
+
+
+def test_plans_reasons_and_summaries_are_in_the_language_of_the_page(comfy, browser):
+    english = re.compile("excluded|layers|quantized|preset|memory|at least|blocks of|worst|size")
+    shown = ComfyPage(browser, comfy, nodes2=False, language="zh")
+    shown.clear()
+    target = "in-chinese.safetensors"
+    source = "diffusion_models/flux.safetensors"
+    node = shown.add("MXFP8ConvertFile", (100, 100), source=source, target=target)
+    choose(shown, node, "exclude", "single|absent")
+    text = plan(shown, node, "single")
+    assert len(text.splitlines()) > 4 and not english.search(text), text
+    shown.queue()
+    (comfy.base / "models" / "diffusion_models" / target).unlink()
+    shown.page.wait_for_function(f"(id) => {VIEW}.json", arg=node)
+    details, summary = shown.page.evaluate(
+        f"""(id) => {{
+            const view = {VIEW};
+            view.part("[name=open]").click();
+            view._choose(view._drawn.findIndex(({{ name }}) => name.startsWith("single")));
+            return [view.part(".details").textContent, view.part(".summary").textContent];
+        }}""",
+        node,
+    )
+    assert "exclude \u7684 'single|absent'" in details
+    for text in (details, summary):
+        assert not english.search(text), text
+    assert not shown.complaints
+    shown.close()

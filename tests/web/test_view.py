@@ -8,11 +8,14 @@ from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
+import translations
 
 from mxfp8.quant.format import PREFIXES
 from mxfp8.quant.reports.conversion import MIN_SQNR, Block, LayerReport, Report
 
 pytestmark = pytest.mark.comfy
+
+NAMES = re.compile(r"\[(\w+)\]")  # of the values in a text
 
 LAYERS = (
     LayerReport("a.1", "mxfp8", "quantized", "BF16", (64, 32), 4096, 2200, 31.0,
@@ -355,6 +358,29 @@ def test_nothing_changes_the_height_but_opening(view):
     (new, working, shown, opened, chosen, closed), tops = heights
     assert new == working == shown == closed < opened == chosen
     assert tops == 1  # whichever bar is under the pointer
+
+
+def test_lines_of_the_server_are_recognized_by_their_words(view):
+    """Every text that has any, with values in it; also in a part of a line, or several lines."""
+    texts = [x for x in translations.view_texts().values() if re.search(r"\w\w", NAMES.sub("", x))]
+    lines = [NAMES.sub(lambda name: {"count": "7"}.get(name[1], f"<{name[1]}>"), x) for x in texts]
+    lines += ["nobody's, <size>; linear layer; <size> of memory", "linear layer\nlinear layer"]
+    made = view(
+        """async ([texts, lines]) => {
+            const language = await import("/extensions/ComfyUI-MXFP8/language.mjs");
+            const table = Object.fromEntries(texts.map((text) => [text, text.toUpperCase()
+                .replace(/\\[\\w+\\]/g, (name) => name.toLowerCase())]));
+            language.translateWith(() => table);
+            const made = lines.map(language.translated);
+            language.translateWith(() => undefined);
+            return [made, lines.map(language.translated)];
+        }""",
+        [texts, lines],
+    )
+    values = re.compile(r"<\w+>")
+    upper = [values.sub(lambda value: value[0].lower(), line.upper()) for line in lines]
+    upper[-2] = "nobody's, <size>; LINEAR LAYER; <size> OF MEMORY"
+    assert made == [upper, lines]
 
 
 PIXEL = (
