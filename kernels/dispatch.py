@@ -56,7 +56,7 @@ class ExecutionPath:
 
     Attributes:
         backend: its name; precision: that it runs at, "exact" or "fast".
-        weight_form, input_form: as of `records`.
+        weight_form, input_form: as in `records`.
         preparer, quantizer: names of the steps, None where there is nothing to do.
         unsupported: (backend, reason) of those that would have come first, one entry for each.
     """
@@ -332,7 +332,7 @@ def try_shape(
     are held to, what is named, and what there is no memory for.
 
     Args:
-        as of `execution_path`; bias: whether they have one, of `dtype`.
+        as for `execution_path`; bias: whether they have one, of `dtype`.
     """
     if 0 in shape or _forced:
         return

@@ -108,7 +108,7 @@ class Backend:
         m_classes: that it is for, if the weight is at hand as stored. A form that was prepared is
             multiplied whatever M is.
         automatic: whether it may be chosen without being named.
-        test: as of `Step`.
+        test: as in `Step`.
     """
 
     name: str

@@ -64,7 +64,7 @@ def run(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong, an exception included, or None.
 
     Raises:
-        as of `verdict`.
+        as `verdict`.
     """
     try:
         # Whoever asks first may have a default device, or trace with tensors without values.

@@ -59,7 +59,7 @@ class Pace:
         return self._clock() - self._start
 
     def __call__(self, done: int, total: int, key: str) -> str | None:
-        """A line or two, or None if the last text is recent; arguments as of `Progress`.
+        """A line or two, or None if the last text is recent; arguments as for `Progress`.
 
         That verifying began is told at once: it may be over before another text is due.
         """

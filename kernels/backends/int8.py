@@ -273,7 +273,7 @@ def matmul_one_row(quantized, prepared, bias, dtype: torch.dtype, N: int) -> tor
     The rotated row and the sum are rounded to bfloat16.
 
     Args:
-        quantized: (x,), [1, K] bfloat16; prepared, bias: as of `matmul`.
+        quantized: (x,), [1, K] bfloat16; prepared, bias: as for `matmul`.
 
     Returns:
         [1, N] bfloat16.

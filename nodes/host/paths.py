@@ -169,7 +169,7 @@ def find_jobs(lines: str, suffix: str) -> list[Job]:
 
     Args:
         lines: names as in the list, folders, and patterns, in which "*" stands for subfolders too.
-        suffix: as of `target_beside`.
+        suffix: as for `target_beside`.
 
     Raises:
         ValueError: there is no line, or nothing in the list fits one.

@@ -43,7 +43,7 @@ def reach(
     """The plan that reaches what was asked for; the plan itself if that is empty.
 
     Args:
-        source: whose plan it is; is_linear: as of `plan_source`.
+        source: whose plan it is; is_linear: as for `plan_source`.
 
     Raises:
         ValueError: what was asked for is not understood or cannot be reached, or the calibration

@@ -74,7 +74,7 @@ def wanted_path(module, precision: str, device: torch.device, dtype: torch.dtype
     """The path of a layer with many rows whose weight may be prepared.
 
     Args:
-        as of `left_to_stock`.
+        as for `left_to_stock`.
     """
     if held_exact(module) is not None:
         precision = "exact"

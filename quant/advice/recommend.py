@@ -192,7 +192,7 @@ def recommend(path=None, device: torch.device | str | None = None) -> Recommenda
 
     Args:
         path: a model that is not quantized, as for `convert_file`, or an MXFP8 file; or None.
-        device: as of `convert_file`.
+        device: as for `convert_file`.
 
     Raises:
         FormatError: the file is damaged, or neither of the two.

@@ -79,7 +79,7 @@ class Repair:
         ])  # fmt: skip
 
     def to_json(self, warnings: Sequence[str] = ()) -> str:
-        """Versioned JSON; `warnings` as of `summary`."""
+        """Versioned JSON; `warnings` as for `summary`."""
         return document.write(KEY, {**asdict(self), "warnings": warnings})
 
 

@@ -67,7 +67,7 @@ class LayerScan:
     Attributes:
         nan_codes: NaN codes within the layer's shape; nan_scales: scale bytes 255.
         padding: non-zero bytes in the padding of codes and scales.
-        order: as of `scale_order`.
+        order: as `scale_order` returns it.
     """
 
     nan_codes: int = 0

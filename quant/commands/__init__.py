@@ -45,7 +45,7 @@ def command(
 
 
 def place(text: str) -> Path:
-    """An argument's path. Empty, as of a variable that is not set, it would be the folder here."""
+    """An argument's path. Empty, as an unset variable is, it would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)

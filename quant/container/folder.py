@@ -102,7 +102,7 @@ class FolderWriter:
     """Writes tensors to several files of a new folder, as `Writer` does to one, and other files.
 
     A context manager; the folder appears when it is left without an error. Arguments and errors as
-    of `new_folder` and `Writer`.
+    for `new_folder` and `Writer`.
 
     Args:
         models: the safetensors files; each tensor is in one of them.

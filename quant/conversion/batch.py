@@ -59,7 +59,7 @@ class Outcome:
         source, target: paths as in the job.
         state: "converted", "skipped", "failed", or, of a dry run, "planned"; reason: why, if it
             was skipped or failed.
-        bytes_before, bytes_after, seconds, sqnr_db: as of `reports.conversion.Report`, of a model
+        bytes_before, bytes_after, seconds, sqnr_db: as in `reports.conversion.Report`, of a model
             that was converted; the first two also of a planned one; None otherwise.
         warnings: what the user should know of how its layers were chosen.
     """
@@ -235,7 +235,7 @@ def convert_all(
         overwrite: whether a target that is another file may be replaced.
         progress: called with the bytes of the whole batch that are done; what it raises ends the
             batch.
-        device: as of `convert.convert_file`.
+        device: as for `convert.convert_file`.
         dry_run: whether to make all checks and write nothing.
         tell: called with every outcome as soon as it is there.
     """

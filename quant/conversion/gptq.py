@@ -156,7 +156,7 @@ def output_error(
     Args:
         weight: [N, K]; qdata, scale: what is stored of it, as `kernels.quantize` returns them.
         hessian: H, [K, K], of these inputs or of others than the weight was rounded for.
-        tick: as of `round_weight`.
+        tick: as for `round_weight`.
     """
     H = hessian.to(weight.device, torch.float32)
     weight = weight.float()

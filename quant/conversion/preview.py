@@ -33,7 +33,7 @@ def summary(plan: Plan, speed: float | None = None, target: str = "") -> str:
 
     Args:
         target: the name of the file that will be written, if there will be one.
-        speed: bytes of the source that are quantized in a second, as of `speed`.
+        speed: bytes of the source that are quantized in a second, from `speed`.
     """
     before, after = sum(d.nbytes for d in plan.decisions), stored_bytes(plan)
     sizes = f"{format_size(before)} -> {format_size(after)}{f', {target}' if target else ''}"

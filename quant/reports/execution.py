@@ -204,7 +204,7 @@ def limiting_reason(
     """Why nothing faster runs, in a few words, or None.
 
     Args:
-        device: its type; path: that of inputs with many rows; the others as of `layer_reason`.
+        device: its type; path: that of inputs with many rows; the others as for `layer_reason`.
     """
     if path.precision == "fast":
         return None

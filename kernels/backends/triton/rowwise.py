@@ -126,7 +126,7 @@ def to_rowwise_fnuz(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_rowwise(
     x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fp8_rowwise.quantize_rowwise` by Triton, for K up to `WIDEST`; as of `to_rowwise`."""
+    """`fp8_rowwise.quantize_rowwise` by Triton, for K up to `WIDEST`; codes are of `dtype`."""
     rows, cols = x.shape
     stored = layout.round_up(cols, BLOCK)
     if x.stride(1) != 1:
