@@ -268,7 +268,7 @@ def disassemble(cubin: bytes, ptx: str, kernel: str, config: str, shared: int) -
 
 
 def _inspect_amd(build: Build, compiled) -> Binary:
-    """The same from the assembly of AMD's compiler."""
+    """As `disassemble`, from the assembly of AMD's compiler."""
     text = compiled.asm["amdgcn"]
     instructions = Counter(_AMD_INSTRUCTION.findall(text))
     spills = sum(n for name, n in instructions.items() if name.startswith("scratch_"))

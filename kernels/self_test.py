@@ -109,7 +109,7 @@ def _wrong(out: torch.Tensor, expected: torch.Tensor, bound: float = _EXACT) -> 
 
 
 def quantizer(run: Callable, tiny: bool = True) -> Test:
-    """Of what quantizes to MXFP8.
+    """The test of a quantizer to MXFP8.
 
     Args:
         tiny: whether blocks below 2**-118, whose scale the specification leaves open, count.
@@ -126,7 +126,7 @@ def quantizer(run: Callable, tiny: bool = True) -> Test:
 
 
 def rowwise_quantizer(run: Callable, oracle: Callable) -> Test:
-    """Of what quantizes inputs to E4M3 with a scale per row, with the bits of the oracle."""
+    """The test of a quantizer of inputs to E4M3 with a scale per row: the bits of the oracle."""
 
     def test(device, dtype):
         x = _all_sizes(N, 0, dtype)
@@ -137,7 +137,7 @@ def rowwise_quantizer(run: Callable, oracle: Callable) -> Test:
 
 
 def dequantizer(run: Callable) -> Test:
-    """Of what unpacks MXFP8; `dtype` is that of the codes, and all results are tried."""
+    """The test of what unpacks MXFP8, to every dtype; its `dtype` is that of the codes."""
 
     def test(device, dtype):
         stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16, 192))
@@ -152,7 +152,7 @@ def dequantizer(run: Callable) -> Test:
 
 
 def _tied_codes_differ(tensors, expected) -> bool:
-    """The same of rotated INT8: sums in an order of its own move codes at ties."""
+    """As `_differ`, for rotated INT8: sums in another order move codes at ties."""
     (codes, scale), (wanted, wanted_scale) = [part.cpu() for part in tensors], expected
     off = (codes.int() - wanted.int()).abs()
     right = torch.allclose(scale, wanted_scale, rtol=1e-5, atol=0)
@@ -160,7 +160,7 @@ def _tied_codes_differ(tensors, expected) -> bool:
 
 
 def int8_quantizer(run: Callable) -> Test:
-    """Of what rotates inputs and quantizes them to INT8 with a scale per row."""
+    """The test of what rotates inputs and quantizes them to INT8 with a scale per row."""
 
     def test(device, dtype):
         x = _all_sizes(N, 0, dtype)
@@ -171,7 +171,7 @@ def int8_quantizer(run: Callable) -> Test:
 
 
 def preparer(run: Callable, oracle: Callable) -> Test:
-    """Of what prepares weights in a form, with the bits of the oracle."""
+    """The test of what prepares weights in a form: the bits of the oracle."""
 
     def test(device, dtype):
         stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16))
@@ -182,7 +182,7 @@ def preparer(run: Callable, oracle: Callable) -> Test:
 
 
 def int8_preparer(run: Callable) -> Test:
-    """Of what rewrites weights as rotated INT8."""
+    """The test of what rewrites weights as rotated INT8."""
 
     def test(device, dtype):
         stored = reference.quantize(_all_sizes(N, 0, torch.bfloat16))
@@ -194,7 +194,7 @@ def int8_preparer(run: Callable) -> Test:
 
 
 def exact(matmul: Callable, rows: tuple[int, ...]) -> Test:
-    """Of an exact matmul, with these numbers of rows."""
+    """The test of an exact matmul, with these numbers of rows."""
 
     def test(device, dtype):
         stored = reference.quantize(_normal(N, 0, 192))
@@ -225,7 +225,7 @@ _QUANTIZE = {
 
 
 def matmul(run: Callable, weight_form: str, input_form: str, takes_x: bool = False) -> Test:
-    """Of a fast matmul; the oracle makes its operands.
+    """The test of a fast matmul; the oracle makes its operands.
 
     Args:
         takes_x: whether it quantizes its input itself.
@@ -245,7 +245,7 @@ def matmul(run: Callable, weight_form: str, input_form: str, takes_x: bool = Fal
 
 
 def rotating(run: Callable) -> Test:
-    """Of a matmul that rotates one row of x, and multiplies it by rotated INT8 weights."""
+    """The test of a matmul that rotates one row of x and multiplies it by rotated INT8 weights."""
 
     def test(device, dtype):
         prepared = reference.to_rotated_int8(*reference.quantize(_normal(N, 1)))
@@ -281,7 +281,7 @@ def random_weight(N: int, K: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Of its own: a seed that somebody set for noise goes on."""
+    """A generator of its own, so that noise goes on from the seed that somebody set."""
     return torch.Generator(device).manual_seed(0)
 
 

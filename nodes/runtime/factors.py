@@ -23,7 +23,7 @@ LARGER_LOHA, LARGER_LOKR = 4, 2
 
 @dataclass
 class Factors:
-    """Of one adapter: one of these forms, before strength and alpha."""
+    """What one adapter adds, in one of these forms, before strength and alpha."""
 
     up: Tensor | None = None
     down: Tensor | None = None
@@ -146,7 +146,7 @@ def _lokr(parts, n: int, k: int, _) -> Factors:
 
 
 def _glora(parts, n: int, k: int, weight: Callable[[], Tensor]) -> Factors:
-    """Of either layout; which one it is, stock tells in this way."""
+    """Of either layout, which are told apart as stock does."""
     a1, a2, b1, b2, alpha, _ = parts
     old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
     rank = a1.shape[0] if old else None

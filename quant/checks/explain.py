@@ -276,7 +276,11 @@ def of_gguf_as_mxfp8(header: gguf.GgufHeader) -> AsMXFP8:
 
 
 def _from_original(size: int | None, known: bool = True) -> AsMXFP8:
-    """Of a file whose formats are all known to round weights, or not."""
+    """What a quantized file would be.
+
+    Args:
+        known: whether all its formats are known to round weights.
+    """
     would = f"about {format_size(size)}, " if size else ""
     rounds = "; this file's weights are rounded already, and would be a second time"
     return AsMXFP8(size, f"{would}from its BF16, FP16 or FP32 original{rounds if known else ''}")

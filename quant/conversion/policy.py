@@ -134,7 +134,7 @@ class Decision:
 
     @property
     def nbytes(self) -> int:
-        """Of the source."""
+        """Bytes of the tensor in the source."""
         return nbytes(self.dtype, self.shape)
 
 

@@ -19,7 +19,7 @@ def decoding(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Ten
 
 
 def unpacking(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
-    """The same for any M."""
+    """As `decoding`, for any M."""
     (x,), (qdata, scale) = quantized, prepared
     weight = cast.dequantize(qdata, scale, dtype, N, x.shape[1])
     return torch.nn.functional.linear(x, weight, bias)

@@ -181,7 +181,7 @@ def matmul(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tenso
 
 
 def matmul_by_torch(quantized, prepared, bias, dtype: torch.dtype, N: int) -> torch.Tensor:
-    """The same by cuBLAS, whose sums take one more pass."""
+    """As `matmul`, by cuBLAS, whose sums take one more pass."""
     (a, a_scale), (b, b_scale) = quantized, prepared
     M = a.shape[0]
     out = torch.empty(M, N, dtype=dtype, device=a.device)

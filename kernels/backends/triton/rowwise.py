@@ -119,7 +119,7 @@ def to_rowwise(
 
 
 def to_rowwise_fnuz(qdata, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in E4M3fnuz."""
+    """As `to_rowwise`, in E4M3fnuz."""
     return to_rowwise(qdata, scale, FNUZ)
 
 
@@ -144,5 +144,5 @@ def quantize_rowwise(
 
 
 def quantize_rowwise_fnuz(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in E4M3fnuz."""
+    """As `quantize_rowwise`, in E4M3fnuz."""
     return quantize_rowwise(x, FNUZ)
