@@ -191,11 +191,13 @@ def _as_in_files(clip, report: Report) -> tuple[LayerReport, ...]:
 
 
 def builder(model: torch.nn.Module) -> Callable[..., torch.nn.Module]:
-    """What builds a text encoder like this one."""
+    """What builds a text encoder like this one, and does not hold it."""
+    kind = type(model)
+    connectors = getattr(model, "compat_mode", False)  # LTX-2's, of its checkpoint
 
     def build(**options) -> torch.nn.Module:
-        built = type(model)(**options)
-        if getattr(model, "compat_mode", False):  # LTX-2's, with the connectors of its checkpoint
+        built = kind(**options)
+        if connectors:
             built.enable_compat_mode()
         return built
 

@@ -37,6 +37,10 @@ def test_what_is_not_quantized_is_saved_as_it_was(alone):
     assert alone["bytes unchanged"]
 
 
+def test_the_original_is_not_held_by_what_is_made_of_it(alone):
+    assert alone["original freed"]
+
+
 def test_a_lora_is_baked_in_before_rounding(alone):
     assert alone["LoRA baked"]
 

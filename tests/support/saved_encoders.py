@@ -7,9 +7,11 @@ Prints a JSON object; see `tests/in_comfyui/test_saved_encoders.py` for what eac
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,16 @@ def with_lora(clip, strength: float):
     return clip, weight.float() + strength * (up @ down)
 
 
+def freed() -> bool:
+    """Whether a text encoder is freed while its quantized version is there."""
+    plain = load("qwen")
+    model = weakref.ref(plain.cond_stage_model)
+    quantized, _ = quantize_clip(plain, DEFAULT, quiet)
+    del plain
+    gc.collect()
+    return model() is None and quantized is not None
+
+
 def alone() -> dict:
     """A text encoder quantized, saved, loaded again, cloned, and with a LoRA."""
     plain = load("qwen")
@@ -121,6 +133,7 @@ def alone() -> dict:
         ),
         "again": refusal(lambda: quantize_clip(quantized, DEFAULT)),
         "nothing": refusal(lambda: quantize_clip(plain, Selection(exclude="."))),
+        "original freed": freed(),
     }  # fmt: skip
 
 
