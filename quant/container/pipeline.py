@@ -129,7 +129,10 @@ class Pipeline:
         self._queue.popleft()
         self._in_flight -= task.job.size
         if task.error is not None:
-            raise task.error
+            try:
+                raise task.error
+            finally:
+                del task  # else the error holds itself: by its traceback, this frame and the task
         return task.job, task.result
 
     def _work(self) -> None:
@@ -176,5 +179,6 @@ class Pipeline:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._queue.clear()  # of errors' tracebacks, which hold this pipeline
         if interrupts:
             raise interrupts[0]

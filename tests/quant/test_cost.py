@@ -7,12 +7,14 @@ sparse: they are read as zeros, which take the same way as any values.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,6 +279,30 @@ def test_an_error_stops_a_pipeline_and_its_threads(where):
                 raise RuntimeError
     assert threading.active_count() == before
     assert len(started) < 30
+
+
+def test_errors_of_a_pipeline_are_freed_without_a_garbage_collection():
+    """Their tracebacks hold jobs, slabs of a model, and what the jobs are from: the model."""
+    failed = weakref.WeakSet()
+
+    class FailedError(RuntimeError):
+        def __init__(self):
+            failed.add(self)
+
+    def work(job):
+        time.sleep(0.01)  # so that several are running
+        raise FailedError
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Pipeline(work, 4, 10) as pipeline:
+            list(pipeline.run([Sized(1) for _ in range(8)]))
+    except FailedError:
+        del pipeline
+    left = len(failed)
+    gc.enable()
+    assert left == 0
 
 
 def test_a_thread_that_cannot_begin_is_an_error_not_a_wait():
