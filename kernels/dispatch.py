@@ -375,8 +375,9 @@ def _refuse(backend: str, device, dtype, shape, reason: str) -> None:
         "MXFP8: %s is not used for layers of %d x %d on %s: %s.", backend, *shape, device, reason
     )
     _refused[backend, device, dtype, shape] = reason
-    for known in [known for known in list(_paths) if shape in known]:
-        _paths.pop(known, None)  # another thread may refuse it too
+    for key in list(_paths):
+        if shape in key:
+            _paths.pop(key, None)  # another thread may refuse it too
 
 
 def _try(path: ExecutionPath, stored, shape, bias: bool, rows: int, device, dtype) -> str | None:
@@ -425,9 +426,8 @@ def describe_paths(device: torch.device | str | None = None) -> list[str]:
             for rows in (1, None)
         )
         small, large = (f"{path.backend} ({path.precision})" for path in (small, large))
-        if small != large:
-            large = f"up to {FEW_ROWS} rows: {small}, more rows: {large}"
-        lines.append(f"{precision}: {large}")
+        both = f"up to {FEW_ROWS} rows: {small}, more rows: {large}"
+        lines.append(f"{precision}: {large if small == large else both}")
     return lines
 
 

@@ -308,4 +308,4 @@ class MXFP8LoadCalibration(io.ComfyNode):
         path = paths.calibration_path(calibration_name)
         loaded = calibration.load(path, Progress(cls))
         text = format_count(len(loaded.layers), "layer")
-        return output(cls, text + ", with sensitivity" * bool(loaded.sensitivity), loaded)
+        return output(cls, f"{text}, with sensitivity" if loaded.sensitivity else text, loaded)

@@ -9,7 +9,7 @@ no speed in it, because none was measured on a GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -370,7 +370,7 @@ def _choice(
         if factor and room >= memory.LEAST:
             largest = memory.largest(estimate, factor, room)
         room -= memory.LEAST
-    return Choice(**{**vars(choice), "bytes": size, "room": room, "largest": largest})
+    return replace(choice, bytes=size, room=room, largest=largest)
 
 
 def _native(

@@ -109,7 +109,10 @@ def of_layers(
     rows, lost, unknown, warnings = Counter(), Counter(), Counter(), []
     for conf in markers.values():
         row = formats.marked(conf)
-        (rows if row else unknown)[row.name if row else conf["format"]] += 1
+        if row is None:
+            unknown[conf["format"]] += 1
+        else:
+            rows[row.name] += 1
     found = [(layer.layer, formats.named(layer.format)) for layer in unmarked]
     older = any(row.whole for _, row in found)
     named = {*markers}

@@ -391,7 +391,9 @@ def _configured(folder: Path, known: Iterable[FormatFacts]) -> list[FormatFacts]
 def _inspect_gguf(path: Path, progress: Progress | None) -> Inspection:
     header = gguf.read_header(path, progress)
     detected = architectures.detect(tensor.name for tensor in header.tensors)
-    name = header.about.get("architecture")
+    architecture = detected[0].name if detected else None
+    if detected is None and isinstance(name := header.about.get("architecture"), str):
+        architecture = plain(name)
     problems = []
     if header.needed > header.file_size:
         percent = 100 * header.file_size // header.needed
@@ -407,11 +409,7 @@ def _inspect_gguf(path: Path, progress: Progress | None) -> Inspection:
         file=path.name,
         bytes=header.file_size,
         tensors=len(header.tensors),
-        architecture=detected[0].name
-        if detected
-        else plain(name)
-        if isinstance(name, str)
-        else None,
+        architecture=architecture,
         formats={f"GGUF {kind}": count for kind, count in quantized.items()},
         mxfp8_bytes=0,
         other_bytes=header.file_size,

@@ -59,7 +59,9 @@ def unsupported_reason(
         known = table["layers"].get(name)
     if known is None or list(shape) in known["quantized"]:
         return None
-    encoders = ", ".join(known["encoders"][:3]) + ", ..." * (len(known["encoders"]) > 3)
+    encoders = ", ".join(known["encoders"][:3])
+    if len(known["encoders"]) > 3:
+        encoders += ", ..."
     return say(
         "stock ComfyUI runs this layer of a text encoder ([encoders]) unquantized",
         encoders=encoders,

@@ -341,7 +341,7 @@ def fingerprint(rows: Iterable[tuple[str, bytes]]) -> str | None:
 def interval(mean: Mean, unit: str) -> str:
     """A mean with its interval, if it has one, in words."""
     digits = 2 if unit else 4
-    center = f"{mean.mean:.{digits}f}{' ' * bool(unit)}{unit}"
+    center = f"{mean.mean:.{digits}f} {unit}".rstrip()
     if mean.low is None or mean.high is None:
         return center if mean.count == 1 else f"{center} (mean, n = {mean.count})"
     low, high = (f"{value:.{digits}f}" for value in (mean.low, mean.high))

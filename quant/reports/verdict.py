@@ -49,7 +49,8 @@ def say(text: str, **values: str | int | Part) -> Part:
 
 @dataclass(frozen=True)
 class Verdict:
-    """
+    """What a report comes down to.
+
     Attributes:
         level: GOOD, NOTICE or BAD, which a page shows as a color; "" for none of them.
         text: one line.

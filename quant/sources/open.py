@@ -83,12 +83,12 @@ def find_model(path: Path) -> Path:
         )
     if models:
         return find_model(models[0])
-    pickled = any(p.suffix.lower() in PICKLES for p in path.iterdir())
+    instead = ""
+    if any(p.suffix.lower() in PICKLES for p in path.iterdir()):
+        instead = ", but torch files, which can run code when read: get the .safetensors"
     raise FormatError(
         f"{path.resolve().name}: there is no safetensors model in this folder (one in several "
-        "parts needs its index)"
-        + ", but torch files, which can run code when read: get the .safetensors"
-        * pickled
+        f"parts needs its index){instead}"
     )
 
 
