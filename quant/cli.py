@@ -32,7 +32,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from types import FrameType
 
 from ..kernels.memory import is_out_of_memory
@@ -40,6 +39,7 @@ from .commands import budgeting, checking, completion, converting, machine, publ
 from .commands.terminal import show_error
 from .conversion import policy
 from .reports import document
+from .version import version
 
 _ERROR = "mxfp8_error"
 _SIGPIPE = 13  # Windows has no name for it
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Each command has --help, and --json for programs.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=18),
     )
-    parser.add_argument("--version", action="version", version=f"mxfp8 {version('mxfp8')}")
+    parser.add_argument("--version", action="version", version=f"mxfp8 {version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND [OPTIONS]")
     for family in (converting, budgeting, checking, publishing, machine, completion):
         family.add(commands)
