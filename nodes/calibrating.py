@@ -9,7 +9,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..quant.budget.choice import make_budget
-from ..quant.container.header import quoted
+from ..quant.container.header import first_of, quoted
 from ..quant.conversion import calibration
 from ..quant.conversion.calibration import Calibration, HessianAccumulator
 from ..quant.conversion.policy import Selection
@@ -221,7 +221,7 @@ def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[t
     faults = [
         (
             f"{format_count(len(names), 'layer')} got {received} and will be rounded to nearest",
-            _some(names),
+            first_of(names, _MOST_NAMED, str),
         )
         for received, names in lost.items()
     ]
@@ -229,7 +229,7 @@ def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[t
     if partly:
         faults.append((
             f"{format_count(len(partly), 'layer')} got rows with NaN or Inf, which were left out",
-            _some(partly),
+            first_of(partly, _MOST_NAMED, str),
         ))  # fmt: skip
     few = [f"{quoted(name)} ({moments.rows} of {moments.width})"
            for name, moments in layers.items() if moments.rows < moments.width]  # fmt: skip
@@ -237,14 +237,9 @@ def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[t
         faults.append((
             f"{format_count(len(few), 'layer')} saw fewer rows than the layer's width, and may "
             "gain less on other data; use more seeds or a larger latent",
-            _some(few),
+            first_of(few, _MOST_NAMED, str),
         ))  # fmt: skip
     return faults
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 class MXFP8SaveCalibration(io.ComfyNode):

@@ -18,7 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...quant import format
-from ...quant.container.header import quoted
+from ...quant.container.header import first_of, quoted
 from ...quant.format import MARKER, WEIGHT
 from ...quant.sources.file import HEADER_DTYPES, as_bytes
 from ..runtime import lora
@@ -212,13 +212,12 @@ class LoadedWeights:
 
     def _unmergeable(self, failed: dict[str, str]) -> str:
         named = [
-            f"{quoted(full.removeprefix(self._root))} ({reason})"
-            for full, reason in list(failed.items())[:_MOST_NAMED]
+            f"{quoted(full.removeprefix(self._root))} ({reason})" for full, reason in failed.items()
         ]
-        more = f" and {len(failed) - len(named)} more" if len(failed) > len(named) else ""
         return (
             f"LoRAs or patches on this {self.name} cannot be merged into {len(failed)} of its "
-            f"weights: {', '.join(named)}{more}; remove them, or use ones made for this model"
+            f"weights: {first_of(named, _MOST_NAMED, str)}; remove them, or use ones made for this "
+            "model"
         )
 
 

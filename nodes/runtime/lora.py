@@ -35,7 +35,7 @@ import torch
 from comfy.model_base import BaseModel
 from comfy.quant_ops import QuantizedTensor
 
-from ...quant.container.header import quoted
+from ...quant.container.header import first_of
 from ..host import settings
 from . import adapters, forward, values
 from .adapters import SideBranch
@@ -439,7 +439,7 @@ def _report(too_large: list[str], branches: Mapping[str, SideBranch]) -> None:
         logger.info(
             "MXFP8: ComfyUI merges the adapters on %d layers into their weights: beside them, "
             "their deltas would take more than a quarter of the model's size (%s).",
-            len(too_large), _named(too_large),
+            len(too_large), first_of(too_large, _MOST_NAMED),
         )  # fmt: skip
     problems = {
         f"{layer} ({applied.problem})": None
@@ -450,10 +450,5 @@ def _report(too_large: list[str], branches: Mapping[str, SideBranch]) -> None:
     if problems:
         logger.warning(
             "MXFP8: adapters on %d layers do not fit and are left out: %s.",
-            len(problems), _named(list(problems)),
+            len(problems), first_of(list(problems), _MOST_NAMED),
         )  # fmt: skip
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(quoted(name) for name in names[:_MOST_NAMED]) + more

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..container.header import plain, quoted, read_container, read_json
+from ..container.header import first_of, plain, quoted, read_container, read_json
 from ..conversion import architectures, text_encoders
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_markers
 from ..progress import Meter, Progress
@@ -343,11 +343,10 @@ def _inspect_parts(index: Path) -> Inspection:
     missing = [name for name in parts if not (index.parent / name).is_file()]
     tensors, about, markers, problems, size = {}, {}, {}, [], 0
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         problems.append(
             f"{index.name}: {len(missing)} of its {format_count(len(parts), 'part')} "
             f"{'is' if len(missing) == 1 else 'are'} missing: "
-            f"{', '.join(map(quoted, missing[:_NAMED]))}{more}; download them"
+            f"{first_of(missing, _NAMED)}; download them"
         )
     for name in parts:
         if name in missing:

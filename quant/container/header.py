@@ -18,7 +18,7 @@ import os
 import reprlib
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,12 @@ def plain(name: str) -> str:
     A line break in a name could forge a line, and an escape sequence rewrite others.
     """
     return name if name.isprintable() and len(name) <= _QUOTE.maxstring else quoted(name)
+
+
+def first_of(names: Sequence[str], most: int, shown: Callable[[str], str] = quoted) -> str:
+    """The first of some names, and how many more there are: "'a', 'b' and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def one_line(text: str) -> str:

@@ -18,6 +18,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..container.header import first_of
+
 GOOD, NOTICE, BAD = "good", "notice", "bad"
 _MOST_NAMED = 3  # layers in a line; JSON has all
 
@@ -72,9 +74,7 @@ class Verdict:
         """The text with the names of the first layers."""
         if not self.layers:
             return self.text
-        more = len(self.layers) - _MOST_NAMED
-        names = ", ".join(self.layers[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-        return f"{self.text}: {names}"
+        return f"{self.text}: {first_of(self.layers, _MOST_NAMED, str)}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..container.header import SUFFIXES, FormatError, parse_object, quoted
+from ..container.header import SUFFIXES, FormatError, first_of, parse_object, quoted
 from .file import FileSource, StoredSource
 
 logger = logging.getLogger(__name__)
@@ -181,10 +181,6 @@ class ShardedSource(StoredSource):
         ):
             if keys:
                 raise FormatError(
-                    f"{index}: {problem}: {_list(keys)}; download the index and all its parts again"
+                    f"{index}: {problem}: {first_of(keys, _NAMED)}; download the index and all its "
+                    "parts again"
                 )
-
-
-def _list(keys: list[str]) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return ", ".join(map(quoted, keys[:_NAMED])) + more
