@@ -12,6 +12,7 @@ import nodes as comfy_nodes
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..runtime.cache import patch_forward
 from ..runtime.patch import PREFIX
 
 
@@ -92,10 +93,11 @@ def wrap_layers(patcher, layers: Iterable[str], wrap: Callable[..., Callable], o
     """
     clone = patcher.clone()
     for name in layers:
-        key = f"{PREFIX}{name}.forward"
-        module = comfy.utils.get_attr(clone.model, PREFIX + name)
-        forward = clone.object_patches.get(key, MethodType(type(module).forward, module))
-        clone.add_object_patch(key, wrap(name, module, forward))
+        full = PREFIX + name
+        module = comfy.utils.get_attr(clone.model, full)
+        own = MethodType(type(module).forward, module)
+        forward = clone.object_patches.get(f"{full}.forward", own)
+        patch_forward(clone, full, module, wrap(name, module, forward))
 
     def sample(executor, noise, latent, sampler, sigmas, mask, callback, *args, **options):
         return executor(noise, latent, sampler, sigmas, mask, on_step, *args, **options)

@@ -11,7 +11,7 @@ torch.compile traces none of that; it merges equal operations itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -76,6 +76,7 @@ class ModelState:
         sides: the branches that the layers run now; `bound` are the layers.
         hooked: groups of hooks -> what their branches were made for, and the branches.
         merge: what stock merged when a patcher of ours loaded the model last.
+        patched: linears whose forward was patched (`patch_forward`).
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class ModelState:
         self.sides: tuple = ()
         self.bound: list[torch.nn.Module] = []
         self.merge = None
+        self.patched: set[torch.nn.Module] = weakref.WeakSet()
 
     def __reduce__(self):
         return ModelState, ()  # also for copy.deepcopy
@@ -152,3 +154,28 @@ def attach(model: torch.nn.Module, linears: Iterable[torch.nn.Module]) -> None:
             siblings = [children[n] for n in names if children.get(n) in linears]
             if len(siblings) > 1 and not all(m in state.shared_inputs for m in siblings):
                 state.shared_inputs.update(dict.fromkeys(siblings, SharedInput(len(siblings))))
+
+
+def patch_forward(patcher, name: str, module: torch.nn.Module, forward: Callable) -> None:
+    """Patch the forward of a patcher's linear, so that it is freed with its model.
+
+    The forward of a linear is bound to it, and an attribute of it as soon as ComfyUI has patched it
+    once: the patch, and later what ComfyUI sets back. Only a garbage collection would find such a
+    linear, and until that its weights take the memory that the next model needs.
+
+    Args:
+        name: of the linear in the patcher's model.
+        forward: to be run in place of the linear's own.
+    """
+    patched = model_state(patcher.model).patched
+    if not patched:
+        weakref.finalize(patcher.model, _free, patched).atexit = False
+    patched.add(module)
+    patcher.add_object_patch(f"{name}.forward", forward)
+
+
+def _free(linears: Iterable[torch.nn.Module]) -> None:
+    """Take off the linears of a model that is freed what refers back to them."""
+    for module in linears:
+        for name in ("forward", _STATE):
+            vars(module).pop(name, None)

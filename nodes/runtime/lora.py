@@ -39,7 +39,7 @@ from ...quant.container.header import first_of
 from ..host import settings
 from . import adapters, forward, values
 from .adapters import SideBranch
-from .cache import model_state
+from .cache import model_state, patch_forward
 
 logger = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ def add_plain_forwards(patcher, layers: Iterable[str]) -> None:
     for layer in layers:
         if f"{layer}.forward" not in patcher.object_patches:
             module = comfy.utils.get_attr(patcher.model, layer)
-            patcher.add_object_patch(f"{layer}.forward", MethodType(forward.PLAIN, module))
+            patch_forward(patcher, layer, module, MethodType(forward.PLAIN, module))
 
 
 def plain_linears(patcher, patches: Patches) -> list[str]:

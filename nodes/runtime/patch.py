@@ -85,7 +85,7 @@ def accelerate(patcher, precision: str):
             logger.warning("MXFP8: %s is already patched by another node and stays as it is.", name)
         else:
             ours = MethodType(forward.FORWARDS[precision], module)
-            clone.add_object_patch(f"{name}.forward", ours)
+            cache.patch_forward(clone, name, module, ours)
     clone.__class__ = patcher_class(type(clone))
     if clone.patches:  # stock, which merges them, must not take its weights for ours
         clone.patches_uuid = uuid.uuid4()
@@ -116,9 +116,10 @@ def _rebind(old, new) -> None:
     new.__class__ = patcher_class(type(new))
     if new.model is old.model:
         return
-    for name in our_patches(new):
-        module = comfy.utils.get_attr(new.model, name.removesuffix(".forward"))
-        function = new.object_patches.pop(name).__func__
+    for patch in our_patches(new):
+        name = patch.removesuffix(".forward")
+        module = comfy.utils.get_attr(new.model, name)
+        function = new.object_patches.pop(patch).__func__
         if function is forward.PLAIN or is_mxfp8_linear(module):
-            new.object_patches[name] = MethodType(function, module)
+            cache.patch_forward(new, name, module, MethodType(function, module))
     cache.attach(new.model, [module for _, module in mxfp8_linears(new.model)])

@@ -50,6 +50,7 @@ def test_a_model_holds_the_weights_that_its_precision_runs_on(held):
         "slots",
         "refused",
         "garbage",
+        "freed",
     ],
 )
 def test_prepared_weights_do_not_show(held, part):

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -34,10 +35,11 @@ from mxfp8.kernels import device_facts, dispatch
 from mxfp8.kernels.backends import int8
 from mxfp8.nodes.host.unloading import free_memory, unload_all_models
 from mxfp8.nodes.models import fingerprints
+from mxfp8.nodes.models.sampling import wrap_layers
 from mxfp8.nodes.models.save import save_model
 from mxfp8.nodes.runtime import lora, preparing, slot, values
 from mxfp8.nodes.runtime.cache import model_state
-from mxfp8.nodes.runtime.patch import accelerate, check_scales
+from mxfp8.nodes.runtime.patch import PREFIX, accelerate, check_scales
 from mxfp8.nodes.runtime.prepared import PreparedWeight, stored_weight
 
 KIND, CONFIG, INPUTS = FAMILIES["Flux"]
@@ -519,6 +521,34 @@ def garbage(flux: Flux):
     gc.enable()
 
 
+def freed(flux: Flux):
+    """Models that nobody holds any more are freed as a whole, without a garbage collection."""
+
+    def watched(_, plain):
+        layers = [name.removeprefix(PREFIX) for name in flux.codes]
+        return wrap_layers(plain, layers, lambda _, __, forward: lambda x: forward(x), print)
+
+    kinds = {
+        "exact": lambda exact, _: exact,
+        "fast": lambda exact, _: accelerate(exact.parent, "fast"),
+        "fast, unloaded": lambda exact, _: accelerate(exact.parent, "fast"),
+        "with a LoRA": lambda exact, _: with_lora(exact, flux.lora, 1.0),
+        "watched while it is sampled": watched,
+    }
+    for name, make in kinds.items():
+        exact, plain, _ = pair(KIND, CONFIG)
+        patcher = make(exact, plain)
+        output(patcher)
+        if "unloaded" in name:
+            unload_all_models()
+        modules = [weakref.ref(module) for module in patcher.model.modules()]
+        gc.disable()
+        del exact, plain, patcher
+        left = [module for module in modules if module() is not None]
+        gc.enable()
+        yield name, not left
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
     lora.DENSE_SHARE = 1
@@ -528,7 +558,7 @@ def main() -> None:
     with torch.inference_mode():  # as ComfyUI runs nodes
         flux = Flux()
         parts = (precisions, saving, unloading, failing, loras, merging, hooks, other_models,
-                 compiled, limits, unpacked, slots, refused, garbage)  # fmt: skip
+                 compiled, limits, unpacked, slots, refused, garbage, freed)  # fmt: skip
         for part in parts:
             results[part.__name__] = dict(part(flux))
     print(json.dumps(results))
