@@ -48,6 +48,11 @@ _CHECK = "check that the model's files are complete and belong to this class and
 class LoadedLinear(MXFP8Linear, nn.Linear):
     """An MXFP8Linear that is filled by name. PEFT adapts it, because it is an nn.Linear."""
 
+    read_only = (
+        "the weight of an MXFP8 layer cannot be written. A LoRA runs beside it and need not be "
+        "fused: call unfuse_lora(), because fuse_lora() may have changed other layers already. To "
+        "change the weight, call the model's dequantize() first"
+    )
     _is_hf_initialized = True  # for transformers, as below
 
     def _add_codes(self, precision: str, device, dtype: torch.dtype) -> None:
@@ -271,6 +276,15 @@ def check_filled(
             f"first is {empty[0]!r}; {_CHECK}"
         )
     return list(layers)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError for a dtype in which a model cannot be loaded."""
+    if dtype not in _DTYPES.values():
+        raise ValueError(
+            f"dtype={dtype} with MXFP8Config: it is the dtype of the inputs and of the layers that "
+            "are not MXFP8; give torch.bfloat16, torch.float16 or torch.float32"
+        )
 
 
 def check_offload(device_map) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-READ_ONLY = "the weight of an MXFP8Linear cannot be written; change an nn.Linear, then quantize it"
-
 
 class LazyWeight(torch.Tensor):
     """The weight [N, K] of an MXFP8Linear, in the dtype to which the module was converted.
@@ -19,7 +17,7 @@ class LazyWeight(torch.Tensor):
     Operators get the values it has when they run. Views and slices are copies of these.
 
     Raises:
-        RuntimeError: an operator would write it.
+        RuntimeError: an operator would write it; with the layer's `read_only`.
     """
 
     @staticmethod
@@ -38,8 +36,9 @@ class LazyWeight(torch.Tensor):
         arguments = operator._schema.arguments
         given = {**dict(zip((a.name for a in arguments), args, strict=False)), **(kwargs or {})}
         written = tree_leaves([given.get(a.name) for a in arguments if a.is_write])
-        if any(isinstance(tensor, cls) for tensor in written):
-            raise RuntimeError(READ_ONLY)
+        for tensor in written:
+            if isinstance(tensor, cls):
+                raise RuntimeError(tensor._layer.read_only)
         args, kwargs = tree_map_only(cls, cls._values, (args, kwargs or {}))
         return operator(*args, **kwargs)
 
@@ -52,4 +51,4 @@ class LazyWeight(torch.Tensor):
 
     @data.setter
     def data(self, value):
-        raise RuntimeError(READ_ONLY)
+        raise RuntimeError(self._layer.read_only)

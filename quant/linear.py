@@ -35,7 +35,7 @@ from ..kernels import layout
 from . import format
 from .checks import scan
 from .container.header import parse_object, quoted
-from .lazy_weight import READ_ONLY, LazyWeight
+from .lazy_weight import LazyWeight
 from .sources.file import TORCH_DTYPES, FileSource
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ class MXFP8Linear(nn.Module):
             for full precision.
         dtype: of the weight before it was quantized, for the marker, and of the bias.
     """
+
+    read_only = "the weight of an MXFP8Linear cannot be written; change an nn.Linear, then quantize"
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class MXFP8Linear(nn.Module):
 
     def __setattr__(self, name, value):
         if name == "weight":
-            raise AttributeError(READ_ONLY)
+            raise AttributeError(self.read_only)
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
