@@ -33,6 +33,7 @@ from .layers import (
     EMPTY_FOLDER,
     LEAVES,
     LoadedLinear,
+    check_dtype,
     check_filled,
     check_offload,
     read,
@@ -46,8 +47,6 @@ from .stacked_rows import MXFP8Rows
 __all__ = ["MXFP8Config", "read", "set_precision"]
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class MXFP8Quantizer(DiffusersQuantizer):
@@ -75,12 +74,7 @@ class MXFP8Quantizer(DiffusersQuantizer):
         if torch_dtype is None:
             logger.info("MXFP8: no torch_dtype given: bfloat16")
             torch_dtype = torch.bfloat16
-        if torch_dtype not in _DTYPES:
-            raise ValueError(
-                f"torch_dtype={torch_dtype} with MXFP8Config: it is the dtype of the inputs and of "
-                "the layers that are not MXFP8; give torch.bfloat16, torch.float16 or "
-                "torch.float32"
-            )
+        check_dtype(torch_dtype)
         self._dtype = torch_dtype
         return torch_dtype
 

@@ -39,6 +39,7 @@ from .layers import (
     EMPTY_FOLDER,
     LEAVES,
     LoadedLinear,
+    check_dtype,
     check_filled,
     check_offload,
     checked_header,
@@ -63,8 +64,11 @@ def from_single_file(
     Raises:
         FormatError: the file is damaged, lost its markers, or has no MXFP8 layer.
         ValueError: one of its MXFP8 layers does not fit the class, or it lacks a weight.
+        TypeError: `cls` is no model's class.
         OSError: it cannot be read.
     """
+    if not issubclass(cls, PreTrainedModel):
+        raise TypeError(f"{cls.__name__} is no model's class; give one, such as Qwen3Model")
     header = checked_header(path)
     state = load_file(path)
     config = copy.deepcopy(config)
@@ -91,8 +95,8 @@ class MXFP8HfQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with an MXFP8Config.
 
     Raises:
-        ValueError: there is no MXFP8 layer, one does not fit the class, or `device_map` cannot be
-            used.
+        ValueError: there is no MXFP8 layer, one does not fit the class, a tensor is in no file, or
+            `dtype` or `device_map` cannot be used.
     """
 
     def __init__(self, quantization_config: MXFP8Config, **kwargs):
@@ -111,6 +115,7 @@ class MXFP8HfQuantizer(HfQuantizer):
         return None if is_codes else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        check_dtype(model.config.dtype)
         names = getattr(self.quantization_config, "names", ()) or _quantized(checkpoint_files or ())
         if not names:
             raise ValueError(f"{type(model).__name__}: {EMPTY_FOLDER}")

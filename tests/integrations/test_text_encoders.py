@@ -217,6 +217,10 @@ def test_what_does_not_fit_is_rejected_by_name(tmp_path):
         ValueError, match=r"MXFP8 layer 'layers\.0\.mlp\.down_proj': .*\[160, 320\]"
     ):
         from_single_file(cls, path, other, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64.*give torch\.bfloat16"):
+        from_single_file(cls, path, config, dtype=torch.float64)
+    with pytest.raises(TypeError, match="AutoModel is no model's class"):
+        from_single_file(transformers.AutoModel, path, config)
     model = cls(config)
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "plain.safetensors")
     with pytest.raises(FormatError, match=r"plain.safetensors: none of its layers is MXFP8"):
