@@ -307,12 +307,17 @@ def _copies(folder: ModelFolder) -> Iterator[tuple[str, Path]]:
         yield name.as_posix(), path
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and those below; hidden ones are left out."""
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files of a folder and those below, by links too; hidden ones are left out.
+
+    Args:
+        above: the folders that it is in, into which no link is followed.
+    """
+    above |= {folder.resolve()}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path)
+        if path.is_dir() and path.resolve() not in above:
+            yield from _files(path, above)
         elif path.is_file():
             yield path

@@ -271,10 +271,14 @@ def test_a_converted_pipeline_has_all_its_parts(files, originals, tmp_path):
     (source / "README.md").write_text("License: ...")
     (source / "z_image.safetensors").write_bytes(b"the same model again")
     (source / ".cache").mkdir()
+    (source / "scheduler").rename(tmp_path / "elsewhere")
+    (source / "scheduler").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)  # which nothing can follow to its end
     assert main(["convert", str(source), str(tmp_path / "new"), "--format", "diffusers"]) == 0
     names = {str(p.relative_to(source)) for p in source.rglob("*")} - {".cache"}
     new = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*")}
-    assert new == names - {"z_image.safetensors"}
+    scheduler = {"scheduler/scheduler_config.json"}  # which rglob does not find behind a link
+    assert new == names - {"z_image.safetensors"} | scheduler
     convert_folder(source / "text_encoder", tmp_path / "encoder")
     shutil.rmtree(tmp_path / "new" / "text_encoder")
     (tmp_path / "encoder").rename(tmp_path / "new" / "text_encoder")
