@@ -48,6 +48,9 @@ def test_a_loader_s_menu_adds_a_conversion_of_its_file(shown):
     ((node, kind, x),) = added
     assert kind == "MXFP8ConvertFile" and x > 200
     assert values(shown, node)["source"] == SOURCE
+    shown.page.keyboard.press("Control+z")
+    shown.page.wait_for_function("() => app.graph._nodes.length === 1")
+    assert shown.page.evaluate("() => app.graph._nodes[0].type") == "UNETLoader"
 
 
 def test_several_files_are_named_and_what_cannot_be_converted_is_not_offered(shown):
