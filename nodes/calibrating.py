@@ -235,8 +235,8 @@ def _faults(layers: dict, accumulators: dict[str, HessianAccumulator]) -> list[t
            for name, moments in layers.items() if moments.rows < moments.width]  # fmt: skip
     if few:
         faults.append((
-            f"{format_count(len(few), 'layer')} saw fewer rows than the layer's width, and may "
-            "gain less on other data; use more seeds or a larger latent",
+            f"{format_count(len(few), 'layer')} saw fewer rows than the layer's width and may "
+            "gain less; use more seeds or a larger latent",
             first_of(few, _MOST_NAMED, str),
         ))  # fmt: skip
     return faults
