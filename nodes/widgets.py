@@ -82,7 +82,7 @@ def size_or_quality_input() -> io.Input:
         "size_or_quality",
         default="",
         optional=True,
-        placeholder="55% or 50 dB",
+        placeholder="55% / 50 dB",
         tooltip=(
             "The size of the file, as 6.5 GB or 55% of the original; or the quality of the latent, "
             "as 50 dB or 0.3% error. Layers that matter most for the picture stay unquantized "
@@ -123,6 +123,7 @@ def target_input(suffix: str) -> io.Input:
     return io.String.Input(
         "target",
         default="",
+        placeholder=f"*-{suffix}.safetensors",
         tooltip=(
             "Name of the new file in the same model folder. Empty: the source's name with "
             f"-{suffix}."

@@ -11,7 +11,7 @@
 import { app } from "../../scripts/app.js";
 import { excluding } from "./document.mjs";
 import "./files.mjs";
-import { t, translateWith } from "./language.mjs";
+import { t, translated, translateWith } from "./language.mjs";
 import "./menu.mjs";
 import "./plan.mjs";
 import { ReportView } from "./report.mjs";
@@ -66,7 +66,18 @@ function titlePresets(node) {
   const preset = node.widgets?.find((widget) => widget.name === "preset");
   const titles = node.constructor.nodeData?.input?.required?.preset?.[1]?.mxfp8_titles;
   if (!preset || !titles) return;
-  preset.options.getOptionLabel = (value) => (titles[value] ? `${value}: ${titles[value]}` : value);
+  preset.options.getOptionLabel = (value) => (
+    titles[value] ? t("[label]: ", { label: value }) + translated(titles[value]) : value
+  );
+}
+
+/** Show what may stand in empty text inputs; ComfyUI itself does so in large ones only. */
+function showExamples(node) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {};
+  for (const widget of node.widgets ?? []) {
+    const example = { ...required, ...optional }[widget.name]?.[1]?.placeholder;
+    if (example) widget.options.placeholder = example;
+  }
 }
 
 /** Where the server has an image of a node's output. */
@@ -236,6 +247,7 @@ app.registerExtension({
     const chosen = app.extensionManager.setting.get(PRECISION);
     if (precision && chosen) precision.value = chosen;
     titlePresets(node);
+    showExamples(node);
     addView(node);
     const [width, height] = node.computeSize();
     const room = IMAGES[node.comfyClass] ?? 0;

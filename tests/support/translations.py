@@ -5,10 +5,10 @@
                                                    the Chinese of these still fits their new English
 
 English texts stand in the nodes' schemas, in the settings of web/*.js, in calls of `t` in web/*.mjs
-and in verdicts; locales/en is made from what a real ComfyUI and its page say of the first two, and
-from these calls. Chinese ones stand in locales/zh, and the help page web/docs/NODE.md in
-web/docs/NODE/zh.md. tests/web/translated.json keeps a hash of both texts per translation: if only
-the English one is another now, the Chinese one is out of date.
+and of `say` in Python, and in presets.json; locales/en is made from what a real ComfyUI and its
+page say of the first two, and from the others. Chinese ones stand in locales/zh, and the help page
+web/docs/NODE.md in web/docs/NODE/zh.md. tests/web/translated.json keeps a hash of both texts per
+translation: if only the English one is another now, the Chinese one is out of date.
 
 Keys are those of ComfyUI's page (`nodeDefs.NODE.inputs.NAME.tooltip`), or the path of a help page.
 The first part of a key is its file in locales/, or one of `MAIN`, which are in main.json. After
@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mxfp8.quant.conversion import policy
 from mxfp8.quant.reports import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +78,9 @@ def page_texts(page) -> dict[str, str]:
 
 
 def view_texts() -> dict[str, str]:
-    """The texts of calls of `t` in web/ and of `say` in Python, and the words of verdicts."""
+    """The texts of calls of `t` in web/ and of `say` in Python, words of verdicts, and presets."""
     said = [word.word for word in (*verdict.LATENTS, *verdict.WEIGHTS)]
+    said += policy.preset_titles().values()
     for path in sorted(ROOT.joinpath("web").glob("*.*js")):
         if path.name != "language.mjs":
             said += map(json.loads, _TRANSLATED.findall(path.read_text(encoding="utf-8")))

@@ -238,7 +238,9 @@ def test_the_presets_are_listed_with_what_they_are_for(comfy, browser, renderer)
     node = shown.add("MXFP8ConvertFile")
     shown.settle()
     if RENDERERS[renderer]:
-        shown.page.locator(f"[data-node-id='{node}']").get_by_text("auto:").click()
+        card = shown.page.locator(f"[data-node-id='{node}']")
+        card.get_by_placeholder("*-mxfp8.safetensors").wait_for()  # an empty target
+        card.get_by_text("auto:").click()
     else:
         shown.page.evaluate(
             f"""() => {{
