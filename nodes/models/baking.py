@@ -81,9 +81,12 @@ def _calculate(patches: list, weight: torch.Tensor, key: str) -> torch.Tensor:
             )
     except Exception as error:
         cause = (isinstance(error, _LoggedError) and error.__context__) or error
-        if is_out_of_memory(cause):
-            raise cause from None
-        raise BakingError((str(cause) or type(cause).__name__).splitlines()[0]) from cause
+        try:
+            if is_out_of_memory(cause):
+                raise cause from None
+            raise BakingError((str(cause) or type(cause).__name__).splitlines()[0]) from cause
+        finally:
+            del cause  # else it holds itself, by its traceback and this frame, and the weight
 
 
 @contextlib.contextmanager

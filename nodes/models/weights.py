@@ -204,9 +204,9 @@ class LoadedWeights:
             try:
                 self._patched(full)
             except ValueError as error:
-                baking = error.__cause__
-                known = baking.__cause__ and misfit(patches, shape, full)  # else NaN or Inf
-                failed[full] = known or str(baking)
+                computed = error.__cause__.__cause__ is None  # to NaN or Inf
+                known = None if computed else misfit(patches, shape, full)
+                failed[full] = known or str(error.__cause__)
         if failed:
             raise ValueError(self._unmergeable(failed))
 

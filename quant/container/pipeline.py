@@ -181,4 +181,4 @@ class Pipeline:
                 thread.join()
         self._queue.clear()  # of errors' tracebacks, which hold this pipeline
         if interrupts:
-            raise interrupts[0]
+            raise interrupts.pop(0)

@@ -528,13 +528,24 @@ def freed(flux: Flux):
         layers = [name.removeprefix(PREFIX) for name in flux.codes]
         return wrap_layers(plain, layers, lambda _, __, forward: lambda x: forward(x), print)
 
+    def refused(exact, _):
+        """With a LoRA that cannot be baked in."""
+        up, down = (f"{next(iter(flux.codes))}.lora_{part}.weight" for part in ("up", "down"))
+        patcher = with_lora(exact, {up: torch.ones(7, 4), down: torch.ones(4, 5)}, 1.0)
+        try:
+            save_model(patcher, FOLDER / "refused.safetensors", {}, None)
+        except ValueError:
+            return patcher
+
     kinds = {
         "exact": lambda exact, _: exact,
         "fast": lambda exact, _: accelerate(exact.parent, "fast"),
         "fast, unloaded": lambda exact, _: accelerate(exact.parent, "fast"),
         "with a LoRA": lambda exact, _: with_lora(exact, flux.lora, 1.0),
         "watched while it is sampled": watched,
+        "not saved": refused,
     }
+    gc.disable()
     for name, make in kinds.items():
         exact, plain, _ = pair(KIND, CONFIG)
         patcher = make(exact, plain)
@@ -542,11 +553,9 @@ def freed(flux: Flux):
         if "unloaded" in name:
             unload_all_models()
         modules = [weakref.ref(module) for module in patcher.model.modules()]
-        gc.disable()
         del exact, plain, patcher
-        left = [module for module in modules if module() is not None]
-        gc.enable()
-        yield name, not left
+        yield name, all(module() is None for module in modules)
+    gc.enable()
 
 
 def main() -> None:
