@@ -33,6 +33,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from ..kernels.memory import is_out_of_memory
 from .commands import budgeting, checking, completion, converting, machine, publishing
@@ -81,6 +82,22 @@ def _fail(arguments: argparse.Namespace, error: BaseException, message: str) -> 
         with contextlib.suppress(OSError):  # it may be what could not be printed
             print(document.write(_ERROR, {"message": message, "status": status}), flush=True)
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, whose subcommands' parsers are of this class too, that heeds --json on errors."""
+
+    _json = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._json = "--json" in (sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if self._json:
+            with contextlib.suppress(OSError):
+                print(document.write(_ERROR, {"message": message, "status": 2}), flush=True)
+        super().error(message)
 
 
 def _wait_passively() -> None:
@@ -189,7 +206,7 @@ def _is_importing_torch(frame: FrameType | None) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mxfp8",
         description="Convert, inspect, verify and repair models in MXFP8 (8-bit microscaling).",
         epilog="Each command has --help, and --json for programs.",

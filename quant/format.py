@@ -35,6 +35,7 @@ from .container.header import (
     parse_object,
     quoted,
     read_container,
+    reading,
 )
 
 __all__ = ["DTYPES", "FormatError", "Header", "Layer", "TensorInfo", "read_header"]
@@ -172,7 +173,7 @@ def _read_markers(header: Header) -> dict[str, dict]:
     markers: dict[str, dict] = {}
     inside = header_markers(path.name, header.metadata)
     tensors = [t for t in header.tensors.values() if t.name.endswith(MARKER)]
-    with path.open("rb") as file, advising(AGAIN):
+    with reading(path) as file, advising(AGAIN):
         for name, conf in inside.items():
             _add_marker(markers, full_name(header, name), conf, f"{path.name}: header marker of")
         for tensor in tensors:

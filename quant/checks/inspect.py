@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..container.header import first_of, plain, quoted, read_container, read_json
+from ..container.header import first_of, plain, quoted, read_container, read_json, reading
 from ..conversion import architectures, text_encoders
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_markers
 from ..progress import Meter, Progress
@@ -436,7 +436,7 @@ def _inspect_gguf(path: Path, progress: Progress | None) -> Inspection:
 def _inspect_other(path: Path, kind: formats.FileKind) -> Inspection:
     """A file that is not read, since it is no model, or could run code."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path) as file:
         start = file.read(_FIRST)
         file.seek(max(0, size - 65_557))  # an archive's end, with the longest comment
         end = file.read()

@@ -21,6 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIXES = (".safetensors", ".sft")  # of files, in lower case
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers too
@@ -59,6 +60,19 @@ def first_of(names: Sequence[str], most: int, shown: Callable[[str], str] = quot
 def one_line(text: str) -> str:
     """A text that may have names in it, with what cannot be printed as Python writes it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def reading(path: Path, **options) -> Iterator[BinaryIO]:
+    """Open a file to read, and name it in every error: those of reads, as on a failing disk, do
+    not."""
+    try:
+        with path.open("rb", **options) as file:
+            yield file
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class FormatError(ValueError):
@@ -145,7 +159,7 @@ def _read(path: Path, kind: type[Container], whole: bool):
 
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The header's JSON and the file's size."""
-    with path.open("rb") as file:
+    with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if len(start) < 8:
@@ -170,7 +184,7 @@ def read_json(path: Path, limit: int) -> dict:
         FormatError: it is larger, or anything else (`parse_object`).
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with reading(path) as file:
         text = file.read(limit + 1)
     if len(text) > limit:
         raise FormatError(f"{path.name}: such a file has at most {limit} bytes")

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..container.header import FormatError, quoted
+from ..container.header import FormatError, quoted, reading
 from ..progress import Meter, Progress
 
 # Number of a tensor's kind -> name, weights per block, bytes per block. From ggml.h.
@@ -85,7 +85,7 @@ def read_header(path: Path, progress: Progress | None = None) -> GgufHeader:
         FormatError: it is damaged, of a version that is not known, or too large.
         OSError: it cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
+    with reading(path, buffering=0) as file:
         return _Reader(path.name, file, progress).header()
 
 

@@ -78,7 +78,7 @@ def find_model(path: Path) -> Path:
         models = inner
     if len(models) > 1:
         raise FormatError(
-            f"{path.resolve().name}: there are several models in this folder; give one of "
+            f"{path.resolve().name or path}: there are several models in this folder; give one of "
             f"{', '.join(quoted(p.name) for p in models)}"
         )
     if models:
@@ -87,8 +87,8 @@ def find_model(path: Path) -> Path:
     if any(p.suffix.lower() in PICKLES for p in path.iterdir()):
         instead = ", but torch files, which can run code when read: get the .safetensors"
     raise FormatError(
-        f"{path.resolve().name}: there is no safetensors model in this folder (one in several "
-        f"parts needs its index){instead}"
+        f"{path.resolve().name or path}: there is no safetensors model in this folder (one in "
+        f"several parts needs its index){instead}"
     )
 
 

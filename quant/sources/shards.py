@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..container.header import SUFFIXES, FormatError, first_of, parse_object, quoted
+from ..container.header import SUFFIXES, FormatError, first_of, parse_object, quoted, reading
 from .file import FileSource, StoredSource
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def read_index(path: Path) -> tuple[dict[str, str], object]:
     """
     if not path.is_file():
         raise FormatError(f"{path.name}: there is no such index file")
-    with path.open("rb") as file:
+    with reading(path) as file:
         text = file.read(MAX_INDEX + 1)
     if len(text) > MAX_INDEX:
         raise FormatError(f"{path.name}: an index has at most {MAX_INDEX} bytes")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..container.header import FormatError, parse_object, quoted
+from ..container.header import FormatError, parse_object, quoted, reading
 from ..format import MARKER, PREFIXES, WEIGHT, header_markers
 from . import formats
 from .formats import FORMATS, FileKind, Format
@@ -49,7 +49,7 @@ def kind_of(path: Path) -> FileKind | None:
     """The kind of a file that is no safetensors file; None if it is one, or unknown, or none."""
     if not path.is_file():
         return None
-    with path.open("rb") as file:
+    with reading(path) as file:
         return formats.file_kind(file.read(formats.START))
 
 

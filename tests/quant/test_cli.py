@@ -297,6 +297,17 @@ def test_json_of_an_error_is_a_document_too(target, run):
     assert json.loads(out) == {"mxfp8_error": 1, "message": message, "status": 1}
     status, out, _ = run("convert", target, target.with_name("new.sft"), "--json", "--dry-run")
     assert (status, json.loads(out)["status"]) == (1, 1)
+    for words in (("nothing",), ("convert",), ("inspect", ""), ("convert", target, "new.gguf")):
+        status, out, err = run(*words, "--json")
+        found = json.loads(out)
+        assert (status, found["status"], found["mxfp8_error"]) == (2, 2, 1)
+        assert err.endswith(f"error: {found['message']}\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file there that cannot be read")
+def test_an_error_of_reading_names_the_file(run):
+    status, _, err = run("inspect", "/proc/self/mem")
+    assert (status, err) == (1, "mxfp8 inspect: error: /proc/self/mem: Input/output error\n")
 
 
 def test_json_of_a_bad_file_says_what_is_wrong(source, target, run):
