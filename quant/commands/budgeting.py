@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import shlex
 from collections.abc import Iterable
@@ -63,12 +64,13 @@ def _budget(arguments: argparse.Namespace) -> Answer:
         )
     written = []
     if arguments.report:
-        written.append(write("report", arguments.report, budget.to_json()))
+        written.append(write("report", arguments.report, budget.to_json().encode()))
     if arguments.png:
         from ..reports.budget_plot import draw
 
-        draw(budget).save(arguments.png, "PNG")
-        written.append(f"png: {arguments.png}")
+        picture = io.BytesIO()
+        draw(budget).save(picture, "PNG")
+        written.append(write("png", arguments.png, picture.getvalue()))
     return Answer(lambda: _show(budget, selection, written), budget.to_json)
 
 

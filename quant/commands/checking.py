@@ -114,7 +114,7 @@ def _probe(arguments) -> Answer:
     with progress("probe") as bar:
         result = probe_file(arguments.source, calibration=calibration, progress=bar)
     written = [
-        write(option, path, text())
+        write(option, path, text().encode())
         for option, path, text in (
             ("report", arguments.report, result.to_json),
             ("csv", arguments.csv, result.to_csv),

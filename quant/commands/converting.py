@@ -251,7 +251,7 @@ def _converted(arguments, report) -> Answer:
     """A conversion's report, shown and written where the user asked for it."""
     written = []
     if arguments.report:
-        written.append(write("report", arguments.report, report.to_json()))
+        written.append(write("report", arguments.report, report.to_json().encode()))
     return Answer(lambda: show("\n".join([report.summary(), *written])), report.to_json)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 from pathlib import Path
 
-from ..container.header import SUFFIXES
+from ..container.header import SUFFIXES, plain
+from ..container.part_file import create_part_file, discard
 from .terminal import progress
 
 
@@ -74,17 +76,39 @@ def _check_output(label: str, path: Path, overwrite: bool) -> None:
         raise ValueError(f"{label}: there is no folder {str(path.parent)!r}")
     if path.is_file() and not overwrite:
         raise FileExistsError(errno.EEXIST, "", str(path))
-    if path.is_file():
-        path.open("ab").close()
-    elif not path.exists():  # else a device or a pipe
-        path.open("xb").close()
-        path.unlink()
+    if not _is_stream(path):
+        discard(*create_part_file(path.resolve()))
 
 
-def write(option: str, path: Path, text: str) -> str:
-    """Write an output, with the line ends that it has; returns a line that says so."""
+def write(option: str, path: Path, data: bytes) -> str:
+    """Write an output, a file whole or not at all; returns a line that says so."""
     try:
-        path.write_bytes(text.encode())
-    except OSError as error:  # a full disk's error does not name the file
+        if _is_stream(path):
+            path.write_bytes(data)
+        else:
+            _replace(path.resolve(), data)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A full disk's error does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return f"{option}: {path}"
+    return f"{option}: {plain(str(path))}"
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether this is a device or a pipe, to be written as it is."""
+    return path.exists() and not path.is_file()
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Make a file, or put it in the place of another."""
+    part, file = create_part_file(target)
+    try:
+        part.write_bytes(data)
+        if os.name == "nt":  # an open file cannot be renamed there
+            file.close()
+        part.replace(target)
+    except BaseException:
+        discard(part, file)
+        raise
+    file.close()

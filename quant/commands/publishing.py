@@ -94,7 +94,7 @@ def _card(arguments) -> Answer:
         )  # fmt: skip
     if arguments.output is None:
         return Answer(lambda: show_as_it_is(card.text.rstrip("\n")), card.to_json)
-    lines = [write("card", arguments.output, card.text)]
+    lines = [write("card", arguments.output, card.text.encode())]
     lines += [f"to fill in: {name}" for name in card.missing]
     lines += listed("WARNING", card.warnings)
     return Answer(lambda: show("\n".join(lines)), card.to_json)

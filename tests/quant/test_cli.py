@@ -766,6 +766,26 @@ def test_names_cannot_write_to_the_terminal(source, run):
 
 
 @needs_posix
+def test_a_file_beside_the_model_is_written_whole_or_not_at_all(tmp_path, run):
+    """As on a full disk: no file may grow beyond 100 bytes."""
+    import resource  # Windows has none
+
+    model, old, new = tmp_path / "model", tmp_path / "old", tmp_path / "new"
+    save_file({f"blocks.{i}.a.weight": matrix(64, 64, seed=i) for i in range(2)}, model)
+    old.write_text("kept", encoding="utf-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        for path in (old, new):
+            status, _, err = run("probe", model, "--report", path, "--overwrite")
+            assert (status, err) == (1, f"mxfp8 probe: error: {path}: File too large\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert old.read_text(encoding="utf-8") == "kept"
+    assert sorted(tmp_path.iterdir()) == [model, old]
+
+
+@needs_posix
 def test_names_of_files_cannot_either(tmp_path, run):
     evil = "a\x1b[31m\nOK: all is well.safetensors"
     (tmp_path / evil).symlink_to("nowhere")
