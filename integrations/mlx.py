@@ -89,7 +89,8 @@ class Export:
         """A few lines for a terminal."""
         names = f"names as in mlx-vlm's {self.renamed}" if self.renamed else "names as in the file"
         return "\n".join([
-            f"{plain(self.source)} -> {self.target}: {format_count(self.layers, 'MXFP8 layer')}, "
+            f"{plain(self.source)} -> {plain(self.target)}: "
+            f"{format_count(self.layers, 'MXFP8 layer')}, "
             f"{format_size(self.bytes)} in {format_count(self.files, 'file')}, {names}",
             *self.notes,
             *listed("WARNING", self.warnings),

@@ -21,7 +21,7 @@ import torch
 from ...kernels import layout
 from ...kernels.layout import BLOCK
 from .. import format
-from ..container.header import quoted
+from ..container.header import plain, quoted
 from ..container.part_file import would_replace
 from ..container.writer import Writer
 from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer
@@ -71,7 +71,7 @@ class Repair:
         ]
         sound = f"all {self.layers} MXFP8 layers have both markers and tiled U8 scales"
         return "\n".join([
-            f"{self.source} -> {self.target}",
+            f"{plain(self.source)} -> {plain(self.target)}",
             *repairs,
             *listed("WARNING", warnings),
             *listed("PROBLEM", self.problems),

@@ -168,8 +168,8 @@ class Report:
             self.verdict.line(),
             say(
                 "[source] -> [target], [percent]% of the size, in [time]",
-                source=self.source,
-                target=self.target,
+                source=plain(self.source),
+                target=plain(self.target),
                 percent=f"{100 * self.bytes_after / max(self.bytes_before, 1):.1f}",
                 time=format_seconds(self.seconds),
             ),

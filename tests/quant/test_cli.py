@@ -796,6 +796,24 @@ def test_names_of_files_cannot_either(tmp_path, run):
         assert repr(evil)[1:-1] in text
 
 
+@needs_posix
+def test_names_of_new_files_cannot_either(source, run):
+    evil = source.with_name("a\x1b[31m\nOK: all is well.safetensors")
+    report, folder = evil.with_suffix(".json"), evil.with_name(evil.stem)
+    lost = source.with_name("lost.sft")
+    run("convert", source, lost)
+    tensors, _ = load(lost)
+    save_file({k: v.clone() for k, v in tensors.items() if not k.endswith(".comfy_quant")}, lost)
+    for *words, name in (
+        ("convert", source, evil, "--report", report, evil.name),
+        ("export", evil, "--mlx", folder, folder.name),
+        ("repair", lost, evil, "--overwrite", evil.name),
+    ):
+        status, out, _ = run(*words)
+        assert (status, "\x1b" in out, "\nOK: all is well" in out) == (0, False, False), out
+        assert repr(name) in out
+
+
 SCRIPT = Path(sys.executable).with_name("mxfp8")
 
 
