@@ -124,7 +124,10 @@ class MXFP8HfQuantizer(HfQuantizer):
         precision = self.quantization_config.precision
         done = replace_linears(model, names - wide, precision, model.config.dtype)
         done |= replace_linears(model, wide, precision, torch.float32)
-        if lost := names - done:
+        ignored = (
+            model._keys_to_ignore_on_load_unexpected or ()
+        )  # such as the decoder of a whole T5
+        if lost := {n for n in names - done if not any(re.search(i, n) for i in ignored)}:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer {min(lost)!r}, which is MXFP8 in the "
                 "files; load them with the class and the config they were made for"

@@ -137,6 +137,17 @@ def test_a_folder_whose_tensors_transformers_renames_loads(cls, tmp_path):
     assert torch.equal(output(again), given)
 
 
+def test_an_encoder_loads_from_a_folder_of_the_whole_model(tmp_path):
+    torch.manual_seed(0)
+    whole = transformers.T5ForConditionalGeneration(T5).to(torch.bfloat16)
+    whole.save_pretrained(tmp_path / "original")
+    convert_folder(tmp_path / "original", tmp_path / "new")
+    whole = type(whole).from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    assert len(quantized(encoder)) == 14 < len(quantized(whole))
+    assert torch.equal(output(encoder), output(whole.encoder))
+
+
 def test_a_single_file_takes_the_config_of_an_mxfp8_folder(tmp_path):
     cls, config, _ = ENCODERS["Qwen3"]
     write("Qwen3", tmp_path / "x.safetensors", torch.bfloat16)
