@@ -162,13 +162,7 @@ def _with_sensitivity(
     node: type[io.ComfyNode], patcher, source: ModelSource, made: Calibration,
     settings: SamplerSettings,
 ) -> tuple[Calibration, str]:  # fmt: skip
-    """A calibration with its sensitivities, and a line about the most sensitive layers.
-
-    They are those of rounding to nearest. How much less calibrated rounding does is not measured
-    (`quant.budget.rounding`): on the calibration's own data that comes out too low. On the model of
-    bench/emoji with 8 prompts, 49.7 dB were predicted so, 43.8 reached on other prompts; 42.7 are
-    predicted without.
-    """
+    """A calibration with its sensitivities, and a line about the most sensitive layers."""
     keys = {name: f"{source.prefix}{name}{WEIGHT}" for name in made.layers}
     sizes = {name: math.prod(source.tensors[key][1]) for name, key in keys.items()}
     samples, runs = planned_runs(len(sizes), settings.seeds)
@@ -188,7 +182,7 @@ def _with_sensitivity(
         on_step=lambda index, *_: progress.step(index + 1, work),
         on_run=lambda done, _: progress.skip_to(done),
     )
-    damages = sensitivity.nearest
+    damages = sensitivity.damages
     every = damages.total(sizes)
     worst = sorted(sizes, key=lambda name: -damages.values[name])[:_MOST_SENSITIVE]
     shares = (f"{quoted(n)} {100 * damages.values[n] / every:.0f}%" for n in worst if every)

@@ -272,24 +272,16 @@ def sensitivity_of(calibration: Calibration | None, source: Source) -> Sensitivi
     return calibration.sensitivity
 
 
-def damages_of(sensitivity: Sensitivity, calibrated: bool) -> Damages:
-    """Of layers that are rounded by the calibration, or to nearest."""
-    return sensitivity.calibrated if calibrated else sensitivity.nearest
-
-
-def choose(
-    plan: Plan, sensitivity: Sensitivity, target: Target, calibrated: bool = True
-) -> tuple[Plan, Chosen]:
+def choose(plan: Plan, sensitivity: Sensitivity, target: Target) -> tuple[Plan, Chosen]:
     """The plan that reaches a target, and what is predicted of it.
 
     Args:
         plan: of the selection; its quantized layers may be kept.
-        calibrated: whether layers will be rounded by the calibration.
 
     Raises:
         ValueError: the target cannot be reached; says what can.
     """
-    problem = Problem(plan, damages_of(sensitivity, calibrated))
+    problem = Problem(plan, sensitivity.damages)
     kept = problem.choose(target)
     total = problem.damages.total(problem.measured)
     reasons = {
@@ -333,7 +325,6 @@ def make_budget(
     sensitivity: Sensitivity,
     chosen: Chosen | None = None,
     *,
-    calibrated: bool = True,
     advice: Iterable[str] = (),
     is_linear: Callable[[str], bool] | None = None,
 ) -> Budget:
@@ -343,25 +334,20 @@ def make_budget(
         plan: of the source, before a choice; its quantized layers may be kept.
         sensitivity: of this model; see `sensitivity_of`.
         chosen: what a target comes to, from `choose`.
-        calibrated: whether layers will be rounded by the calibration, else to nearest.
         advice: keys that quant_probe recommends to keep (`checks.probe`), for a point; empty: none.
         is_linear: as of `plan_source`.
 
     Raises:
         ValueError: there are sensitivities for none of the plan's layers.
     """
-    damages = damages_of(sensitivity, calibrated)
+    damages = sensitivity.damages
     problem = Problem(plan, damages)
     kept = set(chosen.layers) if chosen else set()
     exclude = plan.selection.exclude or ()
     notes = [*plan.warnings]
     if problem.unmeasured:
         notes.append(_unmeasured(problem.unmeasured))
-    if calibrated and not sensitivity.rounding:
-        notes.append(
-            "damages are those of rounding to nearest; calibrated rounding does less, by how much "
-            "was not measured"
-        )
+    notes.append("SNRs are predicted for rounding to nearest; calibrated rounding does better")
     budget = Budget(
         file=source.name,
         architecture=plan.architecture,
@@ -383,7 +369,6 @@ def make_budget(
         together=sensitivity.together,
         samples=len(sensitivity.samples),
         runs=sensitivity.runs,
-        calibrated=calibrated,
         exclude=exclude if isinstance(exclude, tuple) else (exclude,),
         notes=tuple(notes),
     )

@@ -28,9 +28,6 @@ def add(commands) -> None:
     add_target(budget)
     add_selection(budget)
     budget.add_argument(
-        "--nearest", action="store_true", help="for rounding to nearest, not by the calibration"
-    )
-    budget.add_argument(
         "--advice",
         action="store_true",
         help="also score layers as quant_probe does, which reads every weight, and show its advice",
@@ -53,15 +50,13 @@ def _budget(arguments: argparse.Namespace) -> Answer:
         with progress("probe") as bar:
             probe = probe_file(arguments.source, progress=bar)
         advice = [layer.key for layer in probe.layers if layer.recommendation == KEEP]
-    selection, calibrated = selection_of(arguments), not arguments.nearest
+    selection = selection_of(arguments)
     with open_source(arguments.source) as source:
         plan, chosen = plan_source(source, selection), None
         sensitivity = sensitivity_of(calibration, source)
         if arguments.budget is not None:
-            _, chosen = choose(plan, sensitivity, arguments.budget, calibrated)
-        budget = make_budget(
-            source, plan, sensitivity, chosen, calibrated=calibrated, advice=advice
-        )
+            _, chosen = choose(plan, sensitivity, arguments.budget)
+        budget = make_budget(source, plan, sensitivity, chosen, advice=advice)
     written = []
     if arguments.report:
         written.append(write("report", arguments.report, budget.to_json().encode()))

@@ -101,7 +101,6 @@ class Budget:
         chosen: what a target comes to; None without one.
         together: measured damage of all layers at once over the sum of theirs; None if unknown.
         samples, runs: that the damages were measured with.
-        calibrated: whether layers are rounded by the calibration.
     """
 
     file: str
@@ -115,7 +114,6 @@ class Budget:
     together: float | None = None
     samples: int = 0
     runs: int = 0
-    calibrated: bool = False
     exclude: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -20,9 +20,8 @@ def draw(budget: Budget) -> Image.Image:
     room = WIDTH - 2 * MARGIN
     title = f"{budget.file}: what its size buys"
     page.fitted((MARGIN, MARGIN - 16), title, room, 24)
-    rounding = "calibrated rounding" if budget.calibrated else "rounding to nearest"
     basis = (
-        f"{rounding}, predicted from {format_count(budget.runs, 'probe run')} on "
+        f"rounding to nearest, predicted from {format_count(budget.runs, 'probe run')} on "
         f"{format_count(budget.samples, 'sample')}; the original has "
         f"{format_size(budget.bytes_before)}"
     )

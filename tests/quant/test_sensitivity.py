@@ -20,7 +20,6 @@ from mxfp8.quant.budget.probing import (
     probe_module,
     signs_of,
 )
-from mxfp8.quant.budget.rounding import rounding_factors
 from mxfp8.quant.budget.sensitivity import Sample, Sensitivity
 from mxfp8.quant.container.header import FormatError
 from mxfp8.quant.conversion import calibration
@@ -56,7 +55,7 @@ class Linear:
 
 
 def damages(sensitivity: Sensitivity) -> torch.Tensor:
-    found = sensitivity.nearest
+    found = sensitivity.damages
     assert list(found.values) == list(LAYERS)
     return torch.tensor(list(found.values.values()), dtype=torch.float64)
 
@@ -109,7 +108,7 @@ def test_standard_errors_tell_what_is_known():
     names, within = list(LAYERS)[::2], 0
     for seed in range(12):
         model = Linear(seed, scales=(1.0,) * 4)
-        found = probe(LAYERS, model, samples=4, runs=8).nearest
+        found = probe(LAYERS, model, samples=4, runs=8).damages
         error = found.total(names) - float(model.damages[::2].sum())
         within += abs(error) <= 2 * found.deviation(names)
     assert within >= 7
@@ -260,7 +259,7 @@ def test_plus_rounds_and_minus_does_the_opposite():
 def test_a_module_against_one_layer_at_a_time():
     module, batches = network(), inputs(2)
     names = linears(module)
-    found = probe_module(module, batches, lambda m, x: m(x), names, runs=8).nearest
+    found = probe_module(module, batches, lambda m, x: m(x), names, runs=8).damages
     for name in names:
         energies = []
         for x in batches:
@@ -275,21 +274,6 @@ def test_a_module_against_one_layer_at_a_time():
 def test_only_linear_layers_are_probed():
     with pytest.raises(ValueError, match="GELU"):
         probe_module(network(), inputs(1), lambda m, x: m(x), ["1"])
-
-
-def test_factors_of_calibrated_rounding():
-    module, batches = network(), inputs(8)
-    found = calibration.calibrate(module, batches, lambda m, x: m(x))
-    names = linears(module)
-    factors = rounding_factors(found, [*names, "other"], lambda n: module.get_submodule(n).weight)
-    assert list(factors) == names
-    assert all(0.05 < factor < 1 for factor in factors.values())
-    measured = probe_module(module, batches[:2], lambda m, x: m(x), names)
-    both = replace(measured, rounding=factors)
-    for name in names:
-        expected = measured.nearest.values[name] * factors[name]
-        assert both.calibrated.values[name] == pytest.approx(expected)
-    assert both.nearest.values == measured.nearest.values == measured.calibrated.values
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -355,7 +339,7 @@ def damaged():
         ("samples", [{"signs": ["++"], "gram": [[1e300]]}]),
         *(("samples", [{"signs": ["++", "+-"], "gram": [[1.0, a], [b, 1.0]]}])
           for a, b in ((5.0, 5.0), (-5.0, -5.0), (0.5, -0.5), (1e300, 1e300))),
-        ("rounding", {"a": -1.0}), ("rounding", {"a": 1e300}), ("mxfp8_sensitivity", 2),
+        ("factors", {"a": 1.0}), ("mxfp8_sensitivity", 2),
     ):  # fmt: skip
         yield good | {key: value}
 
@@ -366,10 +350,17 @@ def test_damaged_sensitivities(document):
         Sensitivity.from_json(json.dumps(document))
 
 
+def test_sensitivities_of_earlier_versions():
+    """They have factors of calibrated rounding, which no choice used."""
+    good = Sensitivity(("a", "b"), (1, 1), (Sample(("++",), ((1.0,),)),))
+    older = json.loads(good.to_json()) | {"rounding": {"a": 0.5}}
+    assert Sensitivity.from_json(json.dumps(older)) == good
+
+
 def test_runs_without_any_change():
     sample = Sample(("++", "+-"), ((0.0, 0.0), (0.0, 0.0)))
     found = Sensitivity(("a", "b"), (1, 1), (sample,))
-    assert found.nearest.total(["a", "b"]) == 0
+    assert found.damages.total(["a", "b"]) == 0
     assert found.together is None
 
 
