@@ -38,12 +38,14 @@ const SHAPES = {
 };
 const PRECISION = "MXFP8.DefaultPrecision";
 const RUNS = 20; // of the history that are looked through
+const results = new WeakMap(); // node -> its last output, which a plan may have replaced in the view
 
 /** Show a node's output: its document, or its text alone. */
 function show(node, output) {
   const [document] = output?.[NAME] ?? [];
   const [summary] = output?.text ?? [];
   if (typeof (document ?? summary) !== "string") return;
+  results.set(node, output);
   dropProgress(node); // the view shows its last text, the summary
   const view = viewOf(node) ?? addView(node);
   if (typeof document !== "string") {
@@ -174,6 +176,15 @@ async function restore() {
   }
 }
 
+/** Show the results of nodes that need not run again, for which the server sends none. */
+function showCached(keys) {
+  for (const key of keys) {
+    const node = nodeAt(String(key));
+    const output = isOurs(node) && results.get(node);
+    if (output && viewOf(node)?.summary !== output.text?.[0]) node.onExecuted(output);
+  }
+}
+
 /** Show what the page has of our nodes' outputs. */
 function showOutputs(outputs) {
   for (const [key, output] of Object.entries(outputs)) {
@@ -239,6 +250,7 @@ app.registerExtension({
   },
   setup() {
     app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));
+    app.api.addEventListener("execution_cached", ({ detail }) => showCached(detail.nodes));
   },
   nodeCreated(node) {
     if (!isOurs(node)) return;

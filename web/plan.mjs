@@ -18,6 +18,7 @@ const CHOICES = ["source", "target", "preset", "include", "exclude", "size_or_qu
 const DELAY = 700; // ms without a change
 const POLL = 200; // ms
 const LIMIT = 60_000; // ms to wait for a plan that is queued
+const SUBGRAPH_INPUT = -10; // the id of where links into a subgraph begin
 
 /** Class of a node -> its input that a loader feeds, and the part of a checkpoint that it is. */
 const PLANNED = {
@@ -46,6 +47,7 @@ function question(node) {
   const [input, part] = fed;
   const slot = node.inputs?.findIndex((i) => i.name === input) ?? -1;
   if (slot < 0 || !node.isInputConnected(slot)) return null;
+  if (Number(node.getInputLink(slot)?.origin_id) === SUBGRAPH_INPUT) return null; // from outside
   const loader = loaderOf(node, input);
   const files = filesOf(loader);
   if (!files.length) {

@@ -114,6 +114,44 @@ def test_a_quantize_node_plans_the_file_of_its_loader(shown):
     shown.page.wait_for_function(f"(id) => !({TEXT})(id).startsWith('Plan')", arg=node)
 
 
+def test_the_result_comes_back_when_nothing_has_to_run_again(shown):
+    """After other choices, and their plans: ComfyUI sends no results that it has already."""
+    shown.clear()
+    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
+    node = shown.add("MXFP8Quantize", (700, 100))
+    shown.link(loader, node, "model")
+    shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    plan(shown, node, "13 layers MXFP8")
+    shown.queue()
+    shown.page.wait_for_function(f"(id) => {VIEW}.json", arg=node)
+    for preset, layers in (("none", 19), ("auto", 13)):
+        choose(shown, node, "preset", preset)
+        assert plan(shown, node, f"{layers} layers MXFP8, ").startswith("Plan")
+    shown.queue()
+    shown.page.wait_for_function(f"(id) => {VIEW}.json", arg=node)
+
+
+def test_a_model_from_outside_of_a_subgraph_has_no_plan(shown):
+    shown.clear()
+    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
+    node = shown.add("MXFP8Quantize", (700, 100))
+    shown.link(loader, node, "model")
+    shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    text = shown.page.evaluate(
+        """async (id) => {
+            app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]));
+            const [inner] = app.graph._nodes.find((node) => node.subgraph).subgraph._nodes;
+            const preset = inner.widgets.find((w) => w.name === "preset");
+            preset.value = "none";
+            preset.callback("none", app.canvas, inner);
+            await new Promise((done) => setTimeout(done, 1500));
+            return inner.widgets.find((w) => w.name === "mxfp8_report").view.summary ?? "";
+        }""",
+        node,
+    )
+    assert text == ""
+
+
 def test_a_model_from_no_file_has_no_plan(shown):
     shown.clear()
     loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
