@@ -15,7 +15,7 @@ from ..quant.conversion.calibration import Calibration, HessianAccumulator
 from ..quant.conversion.policy import Selection
 from ..quant.format import WEIGHT
 from ..quant.progress import duration
-from ..quant.reports.conversion import format_count, format_size
+from ..quant.reports.units import format_count, format_size
 from ..quant.reports.verdict import GOOD, NOTICE, Verdict
 from .host import paths
 from .host.progress import (

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..quant.checks import explain
 from ..quant.checks.inspect import Inspection, LayerInspection, inspect_file
-from ..quant.reports.conversion import KEPT, format_size
+from ..quant.reports.conversion import KEPT
+from ..quant.reports.units import format_size
 from ..quant.sources.open import files_of
 from .host import paths
 from .host.progress import Progress, ending_shown, output

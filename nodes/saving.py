@@ -16,8 +16,9 @@ from ..quant import format
 from ..quant.container.header import quoted
 from ..quant.format import WEIGHT
 from ..quant.reports.comparison import Comparison
-from ..quant.reports.conversion import Report, format_size
+from ..quant.reports.conversion import Report
 from ..quant.reports.metadata import COMPARISON, REPORT, check_size, note_on_seeds
+from ..quant.reports.units import format_size
 from .host import paths
 from .host.progress import Progress, ending_shown, output
 from .models import fingerprints

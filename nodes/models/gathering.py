@@ -19,7 +19,7 @@ import torch
 from ...kernels.memory import is_out_of_memory
 from ...quant.conversion import calibration
 from ...quant.conversion.calibration import Calibration, HessianAccumulator, Moments, StoredMoments
-from ...quant.reports.conversion import format_size
+from ...quant.reports.units import format_size
 from ...quant.sources.file import FileSource
 from ..host import paths, unloading
 from ..host.progress import check_interrupt

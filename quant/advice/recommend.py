@@ -24,7 +24,7 @@ from ..conversion import architectures
 from ..conversion.convert import find_device, plan_source
 from ..format import Header
 from ..reports import document
-from ..reports.conversion import format_size
+from ..reports.units import format_size
 from ..sources import formats
 from ..sources.file import FileSource
 from ..sources.open import find_model, open_source

@@ -16,7 +16,7 @@ from ..container.header import TensorInfo, quoted
 from ..conversion import policy
 from ..conversion.stored import stored_bytes
 from ..format import MARKER, MXFP8, WEIGHT
-from ..reports.conversion import format_count, format_size
+from ..reports.units import format_count, format_size
 from ..sources import formats, gguf
 from ..sources.formats import Format
 from ..sources.unsupported import Quantized

@@ -19,7 +19,8 @@ from ..format import MARKER, SCALE, WEIGHT, FormatError, Header, Layer, header_m
 from ..progress import Meter, Progress
 from ..reports import document, metadata
 from ..reports.comparison import Comparison, fingerprint
-from ..reports.conversion import KEPT, MXFP8, Report, format_count, format_size, last_line, listed
+from ..reports.conversion import KEPT, MXFP8, Report, last_line, listed
+from ..reports.units import format_count, format_size
 from ..reports.verdict import BAD, GOOD, NOTICE, Part, Verdict, say
 from ..sources import formats, gguf, unsupported
 from . import explain

@@ -11,14 +11,8 @@ from ..container.header import advising, nbytes, plain, quoted
 from ..format import FLOATS, MARKER, SCALE, WEIGHT, Layer, bare
 from ..progress import Meter, Progress
 from ..reports import document
-from ..reports.conversion import (
-    MIN_SQNR,
-    SqnrAccumulator,
-    format_count,
-    last_line,
-    listed,
-    total_sqnr,
-)
+from ..reports.conversion import MIN_SQNR, SqnrAccumulator, last_line, listed, total_sqnr
+from ..reports.units import format_count
 from ..sources.diffusers import has_diffusers_names
 from ..sources.file import FileSource, StoredSource
 from ..sources.open import open_source, open_stored

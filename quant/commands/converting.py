@@ -11,7 +11,8 @@ from ..container.header import plain
 from ..conversion import policy
 from ..progress import duration
 from ..reports import document
-from ..reports.conversion import KEPT, MXFP8, format_size, listed
+from ..reports.conversion import KEPT, MXFP8, listed
+from ..reports.units import format_size
 from . import MODEL, Answer, command, place
 from .outputs import check_outputs, read_calibration, target, write
 from .terminal import progress, show, show_table

@@ -28,7 +28,7 @@ from ..container.writer import new_folders
 from ..format import SCALE, WEIGHT
 from ..progress import Meter, Progress
 from ..reports import document
-from ..reports.conversion import format_size
+from ..reports.units import format_size
 from ..sources import shards
 from ..sources.file import FileSource, StoredSource, as_bytes
 from ..sources.open import files_of, open_source

@@ -16,7 +16,8 @@ from ... import kernels
 from ..container.header import plain
 from ..format import WEIGHT
 from ..progress import duration
-from ..reports.conversion import format_count, format_size, listed
+from ..reports.conversion import listed
+from ..reports.units import format_count, format_size
 from ..reports.verdict import Part, say
 from .policy import Decision, Plan
 from .stored import stored_bytes

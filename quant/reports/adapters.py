@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .conversion import format_count, format_size
+from .units import format_count, format_size
 
 BESIDE = "beside the weight"
 MERGED = "merged by ComfyUI"

@@ -22,7 +22,7 @@ from statistics import fmean
 from ..format import bare
 from . import document
 from .adapters import AdapterUse
-from .conversion import format_count, format_seconds, format_size
+from .units import format_count, format_seconds, format_size
 from .verdict import BAD, GOOD, LATENTS, NOTICE, Part, Verdict, say, word_for
 
 KEY = "mxfp8_comparison"

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from ...kernels import FEW_ROWS, DeviceReason, ExecutionPath
 from . import document
 from .adapters import AdapterUse
-from .conversion import MXFP8, format_count, format_seconds, format_size
+from .conversion import MXFP8
+from .units import format_count, format_seconds, format_size
 
 KEY = "mxfp8_backend_report"
 STOCK = "stock"  # the backend of what ComfyUI itself runs
