@@ -21,7 +21,7 @@ from ...kernels.device_facts import DeviceReason, InstallReason, NamedReason
 from ...kernels.dispatch import ExecutionPath, execution_path
 from ...kernels.records import Problem
 from ..conversion import architectures
-from ..conversion.convert import find_device, plan_source
+from ..conversion.convert import check_any_layer, find_device, plan_source
 from ..format import Header
 from ..reports import document
 from ..reports.units import format_size
@@ -196,7 +196,7 @@ def recommend(path=None, device: torch.device | str | None = None) -> Recommenda
 
     Raises:
         FormatError: the file is damaged, or neither of the two.
-        ValueError: there is no such device.
+        ValueError: there is no such device, or no layer of the model would be MXFP8.
         OSError: it cannot be read.
     """
     if not isinstance(device, torch.device):
@@ -330,6 +330,7 @@ def _model(path: Path) -> _Model:
                 return _quantized(source.header)
     with open_source(path) as source:
         plan = plan_source(source)
+        check_any_layer(source, plan)
         weights = sum(d.shape[0] * d.shape[1] for d in plan.quantized)
         other = sum(d.nbytes for d in plan.decisions if not d.quantize)
         shapes = {key: shape for key, (_, shape) in source.tensors.items()}

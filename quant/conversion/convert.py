@@ -238,6 +238,19 @@ def check_conversion(
     writer(lambda: None).check()
 
 
+def check_any_layer(source: Source, plan: Plan) -> None:
+    """Raise ValueError for a source of which nothing would be MXFP8."""
+    if not plan.quantized:
+        matrices = [d for d in plan.decisions if d.key.endswith(WEIGHT) and len(d.shape) == 2]
+        reasons = Counter(d.reason for d in matrices).most_common(1)
+        mostly = "".join(f", {count} of {len(matrices)} because: {r}" for r, count in reasons)
+        raise ValueError(
+            f"{source.name}: no layer to quantize: preset {plan.preset!r}, exclude, and what "
+            f"can run in MXFP8 keep all of them{mostly}. Use the original as it is (on the command "
+            "line, --dry-run lists all reasons)"
+        )
+
+
 def check_calibrations(
     source: Source, calibration: Calibration | None, held_out: Calibration | None
 ) -> None:
@@ -282,15 +295,7 @@ def _check_plan(source: Source, target, plan: Plan) -> None:
             f"{os.path.basename(target)}: writing it would replace the source; give another "
             "name (the original cannot be rebuilt from MXFP8)"
         )
-    if not plan.quantized:
-        matrices = [d for d in plan.decisions if d.key.endswith(WEIGHT) and len(d.shape) == 2]
-        reasons = Counter(d.reason for d in matrices).most_common(1)
-        mostly = "".join(f", {count} of {len(matrices)} because: {r}" for r, count in reasons)
-        raise ValueError(
-            f"{source.name}: no layer to quantize: preset {plan.preset!r}, exclude, and what "
-            f"can run in MXFP8 keep all of them{mostly}. Use the original as it is (on the command "
-            "line, --dry-run lists all reasons)"
-        )
+    check_any_layer(source, plan)
     for decision in plan.quantized:
         if decision.shape[1] > _WIDEST:
             raise ValueError(

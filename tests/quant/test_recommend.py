@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import GOLDEN
 from comfyui import comfyui_path
+from safetensors.torch import save_file
 
 from mxfp8.kernels import dispatch
 from mxfp8.kernels.device_facts import InstallReason
@@ -184,6 +185,13 @@ def test_sizes_are_those_of_files(tmp_path):
         assert found.architecture == "Z-Image"
     before = sum(t.nbytes for t in read_header(source).tensors.values())
     assert {c.name: c.bytes for c in recommend(source, "cpu").choices}[BF16] == before
+
+
+def test_a_file_without_a_layer_to_quantize_is_told_so(tmp_path):
+    """As to `convert`, instead of a table of equal sizes."""
+    save_file({"0.hessian": torch.ones(64, 64)}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"file\.safetensors: no layer to quantize: "):
+        recommend(tmp_path / "file.safetensors", "cpu")
 
 
 @pytest.fixture
