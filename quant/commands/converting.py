@@ -39,6 +39,7 @@ def add(commands) -> None:
     )
     convert.set_defaults(usage_error=convert.error)
     add_selection(convert)
+    _add_device(convert)
     convert.add_argument(
         "--overwrite", action="store_true", help="replace an existing DST or report"
     )
@@ -84,6 +85,7 @@ def add(commands) -> None:
         help="where to write NAME-mxfp8.safetensors; default: beside each model",
     )
     add_selection(batch)
+    _add_device(batch)
     batch.add_argument(
         "--overwrite",
         action="store_true",
@@ -150,6 +152,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="keep tensors whose names RE matches, whatever else is given; may be repeated",
     )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="NAME",

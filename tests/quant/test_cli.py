@@ -364,6 +364,7 @@ BAD_USES = [
     ("batch", "a", "--calibration", "b"),
     ("batch", ""),
     ("batch", "a", "--to", ""),
+    ("budget", "a", "--calibration", "b", "--device", "cpu"),
     ("export", "a"),
     ("export", "a", "--mlx", ""),
     ("inspect", ""),
