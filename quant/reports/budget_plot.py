@@ -33,13 +33,12 @@ def draw(budget: Budget) -> Image.Image:
 
 
 def _draw_curve(page: Page, budget: Budget) -> None:
-    others = [point for point in budget.others if point.snr_db is not None]
     chosen = [budget.chosen.point] if budget.chosen else []
     smallest = budget.curve[0].bytes
     most = smallest + _SHOWN * (budget.bytes_before - smallest)
     curve = [point for point in budget.curve if point.snr_db is not None]
     curve = [point for point in curve if point.bytes <= most] or curve[:1]
-    others = [point for point in others if point.bytes <= most]
+    others = [p for p in budget.others if p.snr_db is not None and p.bytes <= most]
     shown = [*curve, *others, *(point for point in chosen if point.snr_db is not None)]
     if not shown:
         page.text((WIDTH / 2, _HEIGHT / 2), "no layer loses anything", 18, PALE, "mm")
