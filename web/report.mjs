@@ -242,7 +242,7 @@ export class ReportView {
 
   _setOpen(open) {
     const button = this.part("[name=open]");
-    const [show, hide] = this.document?.data.layers
+    const [show, hide] = this.document?.data.layers?.length
       ? [t("show layers"), t("hide layers")]
       : this.json ? [t("show details"), t("hide details")] : [t("show all"), t("show less")];
     button.textContent = open ? hide : show;

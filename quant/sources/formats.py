@@ -336,11 +336,11 @@ KINDS = (
     ),
     FileKind(
         "Git LFS pointer", rb"version https://git-lfs",
-        "a Git LFS pointer, not the model; fetch it with git lfs pull", broken=True,
+        "a Git LFS pointer; fetch the model with git lfs pull", broken=True,
     ),
     FileKind(
         "web page", rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)",
-        "a web page, not a model; download it again", broken=True,
+        "a web page; download the model again", broken=True,
     ),
     FileKind(
         "JSON", rb"\s*\{\s*[\"}]", "a JSON file; give the model, or the index of its parts",

@@ -66,7 +66,7 @@ FOREIGN = {
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), "an HDF5 file"),
     "numpy": (array(), "a NumPy array"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    "html": (b"<!DOCTYPE html><html><head></head></html>", "a web page, not a model"),
+    "html": (b"<!DOCTYPE html><html><head></head></html>", "a web page; download the model"),
     "json": (b'{"weight_map": {"a.weight": "model.safetensors"}}', "a JSON file"),
     "zeros": (bytes(4096), "download is not complete"),
 }

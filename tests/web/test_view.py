@@ -289,6 +289,7 @@ def showing(view, *documents: tuple[str, str]) -> dict:
                 made: view.root.querySelectorAll("img, .summary b").length,
                 orders: [...view.part("[name=order]").options].map((o) => o.textContent),
                 measure: view.part("[name=measure]").value,
+                button: view.part("[name=open]").textContent,
             };
             view.part("[name=open]").click();
             state.closed = !shown(".chart") && !shown(".summary") && !shown("[name=copy]");
@@ -303,6 +304,7 @@ def test_nothing_of_an_earlier_document_stays(view):
     empty = json.dumps({"mxfp8_inspection": 1, "layers": []})
     shown = showing(view, (REPORT.to_json(), "first"), (empty, "second"))
     assert (shown["verdict"], shown["summary"], shown["bars"]) == ("second", "", 0)
+    assert shown["button"] == "hide details"
     assert not any(shown[part] for part in ("chart", "save", "legend", "details"))
     assert shown["copy"]
     again = showing(view, (empty, "first"), (REPORT.to_json(), "second"))
