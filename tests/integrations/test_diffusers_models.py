@@ -14,7 +14,6 @@ import pytest
 import torch
 from bad_files import draft
 from checkpoints import load as load_tensors
-from comfyui import ask
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models import model_loading_utils
 from diffusers_models import DTYPE, KINDS, Files, Kind, distance, output, random, write
@@ -87,32 +86,6 @@ def test_a_single_file_gives_the_model_of_its_dequantized_weights(name, prefix, 
     model = load(kind, found, source)
     assert len(quantized(model)) >= len(read_header(found.mxfp8).layers) >= 6
     assert torch.equal(output(model, kind), output(reference(kind, found, tmp_path), kind))
-
-
-@pytest.mark.slow
-@pytest.mark.comfy
-def test_flux_is_the_same_model_in_diffusers_and_in_comfyui(files, tmp_path):
-    """At its real width: at others, diffusers cannot split Flux.1's tensors. In float32 both
-    compute the same up to the order of sums, some 1e-7 each, over 2 blocks and 3072 channels."""
-    kind, found = KINDS["Flux.1"], files("Flux.1")
-    model = load(kind, found, torch_dtype=torch.float32)
-    assert len(quantized(model)) == len(read_header(found.mxfp8).layers) + 2 * 2 + 3
-    inputs = {k: v.float() if v.dtype == DTYPE else v for k, v in kind.inputs().items()}
-    with torch.no_grad():
-        ours = model(**inputs, return_dict=False)[0]
-
-    tokens = inputs["hidden_states"].reshape(1, 4, 4, 16, 2, 2)  # 2 x 2 pixels of 16 channels each
-    twin = {
-        "x": tokens.permute(0, 3, 1, 4, 2, 5).reshape(1, 16, 8, 8).contiguous(),
-        "timestep": inputs["timestep"],
-        "context": inputs["encoder_hidden_states"],
-        "y": inputs["pooled_projections"],
-    }
-    save_file(twin, found.folder / "inputs.safetensors")
-    ask("diffusers_twin.py", found.folder)
-    image = load_tensors(found.folder / "output.safetensors")[0]["output"]
-    theirs = image.reshape(1, 16, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 64)
-    assert distance(ours, theirs) < 1e-4
 
 
 def test_markers_of_the_header_alone_and_scales_as_e8m0_are_read(files, tmp_path):

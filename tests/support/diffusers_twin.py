@@ -1,8 +1,8 @@
-"""What ComfyUI makes of a Flux file, for the inputs of diffusers' Flux in `diffusers_models`.
+"""What ComfyUI makes of an MXFP8 file, for the inputs of the same model in diffusers.
 
     python tests/support/diffusers_twin.py COMFYUI FOLDER
 
-FOLDER has mxfp8.safetensors and inputs.safetensors: x, timestep, context, y. Writes
+FOLDER has mxfp8.safetensors and inputs.safetensors: the arguments of the model's forward. Writes
 output.safetensors and prints nothing but null.
 """
 
@@ -25,9 +25,7 @@ def main() -> None:
     patcher = accelerate(stock, "exact")
     comfy.model_management.load_models_gpu([patcher])
     inputs = load_file(FOLDER / "inputs.safetensors")
-    result = patcher.model.diffusion_model(
-        inputs["x"], inputs["timestep"], inputs["context"], inputs["y"]
-    )
+    result = patcher.model.diffusion_model(**inputs)
     save_file({"output": result.contiguous()}, FOLDER / "output.safetensors")
     print("null")
 
