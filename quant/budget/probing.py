@@ -42,7 +42,12 @@ _JOURNAL = "mxfp8_probe_runs"
 
 
 def needed_runs(layers: int) -> int:
-    """Probe runs, of all samples together, that tell so many layers apart well."""
+    """Probe runs, of all samples together, that tell so many layers apart well.
+
+    For MiniLM's 36 layers 17. Against damages measured one layer at a time, choices lost 1.1 dB
+    with 6 runs, 0.5 with 10, 0.2 with 14, 0.1 with 18 and 0.01 with 34 (two draws of the signs,
+    mean of six sizes). So short calibrations get no fewer.
+    """
     return max(4, math.ceil(2 * math.sqrt(2 * layers)))
 
 
