@@ -34,15 +34,16 @@ _DTYPES = {name: TORCH_DTYPES[dtype] for dtype, name in format.FLOATS.items()}
 _NONE = "none of its layers is MXFP8; load it as a plain file, or convert it with `mxfp8 convert`"
 _NO_OFFLOAD = (
     "cannot offload MXFP8 layers one by one (sequential offload, or a device_map with 'cpu' or "
-    "'disk'); to save GPU memory, use enable_model_cpu_offload() or enable_group_offload()"
+    "'disk'); to save GPU memory, use enable_model_cpu_offload() of the pipeline, or group "
+    "offloading: enable_group_offload(), or diffusers.hooks.apply_group_offloading(encoder, ...)"
 )
 EMPTY_FOLDER = (
     "no MXFP8 layer in this folder; convert the original with `mxfp8 convert FOLDER NEW --format "
     "diffusers`, or load this one without MXFP8Config; if its config.json has a "
     "quantization_config, remove that"
 )
-_receiving = threading.Lock()  # diffusers may read the files of a folder in several threads
 _CHECK = "check that the model's files are complete and belong to this class and config"
+_receiving = threading.Lock()  # diffusers may read the files of a folder in several threads
 
 
 class LoadedLinear(MXFP8Linear, nn.Linear):

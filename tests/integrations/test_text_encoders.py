@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from checkpoints import load as load_tensors
+from diffusers.hooks import apply_group_offloading
 from diffusers_models import distance
 from peft import LoraConfig
 from quantized_files import plain
@@ -186,6 +188,24 @@ def test_peft_adapts_mxfp8_layers(tmp_path):
     loss.backward()
     trained = [p for n, p in model.named_parameters() if "lora" in n]
     assert len(trained) == 8 and all(p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_is_offloaded_in_groups_and_not_layer_by_layer(name, tmp_path):
+    cls, config, _ = ENCODERS[name]
+    write(name, tmp_path / "x.safetensors", torch.bfloat16)
+
+    def load(**options):
+        return from_single_file(cls, tmp_path / "x.safetensors", config, **options)
+
+    model, cpu = load(), torch.device("cpu")
+    wanted = output(model)
+    apply_group_offloading(model, cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.equal(output(model), wanted)
+    with pytest.raises(ValueError, match=r"one by one.*diffusers\.hooks\.apply_group_offloading"):
+        cpu_offload(load(), execution_device=cpu)
+    with pytest.raises(ValueError, match=r"places layers on 0, cpu, .*one by one"):
+        load(device_map={"": 0, "layers" if name == "Qwen3" else "encoder": "cpu"})
 
 
 def test_codes_that_a_library_converted_are_codes_again():
