@@ -187,7 +187,7 @@ def load(path: str | os.PathLike, progress: Progress | None = None) -> Calibrati
     layers = {name: StoredMoments(source, name, count) for name, count in rows.items()}
     sensitivity = read_sensitivity(source)
     if sensitivity is not None:
-        check_layers(sensitivity, layers, source.name)
+        check_layers(sensitivity, map(bare, layers), source.name)
     return Calibration(layers, model, about, sensitivity)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mxfp8 import kernels
+from mxfp8.quant.budget.probing import probe_module
 from mxfp8.quant.checks import scan
 from mxfp8.quant.checks.inspect import inspect_file
 from mxfp8.quant.checks.verify import verify_file
@@ -21,7 +23,7 @@ from mxfp8.quant.conversion import calibration, gptq
 from mxfp8.quant.conversion.calibration import Calibration, Moments, calibrate
 from mxfp8.quant.conversion.convert import convert_file
 from mxfp8.quant.conversion.gptq import round_weight
-from mxfp8.quant.format import FormatError
+from mxfp8.quant.format import FormatError, read_header
 from mxfp8.quant.reports.conversion import Report
 
 
@@ -525,6 +527,12 @@ def test_a_module_may_hold_its_layers_under_any_name(name, model):
     statistics = calibrate(whole, batches(0), run)
     report = convert_file(model / "whole.safetensors", model / "out", calibration=statistics)
     assert report.calibration["rounded_layers"] == 2
+    sensitivity = probe_module(whole, batches(0, 2), run, statistics.layers)
+    replace(statistics, sensitivity=sensitivity).save(model / "all.safetensors")
+    words = ["convert", str(model / "whole.safetensors"), str(model / "part.safetensors")]
+    words += ["--calibration", str(model / "all.safetensors"), "--target", "80%"]
+    assert main(words) == 0
+    assert len(read_header(model / "part.safetensors").layers) == 1
 
 
 def test_another_models_calibration_is_refused(model):
