@@ -97,6 +97,7 @@ class ComfyPage:
                 "Comfy.VueNodes.Enabled": nodes2,
                 "Comfy.ColorPalette": theme,
                 "Comfy.Locale": language,
+                "Comfy.RightSidePanel.IsOpen": False,  # an earlier page may have opened it
                 "Comfy.TutorialCompleted": True,
                 "Comfy.Workflow.ShowMissingModelsWarning": False,
             },
