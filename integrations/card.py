@@ -26,8 +26,9 @@ from ..quant.format import Header, bare, read_header
 from ..quant.progress import Progress
 from ..quant.reports import document
 from ..quant.reports.comparison import Comparison, interval
-from ..quant.reports.conversion import KEPT, MXFP8, LayerReport, Report, format_count, format_size
+from ..quant.reports.conversion import KEPT, MXFP8, LayerReport, Report
 from ..quant.reports.metadata import note_on_seeds
+from ..quant.reports.units import format_count, format_size
 from ..quant.sources.diffusers import has_diffusers_names
 from .config import Method
 

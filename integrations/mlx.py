@@ -37,7 +37,8 @@ from ..quant.conversion import architectures
 from ..quant.format import AGAIN, MARKER, MXFP8, SCALE, WEIGHT, FormatError, Header, Layer
 from ..quant.progress import VERIFY, Meter, Progress
 from ..quant.reports import document
-from ..quant.reports.conversion import format_count, format_size, last_line, listed
+from ..quant.reports.conversion import last_line, listed
+from ..quant.reports.units import format_count, format_size
 from ..quant.sources.file import FileSource, as_bytes
 
 KEY = "mxfp8_export"

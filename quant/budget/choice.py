@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 
-from ..container.header import FormatError, quoted
+from ..container.header import FormatError, first_of
 from ..conversion import policy
 from ..conversion.calibration import Calibration, check_model
 from ..conversion.convert import plan_source
@@ -311,11 +311,10 @@ def _share(part: float, whole: float) -> str:
 
 
 def _unmeasured(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return (
         "layers that never ran while sensitivities were measured, or were not selected then, are "
         "quantized, and predictions leave them out: "
-        f"{', '.join(map(quoted, names[:_MOST_NAMED]))}{more}"
+        f"{first_of(names, _MOST_NAMED)}"
     )
 
 

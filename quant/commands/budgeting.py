@@ -74,7 +74,7 @@ def _show(budget: Budget, selection: policy.Selection, written: list[str]) -> No
     shown = [*budget.curve[::stride], *budget.others]
     rows = [_row(point, budget.bytes_before) for point in shown]
     right = ("size", "of original", "kept")
-    show_table((*right, "predicted SNR", "with"), rows, "with", right)
+    show_table((*right, "predicted SNR", "also kept"), rows, "also kept", right)
     lines = ["", "Each line of the curve keeps its layer and those above it, also those not shown."]
     if budget.chosen is not None:
         lines += [budget.chosen.summary(), *(f"  {name}" for name in budget.chosen.layers)]
