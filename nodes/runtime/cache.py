@@ -76,7 +76,8 @@ class ModelState:
         sides: the branches that the layers run now; `bound` are the layers.
         hooked: groups of hooks -> what their branches were made for, and the branches.
         merge: what stock merged when a patcher of ours loaded the model last.
-        patched: linears whose forward was patched (`patch_forward`).
+        patched: linears whose forward was patched (`patch_forward`); `owner` is the model in which
+            the last of them was.
     """
 
     def __init__(self) -> None:
@@ -93,6 +94,7 @@ class ModelState:
         self.bound: list[torch.nn.Module] = []
         self.merge = None
         self.patched: set[torch.nn.Module] = weakref.WeakSet()
+        self.owner: Callable[[], torch.nn.Module | None] = lambda: None
 
     def __reduce__(self):
         return ModelState, ()  # also for copy.deepcopy
@@ -167,15 +169,23 @@ def patch_forward(patcher, name: str, module: torch.nn.Module, forward: Callable
         name: of the linear in the patcher's model.
         forward: to be run in place of the linear's own.
     """
-    patched = model_state(patcher.model).patched
-    if not patched:
-        weakref.finalize(patcher.model, _free, patched).atexit = False
-    patched.add(module)
+    state = model_state(patcher.model)
+    if state.owner() is not patcher.model:
+        state.owner = weakref.ref(patcher.model)
+        weakref.finalize(patcher.model, _free, weakref.ref(state)).atexit = False
+    state.patched.add(module)
     patcher.add_object_patch(f"{name}.forward", forward)
 
 
-def _free(linears: Iterable[torch.nn.Module]) -> None:
-    """Take off the linears of a model that is freed what refers back to them."""
-    for module in linears:
-        for name in ("forward", _STATE):
-            vars(module).pop(name, None)
+def _free(reference: Callable[[], ModelState | None]) -> None:
+    """Take off the linears of a model that is freed what refers back to them.
+
+    Those that another model has too stay as they are: a shallow copy has the same state.
+    """
+    state = reference()
+    if state is None or state.owner() is not None:
+        return
+    for module in state.patched:
+        if vars(module).get(_STATE, state) is state:
+            for name in ("forward", _STATE):
+                vars(module).pop(name, None)

@@ -8,6 +8,7 @@ Prints a JSON object: what was checked -> whether it holds, or the figures that 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import logging
@@ -556,6 +557,17 @@ def freed(flux: Flux):
         del exact, plain, patcher
         yield name, all(module() is None for module in modules)
     gc.enable()
+
+    original = pair(KIND, CONFIG)[0]
+    patcher = original.clone()
+    patcher.parent, patcher.model = None, copy.copy(original.model)  # which has the same linears
+    patcher = accelerate(patcher, "exact")
+    freed_model = weakref.ref(original.model)
+    output(patcher)
+    forwards = [module.forward for module in layers(patcher).values()]
+    del original
+    now = [module.forward for module in layers(patcher).values()]
+    yield "not the linears of a copy", freed_model() is None and forwards == now
 
 
 def main() -> None:
