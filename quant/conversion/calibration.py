@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -109,8 +110,12 @@ class Calibration:
     sensitivity: Sensitivity | None = None
 
     def of(self, layer: str) -> Moments | StoredMoments | None:
-        """The statistics of a layer, whose name may have a prefix."""
-        return self.layers.get(bare(layer)) or self.layers.get(layer)
+        """The statistics of a layer, whose name may have a prefix, here and in the file."""
+        return self.layers.get(layer) or self._by_bare_name.get(bare(layer))
+
+    @cached_property
+    def _by_bare_name(self) -> dict[str, Moments | StoredMoments]:
+        return {bare(name): moments for name, moments in self.layers.items()}
 
     def save(
         self,

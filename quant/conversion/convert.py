@@ -270,11 +270,11 @@ def check_calibrations(
 
 def _same_data(one: Calibration, other: Calibration) -> bool:
     """Whether two calibrations have the same moments, judged by a layer of both."""
-    layer = next((name for name in one.layers if name in other.layers), None)
-    if layer is None:
-        return False
-    first, second = one.layers[layer], other.layers[layer]
-    return first.rows == second.rows and torch.equal(first.hessian, second.hessian)
+    for name, first in one.layers.items():
+        second = other.of(name)
+        if second is not None:
+            return first.rows == second.rows and torch.equal(first.hessian, second.hessian)
+    return False
 
 
 def _lines(expressions: str | tuple[str, ...] | None) -> str | None:

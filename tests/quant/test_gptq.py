@@ -535,6 +535,21 @@ def test_a_module_may_hold_its_layers_under_any_name(name, model):
     assert len(read_header(model / "part.safetensors").layers) == 1
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+def test_a_calibration_may_have_another_prefix_than_the_file(prefix, model):
+    whole = nn.Sequential()
+    whole.add_module("net", network())
+    modules = whole.eval(), network()
+    statistics, same_data = (calibrate(module, batches(0), run) for module in modules)
+    state = {f"{prefix}{name}": value for name, value in network().state_dict().items()}
+    save_file(state, model / "inner.safetensors")
+    report = convert_file(model / "inner.safetensors", model / "out", calibration=statistics)
+    assert report.calibration["rounded_layers"] == 2
+    options = {"calibration": statistics, "held_out": same_data}
+    with pytest.raises(ValueError, match="held_out is the calibration itself"):
+        convert_file(model / "inner.safetensors", model / "never", **options)
+
+
 def test_another_models_calibration_is_refused(model):
     statistics = calibration.load(model / "calibration.safetensors")
     other = {k: v + 1 for k, v in network().state_dict().items()}
