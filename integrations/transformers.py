@@ -124,10 +124,8 @@ class MXFP8HfQuantizer(HfQuantizer):
         precision = self.quantization_config.precision
         done = replace_linears(model, names - wide, precision, model.config.dtype)
         done |= replace_linears(model, wide, precision, torch.float32)
-        ignored = (
-            model._keys_to_ignore_on_load_unexpected or ()
-        )  # such as the decoder of a whole T5
-        if lost := {n for n in names - done if not any(re.search(i, n) for i in ignored)}:
+        ignored = model._keys_to_ignore_on_load_unexpected  # such as the decoder of a whole T5
+        if lost := {n for n in names - done if not _is_among(ignored, f"{n}.weight")}:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer {min(lost)!r}, which is MXFP8 in the "
                 "files; load them with the class and the config they were made for"
@@ -135,7 +133,13 @@ class MXFP8HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         required = self._required_prefix(model)
-        check_filled(model, lambda name, p: name.startswith(required) and _is_new(p))
+        dispensable = model._keys_to_ignore_on_load_missing
+
+        def is_empty(name: str, parameter: torch.nn.Parameter) -> bool:
+            needed = name.startswith(required) and not _is_among(dispensable, name)
+            return needed and _is_new(parameter)
+
+        check_filled(model, is_empty)
         linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
         config = MXFP8Config(self.quantization_config.precision, linears)
         self.quantization_config = model.config.quantization_config = config
@@ -171,6 +175,11 @@ def _quantized(files: Iterable[str]) -> set[str]:
     """The names of the layers with scales in some safetensors files."""
     keys = (key for file in files for key in read_container(file).tensors)
     return {key.removesuffix(SCALE) for key in keys if key.endswith(SCALE)}
+
+
+def _is_among(patterns: Iterable[str] | None, name: str) -> bool:
+    """Whether one of a class's expressions for names, such as of tensors to ignore, matches."""
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _is_new(parameter: torch.nn.Parameter) -> bool:

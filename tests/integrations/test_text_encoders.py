@@ -292,6 +292,19 @@ def test_a_folder_without_all_weights_is_rejected_by_name(lost, tmp_path):
             cls.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
 
 
+def test_a_class_says_what_its_files_may_lack(tmp_path, monkeypatch):
+    config = transformers.Qwen2Config(**{**QWEN3.to_dict(), "model_type": "qwen2"})
+    transformers.Qwen2Model(config).to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    convert_folder(tmp_path / "original", tmp_path / "new")
+    path = tmp_path / "new" / "model.safetensors"
+    state, metadata = load_tensors(path)
+    del state["norm.weight"]
+    save_file(state, path, metadata)
+    monkeypatch.setattr(transformers.Qwen2Model, "_keys_to_ignore_on_load_missing", ["^norm"])
+    model = transformers.Qwen2Model.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    assert len(quantized(model)) == 14
+
+
 def test_tied_weights_are_not_missing(tmp_path):
     tied = transformers.Qwen3Config(**{**QWEN3.to_dict(), "tie_word_embeddings": True})
     write("Qwen3", tmp_path / "x.safetensors", torch.bfloat16)
