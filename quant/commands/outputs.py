@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from ..container.header import SUFFIXES, plain
@@ -60,7 +61,15 @@ def check_outputs(arguments, *options: str, source: Path | None = None) -> None:
 def _is_same(one: Path, other: Path) -> bool:
     if one.exists() and other.exists():
         return one.samefile(other)
-    return one.resolve() == other.resolve()
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: Path) -> Path:
+    """The file that a path leads to; of a link that leads to itself, an OSError."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # until Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def _check_output(label: str, path: Path, overwrite: bool) -> None:
@@ -77,7 +86,7 @@ def _check_output(label: str, path: Path, overwrite: bool) -> None:
     if path.is_file() and not overwrite:
         raise FileExistsError(errno.EEXIST, "", str(path))
     if not _is_stream(path):
-        discard(*create_part_file(path.resolve()))
+        discard(*create_part_file(_resolved(path)))
 
 
 def write(option: str, path: Path, data: bytes) -> str:
@@ -86,7 +95,7 @@ def write(option: str, path: Path, data: bytes) -> str:
         if _is_stream(path):
             path.write_bytes(data)
         else:
-            _replace(path.resolve(), data)
+            _replace(_resolved(path), data)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -105,6 +114,8 @@ def _replace(target: Path, data: bytes) -> None:
     part, file = create_part_file(target)
     try:
         part.write_bytes(data)
+        if target.exists():
+            shutil.copymode(target, part)
         if os.name == "nt":  # an open file cannot be renamed there
             file.close()
         part.replace(target)

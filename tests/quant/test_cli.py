@@ -787,6 +787,21 @@ def test_a_file_beside_the_model_is_written_whole_or_not_at_all(tmp_path, run):
 
 
 @needs_posix
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, run):
+    model, report, loop = (tmp_path / name for name in ("model", "report.json", "loop.json"))
+    save_file({"blocks.0.a.weight": matrix(64, 64, seed=1)}, model)
+    report.write_text("", encoding="utf-8")
+    report.chmod(0o600)
+    assert run("probe", model, "--report", report, "--overwrite")[0] == 0
+    assert report.stat().st_mode & 0o777 == 0o600 and report.stat().st_size
+    loop.symlink_to(loop)
+    status, _, err = run("probe", model, "--report", loop, "--overwrite")
+    assert (status, err.splitlines()[-1]) == (
+        1, f"mxfp8 probe: error: {loop}: Too many levels of symbolic links"
+    )  # fmt: skip
+
+
+@needs_posix
 def test_names_of_files_cannot_either(tmp_path, run):
     evil = "a\x1b[31m\nOK: all is well.safetensors"
     (tmp_path / evil).symlink_to("nowhere")
