@@ -63,7 +63,9 @@ _CONVERGED = 1e-3  # relative change of a damage in one iteration
 _PARTS = 8  # that the runs are left out in, for the standard error
 _LEAST_NOISE = 1e-9  # of the runs' mean energy; keeps the covariance regular
 _MOST = 1 << 12  # layers, samples: what a file may claim
-_MOST_WORK = 1 << 27  # of all samples, R R (R + L); half of it took 71 s on a core, for 4096 layers
+# Of all samples, R R (R + L): what `probing.needed_runs` asks for of the most layers on one sample.
+# A third of that took 71 s on a core.
+_MOST_WORK = 3 << 26
 _MOST_ENERGY = 1e30  # of a change, over the output's: far above any, far below what overflows
 _ROUNDING = 1e-6  # of inner products, over their trace: what float32 outputs may be off by
 

@@ -20,7 +20,7 @@ from mxfp8.quant.budget.probing import (
     probe_module,
     signs_of,
 )
-from mxfp8.quant.budget.sensitivity import Sample, Sensitivity
+from mxfp8.quant.budget.sensitivity import Sample, Sensitivity, check_work
 from mxfp8.quant.container.header import FormatError
 from mxfp8.quant.conversion import calibration
 
@@ -218,6 +218,7 @@ def test_more_runs_than_can_be_computed_are_an_error_before_the_first():
         with pytest.raises(ValueError, match="fewer samples or runs"):
             probe(LAYERS, model, samples=samples, runs=runs)
     assert model.runs == 0
+    check_work(4096, [needed_runs(4096)])  # what is planned for the most layers is allowed
 
 
 # ---- torch modules ---------------------------------------------------------------------------
