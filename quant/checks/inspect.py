@@ -57,7 +57,7 @@ class LayerInspection:
     scale_dtype: str | None = None
     full_precision_matrix_mult: bool = False
     decision: str = MXFP8
-    reason: str = "marked as MXFP8"
+    reason: str = str(say("marked as MXFP8"))
     dtype: str = "F8_E4M3"
     nan_codes: int | None = None
     nan_scales: int | None = None

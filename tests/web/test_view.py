@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -362,12 +363,20 @@ def test_nothing_changes_the_height_but_opening(view):
     assert tops == 1  # whichever bar is under the pointer
 
 
-def test_lines_of_the_server_are_recognized_by_their_words(view):
-    """Every text that has any, with values in it; also in a part of a line, or several lines."""
-    texts = [x for x in translations.view_texts().values() if re.search(r"\w\w", NAMES.sub("", x))]
-    lines = [NAMES.sub(lambda name: {"count": "7"}.get(name[1], f"<{name[1]}>"), x) for x in texts]
-    lines += ["nobody's, <size>; linear layer; <size> of memory", "linear layer\nlinear layer"]
-    made = view(
+# Values that stand in lines, by name; any other is a name, in angle brackets.
+VALUES = {
+    **dict.fromkeys(("after", "before", "saved", "size", "speed"), "6.40 GB"),
+    **dict.fromkeys(("count", "first", "last", "measured", "others", "steps"), "7"),
+    **dict.fromkeys(("low", "percent", "ratio", "sqnr", "worst"), "0.5"),
+    **dict.fromkeys(("data", "rows", "seeds", "what", "who", "word"), "linear layer"),
+    "dtype": "F16", "expression": "'(A|B); \\'\"'", "layers": "7", "option": "EXCLUDE",
+    "preset": "NONE", "time": "2",
+}  # fmt: skip
+
+
+def upper(view, texts: list[str], lines: list[str]) -> list[str]:
+    """What becomes of lines in a language that has the texts in capitals."""
+    made, english = view(
         """async ([texts, lines]) => {
             const language = await import("/extensions/ComfyUI-MXFP8/language.mjs");
             const table = Object.fromEntries(texts.map((text) => [text, text.toUpperCase()
@@ -379,10 +388,55 @@ def test_lines_of_the_server_are_recognized_by_their_words(view):
         }""",
         [texts, lines],
     )
-    values = re.compile(r"<\w+>")
-    upper = [values.sub(lambda value: value[0].lower(), line.upper()) for line in lines]
-    upper[-2] = "nobody's, <size>; LINEAR LAYER; <size> OF MEMORY"
-    assert made == [upper, lines]
+    assert english == lines
+    return made
+
+
+def test_lines_of_the_server_are_recognized_by_their_words(view):
+    """Every text that has any, with values in it; also in a part of a line, or several lines."""
+    every = list(translations.view_texts().values())
+    texts = [x for x in every if re.search(r"\w\w", NAMES.sub("", x))]
+    lines = [NAMES.sub(lambda name: VALUES.get(name[1], f"<{name[1]}>"), x) for x in texts]
+    lines += ["empty; linear layer; 0.5 GB of memory", "linear layer\nlinear layer"]
+    made = upper(view, texts, lines)
+    assert [re.sub("<\\w+>", lambda name: name[0].upper(), x) for x in made] == [
+        x.upper() for x in lines
+    ]
+    assert all(name in text for text in made for name in re.findall("<\\w+>", text.lower()))
+
+
+@pytest.mark.parametrize(
+    ("line", "made"),
+    [
+        ("marked as MXFP9", None),
+        ("marked as MXFP8", "MARKED AS MXFP8"),
+        ("a.safetensors: failed: out of memory; close other programs", None),
+        ("NOT OK: 3 problems; do not use this file", None),
+        ("This file keeps every layer", None),
+        ("this file keeps 'a'", None),
+        ("preset zimage keeps 'linear layer; a'", "PRESET zimage KEEPS 'linear layer; a'"),
+        ("excluded by 'a; linear layer'", "EXCLUDED BY 'a; linear layer'"),
+        ("excluded by \"'; 'linear layer\"", "EXCLUDED BY \"'; 'linear layer\""),
+        ("excluded by a; linear layer", None),
+        ("one sentence; linear layer", None),
+        ("WARNING: one sentence; another", "WARNING: one sentence; another"),
+        ("WARNING: linear layer", "WARNING: LINEAR LAYER"),
+        ("SQNR 31 dB; worst layer empty: 30 dB", "SQNR 31 DB; WORST LAYER empty: 30 DB"),
+    ],
+)
+def test_other_sentences_and_names_stay_as_they_are(view, line, made):
+    assert upper(view, list(translations.view_texts().values()), [line]) == [made or line]
+
+
+@pytest.mark.parametrize("repeated", ["a -> b, 3% of the size, in ", "seeds 1 to "])
+def test_long_lines_do_not_hold_up_the_page(view, repeated):
+    """A workflow from anywhere brings expressions, and reasons have them whole."""
+    texts = list(translations.view_texts().values())
+    start = time.perf_counter()
+    for length in (300, 12_000):
+        line = (repeated * length)[:length]
+        upper(view, texts, [line, f"{line}; x", f"excluded by '{line}; '"])
+    assert time.perf_counter() - start < 5  # a minute without a limit
 
 
 PIXEL = (
