@@ -7,16 +7,19 @@ import { filesOf } from "./loaders.mjs";
 /** Add a Convert File node for a file beside the node that loads it. */
 function addConversion(loader, file) {
   const { graph } = loader;
-  app.canvas.emitBeforeChange(); // a step of its own to undo
   const node = LiteGraph.createNode("MXFP8ConvertFile");
-  node.pos = [loader.pos[0] + loader.size[0] + 40, loader.pos[1]];
-  graph.add(node);
-  const source = node.widgets.find((widget) => widget.name === "source");
-  source.value = file;
-  source.callback?.(file);
-  app.canvas.emitAfterChange();
+  if (!node) return; // the server has no such node
+  app.canvas.emitBeforeChange(); // a step of its own to undo
+  try {
+    node.pos = [loader.pos[0] + loader.size[0] + 40, loader.pos[1]];
+    graph.add(node);
+    const source = node.widgets.find((widget) => widget.name === "source");
+    source.value = file;
+    source.callback?.(file);
+  } finally {
+    app.canvas.emitAfterChange(); // else no later change could be undone
+  }
   app.canvas.selectNode?.(node);
-  return node;
 }
 
 app.registerExtension({

@@ -68,6 +68,34 @@ def test_several_files_are_named_and_what_cannot_be_converted_is_not_offered(sho
     assert offered == [["Convert this model to MXFP8"], []]
 
 
+def test_a_conversion_that_cannot_be_added_leaves_undo_as_it_is(shown):
+    shown.clear()
+    loader = shown.add("UNETLoader", (200, 200), unet_name="flux.safetensors")
+    begun, ended = shown.page.evaluate(
+        """(id) => {
+            const { canvas, graph, extensions } = app;
+            const { emitBeforeChange, emitAfterChange } = canvas;
+            const { createNode } = LiteGraph;
+            const counts = [0, 0];
+            canvas.emitBeforeChange = () => { counts[0] += 1; };
+            canvas.emitAfterChange = () => { counts[1] += 1; };
+            LiteGraph.createNode = () => null;
+            try {
+                const { getNodeMenuItems } = extensions.find((e) => e.name === "mxfp8.menu");
+                getNodeMenuItems(graph.getNodeById(id))[0].callback();
+            } catch {
+                // What is thrown does not matter here.
+            } finally {
+                Object.assign(canvas, { emitBeforeChange, emitAfterChange });
+                LiteGraph.createNode = createNode;
+            }
+            return counts;
+        }""",
+        loader,
+    )
+    assert begun == ended
+
+
 def test_a_new_file_goes_on_to_a_loader_and_into_its_list(shown):
     comfy = shown.server
     shown.clear()
