@@ -38,14 +38,14 @@ const SHAPES = {
 };
 const PRECISION = "MXFP8.DefaultPrecision";
 const RUNS = 20; // of the history that are looked through
-const results = new WeakMap(); // node -> its last output, which a plan may have replaced in the view
+let latest; // the id of the last prompt that began to run
 
-/** Show a node's output: its document, or its text alone. */
+/** Show a node's output: its document, or its text alone. Another node may have had its id. */
 function show(node, output) {
+  if (output?.mxfp8_node?.[0] !== node.comfyClass) return;
   const [document] = output?.[NAME] ?? [];
   const [summary] = output?.text ?? [];
   if (typeof (document ?? summary) !== "string") return;
-  results.set(node, output);
   dropProgress(node); // the view shows its last text, the summary
   const view = viewOf(node) ?? addView(node);
   if (typeof document !== "string") {
@@ -160,29 +160,75 @@ function nodeAt(key) {
   return graph?.getNodeById(Number(id));
 }
 
+/** The server's last runs, the newest first: {prompt: [number, id, nodes, about, ...], outputs}. */
+async function pastRuns() {
+  const answer = await app.api.fetchApi(`/history?max_items=${RUNS}`);
+  return answer.ok ? Object.values(await answer.json()).reverse() : [];
+}
+
+/** Whether a prompt is of the workflow on the canvas. */
+function isOf(graph, [, , , about]) {
+  return root() === graph && about?.extra_pnginfo?.workflow?.id === graph.id;
+}
+
 /** Show the newest documents that the server has of this workflow, on nodes that have none. */
 async function restore() {
   const graph = root();
-  const answer = await app.api.fetchApi(`/history?max_items=${RUNS}`);
-  const runs = answer.ok ? Object.values(await answer.json()) : [];
-  for (const { prompt, outputs } of runs.reverse()) {
-    const [, , nodes, about] = prompt;
-    if (root() !== graph || about?.extra_pnginfo?.workflow?.id !== graph.id) continue;
+  for (const { prompt, outputs } of await pastRuns()) {
+    if (!isOf(graph, prompt)) continue;
     for (const [key, output] of Object.entries(outputs)) {
       const node = nodeAt(key);
-      const same = isOurs(node) && nodes[key]?.class_type === node.comfyClass;
-      if (same && viewOf(node)?.summary === undefined) show(node, output);
+      if (isOurs(node) && viewOf(node)?.summary === undefined) show(node, output);
     }
   }
 }
 
-/** Show the results of nodes that need not run again, for which the server sends none. */
-function showCached(keys) {
-  for (const key of keys) {
-    const node = nodeAt(String(key));
-    const output = isOurs(node) && results.get(node);
-    if (output && viewOf(node)?.summary !== output.text?.[0]) node.onExecuted(output);
+/**
+ * Show the results of nodes that need not run again, for which the server sends none: a plan, or the
+ * result of other choices, may have replaced them. They are those of the newest run in which such a
+ * node had all of this one's inputs; this node's last result may be of another model.
+ */
+async function showCached({ nodes: keys, prompt_id: id }) {
+  latest = id;
+  const ours = keys.map(String).filter((key) => {
+    const node = nodeAt(key);
+    return isOurs(node) && !node.constructor.nodeData?.output_node; // the server sends those
+  });
+  if (!ours.length) return;
+  const graph = root();
+  const answer = await app.api.fetchApi("/queue");
+  const running = answer.ok ? (await answer.json()).queue_running : [];
+  const runs = await pastRuns(); // this one is there if it has ended in the meantime
+  const prompt = [...running, ...runs.map((run) => run.prompt)].find((queued) => queued[1] === id);
+  if (latest !== id || !prompt || !isOf(graph, prompt)) return;
+  const results = runs.flatMap(({ prompt: [, , nodes], outputs }) => (
+    Object.entries(outputs).map(([key, output]) => [nodes, key, output])
+  )).filter(([nodes, key, output]) => nodes[key] && output.mxfp8_node);
+  for (const key of ours) {
+    const node = nodeAt(key);
+    const made = origin(prompt[2], key);
+    const [, , output] = results.find(([nodes, other]) => origin(nodes, other) === made) ?? [];
+    if (isOurs(node) && output && viewOf(node)?.summary !== output.text?.[0]) node.onExecuted(output);
   }
+}
+
+/**
+ * What a node's result comes from: the classes and inputs of it and of all nodes that lead to it, which
+ * are numbered as they are met. The server, too, has results of nodes with other ids.
+ */
+function origin(nodes, key) {
+  const met = [key];
+  const made = [];
+  for (const at of met) { // grows
+    const { class_type: kind, inputs } = nodes[at];
+    made.push([kind, Object.entries(inputs).map(([name, value]) => {
+      if (!Array.isArray(value) || !nodes[value[0]]) return [name, value];
+      const [from, slot] = value;
+      if (!met.includes(from)) met.push(from);
+      return [name, { from: met.indexOf(from), slot }];
+    })]);
+  }
+  return JSON.stringify(made);
 }
 
 /** Show what the page has of our nodes' outputs. */
@@ -250,7 +296,9 @@ app.registerExtension({
   },
   setup() {
     app.api.addEventListener("progress_text", (event) => queueMicrotask(() => showProgress(event)));
-    app.api.addEventListener("execution_cached", ({ detail }) => showCached(detail.nodes));
+    app.api.addEventListener("execution_cached", ({ detail }) => {
+      showCached(detail).catch(() => {}); // the server may be down
+    });
   },
   nodeCreated(node) {
     if (!isOurs(node)) return;

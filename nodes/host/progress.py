@@ -54,7 +54,8 @@ def output(
         shown["mxfp8_report"] = [document]
     if verdict is not None:
         shown["mxfp8_verdict"] = [asdict(verdict)]
-    return io.NodeOutput(*values, ui={**shown, "text": [text]})
+    # The page keeps outputs by ids, which other nodes get in turn.
+    return io.NodeOutput(*values, ui={**shown, "text": [text], "mxfp8_node": [node.SCHEMA.node_id]})
 
 
 def as_html(text: str) -> str:

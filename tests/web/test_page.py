@@ -466,6 +466,34 @@ def test_undoing_leaves_results_where_they_are_and_shows_later_ones(served, brow
     shown.close()
 
 
+def test_a_node_does_not_show_what_another_of_its_id_sent(comfy, browser):
+    """Undoing makes ids free; the page keeps their outputs."""
+    shown = ComfyPage(browser, comfy, nodes2=False)
+    shown.clear()
+    node = shown.add("MXFP8InspectFile", (100, 100), file="diffusion_models/wan-mxfp8.safetensors")
+    shown.queue()
+    outputs = shown.page.evaluate("() => JSON.parse(JSON.stringify(app.nodeOutputs))")
+    seen = []
+    for kind in ("MXFP8Quantize", "MXFP8InspectFile"):
+        shows = shown.page.evaluate(
+            """([id, kind, outputs]) => {
+                app.graph.remove(app.graph.getNodeById(id));
+                const node = LiteGraph.createNode(kind);
+                node.id = id;
+                app.graph.add(node);
+                const { onNodeOutputsUpdated } = app.extensions.find(
+                    (e) => e.name === "mxfp8.report");
+                onNodeOutputsUpdated(outputs);
+                return !!node.widgets.find((w) => w.name === "mxfp8_report").view.json;
+            }""",
+            [node, kind, outputs],
+        )
+        seen.append(shows)
+    assert seen == [False, True]
+    assert not shown.complaints
+    shown.close()
+
+
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_an_error_says_on_the_page_what_to_do(comfy, browser, renderer):
     shown = ComfyPage(browser, comfy, nodes2=RENDERERS[renderer])

@@ -131,6 +131,32 @@ def test_the_result_comes_back_when_nothing_has_to_run_again(shown):
     shown.page.wait_for_function(f"(id) => {VIEW}.json", arg=node)
 
 
+def test_a_result_that_comes_back_is_of_the_same_choices(shown):
+    """Not the node's last one."""
+    shown.clear()
+    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
+    node = shown.add("MXFP8Quantize", (700, 100))
+    shown.link(loader, node, "model")
+    shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    quantized = f"""JSON.parse({VIEW}.json ?? '{{"layers": []}}').layers
+        .filter(({{ decision }}) => decision === "mxfp8").length"""
+    shows = f"([id, layers]) => {quantized} === layers"
+    runs = []
+    for preset, layers in (("auto", 13), ("none", 19)):
+        choose(shown, node, "preset", preset)
+        shown.queue()
+        shown.page.wait_for_function(shows, arg=[node, layers])
+        runs += shown.server.get("/history?max_items=1")
+    shown.page.evaluate(  # as for a run like the first one; the server may have dropped its result
+        """([id, run]) => {
+            const detail = { nodes: [String(id)], prompt_id: run };
+            app.api.dispatchEvent(new CustomEvent("execution_cached", { detail }));
+        }""",
+        [node, runs[0]],
+    )
+    shown.page.wait_for_function(shows, arg=[node, 13], timeout=20_000)
+
+
 def test_a_model_from_outside_of_a_subgraph_has_no_plan(shown):
     shown.clear()
     loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
