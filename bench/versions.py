@@ -53,6 +53,8 @@ LACKING = {
     "deepcopy": "force_deepcopy or deep_clone or temporary_file_lives or needs_no_file",
     # ModelPatcher.deepclone_multigpu
     "multigpu": "deepclone_multigpu or deep_clones",
+    # ModelPatcher.model_state_dict_for_saving, without which stock merges text encoders' LoRAs
+    "text_encoder_loras": "lora_on_a_text_encoder",
     # A Flux that takes a conditioning without a pooled output, as the test workflows have it. What
     # samples no Flux is left: Wan, each layer against stock's, converting.
     "unpooled": "not (wan or every_layer or test_files or test_text_encoder or versions)"
