@@ -114,13 +114,19 @@ def test_a_quantize_node_plans_the_file_of_its_loader(shown):
     shown.page.wait_for_function(f"(id) => !({TEXT})(id).startsWith('Plan')", arg=node)
 
 
-def test_the_result_comes_back_when_nothing_has_to_run_again(shown):
-    """After other choices, and their plans: ComfyUI sends no results that it has already."""
+def quantizing(shown: ComfyPage) -> int:
+    """The Quantize node of a new workflow: a loader before it, and its report shown after it."""
     shown.clear()
     loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
     node = shown.add("MXFP8Quantize", (700, 100))
     shown.link(loader, node, "model")
     shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    return node
+
+
+def test_the_result_comes_back_when_nothing_has_to_run_again(shown):
+    """After other choices, and their plans: ComfyUI sends no results that it has already."""
+    node = quantizing(shown)
     plan(shown, node, "13 layers MXFP8")
     shown.queue()
     shown.page.wait_for_function(f"(id) => {VIEW}.json", arg=node)
@@ -133,11 +139,7 @@ def test_the_result_comes_back_when_nothing_has_to_run_again(shown):
 
 def test_a_result_that_comes_back_is_of_the_same_choices(shown):
     """Not the node's last one."""
-    shown.clear()
-    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
-    node = shown.add("MXFP8Quantize", (700, 100))
-    shown.link(loader, node, "model")
-    shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    node = quantizing(shown)
     quantized = f"""JSON.parse({VIEW}.json ?? '{{"layers": []}}').layers
         .filter(({{ decision }}) => decision === "mxfp8").length"""
     shows = f"([id, layers]) => {quantized} === layers"
@@ -158,11 +160,7 @@ def test_a_result_that_comes_back_is_of_the_same_choices(shown):
 
 
 def test_a_model_from_outside_of_a_subgraph_has_no_plan(shown):
-    shown.clear()
-    loader = shown.add("UNETLoader", (100, 100), unet_name="flux.safetensors")
-    node = shown.add("MXFP8Quantize", (700, 100))
-    shown.link(loader, node, "model")
-    shown.link(node, shown.add("PreviewAny", (1100, 100)), "source", slot=1)
+    node = quantizing(shown)
     text = shown.page.evaluate(
         """async (id) => {
             app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]));
